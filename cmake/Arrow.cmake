@@ -1,0 +1,13 @@
+# Imported target moesaic::arrow (Parquet, Arrow IPC, CSV) from the pyarrow wheel, which ships headers and libraries.
+file(GLOB _site_packages "${MOESAIC_VENV}/lib/python3*/site-packages")
+set(_arrow_dir "${_site_packages}/pyarrow")
+file(GLOB _arrow_so "${_arrow_dir}/libarrow.so.[0-9]*00")
+file(GLOB _parquet_so "${_arrow_dir}/libparquet.so.[0-9]*00")
+if(NOT _arrow_so OR NOT _parquet_so)
+  message(FATAL_ERROR "Arrow: no libarrow.so / libparquet.so in ${_arrow_dir}. Run tools/setup first.")
+endif()
+add_library(moesaic_arrow INTERFACE)
+add_library(moesaic::arrow ALIAS moesaic_arrow)
+target_include_directories(moesaic_arrow SYSTEM INTERFACE "${_arrow_dir}/include")
+target_link_libraries(moesaic_arrow INTERFACE "${_parquet_so}" "${_arrow_so}")
+target_link_options(moesaic_arrow INTERFACE "LINKER:-rpath,${_arrow_dir}")

@@ -1,0 +1,88 @@
+// What is trained beside a frozen model: LoRA, (IA)^3, MoV and MoLoRA, attached to the model's sites.
+#pragma once
+#include <memory>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "moesaic/formats/adapter_folder.h"
+#include "moesaic/nn/site.h"
+
+namespace moesaic::adapters {
+
+/// How a router weighs the experts. The keys are those of a run's `router:` block and of adapter_config.json's
+/// `moesaic.router` block.
+struct RouterConfig {
+  std::string type = "soft";         // soft | top_k
+  int64_t top_k = 0;                 // experts kept when type is top_k
+  std::string topk_mode = "mask";    // mask (reference) | renorm | residual
+  std::string input = "token";       // token | sentence | layer_input | ffn_product
+  int64_t sentence_dim = 0;          // d_e for input `sentence`; 0 = the model's hidden size
+  std::string sentence_source = "hidden";  // hidden (the frozen model's mean-pooled last state) | column
+  double init_std = 0.02;
+  double jitter = 0.0;               // multiplicative uniform(1-j, 1+j) on the router's input while training
+  double temperature = 1.0;
+};
+
+/// Everything that defines an adapter. Parsed from a run's keys or from adapter_config.json.
+struct AdapterConfig {
+  std::string method;                        // lora | ia3 | mov | molora
+  int64_t num_experts = 1;
+  int64_t lora_rank = 8;
+  double lora_alpha = 16;
+  double lora_dropout = 0.0;
+  bool use_rslora = false;
+  std::variant<std::vector<std::string>, std::string> targets;  // names or dotted suffixes, or one full regex
+  std::vector<std::string> feedforward;      // (IA)^3 and MoV: targets that scale their input
+  std::map<std::string, int64_t> rank_pattern;
+  std::map<std::string, double> alpha_pattern;
+  std::vector<int64_t> layers_to_transform;  // empty = all
+  std::string k_site = "auto";               // auto | output | post_qk_norm
+  RouterConfig router;
+  std::string base_model_name_or_path;
+  std::string base_fingerprint;              // Checkpoint::fingerprint()
+  std::string base_dtype;
+  Json extra = Json::object();               // PEFT keys we carry but do not use
+};
+
+/// A trainable tensor and the group it belongs to.
+struct AdapterParameter {
+  std::string name;      // "model.layers.0.self_attn.q_proj.lora_A"
+  torch::Tensor tensor;  // leaf, float32, in-memory layout
+  bool router = false;   // routers may have their own learning rate and no weight decay
+};
+
+/// The method's preset targets: `reference`, `all-linear` (lora, molora) or the default of ia3/mov for this model.
+AdapterConfig resolve_targets(AdapterConfig config, const std::string& preset, const nn::Sites& sites);
+
+class Adapter {
+ public:
+  /// Attaches new parameters (start state of the spec) to `sites`. Throws UsageError when a target matches no site,
+  /// with the nearest site name and all hit counts.
+  static std::unique_ptr<Adapter> create(AdapterConfig config, nn::Sites& sites, const torch::Device& device, uint64_t seed);
+  /// Attaches a folder's adapter. Every tensor is claimed once and every target gets one, or DataError lists all
+  /// offenders. `scale` multiplies its effect.
+  static std::unique_ptr<Adapter> load(const std::filesystem::path& dir, nn::Sites& sites, const torch::Device& device,
+                                       const std::string& base_fingerprint, double scale = 1.0);
+  virtual ~Adapter() = default;  // detaches
+
+  const AdapterConfig& config() const { return config_; }
+  /// Trainable leaves, ordered by layer and site.
+  virtual std::vector<AdapterParameter> parameters() = 0;
+  /// The adapter in the file's names and layouts (float32).
+  virtual formats::AdapterFolder folder() const = 0;
+  /// Replaces the parameters by those of a folder() of the same config (checkpoint resume).
+  virtual void load_tensors(const formats::TensorMap& tensors) = 0;
+  /// Sites per target pattern: {"q_proj", 30}.
+  virtual std::vector<std::pair<std::string, int64_t>> matches() const = 0;
+  void save(const std::filesystem::path& dir) const { formats::write_adapter_folder(dir, folder()); }
+
+ protected:
+  AdapterConfig config_;
+};
+
+/// adapter_config.json <-> AdapterConfig.
+AdapterConfig parse_adapter_config(const Json& json, const std::string& where);
+Json adapter_config_json(const AdapterConfig& config);
+
+}  // namespace moesaic::adapters

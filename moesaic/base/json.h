@@ -1,0 +1,52 @@
+// JSON: nlohmann::json with checked parsing and typed look-ups that say where a wrong value stands.
+#pragma once
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "moesaic/base/check.h"
+
+namespace moesaic {
+
+using Json = nlohmann::json;                 // keys sorted
+using OrderedJson = nlohmann::ordered_json;  // keys in file order; for rows of data and chat messages
+
+/// Parses `text`; `where` names the source in messages. Nesting deeper than 200 levels is refused.
+/// Throws FormatError with line and column.
+Json parse_json(std::string_view text, const std::string& where);
+OrderedJson parse_ordered_json(std::string_view text, const std::string& where);
+
+/// Reads and parses a whole file. Throws FormatError; a file larger than `max_bytes` is refused.
+Json read_json(const std::filesystem::path& path, size_t max_bytes = size_t{1} << 30);
+
+/// Reads a whole file. Throws DataError when it can't be read.
+std::string read_file(const std::filesystem::path& path, size_t max_bytes = size_t{1} << 30);
+
+/// Writes to a temporary file beside `path`, fsyncs and renames: a crash never leaves half a file.
+void write_file_atomically(const std::filesystem::path& path, std::string_view bytes);
+
+/// json[key] as T; `fallback` when absent or null. Throws ConfigError with `where`, the key, got and expected type.
+template <class T>
+T get_or(const Json& json, const char* key, T fallback, const std::string& where) {
+  auto it = json.find(key);
+  if (it == json.end() || it->is_null()) return fallback;
+  try {
+    return it->get<T>();
+  } catch (const nlohmann::json::exception&) {
+    throw ConfigError(where + ": key '" + key + "' has the wrong type: got " + it->dump().substr(0, 80));
+  }
+}
+
+/// json[key] as T. Throws ConfigError when absent or of the wrong type.
+template <class T>
+T get(const Json& json, const char* key, const std::string& where) {
+  if (!json.contains(key) || json.at(key).is_null()) throw ConfigError(where + ": key '" + key + "' is missing");
+  return get_or<T>(json, key, T{}, where);
+}
+
+/// The candidate nearest to `name` by edit distance, or "" when none is near. For "did you mean" hints.
+std::string nearest_name(std::string_view name, const std::vector<std::string>& candidates);
+
+}  // namespace moesaic

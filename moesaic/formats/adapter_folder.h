@@ -1,0 +1,24 @@
+// A PEFT-style adapter folder: adapter_config.json + adapter_model.safetensors. Knows keys and files, not models.
+#pragma once
+#include <filesystem>
+
+#include "moesaic/base/json.h"
+#include "moesaic/formats/safetensors.h"
+
+namespace moesaic::formats {
+
+/// What stands in an adapter folder. `tensors` are keyed without PEFT's "base_model.model." prefix:
+/// "model.layers.0.self_attn.q_proj.lora_A.weight".
+struct AdapterFolder {
+  Json config;        // adapter_config.json
+  TensorMap tensors;  // adapter_model.safetensors
+};
+
+/// Reads a folder (or its `default` sub-folder). An adapter_model.bin alone is refused with the command that converts
+/// it. Throws DataError / FormatError.
+AdapterFolder read_adapter_folder(const std::filesystem::path& dir);
+
+/// Writes both files atomically; creates the folder. Adds the "base_model.model." prefix.
+void write_adapter_folder(const std::filesystem::path& dir, const AdapterFolder& adapter);
+
+}  // namespace moesaic::formats

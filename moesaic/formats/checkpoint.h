@@ -1,0 +1,55 @@
+// A pretrained model as files: a Hugging Face folder (config.json + safetensors, single or sharded) or one GGUF file.
+// Both look the same from outside: a config in config.json's words and tensors under Hugging Face's names.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "moesaic/base/json.h"
+
+namespace moesaic::formats {
+
+class Checkpoint {
+ public:
+  virtual ~Checkpoint() = default;
+
+  /// Opens a folder with config.json, or a .gguf file. With `weights` false only the config is read (a folder without
+  /// weights is fine). Throws DataError / FormatError with a hint.
+  static std::shared_ptr<Checkpoint> open(const std::filesystem::path& path, bool weights = true);
+
+  /// The path that was given.
+  const std::filesystem::path& path() const { return path_; }
+  /// config.json, normalised to transformers 5's keys (`rope_parameters`, `dtype`); GGUF metadata is translated to it.
+  const Json& config() const { return config_; }
+  /// Names in Hugging Face's words ("model.layers.0.self_attn.q_proj.weight"), sorted.
+  virtual std::vector<std::string> names() const = 0;
+  virtual bool contains(const std::string& name) const = 0;
+  virtual std::vector<int64_t> shape(const std::string& name) const = 0;
+  /// The dtype the tensor has after loading (quantised GGUF types load as float32).
+  virtual at::ScalarType dtype(const std::string& name) const = 0;
+  /// The tensor as stored (a read-only view of the mapped file), or dequantised to float32.
+  virtual at::Tensor tensor(const std::string& name) const = 0;
+  /// Copies (dequantises, converts) the tensor into `destination`, which has its shape; any float dtype, any strides.
+  virtual void read_into(const std::string& name, at::Tensor destination) const = 0;
+  /// tokenizer.json's text: the file, or made from GGUF metadata. nullopt when there is none.
+  virtual std::optional<std::string> tokenizer_json() const = 0;
+  /// tokenizer_config.json (bos_token, eos_token, add_bos_token, chat_template, ...); GGUF metadata is translated to it.
+  virtual Json tokenizer_config() const = 0;
+  /// The chat template (chat_template.jinja, or tokenizer_config.json's, or GGUF's). nullopt when there is none.
+  virtual std::optional<std::string> chat_template() const = 0;
+  /// generation_config.json, or {}.
+  virtual Json generation_config() const = 0;
+  /// "sha256:..." over every tensor's name, dtype, shape and up to 64 evenly spaced 4 KiB blocks of its bytes: cheap
+  /// enough for every start, and different for any fine-tuned or requantised copy. Cached after the first call.
+  virtual std::string fingerprint() const = 0;
+
+ protected:
+  std::filesystem::path path_;
+  Json config_;
+};
+
+}  // namespace moesaic::formats

@@ -1,0 +1,77 @@
+// Sites: the named points of a model where an adapter may act. Layers own slots; adapters fill them. Base parameter
+// names never change, and neither side includes the other.
+#pragma once
+#include <torch/torch.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "moesaic/nn/context.h"
+
+namespace moesaic::nn {
+
+class LinearGroup;
+
+/// Adapts a group of linears that read the same input (q, k, v; gate, up; o; down).
+class GroupAdapter {
+ public:
+  virtual ~GroupAdapter() = default;
+  /// x: [N, in]. Returns [N, sum of out]: the base product plus what the adapter adds.
+  virtual torch::Tensor forward(const torch::Tensor& x, const LinearGroup& group, ForwardContext& context) = 0;
+};
+
+/// Rescales an activation.
+class ScaleAdapter {
+ public:
+  virtual ~ScaleAdapter() = default;
+  /// y: [N, H, k] at a head site, [N, f] at a flat one. Returns the same shape and dtype.
+  virtual torch::Tensor forward(const torch::Tensor& y, ForwardContext& context) = 0;
+  /// The FFN branch site: y = act(gate) [N, f] and up [N, f]; returns the input of down_proj,
+  /// scale(act(gate)) * up. `ffn_product` routers read act(gate) * up.
+  virtual torch::Tensor forward_ffn(const torch::Tensor& act, const torch::Tensor& up, ForwardContext& context) = 0;
+};
+
+/// A point where an activation may be rescaled. Empty: the identity, for nothing.
+struct ScaleSlot {
+  std::vector<std::shared_ptr<ScaleAdapter>> adapters;
+  bool empty() const { return adapters.empty(); }
+};
+
+/// One adaptable linear: a row of a group.
+struct LinearSite {
+  std::string name;  // module path: "model.layers.0.self_attn.q_proj"
+  int64_t layer;
+  LinearGroup* group;
+  int64_t index;  // in the group
+  int64_t in;
+  int64_t out;
+};
+
+/// Where a scale acts.
+enum class ScaleKind {
+  kOutput,        // output of a linear, after its bias; seen as [N, H, k] when heads > 0
+  kPostHeadNorm,  // keys (queries) after the per-head norm of models with q/k norm, before RoPE
+  kFfn,           // act(gate), before the product with up; PEFT's (IA)^3 on the input of down_proj equals it
+};
+
+/// One point where a scale may act.
+struct ScaleSite {
+  std::string name;  // module path of the linear it belongs to: "model.layers.0.self_attn.k_proj", "...mlp.down_proj"
+  int64_t layer;
+  ScaleKind kind;
+  ScaleSlot* slot;
+  int64_t heads;  // H (KV heads for k and v), or 0 for a flat site
+  int64_t width;  // k (per head) or the flat width
+  int64_t hidden; // d, the width of layer_input
+};
+
+/// Every site of a model, in layer order.
+struct Sites {
+  std::vector<LinearSite> linears;
+  std::vector<ScaleSite> scales;
+  bool has_qk_norm = false;
+  std::string model_type;  // "llama", "qwen2", ...: PEFT's default targets depend on it
+};
+
+}  // namespace moesaic::nn

@@ -1,0 +1,111 @@
+// Tokenizers (tokenizer.json through the `tokenizers` crate) and chat templates (minijinja), behind a C ABI.
+#pragma once
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "moesaic/base/json.h"
+
+namespace moesaic::formats {
+class Checkpoint;
+}
+
+namespace moesaic::tokenizer {
+
+/// Ids with the byte range of the text each came from (special tokens added by the tokenizer have an empty range).
+struct Encoding {
+  std::vector<int64_t> ids;
+  std::vector<std::pair<size_t, size_t>> offsets;  // bytes, [begin, end)
+};
+
+/// One tokenizer. Immutable and safe to share between threads.
+class Tokenizer {
+ public:
+  /// `tokenizer_json`: the file's text. `config`: tokenizer_config.json, which names the special tokens.
+  /// Throws FormatError.
+  Tokenizer(std::string_view tokenizer_json, const Json& config, const std::string& where);
+  /// The tokenizer of a checkpoint. Throws DataError when it has none.
+  static std::shared_ptr<Tokenizer> open(const formats::Checkpoint& checkpoint);
+  ~Tokenizer();
+
+  /// `add_special_tokens` applies the tokenizer's post-processor (BOS and the like), as transformers' __call__ does.
+  std::vector<int64_t> encode(std::string_view text, bool add_special_tokens) const;
+  Encoding encode_with_offsets(std::string_view text, bool add_special_tokens) const;
+  std::string decode(const std::vector<int64_t>& ids, bool skip_special_tokens) const;
+
+  std::optional<int64_t> token_to_id(std::string_view token) const;
+  std::optional<std::string> id_to_token(int64_t id) const;
+  int64_t vocab_size() const;
+  std::optional<int64_t> bos_id() const;
+  std::optional<int64_t> eos_id() const;
+  std::optional<std::string> bos_token() const;
+  std::optional<std::string> eos_token() const;
+  /// The text of tokenizer.json, for writing beside an adapter.
+  const std::string& json() const;
+  /// tokenizer_config.json.
+  const Json& config() const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+/// Turns a growing list of ids into text that never holds half a character: for streaming.
+class StreamDecoder {
+ public:
+  explicit StreamDecoder(std::shared_ptr<const Tokenizer> tokenizer, bool skip_special_tokens = true);
+  /// The text that became certain with this id (may be empty).
+  std::string push(int64_t id);
+  /// What is left at the end.
+  std::string finish();
+
+ private:
+  std::shared_ptr<const Tokenizer> tokenizer_;
+  bool skip_special_tokens_;
+  std::vector<int64_t> ids_;
+  size_t prefix_ = 0;  // first id of the window that is decoded again
+  size_t read_ = 0;    // ids of the window whose text was already returned
+};
+
+/// A rendered conversation and the byte ranges a model is trained to produce.
+struct RenderedChat {
+  std::string text;
+  std::vector<std::pair<size_t, size_t>> trained;  // bytes: the assistant's words with their end-of-turn token
+};
+
+/// A chat template with the functions transformers gives its templates (raise_exception, strftime_now, tojson,
+/// {% generation %}). The one renderer of training, evaluation, generation and serving.
+class ChatTemplate {
+ public:
+  /// Throws FormatError with the template's line when it does not compile.
+  ChatTemplate(std::string source, const Tokenizer& tokenizer);
+  /// The template of a checkpoint; nullptr when it has none.
+  static std::shared_ptr<ChatTemplate> open(const formats::Checkpoint& checkpoint, const Tokenizer& tokenizer);
+  ~ChatTemplate();
+
+  /// messages: [{role, content, ...}]; tools: a list or null; extra: further template variables (object).
+  /// Throws DataError with the template's own words when it raises.
+  std::string render(const OrderedJson& messages, bool add_generation_prompt, const OrderedJson& tools = nullptr,
+                     const OrderedJson& extra = OrderedJson::object()) const;
+
+  /// Renders a whole conversation and finds what each assistant turn adds to it. A message with `"train": false` or
+  /// `"weight": 0` is left out of `trained`.
+  RenderedChat render_for_training(const OrderedJson& messages, const OrderedJson& tools = nullptr) const;
+
+  const std::string& source() const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+/// 1 for every token whose bytes lie in a trained range, else 0. A token that straddles a border is trained when its
+/// last byte lies inside.
+std::vector<uint8_t> loss_mask(const Encoding& encoding, const RenderedChat& chat);
+
+}  // namespace moesaic::tokenizer
