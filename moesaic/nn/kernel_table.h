@@ -1,0 +1,56 @@
+// The CPU kernels' raw interface: one table of functions per instruction set. Includes nothing but fixed-width integers:
+// see CMakeLists.txt.
+#pragma once
+#include <cstdint>
+
+namespace moesaic::nn {
+
+enum class GluKind { kSilu, kGeluTanh };
+
+/// Every function works on the rows or columns [begin, end) it is given, so that the caller can split the work over
+/// threads. All tensors are float32 and contiguous along their last axis unless said.
+struct KernelTable {
+  /// y[m, o] = x[m] . w[o] + bias[o] for o in [begin, end). x: [rows, in], w: [out, in], y: [rows, out]; bias may be null.
+  void (*gemv_f32)(const float* x, int64_t rows, const float* w, const float* bias, float* y, int64_t in, int64_t out,
+                   int64_t begin, int64_t end);
+  /// The same with bfloat16 weights (their raw bits).
+  void (*gemv_bf16)(const float* x, int64_t rows, const uint16_t* w, const float* bias, float* y, int64_t in,
+                    int64_t out, int64_t begin, int64_t end);
+  /// y[m, o] = scales[o] (x[m] . w[o]) + bias[o], int8 weights.
+  void (*gemv_int8)(const float* x, int64_t rows, const int8_t* w, const float* scales, const float* bias, float* y,
+                    int64_t in, int64_t out, int64_t begin, int64_t end);
+  /// w[o, i] = scales[o] q[o, i] for o in [begin, end): w's first row is row `begin`.
+  void (*dequantize_int8)(const int8_t* q, const float* scales, float* w, int64_t in, int64_t begin, int64_t end);
+
+  /// y = x rstd (weight + offset), rstd = 1 / sqrt(mean(x^2) + eps). x, y: [rows, d]; rstd: [rows].
+  void (*rms_norm)(const float* x, const float* weight, float offset, float eps, float* y, float* rstd, int64_t d,
+                   int64_t begin, int64_t end);
+  /// dx = rstd (g - xhat mean(g xhat)),  g = dy (weight + offset), xhat = x rstd.
+  void (*rms_norm_backward)(const float* dy, const float* x, const float* weight, float offset, const float* rstd,
+                            float* dx, int64_t d, int64_t begin, int64_t end);
+
+  /// y = act(g) u. gate_up: [rows, 2 f], g its first half; y: [rows, f].
+  void (*glu)(const float* gate_up, float* y, int64_t f, GluKind kind, int64_t begin, int64_t end);
+  /// d_gate_up = [dy u act'(g), dy act(g)].
+  void (*glu_backward)(const float* dy, const float* gate_up, float* d_gate_up, int64_t f, GluKind kind, int64_t begin,
+                       int64_t end);
+
+  /// Rotates pairs (i, i + k/2) of every head by the row's angles: y = (x1 cos - x2 sin, x2 cos + x1 sin), `sign` times
+  /// the angle. x, y: [rows, heads, k] with row strides; cos, sin: [rows, k/2]. y may be x.
+  void (*rope)(const float* x, int64_t x_stride, float* y, int64_t y_stride, const float* cos, const float* sin,
+               float sign, int64_t heads, int64_t k, int64_t begin, int64_t end);
+
+  /// One query position of `group` heads that share one KV head: out = softmax(scale q K^T) V, scores soft-capped when
+  /// softcap > 0. q, out: [group, k]; keys, values: [length] rows of k, `stride` apart; scores: scratch [group, length].
+  void (*attend)(const float* q, const float* keys, const float* values, int64_t stride, int64_t length, int64_t group,
+                 int64_t k, float scale, float softcap, float* scores, float* out);
+};
+
+extern const KernelTable kGenericKernels;
+/// nullptr members where the compiler's target has no AVX2.
+extern const KernelTable kAvx2Kernels;
+
+/// The fastest table this processor runs.
+const KernelTable& kernels();
+
+}  // namespace moesaic::nn

@@ -1,0 +1,105 @@
+#include "moesaic/nn/kernels.h"
+
+#include <ATen/Parallel.h>
+
+#include "moesaic/base/check.h"
+
+namespace moesaic::nn {
+namespace {
+
+constexpr int64_t kGemvRows = 4;         // more rows: MKL's GEMM is faster
+constexpr int64_t kGemvGrain = 32 << 10;  // weights per task; less is not worth waking a thread
+constexpr int64_t kDequantizeRows = 512;  // rows of an int8 matrix made float32 at a time
+
+bool wants_gradient(const torch::Tensor& x, const torch::Tensor& weight) {
+  return torch::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad());
+}
+
+const float* data_or_null(const torch::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr; }
+
+/// Splits the output columns of a GEMV over threads.
+template <class Body>
+void for_columns(int64_t in, int64_t out, const Body& body) {
+  const int64_t grain = std::max<int64_t>(kGemvGrain / std::max<int64_t>(in, 1), 1);
+  at::parallel_for(0, out, grain, body);
+}
+
+}  // namespace
+
+const KernelTable& kernels() {
+#if defined(__x86_64__)
+  static const KernelTable& table =
+      kAvx2Kernels.gemv_f32 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? kAvx2Kernels
+                                                                                              : kGenericKernels;
+  return table;
+#else
+  return kGenericKernels;
+#endif
+}
+
+torch::Tensor linear_rows(const torch::Tensor& x, const torch::Tensor& weight, const torch::Tensor& bias) {
+  const int64_t rows = x.size(0), in = x.size(1), out = weight.size(0);
+  const auto dtype = x.scalar_type();
+  const bool few = rows > 0 && rows <= kGemvRows && x.is_cpu() && weight.is_contiguous() && weight.scalar_type() == dtype &&
+                   (dtype == torch::kFloat32 || dtype == torch::kBFloat16);
+  if (!few || wants_gradient(x, weight)) return at::linear(x, weight, bias);
+
+  const torch::Tensor input = x.to(torch::kFloat32).contiguous();
+  const torch::Tensor offset = bias.defined() ? bias.to(torch::kFloat32) : bias;
+  torch::Tensor y = torch::empty({rows, out}, torch::kFloat32);
+  const float* x_data = input.const_data_ptr<float>();
+  const float* bias_data = data_or_null(offset);
+  float* y_data = y.data_ptr<float>();
+  const KernelTable& table = kernels();
+  if (dtype == torch::kFloat32) {
+    const float* w = weight.const_data_ptr<float>();
+    for_columns(in, out, [&](int64_t begin, int64_t end) {
+      table.gemv_f32(x_data, rows, w, bias_data, y_data, in, out, begin, end);
+    });
+    return y;
+  }
+  const auto* w = reinterpret_cast<const uint16_t*>(weight.const_data_ptr<at::BFloat16>());
+  for_columns(in, out, [&](int64_t begin, int64_t end) {
+    table.gemv_bf16(x_data, rows, w, bias_data, y_data, in, out, begin, end);
+  });
+  return y.to(dtype);
+}
+
+torch::Tensor linear_rows_int8(const torch::Tensor& x, const torch::Tensor& quantized, const torch::Tensor& scales,
+                               const torch::Tensor& bias) {
+  MOESAIC_CHECK(!(torch::GradMode::is_enabled() && x.requires_grad()), UsageError,
+                "int8 weights are for decoding only: a gradient was asked for. Hint: load the model without --quantize");
+  const int64_t rows = x.size(0), in = x.size(1), out = quantized.size(0);
+  if (!x.is_cpu()) return at::linear(x, (quantized.to(torch::kFloat32) * scales.unsqueeze(1)).to(x.dtype()), bias);
+
+  const torch::Tensor input = x.to(torch::kFloat32).contiguous();
+  const torch::Tensor offset = bias.defined() ? bias.to(torch::kFloat32) : bias;
+  const int8_t* q = quantized.const_data_ptr<int8_t>();
+  const float* scale_data = scales.const_data_ptr<float>();
+  const KernelTable& table = kernels();
+  torch::Tensor y = torch::empty({rows, out}, torch::kFloat32);
+  if (rows <= kGemvRows) {
+    const float* x_data = input.const_data_ptr<float>();
+    const float* bias_data = data_or_null(offset);
+    float* y_data = y.data_ptr<float>();
+    for_columns(in, out, [&](int64_t begin, int64_t end) {
+      table.gemv_int8(x_data, rows, q, scale_data, bias_data, y_data, in, out, begin, end);
+    });
+    return y.to(x.dtype());
+  }
+  torch::NoGradGuard no_grad;
+  torch::Tensor block = torch::empty({std::min(out, kDequantizeRows), in}, torch::kFloat32);
+  float* block_data = block.data_ptr<float>();
+  for (int64_t first = 0; first < out; first += kDequantizeRows) {
+    const int64_t count = std::min(kDequantizeRows, out - first);
+    at::parallel_for(0, count, 32, [&](int64_t begin, int64_t end) {
+      table.dequantize_int8(q, scale_data, block_data + begin * in, in, first + begin, first + end);
+    });
+    torch::Tensor columns = y.narrow(1, first, count);
+    at::mm_out(columns, input, block.narrow(0, 0, count).t());
+  }
+  if (offset.defined()) y += offset;
+  return y.to(x.dtype());
+}
+
+}  // namespace moesaic::nn

@@ -1,0 +1,19 @@
+// Products with few rows, as decoding needs them: near the memory's bandwidth.
+#pragma once
+#include <torch/torch.h>
+
+#include "moesaic/nn/kernel_table.h"
+
+namespace moesaic::nn {
+
+/// y = x W^T + b. x: [M, in]; weight: [out, in] of x's dtype; bias: [out] or undefined. Returns [M, out].
+/// A few rows without autograd on the CPU go through an own GEMV that reads the weight once; everything else is
+/// at::linear, differentiable as usual.
+torch::Tensor linear_rows(const torch::Tensor& x, const torch::Tensor& weight, const torch::Tensor& bias);
+
+/// y = x (diag(scales) Q)^T + b. x: [M, in], any float dtype; quantized: int8 [out, in]; scales: float32 [out]; bias:
+/// [out] or undefined. Returns [M, out] in x's dtype. No gradient: throws when x needs one.
+torch::Tensor linear_rows_int8(const torch::Tensor& x, const torch::Tensor& quantized, const torch::Tensor& scales,
+                               const torch::Tensor& bias);
+
+}  // namespace moesaic::nn

@@ -1,0 +1,329 @@
+// The kernels' code, compiled once per instruction set into the table MOESAIC_KERNELS. Vectors of 8 floats are the
+// compiler's own (GCC and Clang vector extensions); where the target's registers are narrower the compiler splits them.
+#include "moesaic/nn/kernel_table.h"
+
+namespace moesaic::nn {
+namespace {
+
+typedef float Floats __attribute__((vector_size(32)));
+typedef int32_t Ints __attribute__((vector_size(32)));
+typedef uint32_t Words __attribute__((vector_size(32)));
+typedef uint16_t Halves __attribute__((vector_size(16)));
+typedef int8_t Bytes __attribute__((vector_size(8)));
+constexpr int64_t kLanes = 8;
+
+inline Floats load(const float* p) {
+  Floats v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+inline Floats load(const uint16_t* p) {  // bfloat16: the upper half of a float
+  Halves h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return reinterpret_cast<Floats>(__builtin_convertvector(h, Words) << 16);
+}
+inline Floats load(const int8_t* p) {
+  Bytes b;
+  __builtin_memcpy(&b, p, sizeof b);
+  return __builtin_convertvector(__builtin_convertvector(b, Ints), Floats);
+}
+inline float load_one(const float* p) { return *p; }
+inline float load_one(const uint16_t* p) {
+  uint32_t bits = static_cast<uint32_t>(*p) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline float load_one(const int8_t* p) { return static_cast<float>(*p); }
+inline void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
+inline Floats splat(float value) { return Floats{} + value; }
+inline Floats select(Ints mask, Floats yes, Floats no) {
+  return reinterpret_cast<Floats>((mask & reinterpret_cast<Ints>(yes)) | (~mask & reinterpret_cast<Ints>(no)));
+}
+inline float sum(Floats v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+inline float max(Floats v) {
+  float best = v[0];
+  for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+/// e^x within 2 ulp: x = n ln2 + r, |r| <= ln2 / 2, e^r by its Taylor polynomial of degree 7. Saturates at both ends.
+inline Floats exp(Floats x) {
+  x = select(x > 88.0f, splat(88.0f), x);
+  x = select(x < -87.0f, splat(-87.0f), x);
+  const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  Floats n = x * 1.44269504f + magic - magic;
+  Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats p = splat(1.0f / 5040);
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  Ints exponent = (__builtin_convertvector(n, Ints) + 127) << 23;
+  return p * reinterpret_cast<Floats>(exponent);
+}
+inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exp(-x)); }
+inline Floats tanh(Floats x) { return 2.0f * sigmoid(2.0f * x) - 1.0f; }
+
+/// Calls body(offset, count) for each piece of up to 8 elements; the last may be shorter.
+template <class Body>
+inline void for_pieces(int64_t size, Body body) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) body(i, kLanes);
+  if (i < size) body(i, size - i);
+}
+inline Floats load_piece(const float* p, int64_t count) {
+  if (count == kLanes) return load(p);
+  Floats v{};
+  for (int64_t i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+}
+inline void store_piece(float* p, Floats v, int64_t count) {
+  if (count == kLanes) return store(p, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+}
+
+// GEMV ---------------------------------------------------------------------------------------------------------------
+
+/// y[m, o] for M rows of x and R rows of w: every weight is loaded once for all M rows.
+template <int M, int R, class W>
+inline void dot_block(const float* x, const W* w, int64_t in, const float* scales, const float* bias, float* y,
+                      int64_t out) {
+  Floats acc[M][R] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= in; i += kLanes) {
+    Floats xs[M];
+    for (int m = 0; m < M; ++m) xs[m] = load(x + m * in + i);
+    for (int r = 0; r < R; ++r) {
+      Floats ws = load(w + r * in + i);
+      for (int m = 0; m < M; ++m) acc[m][r] += xs[m] * ws;
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int r = 0; r < R; ++r) {
+      float total = sum(acc[m][r]);
+      for (int64_t j = i; j < in; ++j) total += x[m * in + j] * load_one(w + r * in + j);
+      if (scales) total *= scales[r];
+      y[m * out + r] = bias ? total + bias[r] : total;
+    }
+  }
+}
+
+template <int R, class W>
+inline void dot_rows(const float* x, int64_t rows, const W* w, int64_t in, const float* scales, const float* bias,
+                     float* y, int64_t out) {
+  int64_t m = 0;
+  for (; m + 2 <= rows; m += 2) dot_block<2, R>(x + m * in, w, in, scales, bias, y + m * out, out);
+  if (m < rows) dot_block<1, R>(x + m * in, w, in, scales, bias, y + m * out, out);
+}
+
+template <class W>
+inline void gemv(const float* x, int64_t rows, const W* w, const float* scales, const float* bias, float* y, int64_t in,
+                 int64_t out, int64_t begin, int64_t end) {
+  constexpr int kBlock = 4;
+  int64_t o = begin;
+  auto at = [](const float* p, int64_t i) { return p ? p + i : nullptr; };
+  for (; o + kBlock <= end; o += kBlock)
+    dot_rows<kBlock>(x, rows, w + o * in, in, at(scales, o), at(bias, o), y + o, out);
+  for (; o < end; ++o) dot_rows<1>(x, rows, w + o * in, in, at(scales, o), at(bias, o), y + o, out);
+}
+
+void gemv_f32(const float* x, int64_t rows, const float* w, const float* bias, float* y, int64_t in, int64_t out,
+              int64_t begin, int64_t end) {
+  gemv(x, rows, w, nullptr, bias, y, in, out, begin, end);
+}
+void gemv_bf16(const float* x, int64_t rows, const uint16_t* w, const float* bias, float* y, int64_t in, int64_t out,
+               int64_t begin, int64_t end) {
+  gemv(x, rows, w, nullptr, bias, y, in, out, begin, end);
+}
+void gemv_int8(const float* x, int64_t rows, const int8_t* w, const float* scales, const float* bias, float* y,
+               int64_t in, int64_t out, int64_t begin, int64_t end) {
+  gemv(x, rows, w, scales, bias, y, in, out, begin, end);
+}
+
+void dequantize_int8(const int8_t* q, const float* scales, float* w, int64_t in, int64_t begin, int64_t end) {
+  for (int64_t o = begin; o < end; ++o) {
+    const int8_t* source = q + o * in;
+    float* target = w + (o - begin) * in;
+    int64_t i = 0;
+    for (; i + kLanes <= in; i += kLanes) store(target + i, load(source + i) * scales[o]);
+    for (; i < in; ++i) target[i] = load_one(source + i) * scales[o];
+  }
+}
+
+// RMSNorm ------------------------------------------------------------------------------------------------------------
+
+void rms_norm(const float* x, const float* weight, float offset, float eps, float* y, float* rstd, int64_t d,
+              int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; ++n) {
+    const float* row = x + n * d;
+    Floats squares{};
+    for_pieces(d, [&](int64_t i, int64_t count) {
+      Floats v = load_piece(row + i, count);
+      squares += v * v;
+    });
+    const float scale = 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(d) + eps);
+    rstd[n] = scale;
+    for_pieces(d, [&](int64_t i, int64_t count) {
+      store_piece(y + n * d + i, load_piece(row + i, count) * scale * (load_piece(weight + i, count) + offset), count);
+    });
+  }
+}
+
+void rms_norm_backward(const float* dy, const float* x, const float* weight, float offset, const float* rstd, float* dx,
+                       int64_t d, int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; ++n) {
+    Floats dots{};
+    for_pieces(d, [&](int64_t i, int64_t count) {
+      dots += load_piece(dy + n * d + i, count) * (load_piece(weight + i, count) + offset) *
+              load_piece(x + n * d + i, count);
+    });
+    const float scale = rstd[n];
+    const float mean = sum(dots) * scale * scale / static_cast<float>(d);  // mean(g xhat) rstd
+    for_pieces(d, [&](int64_t i, int64_t count) {
+      Floats g = load_piece(dy + n * d + i, count) * (load_piece(weight + i, count) + offset);
+      store_piece(dx + n * d + i, (g - load_piece(x + n * d + i, count) * mean) * scale, count);
+    });
+  }
+}
+
+// Gated linear unit --------------------------------------------------------------------------------------------------
+
+constexpr float kSqrt2OverPi = 0.7978845608f;
+constexpr float kGeluCubic = 0.044715f;
+
+struct Silu {
+  static Floats value(Floats g) { return g * sigmoid(g); }
+  static void both(Floats g, Floats& value, Floats& slope) {
+    Floats s = sigmoid(g);
+    value = g * s;
+    slope = s + value * (1.0f - s);
+  }
+};
+struct GeluTanh {
+  static Floats value(Floats g) { return 0.5f * g * (1.0f + tanh(kSqrt2OverPi * (g + kGeluCubic * g * g * g))); }
+  static void both(Floats g, Floats& value, Floats& slope) {
+    Floats t = tanh(kSqrt2OverPi * (g + kGeluCubic * g * g * g));
+    value = 0.5f * g * (1.0f + t);
+    slope = 0.5f * (1.0f + t) + 0.5f * g * (1.0f - t * t) * kSqrt2OverPi * (1.0f + 3.0f * kGeluCubic * g * g);
+  }
+};
+
+template <class Act>
+void glu_rows(const float* gate_up, float* y, int64_t f, int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; ++n) {
+    const float* gate = gate_up + n * 2 * f;
+    for_pieces(f, [&](int64_t i, int64_t count) {
+      store_piece(y + n * f + i, Act::value(load_piece(gate + i, count)) * load_piece(gate + f + i, count), count);
+    });
+  }
+}
+void glu(const float* gate_up, float* y, int64_t f, GluKind kind, int64_t begin, int64_t end) {
+  if (kind == GluKind::kSilu) {
+    glu_rows<Silu>(gate_up, y, f, begin, end);
+  } else {
+    glu_rows<GeluTanh>(gate_up, y, f, begin, end);
+  }
+}
+
+template <class Act>
+void glu_backward_rows(const float* dy, const float* gate_up, float* d_gate_up, int64_t f, int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; ++n) {
+    const float* gate = gate_up + n * 2 * f;
+    float* d_gate = d_gate_up + n * 2 * f;
+    for_pieces(f, [&](int64_t i, int64_t count) {
+      Floats grad = load_piece(dy + n * f + i, count), value, slope;
+      Act::both(load_piece(gate + i, count), value, slope);
+      store_piece(d_gate + i, grad * load_piece(gate + f + i, count) * slope, count);
+      store_piece(d_gate + f + i, grad * value, count);
+    });
+  }
+}
+void glu_backward(const float* dy, const float* gate_up, float* d_gate_up, int64_t f, GluKind kind, int64_t begin,
+                  int64_t end) {
+  if (kind == GluKind::kSilu) {
+    glu_backward_rows<Silu>(dy, gate_up, d_gate_up, f, begin, end);
+  } else {
+    glu_backward_rows<GeluTanh>(dy, gate_up, d_gate_up, f, begin, end);
+  }
+}
+
+// Rotary positions ---------------------------------------------------------------------------------------------------
+
+void rope(const float* x, int64_t x_stride, float* y, int64_t y_stride, const float* cos, const float* sin, float sign,
+          int64_t heads, int64_t k, int64_t begin, int64_t end) {
+  const int64_t half = k / 2;
+  for (int64_t n = begin; n < end; ++n) {
+    for (int64_t h = 0; h < heads; ++h) {
+      const float* source = x + n * x_stride + h * k;
+      float* target = y + n * y_stride + h * k;
+      for_pieces(half, [&](int64_t i, int64_t count) {
+        Floats c = load_piece(cos + n * half + i, count), s = load_piece(sin + n * half + i, count) * sign;
+        Floats first = load_piece(source + i, count), second = load_piece(source + half + i, count);
+        store_piece(target + i, first * c - second * s, count);
+        store_piece(target + half + i, second * c + first * s, count);
+      });
+    }
+  }
+}
+
+// Attention of one position ------------------------------------------------------------------------------------------
+
+void attend(const float* q, const float* keys, const float* values, int64_t stride, int64_t length, int64_t group,
+            int64_t k, float scale, float softcap, float* scores, float* out) {
+  for (int64_t j = 0; j < length; ++j) {
+    const float* key = keys + j * stride;
+    for (int64_t h = 0; h < group; ++h) {
+      Floats dots{};
+      for_pieces(k, [&](int64_t i, int64_t count) { dots += load_piece(q + h * k + i, count) * load_piece(key + i, count); });
+      scores[h * length + j] = sum(dots) * scale;
+    }
+  }
+  for (int64_t h = 0; h < group; ++h) {
+    float* row = scores + h * length;
+    if (softcap > 0) {
+      for_pieces(length, [&](int64_t i, int64_t count) {
+        store_piece(row + i, softcap * tanh(load_piece(row + i, count) / softcap), count);
+      });
+    }
+    Floats tops = splat(row[0]);
+    int64_t j = 0;
+    for (; j + kLanes <= length; j += kLanes) {
+      Floats v = load(row + j);
+      tops = select(v > tops, v, tops);
+    }
+    float top = max(tops);
+    for (; j < length; ++j) top = row[j] > top ? row[j] : top;
+    float total = 0;
+    for_pieces(length, [&](int64_t i, int64_t count) {
+      Floats p = exp(load_piece(row + i, count) - top);
+      store_piece(row + i, p, count);
+      for (int64_t l = 0; l < count; ++l) total += p[l];
+    });
+    const float norm = 1.0f / total;
+    for_pieces(length, [&](int64_t i, int64_t count) { store_piece(row + i, load_piece(row + i, count) * norm, count); });
+  }
+  for_pieces(group * k, [&](int64_t i, int64_t count) { store_piece(out + i, Floats{}, count); });
+  for (int64_t j = 0; j < length; ++j) {
+    const float* value = values + j * stride;
+    for (int64_t h = 0; h < group; ++h) {
+      const float p = scores[h * length + j];
+      float* target = out + h * k;
+      for_pieces(k, [&](int64_t i, int64_t count) {
+        store_piece(target + i, load_piece(target + i, count) + load_piece(value + i, count) * p, count);
+      });
+    }
+  }
+}
+
+}  // namespace
+
+extern const KernelTable MOESAIC_KERNELS = {
+    gemv_f32, gemv_bf16,    gemv_int8, dequantize_int8, rms_norm, rms_norm_backward,
+    glu,      glu_backward, rope,      attend,
+};
+
+}  // namespace moesaic::nn
