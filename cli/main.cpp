@@ -1,1 +1,138 @@
-int main() { return 0; }
+// The program: a table of verbs, their common flags, and the one place that turns errors into messages and exit codes.
+#include <ATen/core/Tensor.h>
+#include <fmt/format.h>
+
+#include <iostream>
+#include <list>
+
+#include "cli/command.h"
+#include "moesaic/base/device.h"
+#include "moesaic/base/json.h"
+#include "moesaic/base/log.h"
+
+namespace moesaic::cli {
+namespace {
+
+struct Verb {
+  const char* name;
+  const char* summary;
+  AddVerb add;
+};
+
+constexpr Verb kVerbs[] = {
+    {"doctor", "What this machine offers: devices, threads, number formats, versions", add_doctor},
+};
+
+void add_common_options(CLI::App& app, CommonOptions& common) {
+  const char* group = "Common";
+  app.add_option("--log-level", common.log_level, "trace, debug, info, warning, error or off")
+      ->capture_default_str()
+      ->group(group);
+  app.add_option("--threads", common.threads, "CPU threads; 0 takes the cores this process may use")
+      ->capture_default_str()
+      ->check(CLI::Range(0, 4096))
+      ->group(group);
+  app.add_option("--device", common.device, "auto, cpu, cuda or cuda:N")->capture_default_str()->group(group);
+  app.add_option("--dtype", common.dtype, "auto, float32 or bfloat16: number format of the frozen model")
+      ->capture_default_str()
+      ->group(group);
+  app.add_option("--seed", common.seed, "Seed of everything random")->capture_default_str()->group(group);
+}
+
+int fail(ExitCode code, const std::string& message) {
+  std::cout.flush();
+  std::cerr << "error: " << message << '\n';
+  return static_cast<int>(code);
+}
+
+/// The "did you mean" of an unknown verb or flag, or "".
+std::string hint_for(const CLI::App& app, const std::vector<std::string>& args) {
+  const bool has_verb = !args.empty() && !args[0].empty() && args[0][0] != '-';
+  if (!has_verb) return "";
+  const CLI::App* verb = app.get_subcommand_no_throw(args[0]);
+  std::vector<std::string> known;
+  if (verb == nullptr) {
+    for (const Verb& candidate : kVerbs) known.push_back(candidate.name);
+    std::string nearest = nearest_name(args[0], known);
+    return nearest.empty() ? "" : fmt::format(" Did you mean '{}'?", nearest);
+  }
+  for (const CLI::Option* option : verb->get_options()) {
+    for (const std::string& name : option->get_lnames()) known.push_back("--" + name);
+  }
+  for (size_t i = 1; i < args.size(); ++i) {
+    std::string flag = args[i].substr(0, args[i].find('='));
+    if (flag.rfind("--", 0) != 0 || std::find(known.begin(), known.end(), flag) != known.end()) continue;
+    std::string nearest = nearest_name(flag, known);
+    if (!nearest.empty()) return fmt::format(" Did you mean '{}'?", nearest);
+  }
+  return "";
+}
+
+bool is_out_of_memory(const c10::Error& error) {
+  return dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr ||
+         std::string_view(error.what()).find("not enough memory: you tried to allocate") != std::string_view::npos ||
+         std::string_view(error.what()).find("can't allocate memory") != std::string_view::npos;
+}
+
+int run(int argc, char** argv) {
+  CLI::App app{"Moesaic: train, evaluate and run mixtures of experts inside frozen pretrained language models", "moesaic"};
+  app.set_version_flag("--version", fmt::format("moesaic {} (LibTorch {})", kVersion, TORCH_VERSION));
+  app.require_subcommand(1);
+  std::list<CommonOptions> options;  // a list: addresses stay
+  std::vector<std::pair<CLI::App*, std::pair<CommonOptions*, Runner>>> runners;
+  for (const Verb& verb : kVerbs) {
+    CLI::App* sub = app.add_subcommand(verb.name, verb.summary);
+    CommonOptions& common = options.emplace_back();
+    Runner runner = verb.add(*sub, common);
+    add_common_options(*sub, common);
+    runners.push_back({sub, {&common, std::move(runner)}});
+  }
+
+  const std::vector<std::string> args(argv + 1, argv + argc);
+  if (args.empty()) {
+    std::cout << app.help();
+    return static_cast<int>(ExitCode::kUsage);
+  }
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::Success& request) {  // --help, --version
+    return app.exit(request);
+  } catch (const CLI::ParseError& error) {
+    std::string verb = app.get_subcommands().empty() ? "" : app.get_subcommands()[0]->get_name() + " ";
+    return fail(ExitCode::kUsage, fmt::format("{}.{} See `moesaic {}--help`.", error.what(), hint_for(app, args), verb));
+  }
+  for (const auto& [sub, verb] : runners) {
+    if (!sub->parsed()) continue;
+    set_log_level(verb.first->log_level);
+    set_threads(verb.first->threads);
+    return verb.second();
+  }
+  return static_cast<int>(ExitCode::kUsage);
+}
+
+}  // namespace
+}  // namespace moesaic::cli
+
+int main(int argc, char** argv) {
+  using moesaic::ExitCode;
+  using moesaic::cli::fail;
+  try {
+    return moesaic::cli::run(argc, argv);
+  } catch (const moesaic::Error& error) {
+    return fail(error.exit_code(), error.what());
+  } catch (const std::bad_alloc&) {
+    return fail(ExitCode::kOutOfMemory, "out of memory. Try a smaller batch or a shorter cutoff.");
+  } catch (const c10::Error& error) {
+    if (moesaic::cli::is_out_of_memory(error)) {
+      return fail(ExitCode::kOutOfMemory,
+                  fmt::format("out of memory: {}\nTry a smaller batch or a shorter cutoff.", error.what_without_backtrace()));
+    }
+    return fail(ExitCode::kInternal, fmt::format("{}\nThis is a defect of moesaic, not of your input: please report it "
+                                                 "with the command and the output of `moesaic doctor`.",
+                                                 error.what()));
+  } catch (const std::exception& error) {
+    return fail(ExitCode::kInternal, fmt::format("{}\nThis is a defect of moesaic: please report it with the command and "
+                                                 "the output of `moesaic doctor`.",
+                                                 error.what()));
+  }
+}

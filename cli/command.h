@@ -1,0 +1,37 @@
+// The frame every verb of the program stands in: cli/<verb>.cpp defines one add_<verb>(), main.cpp lists it in its table.
+#pragma once
+#include <CLI/CLI.hpp>
+
+#include <functional>
+
+#include "moesaic/base/check.h"
+
+namespace moesaic::cli {
+
+inline constexpr const char* kVersion = "0.1.0";
+
+/// The flags every verb has. main.cpp applies log level and threads before the verb runs.
+struct CommonOptions {
+  std::string log_level = "info";
+  int threads = 0;              // 0 = the cores this process may use
+  std::string device = "auto";  // parse_device()
+  std::string dtype = "auto";   // parse_dtype()
+  uint64_t seed = 42;
+};
+
+/// Does the verb's work and returns the exit code. Throws moesaic::Error for the user's mistakes; main.cpp reports them.
+using Runner = std::function<int()>;
+
+/// Declares a verb's flags on its sub-command and returns its runner. `common` lives as long as the program and holds
+/// the user's values once the runner is called; a verb may set other defaults in it here.
+using AddVerb = Runner (*)(CLI::App& app, CommonOptions& common);
+
+Runner add_chat(CLI::App& app, CommonOptions& common);
+Runner add_doctor(CLI::App& app, CommonOptions& common);
+Runner add_eval(CLI::App& app, CommonOptions& common);
+Runner add_generate(CLI::App& app, CommonOptions& common);
+Runner add_inspect(CLI::App& app, CommonOptions& common);
+Runner add_routes(CLI::App& app, CommonOptions& common);
+Runner add_score(CLI::App& app, CommonOptions& common);
+
+}  // namespace moesaic::cli

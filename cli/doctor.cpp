@@ -1,0 +1,88 @@
+// moesaic doctor: what a bug report needs to say about the machine.
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <sys/utsname.h>
+#include <torch/torch.h>
+#include <unistd.h>
+
+#include <iostream>
+#include <thread>
+
+#include "cli/command.h"
+#include "moesaic/base/device.h"
+#include "moesaic/base/json.h"
+
+namespace moesaic::cli {
+namespace {
+
+/// The value of the first `key : value` line of /proc/cpuinfo, or "unknown".
+std::string cpu_info(std::string_view key) {
+  std::ifstream file("/proc/cpuinfo");
+  for (std::string line; std::getline(file, line);) {
+    if (line.compare(0, key.size(), key) != 0) continue;
+    size_t colon = line.find(": ");
+    if (colon != std::string::npos) return line.substr(colon + 2);
+  }
+  return "unknown";
+}
+
+/// Seconds of one float GEMM of this size in `dtype`, best of three after a warm-up.
+double gemm_seconds(c10::ScalarType dtype, int64_t rows, int64_t width) {
+  auto a = torch::ones({rows, width}, dtype), b = torch::ones({width, width}, dtype);
+  double best = 1e9;
+  for (int i = 0; i < 4; ++i) {
+    auto start = std::chrono::steady_clock::now();
+    torch::matmul(a, b);
+    double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    if (i > 0) best = std::min(best, seconds);
+  }
+  return best;
+}
+
+}  // namespace
+
+Runner add_doctor(CLI::App& app, CommonOptions& common) {
+  auto json = std::make_shared<bool>(false);
+  app.add_flag("--json", *json, "Print as JSON");
+  return [json, &common] {
+    constexpr int64_t kRows = 512, kWidth = 1024;
+    torch::NoGradGuard no_grad;
+    utsname system{};
+    uname(&system);
+    const double flop = 2.0 * kRows * kWidth * kWidth;
+    const std::string flags = " " + cpu_info("flags") + " ";
+    std::vector<std::string> features;
+    for (const char* name : {"avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8"}) {
+      if (flags.find(" " + std::string(name) + " ") != std::string::npos) features.push_back(name);
+    }
+    const bool cuda = load_cuda();
+    const c10::Device device = parse_device(common.device);
+    OrderedJson report = {
+        {"moesaic", kVersion},
+        {"libtorch", TORCH_VERSION},
+        {"compiler", __VERSION__},
+        {"system", fmt::format("{} {} {}", system.sysname, system.release, system.machine)},
+        {"cpu", cpu_info("model name")},
+        {"cpu_features", features},
+        {"cores", std::thread::hardware_concurrency()},
+        {"threads", at::get_num_threads()},
+        {"memory_gib", std::round(sysconf(_SC_PHYS_PAGES) * double(sysconf(_SC_PAGE_SIZE)) / (1 << 30) * 10) / 10},
+        {"mkl", at::hasMKL()},
+        {"cuda_devices", cuda ? static_cast<int>(torch::cuda::device_count()) : 0},
+        {"device", device.str()},
+        {"dtype", dtype_name(parse_dtype(common.dtype, device))},
+        {"cpu_float32_gflops", std::round(flop / gemm_seconds(torch::kFloat32, kRows, kWidth) / 1e9)},
+        {"cpu_bfloat16_gflops", std::round(flop / gemm_seconds(torch::kBFloat16, kRows, kWidth) / 1e9)},
+    };
+    if (*json) {
+      std::cout << report.dump(2) << '\n';
+      return 0;
+    }
+    for (const auto& [key, value] : report.items()) {
+      std::cout << fmt::format("{:<20} {}\n", key, value.is_string() ? value.get<std::string>() : value.dump());
+    }
+    return 0;
+  };
+}
+
+}  // namespace moesaic::cli
