@@ -2,9 +2,9 @@
 #pragma once
 #include <memory>
 #include <string>
-#include <variant>
 #include <vector>
 
+#include "moesaic/adapters/targets.h"
 #include "moesaic/formats/adapter_folder.h"
 #include "moesaic/nn/site.h"
 
@@ -32,12 +32,15 @@ struct AdapterConfig {
   double lora_alpha = 16;
   double lora_dropout = 0.0;
   bool use_rslora = false;
-  std::variant<std::vector<std::string>, std::string> targets;  // names or dotted suffixes, or one full regex
+  TargetPattern targets;  // names or dotted suffixes, or one full regex
   std::vector<std::string> feedforward;      // (IA)^3 and MoV: targets that scale their input
+  TargetPattern exclude;  // same rule, taken away
   std::map<std::string, int64_t> rank_pattern;
   std::map<std::string, double> alpha_pattern;
   std::vector<int64_t> layers_to_transform;  // empty = all
-  std::string k_site = "auto";               // auto | output | post_qk_norm
+  /// Where keys are scaled: auto | output | post_qk_norm (after the per-head norm, which would cancel a gain before
+  /// it). auto: post_qk_norm for mov on models with q/k norm, else output (what PEFT's (IA)^3 does).
+  std::string k_site = "auto";
   RouterConfig router;
   std::string base_model_name_or_path;
   std::string base_fingerprint;              // Checkpoint::fingerprint()
@@ -52,7 +55,8 @@ struct AdapterParameter {
   bool router = false;   // routers may have their own learning rate and no weight decay
 };
 
-/// The method's preset targets: `reference`, `all-linear` (lora, molora) or the default of ia3/mov for this model.
+/// The method's preset targets: `reference` or `all-linear` (lora, molora; "" means all-linear); keys, values and the
+/// FFN branch for ia3 and mov.
 AdapterConfig resolve_targets(AdapterConfig config, const std::string& preset, const nn::Sites& sites);
 
 class Adapter {
@@ -69,9 +73,12 @@ class Adapter {
   const AdapterConfig& config() const { return config_; }
   /// Trainable leaves, ordered by layer and site.
   virtual std::vector<AdapterParameter> parameters() = 0;
+  /// The parameters' gradients in the file's names and layouts (zeros where none was computed). For parity tests.
+  virtual formats::TensorMap gradients() const = 0;
   /// The adapter in the file's names and layouts (float32).
   virtual formats::AdapterFolder folder() const = 0;
-  /// Replaces the parameters by those of a folder() of the same config (checkpoint resume).
+  /// Replaces the parameters by those of a folder() of the same config. Every tensor is claimed once and every
+  /// parameter gets one, or DataError lists all that do not fit.
   virtual void load_tensors(const formats::TensorMap& tensors) = 0;
   /// Sites per target pattern: {"q_proj", 30}.
   virtual std::vector<std::pair<std::string, int64_t>> matches() const = 0;
@@ -81,8 +88,14 @@ class Adapter {
   AdapterConfig config_;
 };
 
-/// adapter_config.json <-> AdapterConfig.
+/// adapter_config.json <-> AdapterConfig. Settings that would change the function and are not implemented (DoRA, biases,
+/// modules_to_save, ...) are refused, all in one message.
 AdapterConfig parse_adapter_config(const Json& json, const std::string& where);
 Json adapter_config_json(const AdapterConfig& config);
+/// The keys of a `router:` block.
+RouterConfig parse_router_config(const Json& json, const std::string& where);
+Json router_config_json(const RouterConfig& router);
+/// Throws ConfigError with everything that is out of range, in one message.
+void validate(const AdapterConfig& config, const std::string& where);
 
 }  // namespace moesaic::adapters

@@ -32,10 +32,26 @@ class ScaleAdapter {
   virtual torch::Tensor forward_ffn(const torch::Tensor& act, const torch::Tensor& up, ForwardContext& context) = 0;
 };
 
+/// While one lives, this thread's forward passes run the frozen model alone.
+class AdapterDisabled {
+ public:
+  AdapterDisabled() : previous_(disabled()) { disabled() = true; }
+  ~AdapterDisabled() { disabled() = previous_; }
+  AdapterDisabled(const AdapterDisabled&) = delete;
+  AdapterDisabled& operator=(const AdapterDisabled&) = delete;
+  static bool& disabled() {
+    thread_local bool value = false;
+    return value;
+  }
+
+ private:
+  bool previous_;
+};
+
 /// A point where an activation may be rescaled. Empty: the identity, for nothing.
 struct ScaleSlot {
   std::vector<std::shared_ptr<ScaleAdapter>> adapters;
-  bool empty() const { return adapters.empty(); }
+  bool empty() const { return adapters.empty() || AdapterDisabled::disabled(); }
 };
 
 /// One adaptable linear: a row of a group.

@@ -1,0 +1,123 @@
+#include "moesaic/adapters/low_rank_adapter.h"
+
+#include "moesaic/adapters/claim.h"
+#include "moesaic/adapters/router_setup.h"
+#include "moesaic/base/check.h"
+#include "moesaic/moe/low_rank.h"
+
+namespace moesaic::adapters {
+namespace {
+
+class LowRankAdapter : public Adapter {
+ public:
+  LowRankAdapter(AdapterConfig config, nn::Sites& sites, const torch::Device& device, uint64_t seed, bool trainable,
+                 double effect) {
+    config_ = std::move(config);
+    std::vector<std::string> paths;
+    for (const nn::LinearSite& site : sites.linears) paths.push_back(site.name);
+    matches_ = count_matches(config_.targets, paths);
+    const int64_t hidden = sites.linears.front().in;
+    const auto options = torch::TensorOptions().dtype(torch::kFloat32);
+    for (const nn::LinearSite& site : sites.linears) {
+      if (!is_target(config_, site.name, site.layer)) continue;
+      auto experts = std::make_shared<moe::LowRankExperts>();
+      const int64_t rank = pattern_value(config_.rank_pattern, site.name, config_.lora_rank);
+      const double alpha = pattern_value(config_.alpha_pattern, site.name, config_.lora_alpha);
+      experts->index = site.index;
+      experts->experts = config_.num_experts;
+      experts->rank = rank;
+      experts->scale = effect * alpha / (config_.use_rslora ? std::sqrt(static_cast<double>(rank)) : rank);
+      experts->dropout = config_.lora_dropout;
+      const std::vector<int64_t> a_shape{config_.num_experts, rank, site.in};
+      experts->a = device.is_meta()
+                       ? torch::empty(a_shape, options.device(device))
+                       : torch::empty(a_shape, options).normal_(0, 0.02, generator_for(seed, site.name + ".lora_A")).to(device);
+      experts->b = torch::zeros({config_.num_experts * rank, site.out}, options.device(device));
+      experts->router = make_router(config_, site.name, site.layer, site.in, hidden, device, seed);
+      moe::LowRankGroup::of(*site.group)->add(experts, trainable);
+      attached_.push_back({site, experts});
+    }
+  }
+
+  ~LowRankAdapter() override {
+    for (Attached& site : attached_) moe::LowRankGroup::of(*site.site.group)->remove(site.experts, *site.site.group);
+  }
+
+  std::vector<AdapterParameter> parameters() override {
+    std::vector<AdapterParameter> result;
+    for (const Attached& site : attached_) {
+      result.push_back({site.site.name + ".lora_A", site.experts->a, false});
+      result.push_back({site.site.name + ".lora_B", site.experts->b, false});
+      if (site.experts->router.defined()) {
+        result.push_back({site.site.name + ".router", site.experts->router.weight, true});
+      }
+    }
+    return result;
+  }
+
+  formats::TensorMap gradients() const override {
+    formats::TensorMap result;
+    for (const FileTensor& tensor : file_tensors()) result[tensor.key] = tensor.gradient();
+    return result;
+  }
+
+  formats::AdapterFolder folder() const override {
+    formats::AdapterFolder result{adapter_config_json(config_), {}};
+    for (const FileTensor& tensor : file_tensors()) result.tensors[tensor.key] = tensor.value();
+    return result;
+  }
+
+  void load_tensors(const formats::TensorMap& tensors) override { claim_tensors(file_tensors(), tensors); }
+
+  std::vector<std::pair<std::string, int64_t>> matches() const override { return matches_; }
+
+ private:
+  struct Attached {
+    nn::LinearSite site;
+    std::shared_ptr<moe::LowRankExperts> experts;
+  };
+
+  /// lora: A [r, in], B [out, r]; molora: A [E, r, in], B [E, out, r], router [E, d_u].
+  std::vector<FileTensor> file_tensors() const {
+    std::vector<FileTensor> result;
+    const bool stacked = config_.method == "molora";
+    for (const Attached& attached : attached_) {
+      const auto& e = attached.experts;
+      const std::string& name = attached.site.name;
+      const int64_t out = attached.site.out;
+      const std::vector<int64_t> a_shape = e->a.sizes().vec();
+      const std::vector<int64_t> b_shape{e->experts, out, e->rank};
+      auto drop = [stacked](std::vector<int64_t> shape) {
+        return stacked ? shape : std::vector<int64_t>(shape.begin() + 1, shape.end());
+      };
+      auto to_file_a = [shape = drop(a_shape)](const torch::Tensor& a) { return a.detach().reshape(shape).cpu().contiguous(); };
+      auto to_file_b = [e, shape = drop(b_shape)](const torch::Tensor& b) {
+        return b.detach().view({e->experts, e->rank, -1}).transpose(1, 2).reshape(shape).cpu().contiguous();
+      };
+      result.push_back({name + ".lora_A.weight", drop(a_shape),
+                        [e](const torch::Tensor& t) { e->a.copy_(t.view(e->a.sizes())); },
+                        [e, to_file_a] { return to_file_a(e->a); },
+                        [e, to_file_a] { return to_file_a(gradient_or_zeros(e->a)); }});
+      result.push_back({name + ".lora_B.weight", drop(b_shape),
+                        [e, b_shape](const torch::Tensor& t) {
+                          e->b.copy_(t.reshape(b_shape).transpose(1, 2).reshape(e->b.sizes()));
+                        },
+                        [e, to_file_b] { return to_file_b(e->b); },
+                        [e, to_file_b] { return to_file_b(gradient_or_zeros(e->b)); }});
+      if (e->router.defined()) result.push_back(router_file_tensor(name, e->router.weight));
+    }
+    return result;
+  }
+
+  std::vector<Attached> attached_;
+  std::vector<std::pair<std::string, int64_t>> matches_;
+};
+
+}  // namespace
+
+std::unique_ptr<Adapter> make_low_rank_adapter(AdapterConfig config, nn::Sites& sites, const torch::Device& device,
+                                               uint64_t seed, bool trainable, double effect) {
+  return std::make_unique<LowRankAdapter>(std::move(config), sites, device, seed, trainable, effect);
+}
+
+}  // namespace moesaic::adapters

@@ -1,0 +1,42 @@
+#include "moesaic/adapters/router_setup.h"
+
+namespace moesaic::adapters {
+
+bool is_target(const AdapterConfig& config, const std::string& path, int64_t layer) {
+  const auto& layers = config.layers_to_transform;
+  return matches_target(config.targets, path) && !matches_target(config.exclude, path) &&
+         (layers.empty() || std::find(layers.begin(), layers.end(), layer) != layers.end());
+}
+
+moe::Router make_router(const AdapterConfig& config, const std::string& path, int64_t layer, int64_t own_width,
+                        int64_t hidden, const torch::Device& device, uint64_t seed) {
+  moe::Router router;
+  router.site = path;
+  router.layer = layer;
+  if (config.num_experts == 1) return router;
+  router.options.input = moe::parse_router_input(config.router.input);
+  router.options.top_k = config.router.type == "top_k" ? config.router.top_k : 0;
+  router.options.topk_mode = moe::parse_topk_mode(config.router.topk_mode);
+  router.options.jitter = config.router.jitter;
+  router.options.temperature = config.router.temperature;
+  int64_t width = own_width;
+  if (router.options.input == moe::RouterInput::kLayerInput) width = hidden;
+  if (router.options.input == moe::RouterInput::kSentence) {
+    width = config.router.sentence_dim > 0 ? config.router.sentence_dim : hidden;
+  }
+  const auto options = torch::TensorOptions().dtype(torch::kFloat32);
+  router.weight = device.is_meta() ? torch::empty({config.num_experts, width}, options.device(device))
+                                   : torch::empty({config.num_experts, width}, options)
+                                         .normal_(0, config.router.init_std, generator_for(seed, path + ".router"))
+                                         .to(device);
+  return router;
+}
+
+FileTensor router_file_tensor(const std::string& path, const torch::Tensor& weight) {
+  return {path + ".router.weight", weight.sizes().vec(),
+          [weight](const torch::Tensor& t) { torch::Tensor(weight).copy_(t); },
+          [weight] { return weight.detach().cpu().contiguous(); },
+          [weight] { return gradient_or_zeros(weight).detach().cpu().contiguous(); }};
+}
+
+}  // namespace moesaic::adapters

@@ -1,0 +1,364 @@
+#include "moesaic/moe/low_rank.h"
+
+#include <ATen/Parallel.h>
+
+#include "moesaic/base/check.h"
+#include "moesaic/nn/kernels.h"
+
+namespace moesaic::moe {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+/// What `JointLinear` needs of a group for one call.
+struct JointWeights {
+  torch::Tensor weight;   // [O, in], frozen
+  torch::Tensor bias;     // [O] or undefined
+  torch::Tensor down;     // [K, in], float32: every A, then the router weights
+  int64_t rank_rows;      // rows of `down` that are A's
+  std::vector<int64_t> leaf_rows;  // rows of each leaf, in order
+};
+
+/// x [N, in] -> y = x W^T + b [N, O], U = x A^T [N, sum E*r], L = fp32(x) W_r^T [N, sum E].
+/// With a float32 x, U and L are one GEMM. Saves x only.
+struct JointLinear : torch::autograd::Function<JointLinear> {
+  static variable_list forward(AutogradContext* ctx, const torch::Tensor& x, const JointWeights* joint,
+                               at::TensorList leaves) {
+    torch::Tensor y = nn::linear_rows(x, joint->weight, joint->bias);
+    torch::Tensor u, logits;
+    const int64_t router_rows = joint->down.size(0) - joint->rank_rows;
+    if (x.scalar_type() == joint->down.scalar_type()) {
+      const torch::Tensor c = nn::linear_rows(x, joint->down, {});
+      u = c.narrow(1, 0, joint->rank_rows);
+      logits = c.narrow(1, joint->rank_rows, router_rows);
+    } else {
+      u = at::linear(x, joint->down.narrow(0, 0, joint->rank_rows).to(x.scalar_type()));
+      logits = router_rows == 0 ? torch::empty({x.size(0), 0}, joint->down.options())
+                                : at::linear(x.to(joint->down.scalar_type()),
+                                             joint->down.narrow(0, joint->rank_rows, router_rows));
+    }
+    ctx->save_for_backward({x});
+    ctx->saved_data["weight"] = joint->weight;
+    ctx->saved_data["down"] = joint->down;
+    ctx->saved_data["rank_rows"] = joint->rank_rows;
+    ctx->saved_data["leaf_rows"] = joint->leaf_rows;
+    return {y, u, logits};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const torch::Tensor x = ctx->get_saved_variables()[0];
+    const torch::Tensor weight = ctx->saved_data["weight"].toTensor();
+    const torch::Tensor down = ctx->saved_data["down"].toTensor();
+    const int64_t rank_rows = ctx->saved_data["rank_rows"].toInt();
+    const std::vector<int64_t> leaf_rows = ctx->saved_data["leaf_rows"].toIntVector();
+    const torch::Tensor& gy = grads[0];
+    const bool same_dtype = x.scalar_type() == down.scalar_type();
+
+    torch::Tensor gx;
+    if (ctx->needs_input_grad(0)) gx = at::mm(gy, weight);
+    torch::Tensor gdown;  // [K, in] float32
+    if (same_dtype) {
+      const torch::Tensor gc = torch::cat({grads[1], grads[2]}, 1);
+      gdown = at::mm(gc.t(), x);
+      if (gx.defined()) gx.addmm_(gc, down);
+    } else {
+      const torch::Tensor gu = grads[1].contiguous();
+      gdown = at::mm(gu.t(), x).to(down.scalar_type());
+      if (gx.defined()) gx.addmm_(gu, down.narrow(0, 0, rank_rows).to(x.scalar_type()));
+      if (const int64_t router_rows = down.size(0) - rank_rows; router_rows > 0) {
+        gdown = torch::cat({gdown, at::mm(grads[2].t(), x.to(down.scalar_type()))}, 0);
+        if (gx.defined()) {
+          gx.add_(at::mm(grads[2], down.narrow(0, rank_rows, router_rows)).to(x.scalar_type()));
+        }
+      }
+    }
+    variable_list result{gx, torch::Tensor()};
+    int64_t row = 0;
+    for (int64_t rows : leaf_rows) {
+      result.push_back(gdown.narrow(0, row, rows));
+      row += rows;
+    }
+    return result;
+  }
+};
+
+/// y [N, O] += scale_j G_j B_j into the columns of each site j, in place. G: [N, sum E*r]; B_j: [E*r, out].
+struct AddUp : torch::autograd::Function<AddUp> {
+  static torch::Tensor forward(AutogradContext* ctx, torch::Tensor y, const torch::Tensor& g,
+                               const std::vector<int64_t>& columns, const std::vector<double>& scales,
+                               at::TensorList bs) {
+    int64_t k = 0;
+    for (size_t j = 0; j < bs.size(); ++j) {
+      const torch::Tensor b = bs[j].to(y.scalar_type());
+      y.narrow(1, columns[j], b.size(1)).addmm_(g.narrow(1, k, b.size(0)), b, 1.0, scales[j]);
+      k += b.size(0);
+    }
+    variable_list saved{g};
+    saved.insert(saved.end(), bs.begin(), bs.end());
+    ctx->save_for_backward(saved);
+    ctx->saved_data["columns"] = columns;
+    ctx->saved_data["scales"] = scales;
+    ctx->mark_dirty({y});
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const torch::Tensor& g = saved[0];
+    const std::vector<int64_t> columns = ctx->saved_data["columns"].toIntVector();
+    const std::vector<double> scales = ctx->saved_data["scales"].toDoubleVector();
+    const torch::Tensor& gy = grads[0];
+    torch::Tensor gg;
+    if (ctx->needs_input_grad(1)) gg = torch::empty(g.sizes(), g.options());
+    variable_list result{gy, gg, torch::Tensor(), torch::Tensor()};
+    int64_t k = 0;
+    for (size_t j = 0; j < columns.size(); ++j) {
+      const torch::Tensor& b = saved[j + 1];
+      const torch::Tensor gy_j = gy.narrow(1, columns[j], b.size(1));
+      if (gg.defined()) {
+        torch::Tensor gg_j = gg.narrow(1, k, b.size(0));
+        at::addmm_out(gg_j, gg_j, gy_j, b.to(gy.scalar_type()).t(), 0.0, scales[j]);
+      }
+      result.push_back(at::mm(g.narrow(1, k, b.size(0)).t(), gy_j).to(b.scalar_type()).mul_(scales[j]));
+      k += b.size(0);
+    }
+    return result;
+  }
+};
+
+/// The CPU kernel of `gate_ranks`, forward and backward, over rows. Sites with one expert pass U through.
+struct GateLayout {
+  std::vector<int64_t> experts, ranks;
+  std::vector<double> temperatures;
+};
+
+void gate_forward(const torch::Tensor& u, const torch::Tensor& logits, const GateLayout& layout, torch::Tensor& g,
+                  torch::Tensor& s) {
+  const float* u_data = u.const_data_ptr<float>();
+  const float* l_data = logits.const_data_ptr<float>();
+  float* g_data = g.mutable_data_ptr<float>();
+  float* s_data = s.mutable_data_ptr<float>();
+  const int64_t u_stride = u.stride(0), l_stride = logits.stride(0), g_stride = g.stride(0), s_stride = s.stride(0);
+  at::parallel_for(0, u.size(0), 64, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const float* u_row = u_data + n * u_stride;
+      const float* l_row = l_data + n * l_stride;
+      float* g_row = g_data + n * g_stride;
+      float* s_row = s_data + n * s_stride;
+      for (size_t j = 0; j < layout.experts.size(); ++j) {
+        const int64_t experts = layout.experts[j], rank = layout.ranks[j];
+        if (experts == 1) {
+          for (int64_t i = 0; i < rank; ++i) *g_row++ = *u_row++;
+          continue;
+        }
+        const float inverse_temperature = static_cast<float>(1.0 / layout.temperatures[j]);
+        float largest = l_row[0];
+        for (int64_t e = 1; e < experts; ++e) largest = std::max(largest, l_row[e]);
+        float sum = 0;
+        for (int64_t e = 0; e < experts; ++e) sum += s_row[e] = std::exp((l_row[e] - largest) * inverse_temperature);
+        for (int64_t e = 0; e < experts; ++e) {
+          s_row[e] /= sum;
+          for (int64_t i = 0; i < rank; ++i) *g_row++ = *u_row++ * s_row[e];
+        }
+        l_row += experts;
+        s_row += experts;
+      }
+    }
+  });
+}
+
+struct GateRanks : torch::autograd::Function<GateRanks> {
+  static torch::Tensor forward(AutogradContext* ctx, const torch::Tensor& u, const torch::Tensor& logits,
+                               const GateLayout* layout) {
+    torch::Tensor g = torch::empty({u.size(0), u.size(1)}, u.options());
+    torch::Tensor s = torch::empty({logits.size(0), logits.size(1)}, logits.options());
+    gate_forward(u, logits, *layout, g, s);
+    ctx->save_for_backward({u, s});
+    ctx->saved_data["experts"] = layout->experts;
+    ctx->saved_data["ranks"] = layout->ranks;
+    ctx->saved_data["temperatures"] = layout->temperatures;
+    return g;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const torch::Tensor& u = saved[0];
+    const torch::Tensor& s = saved[1];
+    const GateLayout layout{ctx->saved_data["experts"].toIntVector(), ctx->saved_data["ranks"].toIntVector(),
+                            ctx->saved_data["temperatures"].toDoubleVector()};
+    const torch::Tensor gg = grads[0].contiguous();
+    torch::Tensor gu = torch::empty({u.size(0), u.size(1)}, u.options());
+    torch::Tensor gl = torch::empty_like(s);
+    const float* u_data = u.const_data_ptr<float>();
+    const float* s_data = s.const_data_ptr<float>();
+    const float* gg_data = gg.const_data_ptr<float>();
+    float* gu_data = gu.mutable_data_ptr<float>();
+    float* gl_data = gl.mutable_data_ptr<float>();
+    const int64_t u_stride = u.stride(0);
+    at::parallel_for(0, u.size(0), 64, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        const float* u_row = u_data + n * u_stride;
+        const float* gg_row = gg_data + n * gg.size(1);
+        const float* s_row = s_data + n * s.size(1);
+        float* gu_row = gu_data + n * gg.size(1);
+        float* gl_row = gl_data + n * s.size(1);
+        for (size_t j = 0; j < layout.experts.size(); ++j) {
+          const int64_t experts = layout.experts[j], rank = layout.ranks[j];
+          if (experts == 1) {
+            for (int64_t i = 0; i < rank; ++i) *gu_row++ = *gg_row++;
+            u_row += rank;
+            continue;
+          }
+          float mean = 0;  // sum_e s_e gs_e
+          for (int64_t e = 0; e < experts; ++e) {
+            float gs = 0;
+            for (int64_t i = 0; i < rank; ++i) {
+              gs += *gg_row * *u_row++;
+              *gu_row++ = *gg_row++ * s_row[e];
+            }
+            gl_row[e] = gs;
+            mean += s_row[e] * gs;
+          }
+          const float inverse_temperature = static_cast<float>(1.0 / layout.temperatures[j]);
+          for (int64_t e = 0; e < experts; ++e) gl_row[e] = s_row[e] * (gl_row[e] - mean) * inverse_temperature;
+          gl_row += experts;
+          s_row += experts;
+        }
+      }
+    });
+    return {gu, gl, torch::Tensor()};
+  }
+};
+
+torch::Tensor dropout_input(const torch::Tensor& x, double p) { return at::dropout(x, p, /*train=*/true); }
+
+}  // namespace
+
+torch::Tensor gate_ranks(const torch::Tensor& u, const torch::Tensor& logits, const std::vector<int64_t>& experts,
+                         const std::vector<int64_t>& ranks, const std::vector<double>& temperatures) {
+  const GateLayout layout{experts, ranks, temperatures};
+  return GateRanks::apply(u, logits, &layout);
+}
+
+std::shared_ptr<LowRankGroup> LowRankGroup::of(nn::LinearGroup& group) {
+  if (!group.adapter) group.adapter = std::make_shared<LowRankGroup>();
+  auto low_rank = std::dynamic_pointer_cast<LowRankGroup>(group.adapter);
+  MOESAIC_CHECK(low_rank, UsageError, "a linear group already carries another kind of adapter");
+  return low_rank;
+}
+
+void LowRankGroup::add(std::shared_ptr<LowRankExperts> experts, bool trainable) {
+  experts->b.set_requires_grad(trainable);
+  experts->a.set_requires_grad(trainable);
+  if (experts->router.defined()) experts->router.weight.set_requires_grad(trainable);
+  experts_.push_back(std::move(experts));
+  fuse();
+}
+
+void LowRankGroup::remove(const std::shared_ptr<LowRankExperts>& experts, nn::LinearGroup& group) {
+  std::erase(experts_, experts);
+  if (experts_.empty()) {
+    group.adapter.reset();
+  } else {
+    fuse();
+  }
+}
+
+void LowRankGroup::fuse() {
+  torch::NoGradGuard no_grad;
+  std::vector<torch::Tensor> leaves, rows;
+  for (const auto& e : experts_) leaves.push_back(e->a);
+  for (const auto& e : experts_) {
+    if (e->router.defined() && e->router.options.plain()) leaves.push_back(e->router.weight);
+  }
+  const int64_t in = experts_.front()->a.size(2);
+  for (const torch::Tensor& leaf : leaves) rows.push_back(leaf.detach().reshape({-1, in}));
+  down_ = torch::cat(rows, 0);
+  int64_t row = 0;
+  for (torch::Tensor& leaf : leaves) {
+    const int64_t count = leaf.numel() / in;
+    leaf.set_data(down_.narrow(0, row, count).view(leaf.sizes()));
+    row += count;
+  }
+}
+
+torch::Tensor LowRankGroup::forward(const torch::Tensor& x, const nn::LinearGroup& group, nn::ForwardContext& context) {
+  bool dropout = false, plain = true;
+  for (const auto& e : experts_) {
+    dropout |= context.training && e->dropout > 0;
+    plain &= !e->router.defined() || e->router.options.plain();
+  }
+
+  std::vector<torch::Tensor> leaves, bs;
+  std::vector<int64_t> columns, experts, ranks;
+  std::vector<double> scales, temperatures;
+  JointWeights joint{group.weight(), group.bias(), down_, 0, {}};
+  for (const auto& e : experts_) {
+    leaves.push_back(e->a.view({e->width(), -1}));
+    joint.rank_rows += e->width();
+    bs.push_back(e->b);
+    columns.push_back(group.column(e->index));
+    experts.push_back(e->experts);
+    ranks.push_back(e->rank);
+    scales.push_back(e->scale);
+    temperatures.push_back(e->router.options.temperature);
+  }
+  for (const auto& e : experts_) {
+    if (e->router.defined() && e->router.options.plain()) leaves.push_back(e->router.weight);
+  }
+  for (const torch::Tensor& leaf : leaves) joint.leaf_rows.push_back(leaf.size(0));
+
+  torch::Tensor y, u, logits;
+  if (dropout || group.quantized()) {
+    y = group.base_forward(x);
+    std::vector<torch::Tensor> us, ls;
+    for (const auto& e : experts_) {
+      const torch::Tensor input = dropout && e->dropout > 0 ? dropout_input(x, e->dropout) : x;
+      us.push_back(at::linear(input.to(e->a.scalar_type()), e->a.view({e->width(), -1})).to(x.scalar_type()));
+      if (e->router.defined() && e->router.options.plain()) {
+        ls.push_back(at::linear(x.to(e->router.weight.scalar_type()), e->router.weight));
+      }
+    }
+    u = torch::cat(us, 1);
+    logits = ls.empty() ? torch::empty({x.size(0), 0}, down_.options()) : torch::cat(ls, 1);
+  } else {
+    variable_list joined = JointLinear::apply(x, static_cast<const JointWeights*>(&joint), at::TensorList(leaves));
+    y = joined[0];
+    u = joined[1];
+    logits = joined[2];
+  }
+
+  torch::Tensor g = u;
+  const bool routed = std::any_of(experts.begin(), experts.end(), [](int64_t e) { return e > 1; });
+  if (routed) {
+    if (plain && context.routing == nullptr && u.device().is_cpu() && u.scalar_type() == torch::kFloat32) {
+      g = gate_ranks(u, logits, experts, ranks, temperatures);
+    } else {
+      std::vector<torch::Tensor> gated;
+      int64_t k = 0, l = 0;
+      for (const auto& e : experts_) {
+        torch::Tensor u_e = u.narrow(1, k, e->width());
+        k += e->width();
+        if (e->router.defined()) {
+          torch::Tensor weights;
+          if (e->router.options.plain()) {
+            weights = e->router.route(logits.narrow(1, l, e->experts) / e->router.options.temperature, context, 1);
+            l += e->experts;
+          } else if (e->router.options.input == RouterInput::kToken ||
+                     e->router.options.input == RouterInput::kFfnProduct) {
+            weights = e->router.route(e->router.logits(x, context), context, 1);
+          } else {
+            weights = e->router.route_from_context(context);
+          }
+          u_e = (u_e.view({-1, e->experts, e->rank}) * weights.to(u.scalar_type()).unsqueeze(-1)).flatten(1);
+        }
+        gated.push_back(u_e);
+      }
+      g = torch::cat(gated, 1);
+    }
+  }
+  return AddUp::apply(y, g, columns, scales, at::TensorList(bs));
+}
+
+}  // namespace moesaic::moe

@@ -1,0 +1,61 @@
+// The gated low-rank product: LoRA and MoLoRA at all linears that read one input, as one GEMM down and one up per site.
+#pragma once
+#include <memory>
+#include <vector>
+
+#include "moesaic/moe/router.h"
+#include "moesaic/nn/linear.h"
+
+namespace moesaic::moe {
+
+/// E low-rank experts at one linear of a group.
+///
+///   p = softmax(u W_r)                                  (E = 1: no router, p = 1)
+///   y_site += scale * sum_e p_e (x A_e^T) B_e           one product over the E*r concatenated ranks
+///
+/// Leaves are float32 whatever the base's dtype; B lies as [E*r, out] because its gradient h^T dy is far faster on CPUs
+/// than PEFT's dy^T h (docs/performance.md).
+struct LowRankExperts {
+  int64_t index;      // linear in the group
+  int64_t experts;    // E
+  int64_t rank;       // r
+  double scale;       // alpha / r (or alpha / sqrt(r)), times the effect asked for when loading
+  double dropout = 0.0;
+  torch::Tensor a;    // [E, r, in]
+  torch::Tensor b;    // [E*r, out]
+  Router router;      // weight [E, in]
+
+  int64_t width() const { return experts * rank; }
+};
+
+/// All low-rank experts of one group of linears; several adapters may add theirs.
+///
+/// x: [N, in]; returns [N, sum of out]: base product plus every delta. One GEMM computes x A^T for all sites together
+/// with the logits of the routers that read x; no tensor of shape [N, E, out] exists at any time.
+/// Source: arXiv 2309.05444, spec section 5.
+class LowRankGroup : public nn::GroupAdapter {
+ public:
+  /// The group's object, made when it has none.
+  static std::shared_ptr<LowRankGroup> of(nn::LinearGroup& group);
+
+  /// Adds experts whose `a`, `b` and router weight hold their initial values; the leaves are replaced by views of the
+  /// fused matrix. Pass `trainable` false when only inferring.
+  void add(std::shared_ptr<LowRankExperts> experts, bool trainable);
+  /// Removes them; the group's slot is emptied with the last.
+  void remove(const std::shared_ptr<LowRankExperts>& experts, nn::LinearGroup& group);
+
+  torch::Tensor forward(const torch::Tensor& x, const nn::LinearGroup& group, nn::ForwardContext& context) override;
+
+ private:
+  void fuse();
+
+  std::vector<std::shared_ptr<LowRankExperts>> experts_;
+  torch::Tensor down_;  // [sum E*r + sum E, in]: every A, then every router weight that reads x
+};
+
+/// G = (s repeated over ranks) * U for all sites of a group, s = softmax(L / T) per site; float32, CPU.
+/// U: [N, sum E*r], L: [N, sum E] of the sites with E > 1. Exposed for tests and benchmarks.
+torch::Tensor gate_ranks(const torch::Tensor& u, const torch::Tensor& logits, const std::vector<int64_t>& experts,
+                         const std::vector<int64_t>& ranks, const std::vector<double>& temperatures);
+
+}  // namespace moesaic::moe

@@ -1,0 +1,74 @@
+#include "moesaic/moe/router.h"
+
+#include "moesaic/base/check.h"
+
+namespace moesaic::moe {
+
+torch::Tensor topk_weights(const torch::Tensor& probs, int64_t k, TopkMode mode) {
+  if (k == 0 || k >= probs.size(-1)) return probs;
+  const torch::Tensor kept = std::get<1>(probs.detach().topk(k, -1));
+  const torch::Tensor mask = torch::zeros_like(probs).scatter_(-1, kept, 1.0);
+  const torch::Tensor masked = probs * mask;
+  return mode == TopkMode::kRenorm ? masked / masked.sum(-1, /*keepdim=*/true) : masked;
+}
+
+torch::Tensor Router::logits(const torch::Tensor& u, const nn::ForwardContext& context) const {
+  torch::Tensor input = u.to(weight.scalar_type());
+  if (options.jitter > 0 && context.training) {
+    input = input * torch::empty_like(input).uniform_(1.0 - options.jitter, 1.0 + options.jitter);
+  }
+  const torch::Tensor product = at::linear(input, weight);
+  return options.temperature == 1.0 ? product : product / options.temperature;
+}
+
+torch::Tensor Router::route(const torch::Tensor& logits, nn::ForwardContext& context, int64_t rows_per_token) const {
+  const torch::Tensor probs = logits.softmax(-1);
+  const torch::Tensor weights = topk_weights(probs, options.top_k, options.topk_mode);
+  if (context.routing != nullptr) {
+    context.routing->push_back({site, layer, logits, probs, weights, rows_per_token});
+  }
+  return weights;
+}
+
+torch::Tensor Router::route_from_context(nn::ForwardContext& context) const {
+  if (options.input == RouterInput::kLayerInput) return route(logits(context.layer_input, context), context, 1);
+  MOESAIC_CHECK(context.sentence.defined(), UsageError,
+                "router of {}: got no sentence vectors, expected [{}, {}]: the router's input is `sentence`", site,
+                context.offsets.size() - 1, weight.size(1));
+  MOESAIC_CHECK(context.sentence.size(1) == weight.size(1), ShapeError,
+                "router of {}: got sentence vectors of width {}, expected {}", site, context.sentence.size(1),
+                weight.size(1));
+  return route(logits(context.sentence, context), context, 0).index_select(0, context.segments);
+}
+
+torch::Tensor balance_loss(const nn::RoutingRecord& record) {
+  const int64_t experts = record.probs.size(-1);
+  const torch::Tensor probs = record.probs.reshape({-1, experts});
+  const torch::Tensor weights = record.weights.detach().reshape({-1, experts});
+  torch::Tensor slots = (weights > 0).to(probs.scalar_type());
+  if (slots.sum(-1).min().item<double>() == experts) {
+    slots = torch::zeros_like(probs).scatter_(-1, probs.detach().argmax(-1, /*keepdim=*/true), 1.0);
+  }
+  const torch::Tensor fraction = slots.sum(0) / slots.sum();
+  return experts * (fraction * probs.mean(0)).sum();
+}
+
+torch::Tensor z_loss(const nn::RoutingRecord& record) { return record.logits.logsumexp(-1).square().mean(); }
+
+TopkMode parse_topk_mode(const std::string& name) {
+  if (name == "mask") return TopkMode::kMask;
+  if (name == "renorm") return TopkMode::kRenorm;
+  if (name == "residual") return TopkMode::kResidual;
+  throw UsageError(fmt::format("router.topk_mode: got '{}', expected mask, renorm or residual", name));
+}
+
+RouterInput parse_router_input(const std::string& name) {
+  if (name == "token") return RouterInput::kToken;
+  if (name == "sentence") return RouterInput::kSentence;
+  if (name == "layer_input") return RouterInput::kLayerInput;
+  if (name == "ffn_product") return RouterInput::kFfnProduct;
+  throw UsageError(
+      fmt::format("router.input: got '{}', expected token, sentence, layer_input or ffn_product", name));
+}
+
+}  // namespace moesaic::moe

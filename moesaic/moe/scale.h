@@ -1,0 +1,36 @@
+// Scaled activations: (IA)^3 and MoV at keys, values and the FFN branch.
+#pragma once
+#include "moesaic/moe/router.h"
+#include "moesaic/nn/site.h"
+
+namespace moesaic::moe {
+
+/// E learned vectors at one activation.
+///
+///   p = softmax(u W_r)             routing weights in float32 (E = 1: no router, p = 1)
+///   m = sum_e p_e v_e              soft merging (residual top-k: m = 1 + sum_e p_e (v_e - 1))
+///   y' = y * (1 + scale (m - 1))
+///
+/// Head sites: y [N, H, k], v [E, H, k], one router [E, k] shared by the heads and read per head. Flat sites: y [N, f],
+/// v [E, f], router [E, f]. With E = 1 this is (IA)^3; vectors are [H, k] or [f]. Starts as the identity: v = 1.
+/// Source: arXiv 2309.05444, spec section 4.
+class ScaleExperts : public nn::ScaleAdapter {
+ public:
+  /// vectors: [E, H, k] or [E, f], float32; effect: 1 when training, the `:scale` of an adapter when inferring.
+  ScaleExperts(torch::Tensor vectors, Router router, double effect);
+
+  torch::Tensor forward(const torch::Tensor& y, nn::ForwardContext& context) override;
+  torch::Tensor forward_ffn(const torch::Tensor& act, const torch::Tensor& up, nn::ForwardContext& context) override;
+
+  torch::Tensor vectors;  // leaf
+  Router router;
+
+ private:
+  /// The merged scale for weights [N, E] or [N, H, E]: [N, f] or [N, H, k].
+  torch::Tensor merge(const torch::Tensor& weights) const;
+  torch::Tensor merged(const torch::Tensor& own_input, nn::ForwardContext& context) const;
+
+  double effect_;
+};
+
+}  // namespace moesaic::moe

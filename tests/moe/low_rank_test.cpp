@@ -1,0 +1,223 @@
+#include "moesaic/moe/low_rank.h"
+
+#include <gtest/gtest.h>
+
+#include "tests/moe/largest_allocation.h"
+
+namespace moesaic::moe {
+namespace {
+
+struct Shape {
+  int64_t n, in;
+  std::vector<int64_t> outs;
+  std::vector<int64_t> targets;  // adapted members
+  int64_t experts, rank;
+};
+
+/// A group with random base weights and experts at `targets`; the naive form beside it.
+struct Fixture {
+  explicit Fixture(const Shape& shape, RouterOptions options = {}, torch::ScalarType dtype = torch::kFloat32)
+      : group(shape.in, shape.outs, /*bias=*/true, torch::TensorOptions().dtype(dtype)) {
+    torch::manual_seed(3);
+    const auto real = torch::TensorOptions().dtype(dtype);
+    {
+      torch::NoGradGuard no_grad;
+      for (const auto& member : group.members()) {
+        member->weight.normal_(0, 0.3);
+        member->bias.normal_();
+      }
+    }
+    for (int64_t index : shape.targets) {
+      auto e = std::make_shared<LowRankExperts>();
+      e->index = index;
+      e->experts = shape.experts;
+      e->rank = shape.rank;
+      e->scale = 4.0;
+      e->a = torch::randn({shape.experts, shape.rank, shape.in}, real) * 0.3;
+      e->b = torch::randn({shape.experts * shape.rank, shape.outs[index]}, real) * 0.3;
+      if (shape.experts > 1) {
+        e->router = {torch::randn({shape.experts, shape.in}, real) * 0.3, options, "site", 0};
+      }
+      LowRankGroup::of(group)->add(e, /*trainable=*/true);
+      experts.push_back(e);
+    }
+    x = torch::randn({shape.n, shape.in}, real).set_requires_grad(true);
+    direction = torch::randn({shape.n, std::accumulate(shape.outs.begin(), shape.outs.end(), int64_t{0})}, real);
+  }
+
+  /// The reference's einsums: every expert's output is made, then mixed.
+  torch::Tensor naive(const torch::Tensor& input) const {
+    std::vector<torch::Tensor> outputs;
+    for (size_t j = 0; j < group.outs().size(); ++j) {
+      torch::Tensor y = at::linear(input, group.members()[j]->weight, group.members()[j]->bias);
+      for (const auto& e : experts) {
+        if (e->index != static_cast<int64_t>(j)) continue;
+        const auto b = e->b.view({e->experts, e->rank, -1});
+        const auto each = torch::einsum("nd,erd,ero->neo", {input, e->a, b});
+        torch::Tensor p = torch::ones({input.size(0), 1}, input.options());
+        if (e->experts > 1) {
+          p = topk_weights((at::linear(input, e->router.weight) / e->router.options.temperature).softmax(-1),
+                           e->router.options.top_k, e->router.options.topk_mode);
+        }
+        y = y + e->scale * torch::einsum("ne,neo->no", {p, each});
+      }
+      outputs.push_back(y);
+    }
+    return torch::cat(outputs, 1);
+  }
+
+  std::vector<torch::Tensor> leaves() const {
+    std::vector<torch::Tensor> result{x};
+    for (const auto& e : experts) {
+      result.push_back(e->a);
+      result.push_back(e->b);
+      if (e->experts > 1) result.push_back(e->router.weight);
+    }
+    return result;
+  }
+
+  std::vector<torch::Tensor> gradients(const torch::Tensor& y) const {
+    for (auto leaf : leaves()) leaf.mutable_grad() = torch::Tensor();
+    (y * direction).sum().backward();
+    std::vector<torch::Tensor> result;
+    for (auto& leaf : leaves()) result.push_back(leaf.grad().clone());
+    return result;
+  }
+
+  nn::LinearGroup group;
+  std::vector<std::shared_ptr<LowRankExperts>> experts;
+  torch::Tensor x, direction;
+};
+
+void expect_equals_naive(Fixture& fixture, double tolerance, bool collect_routing = false) {
+  std::vector<nn::RoutingRecord> routing;
+  nn::ForwardContext context;
+  if (collect_routing) context.routing = &routing;
+  const auto y = fixture.group.forward(fixture.x, context);
+  const auto expected = fixture.naive(fixture.x);
+  EXPECT_LT((y - expected).abs().max().item<double>(), tolerance * expected.abs().max().item<double>());
+  const auto got = fixture.gradients(y), want = fixture.gradients(expected);
+  for (size_t i = 0; i < want.size(); ++i) {
+    const double scale = std::max(want[i].abs().max().item<double>(), 1e-3);
+    EXPECT_LT((got[i] - want[i]).abs().max().item<double>(), tolerance * scale) << "gradient of leaf " << i;
+  }
+  if (collect_routing) {
+    EXPECT_EQ(routing.size(), fixture.experts.size());
+  }
+}
+
+// float32 sums of up to a few hundred terms in another order: 1e-5 relative to the largest entry.
+constexpr double kTolerance = 1e-5;
+
+TEST(LowRankGroup, MoLoraEqualsTheNaiveEinsumWithAllGradients) {
+  Fixture fixture({37, 24, {24, 8, 8}, {0, 1, 2}, 5, 3});
+  expect_equals_naive(fixture, kTolerance);
+}
+
+TEST(LowRankGroup, SomeMembersAdaptedOthersNot) {
+  Fixture fixture({11, 16, {12, 20, 4}, {0, 2}, 4, 2});
+  expect_equals_naive(fixture, kTolerance);
+}
+
+TEST(LowRankGroup, LoraIsOneExpertWithoutARouter) {
+  Fixture fixture({19, 16, {12, 20}, {0, 1}, 1, 4});
+  expect_equals_naive(fixture, kTolerance);
+}
+
+TEST(LowRankGroup, RecordedRoutingGivesTheSameResult) {
+  Fixture fixture({9, 16, {12, 20}, {0, 1}, 3, 2});
+  expect_equals_naive(fixture, kTolerance, /*collect_routing=*/true);
+}
+
+TEST(LowRankGroup, DoublePrecisionEqualsNaiveToRounding) {
+  Fixture fixture({13, 10, {6, 6}, {0, 1}, 3, 2}, {}, torch::kFloat64);
+  expect_equals_naive(fixture, 1e-12);
+}
+
+TEST(LowRankGroup, TopkModes) {
+  for (TopkMode mode : {TopkMode::kMask, TopkMode::kRenorm}) {
+    RouterOptions options;
+    options.top_k = 2;
+    options.topk_mode = mode;
+    Fixture fixture({21, 16, {12}, {0}, 5, 2}, options);
+    expect_equals_naive(fixture, kTolerance);
+  }
+}
+
+TEST(LowRankGroup, TemperatureFlattensTheRouter) {
+  RouterOptions options;
+  options.temperature = 2.5;
+  Fixture fixture({21, 16, {12, 4}, {0, 1}, 5, 2}, options);
+  expect_equals_naive(fixture, kTolerance);
+  expect_equals_naive(fixture, kTolerance, /*collect_routing=*/true);
+}
+
+TEST(LowRankGroup, NoGradientReachesAFrozenInput) {
+  Fixture fixture({9, 16, {12}, {0}, 3, 2});
+  nn::ForwardContext context;
+  const auto frozen = fixture.x.detach();
+  fixture.group.forward(frozen, context).sum().backward();
+  EXPECT_TRUE(fixture.experts[0]->a.grad().defined());
+  EXPECT_FALSE(frozen.grad().defined());
+}
+
+TEST(LowRankGroup, DisabledAdapterIsTheBase) {
+  Fixture fixture({9, 16, {12}, {0}, 3, 2});
+  nn::ForwardContext context;
+  const auto adapted = fixture.group.forward(fixture.x, context);
+  nn::AdapterDisabled guard;
+  const auto base = fixture.group.forward(fixture.x, context);
+  EXPECT_TRUE(base.equal(fixture.group.base_forward(fixture.x)));
+  EXPECT_FALSE(base.allclose(adapted));
+}
+
+TEST(LowRankGroup, TwoAdaptersAddTheirDeltas) {
+  Fixture fixture({9, 16, {12}, {0, 0}, 3, 2});
+  expect_equals_naive(fixture, kTolerance);
+}
+
+TEST(LowRankGroup, RemovingTheLastExpertsEmptiesTheSlot) {
+  Fixture fixture({9, 16, {12, 4}, {0, 1}, 3, 2});
+  LowRankGroup::of(fixture.group)->remove(fixture.experts[0], fixture.group);
+  EXPECT_NE(fixture.group.adapter, nullptr);
+  LowRankGroup::of(fixture.group)->remove(fixture.experts[1], fixture.group);
+  EXPECT_EQ(fixture.group.adapter, nullptr);
+}
+
+TEST(LowRankGroup, DropoutKeepsTheMeanAndOnlyActsInTraining) {
+  Fixture fixture({4, 16, {12}, {0}, 1, 2});
+  fixture.experts[0]->dropout = 0.5;
+  nn::ForwardContext context;
+  EXPECT_TRUE(fixture.group.forward(fixture.x, context).allclose(fixture.naive(fixture.x), 1e-4, 1e-5));
+  context.training = true;
+  torch::NoGradGuard no_grad;
+  torch::Tensor sum = torch::zeros({4, 12});
+  constexpr int kDraws = 4000;
+  for (int i = 0; i < kDraws; ++i) sum += fixture.group.forward(fixture.x, context);
+  const auto expected = fixture.naive(fixture.x);
+  // The mean of 4000 draws has a standard error below 2 % of the largest entry here.
+  EXPECT_LT((sum / kDraws - expected).abs().max().item<double>(), 0.08 * expected.abs().max().item<double>());
+}
+
+TEST(LowRankGroup, NothingOfShapeRowsTimesExpertsTimesWidthIsMade) {
+  constexpr int64_t kRows = 256, kExperts = 32, kWidth = 64;
+  Fixture fixture({kRows, kWidth, {kWidth, kWidth}, {0, 1}, kExperts, 1});
+  size_t largest = 0;
+  {
+    LargestAllocation meter;
+    nn::ForwardContext context;
+    (fixture.group.forward(fixture.x, context) * fixture.direction).sum().backward();
+    largest = meter.bytes();
+  }
+  // The largest legitimate tensor is the group's output or the joint x A^T with its logits: [N, 2*E*(r+1)] here.
+  EXPECT_LE(largest, 4 * kRows * 2 * kExperts * 2 + 4096);
+  EXPECT_LT(largest, 4 * kRows * kExperts * kWidth / 8);
+  {
+    LargestAllocation meter;
+    (fixture.naive(fixture.x) * fixture.direction).sum().backward();
+    EXPECT_GE(meter.bytes(), 4u * kRows * kExperts * kWidth) << "the meter sees the naive form's tensor";
+  }
+}
+
+}  // namespace
+}  // namespace moesaic::moe

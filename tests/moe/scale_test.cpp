@@ -1,0 +1,151 @@
+#include "moesaic/moe/scale.h"
+
+#include <gtest/gtest.h>
+
+namespace moesaic::moe {
+namespace {
+
+constexpr double kTolerance = 1e-5;  // float32 sums in another order
+
+torch::Tensor random(at::IntArrayRef shape, double scale = 1.0) {
+  return (torch::randn(shape) * scale).set_requires_grad(true);
+}
+
+std::vector<torch::Tensor> gradients(const torch::Tensor& y, const std::vector<torch::Tensor>& leaves) {
+  for (auto leaf : leaves) leaf.mutable_grad() = torch::Tensor();
+  torch::manual_seed(11);
+  (y * torch::randn_like(y)).sum().backward();
+  std::vector<torch::Tensor> result;
+  for (const auto& leaf : leaves) result.push_back(leaf.grad().clone());
+  return result;
+}
+
+void expect_same(const torch::Tensor& y, const torch::Tensor& expected, const std::vector<torch::Tensor>& leaves) {
+  EXPECT_LT((y - expected).abs().max().item<double>(), kTolerance * expected.abs().max().item<double>());
+  const auto got = gradients(y, leaves), want = gradients(expected, leaves);
+  for (size_t i = 0; i < leaves.size(); ++i) {
+    EXPECT_LT((got[i] - want[i]).abs().max().item<double>(), kTolerance * want[i].abs().max().item<double>() + 1e-7)
+        << "gradient of leaf " << i;
+  }
+}
+
+torch::Tensor leaf(const torch::Tensor& t) { return t.detach().clone().set_requires_grad(true); }
+
+class ScaleTest : public ::testing::Test {
+ protected:
+  void SetUp() override { torch::manual_seed(5); }
+  nn::ForwardContext context;
+};
+
+TEST_F(ScaleTest, MovOnHeadsEqualsTheNaiveForm) {
+  const auto y = random({7, 3, 8});
+  const auto router = random({4, 8}, 0.5), vectors = random({4, 3, 8});
+  ScaleExperts mov(vectors, {router, {}, "k", 0}, 1.0);
+  const auto p = at::linear(y, router).softmax(-1);
+  const auto expected = y * torch::einsum("nhe,ehk->nhk", {p, vectors});
+  expect_same(mov.forward(y, context), expected, {y, router, vectors});
+  std::vector<nn::RoutingRecord> routing;
+  context.routing = &routing;
+  expect_same(mov.forward(y, context), expected, {y, router, vectors});
+  ASSERT_EQ(routing.size(), 1u);
+  EXPECT_EQ(routing[0].rows_per_token, 3);
+  EXPECT_EQ(routing[0].probs.sizes(), (std::vector<int64_t>{21, 4}));
+}
+
+TEST_F(ScaleTest, MovOnTheFfnRoutesByTheActivatedBranchAlone) {
+  const auto act = random({9, 16}), up = random({9, 16});
+  const auto router = random({5, 16}, 0.5), vectors = random({5, 16});
+  ScaleExperts mov(vectors, {router, {}, "ffn", 0}, 1.0);
+  const auto expected = act * at::linear(act, router).softmax(-1).mm(vectors) * up;
+  expect_same(mov.forward_ffn(act, up, context), expected, {act, up, router, vectors});
+  std::vector<nn::RoutingRecord> routing;
+  context.routing = &routing;
+  expect_same(mov.forward_ffn(act, up, context), expected, {act, up, router, vectors});
+}
+
+TEST_F(ScaleTest, FfnProductRoutesByTheProduct) {
+  const auto act = random({9, 16}), up = random({9, 16});
+  const auto router = random({5, 16}, 0.5), vectors = random({5, 16});
+  ScaleExperts mov(vectors, {router, {RouterInput::kFfnProduct}, "ffn", 0}, 1.0);
+  const auto expected = act * at::linear(act * up, router).softmax(-1).mm(vectors) * up;
+  expect_same(mov.forward_ffn(act, up, context), expected, {act, up, router, vectors});
+}
+
+TEST_F(ScaleTest, LayerInputIsSharedByTheHeads) {
+  const auto y = random({7, 3, 8});
+  context.layer_input = random({7, 12});
+  const auto router = random({4, 12}, 0.5), vectors = random({4, 3, 8});
+  ScaleExperts mov(vectors, {router, {RouterInput::kLayerInput}, "k", 0}, 1.0);
+  const auto p = at::linear(context.layer_input, router).softmax(-1);
+  expect_same(mov.forward(y, context), y * torch::einsum("ne,ehk->nhk", {p, vectors}), {y, router, vectors});
+}
+
+TEST_F(ScaleTest, Ia3IsOneExpertWithoutARouter) {
+  const auto y = random({7, 3, 8}), vectors = random({1, 3, 8});
+  ScaleExperts ia3(vectors, {}, 1.0);
+  expect_same(ia3.forward(y, context), y * vectors, {y, vectors});
+  const auto act = random({7, 16}), up = random({7, 16}), l = random({1, 16});
+  ScaleExperts ffn(l, {}, 1.0);
+  expect_same(ffn.forward_ffn(act, up, context), act * up * l, {act, up, l});
+}
+
+TEST_F(ScaleTest, StartsAsTheIdentity) {
+  const auto y = random({7, 3, 8});
+  ScaleExperts mov(torch::ones({4, 3, 8}), {torch::randn({4, 8}), {}, "k", 0}, 1.0);
+  EXPECT_LT((mov.forward(y, context) - y).abs().max().item<double>(), 1e-6);
+}
+
+TEST_F(ScaleTest, MaskedTopkShrinksAndResidualDoesNot) {
+  const auto y = torch::ones({5, 2, 4});
+  const auto router = torch::randn({6, 4});
+  RouterOptions options;
+  options.top_k = 2;
+  ScaleExperts masked(torch::ones({6, 2, 4}), {router, options, "k", 0}, 1.0);
+  EXPECT_LT(masked.forward(y, context).max().item<double>(), 0.999);
+  options.topk_mode = TopkMode::kResidual;
+  ScaleExperts residual(torch::ones({6, 2, 4}), {router, options, "k", 0}, 1.0);
+  EXPECT_TRUE(residual.forward(y, context).allclose(y, 1e-6, 1e-6));
+}
+
+TEST_F(ScaleTest, TopkOfAllExpertsEqualsSoft) {
+  const auto y = random({5, 2, 4}), router = random({6, 4}), vectors = random({6, 2, 4});
+  RouterOptions all;
+  all.top_k = 6;
+  ScaleExperts soft(vectors, {router, {}, "k", 0}, 1.0), topk(vectors, {router, all, "k", 0}, 1.0);
+  expect_same(topk.forward(y, context), soft.forward(y, context), {y, router, vectors});
+}
+
+TEST_F(ScaleTest, EffectInterpolatesTowardsTheIdentity) {
+  const auto y = torch::ones({2, 1, 4});
+  ScaleExperts half(torch::full({1, 1, 4}, 3.0), {}, 0.5);
+  EXPECT_TRUE(half.forward(y, context).equal(torch::full({2, 1, 4}, 2.0)));  // 1 + 0.5 (3 - 1)
+}
+
+TEST_F(ScaleTest, GradientsAgreeWithFiniteDifferencesInDouble) {
+  const auto real = torch::TensorOptions().dtype(torch::kFloat64);
+  const auto y0 = torch::randn({3, 2, 4}, real), r0 = torch::randn({3, 4}, real), v0 = torch::randn({3, 2, 4}, real);
+  const auto direction = torch::randn({3, 2, 4}, real);
+  std::vector<torch::Tensor> leaves{leaf(y0), leaf(r0), leaf(v0)};
+  auto value = [&](const std::vector<torch::Tensor>& at) {
+    ScaleExperts mov(at[2], {at[1], {}, "k", 0}, 1.0);
+    return (mov.forward(at[0], context) * direction).sum();
+  };
+  value(leaves).backward();
+  constexpr double kStep = 1e-6;
+  for (auto& tensor : leaves) {
+    auto flat = tensor.detach().view(-1);
+    for (int64_t i = 0; i < flat.numel(); ++i) {
+      torch::NoGradGuard no_grad;
+      const double original = flat[i].item<double>();
+      flat[i] = original + kStep;
+      const double above = value(leaves).item<double>();
+      flat[i] = original - kStep;
+      const double below = value(leaves).item<double>();
+      flat[i] = original;
+      EXPECT_NEAR(tensor.grad().view(-1)[i].item<double>(), (above - below) / (2 * kStep), 1e-7);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace moesaic::moe
