@@ -15,8 +15,10 @@ list(JOIN _cuda_lib_dirs ":" _cuda_rpath)
 
 add_library(moesaic_torch INTERFACE)
 add_library(moesaic::torch ALIAS moesaic_torch)
-target_include_directories(moesaic_torch SYSTEM INTERFACE
-  "${MOESAIC_TORCH_DIR}/include" "${MOESAIC_TORCH_DIR}/include/torch/csrc/api/include")
+# Searched after the system's headers: the wheel brings its own copy of fmt, which must not hide the one spdlog needs.
+target_compile_options(moesaic_torch INTERFACE
+  "SHELL:-idirafter ${MOESAIC_TORCH_DIR}/include"
+  "SHELL:-idirafter ${MOESAIC_TORCH_DIR}/include/torch/csrc/api/include")
 target_compile_definitions(moesaic_torch INTERFACE _GLIBCXX_USE_CXX11_ABI=1)
 target_link_libraries(moesaic_torch INTERFACE "${MOESAIC_TORCH_DIR}/lib/libtorch_cpu.so" "${MOESAIC_TORCH_DIR}/lib/libc10.so")
 target_link_options(moesaic_torch INTERFACE
