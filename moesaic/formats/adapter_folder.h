@@ -18,6 +18,9 @@ struct AdapterFolder {
 /// it. Throws DataError / FormatError.
 AdapterFolder read_adapter_folder(const std::filesystem::path& dir);
 
+/// The same from the two files' contents; `where` names the folder in messages.
+AdapterFolder parse_adapter(std::string_view config_text, Bytes tensors, const std::string& where);
+
 /// Writes both files atomically; creates the folder. Adds the "base_model.model." prefix.
 void write_adapter_folder(const std::filesystem::path& dir, const AdapterFolder& adapter);
 

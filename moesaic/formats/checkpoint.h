@@ -23,9 +23,11 @@ class Checkpoint {
 
   /// The path that was given.
   const std::filesystem::path& path() const { return path_; }
-  /// config.json, normalised to transformers 5's keys (`rope_parameters`, `dtype`); GGUF metadata is translated to it.
+  /// config.json, normalised to transformers 5's keys (`rope_parameters`, `dtype`, the text part of a multi-modal
+  /// model; see normalise_config); GGUF metadata is translated to it.
   const Json& config() const { return config_; }
-  /// Names in Hugging Face's words ("model.layers.0.self_attn.q_proj.weight"), sorted.
+  /// Names in Hugging Face's words ("model.layers.0.self_attn.q_proj.weight"), sorted. A multi-modal model's prefixes
+  /// are taken off and its vision tensors hidden; a model saved without its head gets its "model." back.
   virtual std::vector<std::string> names() const = 0;
   virtual bool contains(const std::string& name) const = 0;
   virtual std::vector<int64_t> shape(const std::string& name) const = 0;

@@ -1,0 +1,74 @@
+#include "moesaic/formats/adapter_folder.h"
+
+namespace moesaic::formats {
+namespace {
+
+namespace fs = std::filesystem;
+constexpr std::string_view kPrefix = "base_model.model.";
+constexpr const char* kConfigName = "adapter_config.json";
+constexpr const char* kTensorsName = "adapter_model.safetensors";
+
+/// `dir` itself, or its `default` sub-folder when the adapter stands there.
+fs::path find_adapter(const fs::path& dir) {
+  MOESAIC_CHECK(fs::is_directory(dir), DataError, "{}: no such folder; expected one with {} and {}", dir.string(),
+                kConfigName, kTensorsName);
+  if (fs::exists(dir / kConfigName)) return dir;
+  if (fs::exists(dir / "default" / kConfigName)) return dir / "default";
+  std::vector<std::string> others;
+  for (const auto& entry : fs::directory_iterator(dir)) {
+    if (fs::exists(entry.path() / kConfigName)) others.push_back(entry.path().filename().string());
+  }
+  std::sort(others.begin(), others.end());
+  std::string hint;
+  if (!others.empty()) {
+    hint = fmt::format(" Adapters stand in its sub-folders: {}. Name one.", fmt::join(others, ", "));
+  } else if (fs::exists(dir / "config.json")) {
+    hint = " It looks like a whole model.";
+  }
+  throw DataError(fmt::format("{}: has no {}.{}", dir.string(), kConfigName, hint));
+}
+
+}  // namespace
+
+AdapterFolder parse_adapter(std::string_view config_text, Bytes tensors, const std::string& where) {
+  AdapterFolder adapter;
+  adapter.config = parse_json(config_text, where + "/" + kConfigName);
+  MOESAIC_CHECK(adapter.config.is_object(), FormatError, "{}/{}: is not a JSON object", where, kConfigName);
+  const SafetensorsFile file(std::move(tensors));
+  std::vector<std::string> unprefixed;
+  for (const auto& name : file.names()) {
+    if (name.starts_with(kPrefix)) {
+      adapter.tensors.emplace(name.substr(kPrefix.size()), file.tensor(name));
+    } else {
+      unprefixed.push_back(name);
+    }
+  }
+  MOESAIC_CHECK(unprefixed.empty(), FormatError, "{}/{}: every name must begin with '{}', got {}: {}{}", where,
+                kTensorsName, kPrefix, unprefixed.size(),
+                fmt::join(unprefixed.begin(), unprefixed.begin() + std::min<ptrdiff_t>(5, std::ssize(unprefixed)), ", "),
+                unprefixed.size() > 5 ? ", ..." : "");
+  return adapter;
+}
+
+AdapterFolder read_adapter_folder(const fs::path& dir) {
+  const fs::path found = find_adapter(dir);
+  if (!fs::exists(found / kTensorsName)) {
+    MOESAIC_CHECK(!fs::exists(found / "adapter_model.bin"), DataError,
+                  "{0}: holds adapter_model.bin, a pickle, which is not read. Convert it:\n"
+                  "  python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('{0}/adapter_model.bin', "
+                  "weights_only=True, map_location='cpu'), '{0}/{1}')\"",
+                  found.string(), kTensorsName);
+    throw DataError(fmt::format("{}: has no {}", found.string(), kTensorsName));
+  }
+  return parse_adapter(read_file(found / kConfigName), Bytes::map(found / kTensorsName), found.string());
+}
+
+void write_adapter_folder(const fs::path& dir, const AdapterFolder& adapter) {
+  fs::create_directories(dir);
+  TensorMap prefixed;
+  for (const auto& [name, tensor] : adapter.tensors) prefixed.emplace(std::string(kPrefix) + name, tensor);
+  save_safetensors(dir / kTensorsName, prefixed);
+  write_file_atomically(dir / kConfigName, adapter.config.dump(2) + "\n");
+}
+
+}  // namespace moesaic::formats

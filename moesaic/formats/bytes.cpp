@@ -1,0 +1,40 @@
+#include "moesaic/formats/bytes.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "moesaic/base/check.h"
+
+namespace moesaic::formats {
+
+Bytes Bytes::map(const std::filesystem::path& path) {
+  const std::string where = path.string();
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  MOESAIC_CHECK(fd >= 0, DataError, "{}: can't be opened: {}", where, std::strerror(errno));
+  struct stat status {};
+  const bool regular = ::fstat(fd, &status) == 0 && S_ISREG(status.st_mode);
+  const auto size = regular ? static_cast<size_t>(status.st_size) : 0;
+  void* address = size > 0 ? ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, fd, 0) : MAP_FAILED;
+  const int map_error = errno;
+  ::close(fd);
+  MOESAIC_CHECK(regular, DataError, "{}: is not a regular file", where);
+  MOESAIC_CHECK(size > 0, FormatError, "{}: the file is empty", where);
+  MOESAIC_CHECK(address != MAP_FAILED, DataError, "{}: can't be mapped: {}", where, std::strerror(map_error));
+  ::madvise(address, size, MADV_WILLNEED);
+
+  std::shared_ptr<const void> owner(address, [size](const void* p) { ::munmap(const_cast<void*>(p), size); });
+  return {static_cast<const uint8_t*>(address), size, std::move(owner), where};
+}
+
+Bytes Bytes::from_string(std::string content, std::string where) {
+  auto owner = std::make_shared<const std::string>(std::move(content));
+  const auto* data = reinterpret_cast<const uint8_t*>(owner->data());
+  return {data, owner->size(), owner, std::move(where)};
+}
+
+}  // namespace moesaic::formats

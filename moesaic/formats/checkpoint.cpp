@@ -1,0 +1,271 @@
+#include "moesaic/formats/checkpoint.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <mutex>
+
+#include "moesaic/base/sha256.h"
+#include "moesaic/formats/config.h"
+#include "moesaic/formats/gguf_checkpoint.h"
+#include "moesaic/formats/safetensors.h"
+
+namespace moesaic::formats {
+namespace {
+
+namespace fs = std::filesystem;
+constexpr const char* kConfigName = "config.json";
+constexpr const char* kSingleName = "model.safetensors";
+constexpr const char* kIndexName = "model.safetensors.index.json";
+constexpr size_t kMaxListedErrors = 10;
+
+std::string first_few(const std::vector<std::string>& items) {
+  const size_t shown = std::min(items.size(), kMaxListedErrors);
+  std::string text = fmt::format("{}", fmt::join(items.begin(), items.begin() + shown, "\n  "));
+  if (items.size() > shown) text += fmt::format("\n  ... and {} more", items.size() - shown);
+  return text;
+}
+
+/// What a folder without config.json probably is.
+std::string folder_hint(const fs::path& dir) {
+  if (fs::exists(dir / "adapter_config.json")) return " It is an adapter's folder: give it as the adapter.";
+  for (const auto& entry : fs::directory_iterator(dir)) {
+    if (entry.path().extension() == ".gguf") return fmt::format(" Did you mean '{}'?", entry.path().string());
+  }
+  return "";
+}
+
+/// A shard's name from the index: a plain file name, so that an index can't reach outside of its folder.
+bool is_plain_shard_name(const std::string& name) {
+  return name.ends_with(".safetensors") && name.find_first_of("/\\") == std::string::npos && name[0] != '.' &&
+         name.find('\0') == std::string::npos && name.size() < 256;
+}
+
+/// The name a language model alone would have, or "" for a tensor that is not the language model's.
+std::string language_model_name(const std::string& name) {
+  constexpr std::pair<std::string_view, std::string_view> kPrefixes[] = {
+      {"language_model.model.", "model."}, {"language_model.lm_head.", "lm_head."}, {"model.language_model.", "model."}};
+  for (const auto& [prefix, replacement] : kPrefixes) {
+    if (name.starts_with(prefix)) return std::string(replacement) + name.substr(prefix.size());
+  }
+  for (const char* prefix : {"vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."}) {
+    if (name.starts_with(prefix)) return "";
+  }
+  return name;
+}
+
+class FolderCheckpoint : public Checkpoint {
+ public:
+  FolderCheckpoint(const fs::path& dir, bool weights) {
+    path_ = dir;
+    MOESAIC_CHECK(fs::exists(dir / kConfigName), DataError, "{}: has no {}.{}", dir.string(), kConfigName,
+                  folder_hint(dir));
+    const Json raw = read_json(dir / kConfigName, size_t{16} << 20);
+    config_ = normalise_config(raw, (dir / kConfigName).string());
+    if (weights) {
+      open_weights();
+      rename_tensors(raw.contains("text_config"));
+    }
+  }
+
+  std::vector<std::string> names() const override {
+    std::vector<std::string> names;
+    for (const auto& [name, _] : tensors_) names.push_back(name);
+    return names;
+  }
+  bool contains(const std::string& name) const override { return tensors_.contains(name); }
+  std::vector<int64_t> shape(const std::string& name) const override { return file(name).shape(stored_name(name)); }
+  at::ScalarType dtype(const std::string& name) const override { return file(name).dtype(stored_name(name)); }
+  at::Tensor tensor(const std::string& name) const override { return file(name).tensor(stored_name(name)); }
+
+  void read_into(const std::string& name, at::Tensor destination) const override {
+    const at::Tensor stored = tensor(name);
+    MOESAIC_CHECK(destination.sizes() == stored.sizes(), ShapeError, "{}: tensor '{}': got shape {}, expected {}",
+                  path_.string(), name, fmt::join(stored.sizes(), "x"), fmt::join(destination.sizes(), "x"));
+    const at::NoGradGuard no_grad;
+    destination.copy_(stored);
+  }
+
+  std::optional<std::string> tokenizer_json() const override {
+    const fs::path file = path_ / "tokenizer.json";
+    if (!fs::exists(file)) return std::nullopt;
+    return read_file(file, size_t{256} << 20);
+  }
+
+  Json tokenizer_config() const override {
+    Json config = optional_json("tokenizer_config.json");
+    for (auto& [key, value] : config.items()) {
+      if (key.ends_with("_token") && value.is_object() && value.contains("content")) value = Json(value["content"]);
+    }
+    return config;
+  }
+
+  std::optional<std::string> chat_template() const override {
+    if (fs::exists(path_ / "chat_template.jinja")) return read_file(path_ / "chat_template.jinja", size_t{16} << 20);
+    for (const char* name : {"chat_template.json", "tokenizer_config.json"}) {
+      const Json json = optional_json(name);
+      const auto it = json.find("chat_template");
+      if (it == json.end()) continue;
+      if (it->is_string()) return it->get<std::string>();
+      if (!it->is_array()) continue;
+      for (const auto& named : *it) {
+        if (named.is_object() && named.value("name", Json()) == "default" && named.contains("template")) {
+          return get<std::string>(named, "template", (path_ / name).string());
+        }
+      }
+    }
+    return std::nullopt;
+  }
+
+  Json generation_config() const override { return optional_json("generation_config.json"); }
+
+  std::string fingerprint() const override {
+    std::call_once(fingerprint_once_, [this] {
+      fingerprint_ = fingerprint_of(names(), [this](const std::string& name) {
+        const SafetensorsFile& stored = file(name);
+        const std::string& key = stored_name(name);
+        return StoredTensor{c10::toString(stored.dtype(key)), stored.shape(key), stored.bytes(key)};
+      });
+    });
+    return fingerprint_;
+  }
+
+ private:
+  struct Location {
+    const SafetensorsFile* file;
+    std::string stored_name;
+  };
+
+  const Location& location(const std::string& name) const {
+    const auto it = tensors_.find(name);
+    MOESAIC_CHECK(it != tensors_.end(), DataError, "{}: has no tensor '{}'", path_.string(), name);
+    return it->second;
+  }
+  const SafetensorsFile& file(const std::string& name) const { return *location(name).file; }
+  const std::string& stored_name(const std::string& name) const { return location(name).stored_name; }
+
+  Json optional_json(const char* name) const {
+    const fs::path file = path_ / name;
+    if (!fs::exists(file)) return Json::object();
+    Json json = read_json(file, size_t{64} << 20);
+    MOESAIC_CHECK(json.is_object(), FormatError, "{}: is not a JSON object", file.string());
+    return json;
+  }
+
+  void open_weights() {
+    if (fs::exists(path_ / kSingleName)) {
+      files_.push_back(std::make_unique<SafetensorsFile>(path_ / kSingleName));
+      for (const auto& name : files_[0]->names()) tensors_.emplace(name, Location{files_[0].get(), name});
+    } else if (fs::exists(path_ / kIndexName)) {
+      open_shards();
+    } else {
+      const bool pickle = fs::exists(path_ / "pytorch_model.bin") || fs::exists(path_ / "pytorch_model.bin.index.json");
+      throw DataError(fmt::format(
+          "{}: has no {} and no {}.{}", path_.string(), kSingleName, kIndexName,
+          pickle ? " pytorch_model.bin is a pickle, which is not read: load the folder with transformers and save it with"
+                   " save_pretrained(..., safe_serialization=True)."
+                 : ""));
+    }
+    MOESAIC_CHECK(!tensors_.empty(), FormatError, "{}: the weights hold no tensor", path_.string());
+  }
+
+  void open_shards() {
+    const std::string where = (path_ / kIndexName).string();
+    const Json index = read_json(path_ / kIndexName, size_t{256} << 20);
+    const auto map = index.find("weight_map");
+    MOESAIC_CHECK(map != index.end() && map->is_object(), FormatError, "{}: has no weight_map object", where);
+
+    std::map<std::string, const SafetensorsFile*> shards;
+    std::vector<std::string> errors;
+    for (const auto& [name, shard] : map->items()) {
+      if (!shard.is_string() || !is_plain_shard_name(shard.get<std::string>())) {
+        errors.push_back(fmt::format("tensor '{}' names the shard {}, expected a .safetensors file of the same folder",
+                                     name, shard.dump().substr(0, 120)));
+        continue;
+      }
+      shards.emplace(shard.get<std::string>(), nullptr);
+    }
+    for (const auto& [shard, _] : shards) {
+      if (!fs::exists(path_ / shard)) errors.push_back(fmt::format("shard '{}' is missing", shard));
+    }
+    MOESAIC_CHECK(errors.empty(), FormatError, "{}:\n  {}", where, first_few(errors));
+
+    for (auto& [shard, file] : shards) {
+      files_.push_back(std::make_unique<SafetensorsFile>(path_ / shard));
+      file = files_.back().get();
+      for (const auto& name : file->names()) {
+        if (!tensors_.emplace(name, Location{file, name}).second) {
+          errors.push_back(fmt::format("tensor '{}' stands in more than one shard", name));
+        }
+        if (!map->contains(name)) {
+          errors.push_back(fmt::format("tensor '{}' stands in shard '{}' but not in the index", name, shard));
+        }
+      }
+    }
+    for (const auto& [name, shard] : map->items()) {
+      if (!shards[shard.get<std::string>()]->contains(name)) {
+        errors.push_back(fmt::format("tensor '{}' is missing in shard '{}'", name, shard.get<std::string>()));
+      }
+    }
+    MOESAIC_CHECK(errors.empty(), FormatError, "{}:\n  {}", where, first_few(errors));
+  }
+
+  /// From the stored names to those of a plain decoder; drops what only old or multi-modal files carry.
+  void rename_tensors(bool multi_modal) {
+    const bool headless = tensors_.contains("embed_tokens.weight");  // saved from AutoModel: no "model." prefix
+    std::map<std::string, Location> renamed;
+    for (auto& [stored, location] : tensors_) {
+      std::string name = multi_modal ? language_model_name(stored) : stored;
+      if (headless && !name.starts_with("lm_head.")) name = "model." + name;
+      if (name.empty() || name.ends_with(".rotary_emb.inv_freq")) continue;
+      MOESAIC_CHECK(renamed.emplace(name, location).second, FormatError, "{}: two tensors mean '{}'; one is '{}'",
+                    path_.string(), name, stored);
+    }
+    tensors_ = std::move(renamed);
+  }
+
+  std::vector<std::unique_ptr<SafetensorsFile>> files_;
+  std::map<std::string, Location> tensors_;
+  mutable std::once_flag fingerprint_once_;
+  mutable std::string fingerprint_;
+};
+
+}  // namespace
+
+std::string fingerprint_of(const std::vector<std::string>& names,
+                           const std::function<StoredTensor(const std::string&)>& stored) {
+  constexpr size_t kBlocks = 64, kBlockBytes = 4096;
+  std::vector<std::string> digests(names.size());
+  at::parallel_for(0, std::ssize(names), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const StoredTensor tensor = stored(names[i]);
+      Sha256 hash;
+      hash.update(fmt::format("{}\n{}\n{}\n", names[i], tensor.dtype, fmt::join(tensor.shape, ",")));
+      const size_t size = tensor.bytes.size();
+      if (size <= kBlocks * kBlockBytes) {
+        hash.update(tensor.bytes);
+      } else {
+        for (size_t k = 0; k < kBlocks; ++k) {
+          hash.update(tensor.bytes.substr((size - kBlockBytes) / (kBlocks - 1) * k, kBlockBytes));
+        }
+      }
+      digests[i] = hash.hex();
+    }
+  });
+  Sha256 all;
+  for (const auto& digest : digests) all.update(digest);
+  return "sha256:" + all.hex();
+}
+
+std::shared_ptr<Checkpoint> Checkpoint::open(const fs::path& path, bool weights) {
+  MOESAIC_CHECK(fs::exists(path), DataError, "{}: no such file or folder; expected a model folder or a .gguf file",
+                path.string());
+  if (fs::is_directory(path)) return std::make_shared<FolderCheckpoint>(path, weights);
+  if (path.extension() == ".safetensors" || path.filename() == kConfigName) {
+    throw DataError(fmt::format("{}: is one file of a model folder; give the folder '{}'", path.string(),
+                                path.parent_path().string()));
+  }
+  return open_gguf(path);
+}
+
+}  // namespace moesaic::formats

@@ -1,0 +1,404 @@
+#include "moesaic/formats/gguf_checkpoint.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <mutex>
+#include <numbers>
+
+#include "moesaic/formats/config.h"
+#include "moesaic/formats/gguf.h"
+#include "moesaic/formats/gguf_tokenizer.h"
+
+namespace moesaic::formats {
+namespace {
+
+constexpr const char* kArchitectures[] = {"llama", "qwen2", "qwen3", "gemma3"};
+constexpr uint64_t kMaxSize = 1 << 30;  // of any count in the metadata
+constexpr size_t kMaxListedErrors = 10;
+constexpr const char* kRopeFactors = "rope_freqs.weight";
+
+struct NamePair {
+  const char* gguf;
+  const char* hf;
+};
+constexpr NamePair kTopNames[] = {
+    {"token_embd.weight", "model.embed_tokens.weight"},
+    {"output_norm.weight", "model.norm.weight"},
+    {"output.weight", "lm_head.weight"},
+};
+constexpr NamePair kLayerNames[] = {
+    {"attn_norm", "input_layernorm"},     {"attn_q", "self_attn.q_proj"},      {"attn_k", "self_attn.k_proj"},
+    {"attn_v", "self_attn.v_proj"},       {"attn_output", "self_attn.o_proj"}, {"attn_q_norm", "self_attn.q_norm"},
+    {"attn_k_norm", "self_attn.k_norm"},  {"ffn_gate", "mlp.gate_proj"},       {"ffn_up", "mlp.up_proj"},
+    {"ffn_down", "mlp.down_proj"},
+};
+constexpr NamePair kPlainNorms[] = {{"ffn_norm", "post_attention_layernorm"}};
+constexpr NamePair kGemmaNorms[] = {{"post_attention_norm", "post_attention_layernorm"},
+                                    {"ffn_norm", "pre_feedforward_layernorm"},
+                                    {"post_ffw_norm", "post_feedforward_layernorm"}};
+
+/// The Hugging Face name of a tensor, or "" when it is unknown.
+std::string hf_name(const std::string& name, bool gemma) {
+  for (const auto& [gguf, hf] : kTopNames) {
+    if (name == gguf) return hf;
+  }
+  if (!name.starts_with("blk.")) return "";
+  const size_t layer_end = name.find('.', 4), part_end = name.rfind('.');
+  if (layer_end == std::string::npos || part_end <= layer_end) return "";
+  const std::string layer = name.substr(4, layer_end - 4), suffix = name.substr(part_end);
+  const std::string part = name.substr(layer_end + 1, part_end - layer_end - 1);
+  const bool number = !layer.empty() && layer.size() < 6 && layer.find_first_not_of("0123456789") == std::string::npos;
+  if (!number || (suffix != ".weight" && suffix != ".bias")) return "";
+  const auto find = [&](const auto& pairs) -> std::string {
+    for (const auto& [gguf, hf] : pairs) {
+      if (part == gguf) return fmt::format("model.layers.{}.{}{}", layer, hf, suffix);
+    }
+    return "";
+  };
+  if (std::string found = find(kLayerNames); !found.empty()) return found;
+  return gemma ? find(kGemmaNorms) : find(kPlainNorms);
+}
+
+/// Reads metadata and collects what is missing, so that all of it is said at once.
+class Metadata {
+ public:
+  explicit Metadata(const GgufFile& file) : file_(file), arch_(file.find_string("general.architecture").value_or("")) {}
+
+  const std::string& arch() const { return arch_; }
+  std::string key(const char* name) const { return arch_ + "." + name; }
+
+  std::optional<int64_t> find_size(const char* name) const { return checked(file_.find_uint(key(name)), name); }
+  std::optional<double> find_number(const char* name) const { return file_.find_number(key(name)); }
+  int64_t size(const char* name) {
+    const auto value = find_size(name);
+    if (!value) missing_.push_back(key(name));
+    return value.value_or(1);
+  }
+  double number(const char* name) {
+    const auto value = find_number(name);
+    if (!value) missing_.push_back(key(name));
+    return value.value_or(1);
+  }
+  void check_complete() const {
+    MOESAIC_CHECK(missing_.empty(), FormatError, "{}: metadata is missing: {}", file_.bytes().where,
+                  fmt::join(missing_, ", "));
+  }
+
+ private:
+  std::optional<int64_t> checked(std::optional<uint64_t> value, const char* name) const {
+    if (!value) return std::nullopt;
+    MOESAIC_CHECK(*value <= kMaxSize, FormatError, "{}: metadata '{}': got {}, expected at most {}", file_.bytes().where,
+                  key(name), *value, kMaxSize);
+    return static_cast<int64_t>(*value);
+  }
+
+  const GgufFile& file_;
+  std::string arch_;
+  std::vector<std::string> missing_;
+};
+
+/// What llama3's rope scaling divides each frequency by (transformers: modeling_rope_utils, "llama3").
+std::vector<double> llama3_factors(size_t count, double theta, double factor, double low, double high, double original) {
+  std::vector<double> factors(count);
+  for (size_t i = 0; i < count; ++i) {
+    const double wavelength =
+        2 * std::numbers::pi * std::pow(theta, static_cast<double>(i) / static_cast<double>(count));
+    const double smooth = std::clamp((original / wavelength - low) / (high - low), 0.0, 1.0);
+    factors[i] = 1 / ((1 - smooth) / factor + smooth);
+  }
+  return factors;
+}
+
+class GgufCheckpoint : public Checkpoint {
+ public:
+  explicit GgufCheckpoint(Bytes bytes) : file_(std::move(bytes)) {
+    path_ = file_.bytes().where;
+    const std::string& where = file_.bytes().where;
+    const std::string type = file_.find_string("general.type").value_or("model");
+    MOESAIC_CHECK(type == "model", DataError, "{}: general.type: got '{}', expected 'model'", where, type);
+    Metadata metadata(file_);
+    const bool known = std::any_of(std::begin(kArchitectures), std::end(kArchitectures),
+                                   [&](const char* name) { return metadata.arch() == name; });
+    MOESAIC_CHECK(known, DataError, "{}: general.architecture: got '{}', expected one of {}", where, metadata.arch(),
+                  fmt::join(kArchitectures, ", "));
+    MOESAIC_CHECK(metadata.find_size("expert_count").value_or(0) == 0, DataError,
+                  "{}: holds a mixture of experts, which is not supported; expected a dense model", where);
+    gemma_ = metadata.arch() == "gemma3";
+    llama_ = metadata.arch() == "llama";
+    map_tensors();
+    config_ = normalise_config(translate(metadata), where);
+    if (llama_) check_head_rows();
+  }
+
+  std::vector<std::string> names() const override {
+    std::vector<std::string> names;
+    for (const auto& [name, _] : tensors_) names.push_back(name);
+    return names;
+  }
+  bool contains(const std::string& name) const override { return tensors_.contains(name); }
+  std::vector<int64_t> shape(const std::string& name) const override { return at(name).shape; }
+
+  at::ScalarType dtype(const std::string& name) const override {
+    if (offset_norm(name)) return at::kFloat;
+    switch (at(name).type) {
+      case GgmlType::kF16: return at::kHalf;
+      case GgmlType::kBF16: return at::kBFloat16;
+      default: return at::kFloat;
+    }
+  }
+
+  at::Tensor tensor(const std::string& name) const override {
+    const GgufTensor& stored = at(name);
+    const at::ScalarType dtype = this->dtype(name);
+    const bool plain = ggml_type_info(stored.type).elements == 1;
+    const bool aligned = reinterpret_cast<uintptr_t>(stored.bytes.data()) % c10::elementSize(dtype) == 0;
+    if (plain && aligned && heads_of(name) == 0 && !offset_norm(name)) {
+      return at::from_blob(const_cast<char*>(stored.bytes.data()), stored.shape, [owner = file_.bytes().owner](void*) {},
+                           at::TensorOptions().dtype(dtype));
+    }
+    at::Tensor loaded = at::empty(stored.shape, dtype);
+    read_into(name, loaded);
+    return loaded;
+  }
+
+  void read_into(const std::string& name, at::Tensor destination) const override {
+    const GgufTensor& stored = at(name);
+    MOESAIC_CHECK(destination.sizes() == at::IntArrayRef(stored.shape), ShapeError,
+                  "{}: tensor '{}': got shape {}, expected {}", path_.string(), name, fmt::join(stored.shape, "x"),
+                  fmt::join(destination.sizes(), "x"));
+    const at::NoGradGuard no_grad;
+    if (destination.is_cpu() && destination.scalar_type() == at::kFloat && destination.is_contiguous()) {
+      read_float(name, stored, destination.data_ptr<float>());
+      return;
+    }
+    at::Tensor loaded = at::empty(stored.shape, at::kFloat);
+    read_float(name, stored, loaded.data_ptr<float>());
+    destination.copy_(loaded);
+  }
+
+  std::optional<std::string> tokenizer_json() const override { return gguf_tokenizer_json(file_); }
+  Json tokenizer_config() const override { return gguf_tokenizer_config(file_); }
+  std::optional<std::string> chat_template() const override { return file_.find_string("tokenizer.chat_template"); }
+
+  Json generation_config() const override {
+    Json config = Json::object();
+    Json eos = Json::array();
+    for (const char* key : {"eos_token_id", "eot_token_id", "eom_token_id"}) {
+      const auto id = file_.find_uint(std::string("tokenizer.ggml.") + key);
+      if (id && std::find(eos.begin(), eos.end(), Json(*id)) == eos.end()) eos.push_back(*id);
+    }
+    if (eos.size() == 1) config["eos_token_id"] = Json(eos[0]);
+    if (eos.size() > 1) config["eos_token_id"] = eos;
+    if (const auto id = file_.find_uint("tokenizer.ggml.bos_token_id")) config["bos_token_id"] = *id;
+    if (const auto id = file_.find_uint("tokenizer.ggml.padding_token_id")) config["pad_token_id"] = *id;
+    return config;
+  }
+
+  std::string fingerprint() const override {
+    std::call_once(fingerprint_once_, [this] {
+      fingerprint_ = fingerprint_of(names(), [this](const std::string& name) {
+        const GgufTensor& stored = at(name);
+        return StoredTensor{ggml_type_info(stored.type).name, stored.shape, stored.bytes};
+      });
+    });
+    return fingerprint_;
+  }
+
+ private:
+  const GgufTensor& at(const std::string& name) const {
+    const auto it = tensors_.find(name);
+    MOESAIC_CHECK(it != tensors_.end(), DataError, "{}: has no tensor '{}'", path_.string(), name);
+    return *it->second;
+  }
+
+  /// llama.cpp's converter stores gemma's norm weights as 1 + w.
+  bool offset_norm(const std::string& name) const { return gemma_ && name.ends_with("norm.weight"); }
+
+  /// Heads whose rows llama.cpp's converter interleaved; 0 for a tensor it left alone.
+  int64_t heads_of(const std::string& name) const {
+    if (!llama_) return 0;
+    if (name.find(".self_attn.q_proj.") != std::string::npos) return heads_;
+    return name.find(".self_attn.k_proj.") != std::string::npos ? kv_heads_ : 0;
+  }
+
+  /// Dequantises row by row into `out`, in the order of the Hugging Face model.
+  /// Row 2 i + s of a stored llama head (i < k/2, s < 2) is row s k/2 + i of the model's.
+  void read_float(const std::string& name, const GgufTensor& stored, float* out) const {
+    const bool vector = stored.shape.size() == 1;
+    const int64_t heads = heads_of(name), columns = stored.shape.back();
+    int64_t elements = 1;
+    for (const int64_t size : stored.shape) elements *= size;
+    const int64_t rows = elements / columns, row_bytes = static_cast<int64_t>(stored.bytes.size()) / rows;
+    const auto* blocks = reinterpret_cast<const uint8_t*>(stored.bytes.data());
+    const auto stored_row = [half = heads > 0 ? stored.shape[0] / heads / 2 : 0](int64_t row) {
+      const int64_t head = row / (2 * half), within = row % (2 * half);
+      return head * 2 * half + within % half * 2 + within / half;
+    };
+    if (vector && heads > 0) {
+      std::vector<float> values(columns);
+      dequantize(stored.type, blocks, columns, values.data());
+      for (int64_t i = 0; i < columns; ++i) out[i] = values[stored_row(i)];
+    } else {
+      constexpr int64_t kGrain = 1 << 16;  // elements
+      at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / columns), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+          const int64_t from = heads > 0 ? stored_row(row) : row;
+          dequantize(stored.type, blocks + from * row_bytes, columns, out + row * columns);
+        }
+      });
+    }
+    if (offset_norm(name)) std::transform(out, out + elements, out, [](float value) { return value - 1.0f; });
+  }
+
+  void map_tensors() {
+    std::vector<std::string> errors;
+    for (const auto& tensor : file_.tensors()) {
+      if (tensor.name == kRopeFactors) continue;
+      const std::string name = hf_name(tensor.name, gemma_);
+      if (name.empty()) {
+        errors.push_back(tensor.name);
+      } else {
+        tensors_.emplace(name, &tensor);
+      }
+    }
+    const size_t shown = std::min(errors.size(), kMaxListedErrors);
+    MOESAIC_CHECK(errors.empty(), DataError, "{}: {} tensors have unknown names: {}{}", path_.string(), errors.size(),
+                  fmt::join(errors.begin(), errors.begin() + shown, ", "), errors.size() > shown ? ", ..." : "");
+  }
+
+  void check_head_rows() const {
+    for (const auto& [name, tensor] : tensors_) {
+      const int64_t heads = heads_of(name);
+      MOESAIC_CHECK(heads == 0 || tensor->shape[0] % (2 * heads) == 0, FormatError,
+                    "{}: tensor '{}' has {} rows, expected a multiple of 2 x {} heads", path_.string(), name,
+                    tensor->shape[0], heads);
+    }
+  }
+
+  /// config.json's keys from the metadata.
+  Json translate(Metadata& metadata) {
+    const std::string& arch = metadata.arch();
+    Json config = {{"hidden_size", metadata.size("embedding_length")},
+                   {"intermediate_size", metadata.size("feed_forward_length")},
+                   {"num_hidden_layers", metadata.size("block_count")},
+                   {"num_attention_heads", metadata.size("attention.head_count")},
+                   {"max_position_embeddings", metadata.size("context_length")},
+                   {"rms_norm_eps", metadata.number("attention.layer_norm_rms_epsilon")}};
+    metadata.check_complete();
+    const std::string& where = file_.bytes().where;
+    heads_ = config["num_attention_heads"];
+    kv_heads_ = metadata.find_size("attention.head_count_kv").value_or(heads_);
+    const int64_t hidden = config["hidden_size"];
+    MOESAIC_CHECK(heads_ > 0 && kv_heads_ > 0 && hidden > 0, FormatError,
+                  "{}: metadata: got embedding_length {}, head_count {}, head_count_kv {}, expected all above 0", where,
+                  hidden, heads_, kv_heads_);
+    const int64_t head_dim = metadata.find_size("attention.key_length")
+                                 .value_or(metadata.find_size("rope.dimension_count").value_or(hidden / heads_));
+    config["num_key_value_heads"] = kv_heads_;
+    config["head_dim"] = head_dim;
+    config["tie_word_embeddings"] = !tensors_.contains("lm_head.weight");
+    config["dtype"] = "float32";
+
+    const auto embedding = tensors_.find("model.embed_tokens.weight");
+    MOESAIC_CHECK(embedding != tensors_.end() && embedding->second->shape.size() == 2, FormatError,
+                  "{}: has no matrix token_embd.weight", where);
+    config["vocab_size"] = embedding->second->shape[0];
+    for (const auto& [key, gguf] : {std::pair{"bos_token_id", "bos"}, {"eos_token_id", "eos"}, {"pad_token_id", "padding"}}) {
+      if (const auto id = file_.find_uint(fmt::format("tokenizer.ggml.{}_token_id", gguf))) config[key] = *id;
+    }
+
+    const int64_t window = metadata.find_size("attention.sliding_window").value_or(0);
+    if (llama_) {
+      const bool mistral = window > 0;
+      config["model_type"] = mistral ? "mistral" : "llama";
+      config["architectures"] = {mistral ? "MistralForCausalLM" : "LlamaForCausalLM"};
+      config["hidden_act"] = "silu";
+      if (mistral) config["sliding_window"] = window;
+      config["attention_bias"] = tensors_.contains("model.layers.0.self_attn.q_proj.bias");
+      config["mlp_bias"] = tensors_.contains("model.layers.0.mlp.up_proj.bias");
+    } else if (gemma_) {
+      config["model_type"] = "gemma3_text";
+      config["architectures"] = {"Gemma3ForCausalLM"};
+      config["hidden_activation"] = "gelu_pytorch_tanh";
+      config["sliding_window"] = window;
+      // llama.cpp scales the 27B model, known by its 62 layers, by the width per head and all others by the head size.
+      config["query_pre_attn_scalar"] = config["num_hidden_layers"] == 62 ? hidden / heads_ : head_dim;
+      if (const auto cap = metadata.find_number("attn_logit_softcapping")) config["attn_logit_softcapping"] = *cap;
+      if (const auto cap = metadata.find_number("final_logit_softcapping")) config["final_logit_softcapping"] = *cap;
+      config["rope_local_base_freq"] = metadata.find_number("rope.freq_base_swa").value_or(10'000.0);
+    } else {
+      config["model_type"] = arch;
+      config["architectures"] = {arch == "qwen2" ? "Qwen2ForCausalLM" : "Qwen3ForCausalLM"};
+      config["hidden_act"] = "silu";
+      if (arch == "qwen3") config["attention_bias"] = tensors_.contains("model.layers.0.self_attn.q_proj.bias");
+    }
+    config["rope_theta"] = metadata.find_number("rope.freq_base").value_or(10'000.0);
+    config["rope_scaling"] = rope_scaling(metadata, config);
+    return config;
+  }
+
+  Json rope_scaling(const Metadata& metadata, const Json& config) const {
+    const std::string& where = file_.bytes().where;
+    for (const auto& tensor : file_.tensors()) {
+      if (tensor.name == kRopeFactors) return llama3_scaling(tensor, config["rope_theta"]);
+    }
+    std::string type = file_.find_string(metadata.key("rope.scaling.type")).value_or("none");
+    double factor = metadata.find_number("rope.scaling.factor").value_or(0.0);
+    if (const auto old = metadata.find_number("rope.scale_linear"); old && *old != 1.0 && factor == 0.0) {
+      type = "linear";
+      factor = *old;
+    }
+    if (type == "none" || factor == 0.0) return nullptr;
+    MOESAIC_CHECK(type == "linear" || type == "yarn", DataError,
+                  "{}: rope.scaling.type: got '{}', expected none, linear or yarn", where, type);
+    Json scaling = {{"rope_type", type}, {"factor", factor}};
+    if (type == "yarn") {
+      for (const auto& [key, gguf] : {std::pair{"attention_factor", "rope.scaling.attn_factor"},
+                                      {"beta_fast", "rope.scaling.yarn_beta_fast"},
+                                      {"beta_slow", "rope.scaling.yarn_beta_slow"}}) {
+        if (const auto value = metadata.find_number(gguf)) scaling[key] = *value;
+      }
+      if (const auto original = metadata.find_size("rope.scaling.original_context_length")) {
+        scaling["original_max_position_embeddings"] = *original;
+      }
+    }
+    return scaling;
+  }
+
+  /// llama.cpp's converter stores llama3's scaling as one divisor per frequency. Its parameters are found again: Meta's
+  /// models all use low 1, high 4 and 8192 original positions; the divisors are then computed and compared.
+  Json llama3_scaling(const GgufTensor& tensor, double theta) const {
+    MOESAIC_CHECK(tensor.shape.size() == 1 && tensor.type == GgmlType::kF32, FormatError,
+                  "{}: {} is not a vector of float32", file_.bytes().where, kRopeFactors);
+    std::vector<float> stored(tensor.shape[0]);
+    std::memcpy(stored.data(), tensor.bytes.data(), tensor.bytes.size());
+    constexpr double kLow = 1, kHigh = 4, kOriginal = 8192;
+    const double factor = *std::max_element(stored.begin(), stored.end());
+    const auto expected = llama3_factors(stored.size(), theta, factor, kLow, kHigh, kOriginal);
+    for (size_t i = 0; i < stored.size(); ++i) {
+      MOESAIC_CHECK(std::abs(stored[i] - expected[i]) <= 1e-3 * expected[i], DataError,
+                    "{}: {}: divisor {} is {}, but llama3 scaling by {} gives {}; other scalings can't be recovered",
+                    file_.bytes().where, kRopeFactors, i, stored[i], factor, expected[i]);
+    }
+    return {{"rope_type", "llama3"},
+            {"factor", factor},
+            {"low_freq_factor", kLow},
+            {"high_freq_factor", kHigh},
+            {"original_max_position_embeddings", static_cast<int64_t>(kOriginal)}};
+  }
+
+  GgufFile file_;
+  bool gemma_ = false, llama_ = false;
+  int64_t heads_ = 0, kv_heads_ = 0;
+  std::map<std::string, const GgufTensor*> tensors_;
+  mutable std::once_flag fingerprint_once_;
+  mutable std::string fingerprint_;
+};
+
+}  // namespace
+
+std::shared_ptr<Checkpoint> open_gguf(const std::filesystem::path& path) { return open_gguf(Bytes::map(path)); }
+std::shared_ptr<Checkpoint> open_gguf(Bytes bytes) { return std::make_shared<GgufCheckpoint>(std::move(bytes)); }
+
+}  // namespace moesaic::formats

@@ -1,0 +1,306 @@
+#include "moesaic/formats/safetensors.h"
+
+#include <ATen/ATen.h>
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <unordered_map>
+
+#include "moesaic/base/json.h"
+
+namespace moesaic::formats {
+namespace {
+
+constexpr size_t kMaxHeaderBytes = 100'000'000;
+constexpr size_t kMaxDims = 16;
+constexpr size_t kMaxListedErrors = 10;
+
+struct DtypeName {
+  const char* name;
+  at::ScalarType dtype;
+};
+constexpr DtypeName kDtypes[] = {
+    {"F64", at::kDouble}, {"F32", at::kFloat}, {"F16", at::kHalf},  {"BF16", at::kBFloat16},
+    {"I64", at::kLong},   {"I32", at::kInt},   {"I16", at::kShort}, {"I8", at::kChar},
+    {"U8", at::kByte},    {"BOOL", at::kBool},
+};
+
+const DtypeName* find_dtype(const std::string& name) {
+  for (const auto& entry : kDtypes) {
+    if (name == entry.name) return &entry;
+  }
+  return nullptr;
+}
+
+std::string dtype_name(at::ScalarType dtype, const std::string& where) {
+  for (const auto& entry : kDtypes) {
+    if (dtype == entry.dtype) return entry.name;
+  }
+  throw DataError(fmt::format("{}: dtype {} can't be stored in safetensors", where, c10::toString(dtype)));
+}
+
+uint64_t read_u64_le(const uint8_t* bytes) {
+  uint64_t value = 0;
+  for (int i = 7; i >= 0; --i) value = value << 8 | bytes[i];
+  return value;
+}
+
+/// Where one tensor lies; `begin` and `end` count from the end of the header.
+struct Entry {
+  at::ScalarType dtype = at::kFloat;
+  std::vector<int64_t> shape;
+  size_t begin = 0, end = 0;
+};
+
+/// Parses one header entry. Returns an error text, empty when it is fine.
+std::string parse_entry(const Json& json, size_t data_size, Entry& entry) {
+  if (!json.is_object()) return "is not an object";
+  const auto dtype = json.find("dtype"), shape = json.find("shape"), offsets = json.find("data_offsets");
+  if (dtype == json.end() || !dtype->is_string()) return "has no dtype";
+  const DtypeName* known = find_dtype(dtype->get<std::string>());
+  if (known == nullptr) {
+    return fmt::format("has the unknown dtype '{}'; known: F64 F32 F16 BF16 I64 I32 I16 I8 U8 BOOL",
+                       dtype->get<std::string>().substr(0, 40));
+  }
+  if (shape == json.end() || !shape->is_array() || shape->size() > kMaxDims) {
+    return fmt::format("has no shape of at most {} sizes", kMaxDims);
+  }
+  entry.dtype = known->dtype;
+  size_t bytes = c10::elementSize(known->dtype);
+  for (const auto& size : *shape) {
+    if (!size.is_number_unsigned()) return fmt::format("has a size that is not a natural number: {}", size.dump().substr(0, 40));
+    const auto value = size.get<uint64_t>();
+    if (value > uint64_t{INT64_MAX} || __builtin_mul_overflow(bytes, value, &bytes)) {
+      return fmt::format("has a shape whose bytes overflow: {}", shape->dump().substr(0, 80));
+    }
+    entry.shape.push_back(static_cast<int64_t>(value));
+  }
+  const bool two = offsets != json.end() && offsets->is_array() && offsets->size() == 2 &&
+                   (*offsets)[0].is_number_unsigned() && (*offsets)[1].is_number_unsigned();
+  if (!two) return "has no data_offsets [begin, end]";
+  const auto begin = (*offsets)[0].get<uint64_t>(), end = (*offsets)[1].get<uint64_t>();
+  if (begin > end || end > data_size) {
+    return fmt::format("has data_offsets [{}, {}] outside of the file's {} data bytes", begin, end, data_size);
+  }
+  if (end - begin != bytes) {
+    return fmt::format("has {} bytes (data_offsets [{}, {}]), but {} {} needs {}", end - begin, begin, end,
+                       known->name, shape->dump(), bytes);
+  }
+  entry.begin = begin;
+  entry.end = end;
+  return "";
+}
+
+}  // namespace
+
+struct SafetensorsFile::Impl {
+  Bytes bytes;
+  const uint8_t* data = nullptr;
+  std::vector<std::string> names;  // sorted
+  std::unordered_map<std::string, Entry> entries;
+  std::map<std::string, std::string> metadata;
+
+  const Entry& at(const std::string& name) const {
+    const auto it = entries.find(name);
+    MOESAIC_CHECK(it != entries.end(), DataError, "{}: has no tensor '{}'", bytes.where, name);
+    return it->second;
+  }
+};
+
+SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : SafetensorsFile(Bytes::map(path)) {}
+
+SafetensorsFile::SafetensorsFile(Bytes bytes) {
+  auto impl = std::make_shared<Impl>();
+  const std::string& where = bytes.where;
+  MOESAIC_CHECK(bytes.size >= 10, FormatError, "{}: got {} bytes, too short for a safetensors file", where, bytes.size);
+  const uint64_t header_size = read_u64_le(bytes.data);
+  MOESAIC_CHECK(bytes.text(0, 7) != "version", FormatError,
+                "{}: is a Git LFS pointer, not the file itself. Fetch it with 'git lfs pull'.", where);
+  MOESAIC_CHECK(header_size <= kMaxHeaderBytes, FormatError,
+                "{}: got a header of {} bytes, expected at most {}. Is this a safetensors file?", where, header_size,
+                kMaxHeaderBytes);
+  MOESAIC_CHECK(header_size <= bytes.size - 8, FormatError,
+                "{}: the header says {} bytes, but only {} follow: the file is truncated", where, header_size,
+                bytes.size - 8);
+  const Json header = parse_json(bytes.text(8, header_size), where + " (header)");
+  MOESAIC_CHECK(header.is_object(), FormatError, "{}: the header is not a JSON object", where);
+
+  const size_t data_size = bytes.size - 8 - header_size;
+  std::vector<std::string> errors;
+  for (const auto& [name, value] : header.items()) {
+    if (name == "__metadata__") {
+      MOESAIC_CHECK(value.is_object(), FormatError, "{}: __metadata__ is not an object", where);
+      for (const auto& [key, text] : value.items()) {
+        MOESAIC_CHECK(text.is_string(), FormatError, "{}: __metadata__ '{}' is not a string", where, key);
+        impl->metadata[key] = text.get<std::string>();
+      }
+      continue;
+    }
+    Entry entry;
+    if (const std::string error = parse_entry(value, data_size, entry); !error.empty()) {
+      if (errors.size() < kMaxListedErrors) errors.push_back(fmt::format("tensor '{}' {}", name.substr(0, 200), error));
+      continue;
+    }
+    impl->names.push_back(name);
+    impl->entries.emplace(name, std::move(entry));
+  }
+  MOESAIC_CHECK(errors.empty(), FormatError, "{}:\n  {}", where, fmt::join(errors, "\n  "));
+
+  std::vector<const std::string*> by_offset;
+  for (const auto& name : impl->names) by_offset.push_back(&name);
+  std::sort(by_offset.begin(), by_offset.end(), [&](const std::string* a, const std::string* b) {
+    const Entry &x = impl->entries[*a], &y = impl->entries[*b];
+    return std::tie(x.begin, x.end) < std::tie(y.begin, y.end);
+  });
+  size_t expected = 0;
+  for (const std::string* name : by_offset) {
+    const Entry& entry = impl->entries[*name];
+    MOESAIC_CHECK(entry.begin == expected, FormatError,
+                  "{}: tensor '{}' begins at byte {}, expected {}: byte ranges {}", where, *name, entry.begin, expected,
+                  entry.begin < expected ? "overlap" : "leave a hole");
+    expected = entry.end;
+  }
+  MOESAIC_CHECK(expected == data_size, FormatError, "{}: the tensors end at data byte {}, but the file has {}", where,
+                expected, data_size);
+  impl->data = bytes.data + 8 + header_size;
+  impl->bytes = std::move(bytes);
+  impl_ = std::move(impl);
+}
+
+const std::vector<std::string>& SafetensorsFile::names() const { return impl_->names; }
+bool SafetensorsFile::contains(const std::string& name) const { return impl_->entries.contains(name); }
+at::ScalarType SafetensorsFile::dtype(const std::string& name) const { return impl_->at(name).dtype; }
+std::vector<int64_t> SafetensorsFile::shape(const std::string& name) const { return impl_->at(name).shape; }
+const std::map<std::string, std::string>& SafetensorsFile::metadata() const { return impl_->metadata; }
+
+std::string_view SafetensorsFile::bytes(const std::string& name) const {
+  const Entry& entry = impl_->at(name);
+  return {reinterpret_cast<const char*>(impl_->data) + entry.begin, entry.end - entry.begin};
+}
+
+at::Tensor SafetensorsFile::tensor(const std::string& name) const {
+  const Entry& entry = impl_->at(name);
+  auto* data = const_cast<uint8_t*>(impl_->data + entry.begin);
+  const bool aligned = reinterpret_cast<uintptr_t>(data) % c10::elementSize(entry.dtype) == 0;
+  if (!aligned || entry.begin == entry.end) {
+    at::Tensor copy = at::empty(entry.shape, entry.dtype);
+    std::memcpy(copy.data_ptr(), data, entry.end - entry.begin);
+    return copy;
+  }
+  return at::from_blob(data, entry.shape, [owner = impl_](void*) {}, at::TensorOptions().dtype(entry.dtype));
+}
+
+namespace {
+
+/// A file under a temporary name that takes its place with commit(); removed when that doesn't happen.
+class TemporaryFile {
+ public:
+  explicit TemporaryFile(const std::filesystem::path& path)
+      : path_(path), temporary_(path.string() + ".tmp" + std::to_string(::getpid())) {
+    fd_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+    check(fd_ >= 0, "can't be created");
+  }
+  TemporaryFile(const TemporaryFile&) = delete;
+  TemporaryFile& operator=(const TemporaryFile&) = delete;
+  ~TemporaryFile() {
+    if (fd_ >= 0) ::close(fd_);
+    if (!committed_) ::unlink(temporary_.c_str());
+  }
+
+  void write(const void* data, size_t size) {
+    const char* next = static_cast<const char*>(data);
+    while (size > 0) {
+      const ssize_t written = ::write(fd_, next, size);
+      if (written < 0 && errno == EINTR) continue;
+      check(written > 0, "can't be written");
+      next += written;
+      size -= static_cast<size_t>(written);
+    }
+  }
+
+  void commit() {
+    check(::fsync(fd_) == 0, "can't be synced");
+    const int closed = ::close(std::exchange(fd_, -1));
+    check(closed == 0, "can't be closed");
+    check(::rename(temporary_.c_str(), path_.c_str()) == 0, "can't be renamed");
+    committed_ = true;
+    const std::filesystem::path parent = path_.has_parent_path() ? path_.parent_path() : ".";
+    if (const int folder = ::open(parent.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); folder >= 0) {
+      ::fsync(folder);
+      ::close(folder);
+    }
+  }
+
+ private:
+  void check(bool fine, const char* what) const {
+    MOESAIC_CHECK(fine, DataError, "{}: {}: {}", temporary_, what, std::strerror(errno));
+  }
+
+  std::filesystem::path path_;
+  std::string temporary_;
+  int fd_ = -1;
+  bool committed_ = false;
+};
+
+void check_unshared(const TensorMap& tensors, const std::string& where) {
+  std::map<std::tuple<const void*, std::vector<int64_t>, std::vector<int64_t>>, std::string> seen;
+  for (const auto& [name, tensor] : tensors) {
+    MOESAIC_CHECK(tensor.defined(), DataError, "{}: tensor '{}' is undefined", where, name);
+    if (tensor.numel() == 0) continue;
+    const auto [it, fresh] = seen.emplace(
+        std::tuple{static_cast<const void*>(tensor.const_data_ptr()), tensor.sizes().vec(), tensor.strides().vec()},
+        name);
+    MOESAIC_CHECK(fresh, DataError,
+                  "{}: tensors '{}' and '{}' share their memory; tied weights are stored once: leave one out", where,
+                  it->second, name);
+  }
+}
+
+}  // namespace
+
+void save_safetensors(const std::filesystem::path& path, const TensorMap& tensors,
+                      std::map<std::string, std::string> metadata) {
+  const std::string where = path.string();
+  check_unshared(tensors, where);
+
+  std::vector<const TensorMap::value_type*> order;
+  for (const auto& item : tensors) order.push_back(&item);
+  std::stable_sort(order.begin(), order.end(), [](const auto* a, const auto* b) {
+    return a->second.element_size() > b->second.element_size();
+  });
+
+  metadata.emplace("format", "pt");
+  OrderedJson header;
+  header["__metadata__"] = metadata;
+  size_t offset = 0;
+  for (const auto* item : order) {
+    const auto& [name, tensor] = *item;
+    MOESAIC_CHECK(name != "__metadata__", DataError, "{}: no tensor can be named __metadata__", where);
+    const size_t end = offset + tensor.nbytes();
+    header[name] = {{"dtype", dtype_name(tensor.scalar_type(), where + " '" + name + "'")},
+                    {"shape", tensor.sizes().vec()},
+                    {"data_offsets", {offset, end}}};
+    offset = end;
+  }
+  std::string text = header.dump();
+  text.resize((text.size() + 7) / 8 * 8, ' ');
+  MOESAIC_CHECK(text.size() <= kMaxHeaderBytes, DataError,
+                "{}: the header needs {} bytes, at most {} are allowed: spread the tensors over several files", where,
+                text.size(), kMaxHeaderBytes);
+
+  TemporaryFile file(path);
+  uint8_t length[8];
+  for (int i = 0; i < 8; ++i) length[i] = static_cast<uint8_t>(text.size() >> (8 * i));
+  file.write(length, sizeof(length));
+  file.write(text.data(), text.size());
+  for (const auto* item : order) {
+    const at::Tensor tensor = item->second.detach().cpu().contiguous();
+    file.write(tensor.const_data_ptr(), tensor.nbytes());
+  }
+  file.commit();
+}
+
+}  // namespace moesaic::formats
