@@ -2,6 +2,10 @@
 #pragma once
 #include <filesystem>
 #include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "moesaic/data/example.h"
 #include "moesaic/tokenizer/tokenizer.h"
@@ -13,18 +17,21 @@ struct DatasetConfig {
   std::string name;                  // a name in dataset_info.json, or a path
   std::filesystem::path path;        // resolved file
   std::string formatting = "auto";   // auto | alpaca | sharegpt | messages | inputs_targets | text | superni
-  Json columns = Json::object();     // LLaMA-Factory's column mapping
-  Json tags = Json::object();
-  double weight = -1;                // relative rate in the mixture; -1 = its number of rows (capped)
-  int64_t cap = 0;                   // rows at most; 0 = all
+  Json columns = Json::object();     // LLaMA-Factory's column mapping; also `sentence`: a list of numbers
+  Json tags = Json::object();        // LLaMA-Factory's names of the keys and roles in a conversation
+  double weight = -1;                // relative rate in the mixture; -1 = by the mixture's rule
+  int64_t cap = 0;                   // rows at most, spread evenly over the split; 0 = all
   std::string split;                 // "train" | "validation" | "" (all)
+  double val_size = 0;               // validation rows: a share below 1, or their number; see order.h RowSubset
+  uint64_t split_seed = 42;          // which rows these are
+  int64_t templates = 1;             // prompt templates of the data set this file is one of; only rule t0 reads it
 };
 
 /// How rows become examples.
 struct RenderOptions {
-  int64_t cutoff_len = 1024;         // tokens of a whole example; the excess is cut from the prompt's left... see .cpp
-  int64_t target_cutoff_len = 0;     // tokens of the answer (inputs/targets); 0 = no separate limit
-  std::string template_name = "auto";  // auto: the tokenizer's chat template; none: raw prompt + answer + EOS
+  int64_t cutoff_len = 1024;         // tokens of a whole example; Renderer says what is cut
+  int64_t target_cutoff_len = 0;     // tokens behind the prompt, EOS included; 0 = no separate limit
+  std::string template_name = "auto";  // auto: the model's chat template, if any; none: raw; else a Jinja file's path
   bool train_on_prompt = false;
   std::string sentence_column;       // column with a list of numbers for router input `sentence`
 };
@@ -36,39 +43,78 @@ struct Row {
   OrderedJson tools;
   std::vector<float> sentence;
   std::string id;
+  std::string where;                 // file and line, for messages
 };
 
 /// Renders and tokenises rows. One object serves training, preview and evaluation.
+///
+/// With a chat template a row is a conversation: the assistant's turns and their end-of-turn tokens are targets;
+/// inputs/targets become one user and one assistant turn. Raw (template `none`, no chat template, or a `text` row) it
+/// is  [BOS if the tokenizer adds one] prompt answer EOS,  with nothing put between them and the two tokenised apart,
+/// so that the prompt's ids are those generation sees. The last label is the EOS or end-of-turn token unless cut.
+///
+/// Cutting. An answer longer than target_cutoff_len loses its end. An example longer than cutoff_len loses the middle
+/// of its prompt (all before the first target), because both ends hold what the model needs: BOS, the system turn and
+/// the start of the request, and its end and the assistant's header. The prompt keeps at least half of cutoff_len (or
+/// all of it, if shorter); what is still too long is cut from the end of the example.
 class Renderer {
  public:
   Renderer(std::shared_ptr<const tokenizer::Tokenizer> tokenizer, std::shared_ptr<const tokenizer::ChatTemplate> chat,
            RenderOptions options);
-  /// nullopt when nothing is left to train on after cutting.
+  /// With the tokenizer and chat template of a checkpoint. Throws DataError when it has no tokenizer.
+  static std::shared_ptr<Renderer> open(const formats::Checkpoint& checkpoint, RenderOptions options);
+  /// nullopt when there is no answer, or nothing is left to train on after cutting.
+  /// Throws DataError with the row's place when it can't be rendered.
   std::optional<Example> render(const Row& row) const;
-  /// The prompt of a conversation that a model is asked to answer, tokenised.
+  /// The prompt of a conversation that a model is asked to answer, tokenised. Without a chat template only a single
+  /// user message can be rendered.
   std::vector<int64_t> render_prompt(const OrderedJson& messages, const OrderedJson& tools = nullptr) const;
+  /// The prompt of a row: without the assistant's last turn, or without the target. Equals the start of render(row).
+  std::vector<int64_t> render_prompt(const Row& row) const;
+  /// Whether rows with a prompt are rendered by the chat template.
+  bool uses_chat() const { return chat_ != nullptr; }
   const tokenizer::Tokenizer& tokenizer() const { return *tokenizer_; }
   const RenderOptions& options() const { return options_; }
 
  private:
+  std::optional<Example> render_row(const Row& row) const;
+
   std::shared_ptr<const tokenizer::Tokenizer> tokenizer_;
   std::shared_ptr<const tokenizer::ChatTemplate> chat_;
   RenderOptions options_;
+  bool adds_bos_ = false;
 };
 
-/// Rows of one file, in order, in bounded memory (a file larger than memory is fine).
+/// Rows of one file's split, in order, in bounded memory (a file larger than memory is fine). A row number counts the
+/// rows of the split, capped.
 class RowReader {
  public:
   virtual ~RowReader() = default;
-  virtual std::optional<Row> next() = 0;   // throws DataError with file and line
+  /// The next row; nullopt at the end. Throws DataError with file and line for a damaged row, and goes on behind it.
+  virtual std::optional<Row> next() = 0;
   virtual void seek(int64_t row) = 0;      // the next row to read
-  virtual int64_t count() = 0;             // rows in the file (scans once)
+  virtual int64_t count() = 0;             // rows (scans the file once)
+  /// Row numbers at which units begin that are cheap to read in any order, and at the end count().
+  virtual std::vector<int64_t> blocks() = 0;
+  /// The rows' shape: config.formatting, or what `auto` found.
+  virtual const std::string& formatting() const = 0;
   static std::unique_ptr<RowReader> open(const DatasetConfig& config);
 };
 
-/// Resolves names of a run's `dataset:` key (a name, a path, or {name, weight, cap}) against dataset_info.json in
-/// `dataset_dir`. Throws UsageError with the nearest known name.
+/// Resolves a run's `dataset:` key against dataset_info.json in `dataset_dir`. An item is a name of that registry, a
+/// file or a folder (every data file in it), absolute or relative to `dataset_dir` or the working folder; or an object
+/// {name, weight, cap, split, formatting, columns, tags, val_size, templates}. A list, one item, or names separated by
+/// commas. Throws UsageError with the nearest known name.
 std::vector<DatasetConfig> resolve_datasets(const Json& dataset, const std::filesystem::path& dataset_dir);
+
+/// Each data set cut into a train and a validation part that never overlap. `val_size`: of each data set, a share
+/// (below 1) or a number of rows; 0 = no validation part.
+std::pair<std::vector<DatasetConfig>, std::vector<DatasetConfig>> train_validation(std::vector<DatasetConfig> datasets,
+                                                                                   double val_size, uint64_t seed);
+
+/// Every row of the data sets in file order as examples, at most `limit` of each (0 = all): for evaluation.
+std::vector<Example> load_examples(const std::vector<DatasetConfig>& datasets, const Renderer& renderer,
+                                   int64_t limit = 0);
 
 /// What a mixture drew from one dataset.
 struct MixtureCount {
@@ -77,9 +123,14 @@ struct MixtureCount {
   double rate;
 };
 
-/// An endless weighted mixture: picks a dataset by rate, then its rows in a seeded shuffled order per epoch (block
-/// shuffle with bounded memory for large files). Deterministic from the seed; its state is a small cursor.
-/// `mixture_rule`: "proportional" | "equal" | "t0" (rate = min(rows, 500000); spec/mov-molora section 10).
+/// An endless weighted mixture: draw t picks a dataset by rate with a hash of (seed, t), then that dataset's next row in
+/// the seeded order of its epoch: a permutation of all rows of a text file; of blocks, then of the rows in a block, for
+/// Parquet and Arrow. Both are computed, not stored, so the state is one number per dataset and memory does not grow
+/// with the files. Rows that leave nothing to train on are skipped and counted.
+/// Rates are the datasets' weights when they have them (all or none), otherwise from `mixture_rule`:
+///   proportional   rows (after caps)
+///   equal          1
+///   t0             rows, or 500000 / templates where there are more than 500000 rows (spec/mov-molora section 10)
 class Mixture : public ExampleStream {
  public:
   Mixture(std::vector<DatasetConfig> datasets, std::shared_ptr<const Renderer> renderer, uint64_t seed,

@@ -1,0 +1,191 @@
+#include <algorithm>
+#include <cmath>
+
+#include "moesaic/data/dataset.h"
+#include "moesaic/data/order.h"
+
+namespace moesaic::data {
+namespace {
+
+constexpr double kT0Cap = 500000;
+
+/// The order of one dataset's rows in one epoch.
+class EpochOrder {
+ public:
+  /// `blocks`: RowReader::blocks(). Whole blocks are permuted, and the rows inside each.
+  EpochOrder(const std::vector<int64_t>& blocks, uint64_t key) : blocks_(blocks), key_(key) {
+    int64_t count = static_cast<int64_t>(blocks.size()) - 1;
+    Permutation permutation(count, key);
+    ends_.reserve(static_cast<size_t>(count));
+    for (int64_t i = 0, end = 0; i < count; ++i) {
+      int64_t block = permutation(i);
+      order_.push_back(block);
+      ends_.push_back(end += blocks[block + 1] - blocks[block]);
+    }
+  }
+
+  int64_t row(int64_t position) const {
+    size_t i = static_cast<size_t>(std::upper_bound(ends_.begin(), ends_.end(), position) - ends_.begin());
+    int64_t block = order_[i], size = blocks_[block + 1] - blocks_[block];
+    int64_t first = ends_[i] - size;
+    return blocks_[block] + Permutation(size, hash_mix(key_, static_cast<uint64_t>(block)))(position - first);
+  }
+
+ private:
+  std::vector<int64_t> blocks_;
+  uint64_t key_;
+  std::vector<int64_t> order_, ends_;
+};
+
+/// One dataset of the mixture and how far it has been read.
+struct Source {
+  DatasetConfig config;
+  std::unique_ptr<RowReader> reader;
+  std::vector<int64_t> blocks;
+  int64_t rows = 0;
+  double rate = 0;
+  uint64_t key = 0;
+  // The cursor, and what was drawn.
+  int64_t position = 0;  // rows read since the start, over all epochs
+  int64_t drawn = 0, skipped = 0, targets = 0;
+  int64_t epoch = -1;    // of `order`
+  std::optional<EpochOrder> order;
+
+  Row next_row() {
+    if (position / rows != epoch) {
+      epoch = position / rows;
+      order.emplace(blocks, hash_mix(key, static_cast<uint64_t>(epoch)));
+    }
+    reader->seek(order->row(position % rows));
+    ++position;
+    return *reader->next();
+  }
+};
+
+}  // namespace
+
+struct Mixture::Impl {
+  std::vector<Source> sources;
+  std::shared_ptr<const Renderer> renderer;
+  uint64_t seed = 0;
+  int64_t draws = 0;
+  std::vector<double> cumulative;  // of the rates
+
+  Source& pick() {
+    double point = hash_unit(hash_mix(seed, static_cast<uint64_t>(draws++))) * cumulative.back();
+    size_t i = static_cast<size_t>(std::upper_bound(cumulative.begin(), cumulative.end(), point) - cumulative.begin());
+    return sources[std::min(i, sources.size() - 1)];
+  }
+};
+
+Mixture::Mixture(std::vector<DatasetConfig> datasets, std::shared_ptr<const Renderer> renderer, uint64_t seed,
+                 const std::string& mixture_rule)
+    : impl_(std::make_unique<Impl>()) {
+  MOESAIC_CHECK(mixture_rule == "proportional" || mixture_rule == "equal" || mixture_rule == "t0", UsageError,
+                "mixture_rule is '{}', expected proportional, equal or t0", mixture_rule);
+  MOESAIC_CHECK(!datasets.empty(), UsageError, "a mixture of no data sets");
+  const size_t weighted = static_cast<size_t>(
+      std::count_if(datasets.begin(), datasets.end(), [](const DatasetConfig& config) { return config.weight >= 0; }));
+  MOESAIC_CHECK(weighted == 0 || weighted == datasets.size(), UsageError,
+                "{} of {} data sets have a weight; give all of them one, or none", weighted, datasets.size());
+  impl_->renderer = std::move(renderer);
+  impl_->seed = hash_mix(seed, 0x6d697874);
+  double total = 0;
+  for (size_t i = 0; i < datasets.size(); ++i) {
+    Source source;
+    source.config = std::move(datasets[i]);
+    if (const std::string& column = impl_->renderer->options().sentence_column; !column.empty()) {
+      source.config.columns["sentence"] = column;
+    }
+    source.reader = RowReader::open(source.config);
+    source.rows = source.reader->count();
+    MOESAIC_CHECK(source.rows > 0, DataError, "dataset {}: no rows in its {} split", source.config.name,
+                  source.config.split);
+    source.blocks = source.reader->blocks();
+    source.key = hash_mix(impl_->seed, i + 1);
+    double rows = static_cast<double>(source.rows);
+    if (weighted > 0) source.rate = source.config.weight;
+    else if (mixture_rule == "equal") source.rate = 1;
+    else if (mixture_rule == "t0" && rows > kT0Cap) source.rate = kT0Cap / static_cast<double>(source.config.templates);
+    else source.rate = rows;
+    total += source.rate;
+    impl_->cumulative.push_back(total);
+    impl_->sources.push_back(std::move(source));
+  }
+  MOESAIC_CHECK(total > 0, UsageError, "the weights of all data sets are 0");
+}
+
+Mixture::~Mixture() = default;
+
+std::optional<Example> Mixture::next() {
+  Source& source = impl_->pick();
+  for (int64_t tries = 0; tries < source.rows; ++tries) {
+    std::optional<Example> example = impl_->renderer->render(source.next_row());
+    if (!example) {
+      ++source.skipped;
+      continue;
+    }
+    example->dataset = &source - impl_->sources.data();
+    ++source.drawn;
+    source.targets += example->targets();
+    return example;
+  }
+  throw DataError(fmt::format(
+      "dataset {}: none of {} rows leaves anything to train on; is cutoff_len ({}) too small, or are the answers empty?",
+      source.config.name, source.rows, impl_->renderer->options().cutoff_len));
+}
+
+Json Mixture::state() const {
+  Json datasets = Json::array();
+  for (const Source& source : impl_->sources) {
+    datasets.push_back({{"name", source.config.name},
+                        {"rows", source.rows},
+                        {"position", source.position},
+                        {"drawn", source.drawn},
+                        {"skipped", source.skipped},
+                        {"targets", source.targets}});
+  }
+  return {{"seed", impl_->seed}, {"draws", impl_->draws}, {"datasets", datasets}};
+}
+
+void Mixture::set_state(const Json& state) {
+  const std::string where = "state of the data mixture";
+  const Json datasets = get<Json>(state, "datasets", where);
+  MOESAIC_CHECK(get<uint64_t>(state, "seed", where) == impl_->seed && datasets.size() == impl_->sources.size(),
+                DataError, "{}: saved with another seed or another list of data sets ({}, now {})", where,
+                datasets.size(), impl_->sources.size());
+  for (size_t i = 0; i < datasets.size(); ++i) {
+    const Source& source = impl_->sources[i];
+    auto name = get<std::string>(datasets[i], "name", where);
+    auto rows = get<int64_t>(datasets[i], "rows", where);
+    MOESAIC_CHECK(name == source.config.name && rows == source.rows, DataError,
+                  "{}: data set {} was {} with {} rows, now {} with {} rows", where, i, name, rows, source.config.name,
+                  source.rows);
+    MOESAIC_CHECK(get<int64_t>(datasets[i], "position", where) >= 0, DataError, "{}: a negative position", where);
+  }
+  impl_->draws = get<int64_t>(state, "draws", where);
+  for (size_t i = 0; i < datasets.size(); ++i) {
+    Source& source = impl_->sources[i];
+    source.position = get<int64_t>(datasets[i], "position", where);
+    source.drawn = get<int64_t>(datasets[i], "drawn", where);
+    source.skipped = get<int64_t>(datasets[i], "skipped", where);
+    source.targets = get<int64_t>(datasets[i], "targets", where);
+  }
+}
+
+std::vector<MixtureCount> Mixture::counts() const {
+  std::vector<MixtureCount> counts;
+  for (const Source& source : impl_->sources) {
+    counts.push_back({source.config.name, source.rows, source.drawn, source.skipped, source.targets,
+                      source.rate / impl_->cumulative.back()});
+  }
+  return counts;
+}
+
+int64_t Mixture::epoch_size() const {
+  int64_t size = 0;
+  for (const Source& source : impl_->sources) size += source.rows;
+  return size;
+}
+
+}  // namespace moesaic::data

@@ -1,0 +1,155 @@
+// The `dataset:` key of a run and LLaMA-Factory's dataset_info.json, resolved to files.
+#include <algorithm>
+
+#include "moesaic/data/dataset.h"
+
+namespace moesaic::data {
+namespace {
+
+namespace fs = std::filesystem;
+
+const std::vector<std::string> kItemKeys{"name", "weight",  "cap",  "split",    "val_size",
+                                         "formatting", "columns", "tags", "templates"};
+// Keys of LLaMA-Factory's registry; those we can't honour are refused below.
+const std::vector<std::string> kInfoKeys{"file_name", "formatting", "columns",      "tags",       "num_samples", "split",
+                                         "ranking",   "hf_hub_url", "ms_hub_url",   "om_hub_url", "script_url",
+                                         "cloud_file_name", "subset", "folder"};
+const std::vector<std::string> kExtensions{".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".arrow", ".feather"};
+
+void check_keys(const Json& object, const std::vector<std::string>& known, const std::string& where) {
+  MOESAIC_CHECK(object.is_object(), UsageError, "{}: expected an object, got {}", where, object.dump().substr(0, 80));
+  for (const auto& item : object.items()) {
+    if (std::find(known.begin(), known.end(), item.key()) != known.end()) continue;
+    std::string near = nearest_name(item.key(), known);
+    throw UsageError(fmt::format("{}: unknown key '{}'{}; known: {}", where, item.key(),
+                                 near.empty() ? "" : fmt::format(", did you mean '{}'?", near),
+                                 fmt::join(known, ", ")));
+  }
+}
+
+/// dataset_info.json's entry `name`.
+DatasetConfig from_registry(const std::string& name, const Json& info, const fs::path& dataset_dir) {
+  const std::string where = fmt::format("{}: '{}'", (dataset_dir / "dataset_info.json").string(), name);
+  check_keys(info, kInfoKeys, where);
+  MOESAIC_CHECK(info.contains("file_name"), UsageError,
+                "{}: has no file_name; data sets are read from files only, download it and name the file", where);
+  MOESAIC_CHECK(!get_or<bool>(info, "ranking", false, where), UsageError, "{}: ranking data can't be trained on", where);
+  DatasetConfig config;
+  config.name = name;
+  config.path = dataset_dir / get<std::string>(info, "file_name", where);
+  config.columns = get_or<Json>(info, "columns", Json::object(), where);
+  config.tags = get_or<Json>(info, "tags", Json::object(), where);
+  // LLaMA-Factory's default is alpaca; it matters only where columns are renamed.
+  config.formatting = get_or<std::string>(info, "formatting", config.columns.empty() ? "auto" : "alpaca", where);
+  config.cap = get_or<int64_t>(info, "num_samples", 0, where);
+  return config;
+}
+
+/// The data files of a folder, in the order of their names.
+std::vector<fs::path> files_in(const fs::path& folder) {
+  std::vector<fs::path> files;
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    bool known = std::find(kExtensions.begin(), kExtensions.end(), entry.path().extension()) != kExtensions.end();
+    if (entry.is_regular_file() && known && entry.path().filename() != "dataset_info.json") files.push_back(entry.path());
+  }
+  MOESAIC_CHECK(!files.empty(), UsageError, "{}: no data files in this folder; expected {}", folder.string(),
+                fmt::join(kExtensions, ", "));
+  std::sort(files.begin(), files.end());
+  return files;
+}
+
+std::vector<DatasetConfig> find_datasets(const std::string& name, const Json& registry, const fs::path& dataset_dir) {
+  if (registry.contains(name)) return {from_registry(name, registry[name], dataset_dir)};
+  for (const fs::path& path : {dataset_dir / name, fs::path(name)}) {
+    std::error_code error;
+    if (fs::is_regular_file(path, error)) {
+      DatasetConfig config;
+      config.name = name;
+      config.path = path;
+      return {config};
+    }
+    if (fs::is_directory(path, error)) {
+      std::vector<DatasetConfig> configs;
+      for (const fs::path& file : files_in(path)) {
+        DatasetConfig config;
+        config.name = file.stem().string();
+        config.path = file;
+        configs.push_back(std::move(config));
+      }
+      return configs;
+    }
+  }
+  std::vector<std::string> known;
+  for (const auto& item : registry.items()) known.push_back(item.key());
+  std::string near = nearest_name(name, known);
+  throw UsageError(fmt::format("dataset '{}': neither a name in {} nor a file{}{}", name,
+                               (dataset_dir / "dataset_info.json").string(),
+                               near.empty() ? "" : fmt::format("; did you mean '{}'?", near),
+                               known.empty() ? "" : fmt::format("; known: {}", fmt::join(known, ", "))));
+}
+
+}  // namespace
+
+std::vector<DatasetConfig> resolve_datasets(const Json& dataset, const fs::path& dataset_dir) {
+  Json registry = Json::object();
+  if (fs::path path = dataset_dir / "dataset_info.json"; fs::exists(path)) {
+    registry = read_json(path);
+    MOESAIC_CHECK(registry.is_object(), DataError, "{}: expected an object of data sets", path.string());
+  }
+  std::vector<Json> items;
+  if (dataset.is_array()) items.assign(dataset.begin(), dataset.end());
+  else items.push_back(dataset);
+
+  std::vector<DatasetConfig> configs;
+  auto add = [&](const std::string& name, const Json& item) {
+    const std::string where = "dataset '" + name + "'";
+    for (DatasetConfig& config : find_datasets(name, registry, dataset_dir)) {
+      config.weight = get_or<double>(item, "weight", config.weight, where);
+      config.cap = get_or<int64_t>(item, "cap", config.cap, where);
+      config.split = get_or<std::string>(item, "split", config.split, where);
+      config.val_size = get_or<double>(item, "val_size", config.val_size, where);
+      config.formatting = get_or<std::string>(item, "formatting", config.formatting, where);
+      config.columns = get_or<Json>(item, "columns", config.columns, where);
+      config.tags = get_or<Json>(item, "tags", config.tags, where);
+      config.templates = get_or<int64_t>(item, "templates", config.templates, where);
+      MOESAIC_CHECK(!item.contains("weight") || (std::isfinite(config.weight) && config.weight > 0), UsageError,
+                    "{}: weight is {}, expected a number above 0", where, config.weight);
+      MOESAIC_CHECK(config.templates >= 1, UsageError, "{}: templates is {}, expected 1 or more", where,
+                    config.templates);
+      configs.push_back(std::move(config));
+    }
+  };
+  for (const Json& item : items) {
+    if (item.is_string()) {
+      std::stringstream names(item.get<std::string>());
+      for (std::string name; std::getline(names, name, ',');) {
+        name.erase(0, name.find_first_not_of(' '));
+        name.erase(name.find_last_not_of(' ') + 1);
+        if (!name.empty()) add(name, Json::object());
+      }
+    } else {
+      check_keys(item, kItemKeys, "dataset");
+      add(get<std::string>(item, "name", "dataset"), item);
+    }
+  }
+  MOESAIC_CHECK(!configs.empty(), UsageError, "dataset: names no data set");
+  return configs;
+}
+
+std::pair<std::vector<DatasetConfig>, std::vector<DatasetConfig>> train_validation(std::vector<DatasetConfig> datasets,
+                                                                                   double val_size, uint64_t seed) {
+  std::vector<DatasetConfig> validation;
+  if (val_size == 0) return {std::move(datasets), validation};
+  for (DatasetConfig& config : datasets) {
+    MOESAIC_CHECK(config.split.empty(), UsageError, "dataset '{}': has a split of its own, so val_size can't cut it",
+                  config.name);
+    config.val_size = val_size;
+    config.split_seed = seed;
+    config.split = "validation";
+    validation.push_back(config);
+    config.split = "train";
+  }
+  return {std::move(datasets), std::move(validation)};
+}
+
+}  // namespace moesaic::data

@@ -1,0 +1,149 @@
+#include <algorithm>
+
+#include "moesaic/data/dataset.h"
+
+namespace moesaic::data {
+namespace {
+
+bool is_space(char c) { return c == ' ' || c == '\t' || c == '\r' || c == '\n'; }
+
+std::string_view trimmed(std::string_view text) {
+  while (!text.empty() && is_space(text.back())) text.remove_suffix(1);
+  while (!text.empty() && is_space(text.front())) text.remove_prefix(1);
+  return text;
+}
+
+OrderedJson conversation(const Row& row) {
+  if (!row.messages.is_null()) return row.messages;
+  return {{{"role", "user"}, {"content", row.prompt}}, {{"role", "assistant"}, {"content", row.target}}};
+}
+
+/// A row of one question and one answer as prompt and target. Throws DataError for longer conversations.
+Row raw(const Row& row) {
+  if (row.messages.is_null()) return row;
+  bool pair = row.messages.size() == 2 && row.messages[0].at("role") == "user" &&
+              row.messages[1].at("role") == "assistant" && row.tools.is_null();
+  MOESAIC_CHECK(pair, DataError,
+                "without a chat template only one user turn and its answer can be rendered, got {} turns. Use a model "
+                "with a chat template, or name a template file",
+                row.messages.size());
+  Row result = row;
+  result.prompt = row.messages[0].at("content").get<std::string>();
+  result.target = row.messages[1].at("content").get<std::string>();
+  return result;
+}
+
+/// Whether any answer holds something to learn.
+bool answered(const OrderedJson& messages) {
+  return std::any_of(messages.begin(), messages.end(), [](const OrderedJson& message) {
+    return message.at("role") == "assistant" &&
+           (message.contains("tool_calls") || !trimmed(message.at("content").get_ref<const std::string&>()).empty());
+  });
+}
+
+void cut_prompt_middle(Example& example, int64_t prompt, int64_t keep) {
+  int64_t head = keep - keep / 2, tail = keep / 2;
+  example.ids.erase(example.ids.begin() + head, example.ids.begin() + prompt - tail);
+  example.mask.erase(example.mask.begin() + head, example.mask.begin() + prompt - tail);
+}
+
+}  // namespace
+
+Renderer::Renderer(std::shared_ptr<const tokenizer::Tokenizer> tokenizer,
+                   std::shared_ptr<const tokenizer::ChatTemplate> chat, RenderOptions options)
+    : tokenizer_(std::move(tokenizer)), chat_(std::move(chat)), options_(std::move(options)) {
+  MOESAIC_CHECK(options_.cutoff_len >= 2, UsageError, "cutoff_len is {}, expected 2 or more", options_.cutoff_len);
+  MOESAIC_CHECK(options_.target_cutoff_len >= 0, UsageError, "target_cutoff_len is {}, expected 0 or more",
+                options_.target_cutoff_len);
+  if (options_.template_name == "none") chat_ = nullptr;
+  std::vector<int64_t> empty = tokenizer_->encode("", true);
+  adds_bos_ = !empty.empty() && tokenizer_->bos_id() == empty.front();
+}
+
+std::shared_ptr<Renderer> Renderer::open(const formats::Checkpoint& checkpoint, RenderOptions options) {
+  auto tokenizer = tokenizer::Tokenizer::open(checkpoint);
+  std::shared_ptr<tokenizer::ChatTemplate> chat;
+  if (options.template_name == "auto") {
+    chat = tokenizer::ChatTemplate::open(checkpoint, *tokenizer);
+  } else if (options.template_name != "none") {
+    MOESAIC_CHECK(std::filesystem::is_regular_file(options.template_name), UsageError,
+                  "template is '{}', expected auto, none or a file with a Jinja template", options.template_name);
+    chat = std::make_shared<tokenizer::ChatTemplate>(read_file(options.template_name), *tokenizer);
+  }
+  return std::make_shared<Renderer>(std::move(tokenizer), std::move(chat), std::move(options));
+}
+
+std::optional<Example> Renderer::render(const Row& row) const {
+  try {
+    return render_row(row);
+  } catch (const DataError& error) {
+    if (row.where.empty()) throw;
+    throw DataError(row.where + ": " + error.what());
+  }
+}
+
+std::optional<Example> Renderer::render_row(const Row& row) const {
+  Example example;
+  example.sentence = row.sentence;
+  if (chat_ && (!row.messages.is_null() || !row.prompt.empty())) {
+    OrderedJson messages = conversation(row);
+    if (!answered(messages)) return std::nullopt;
+    tokenizer::RenderedChat chat = chat_->render_for_training(messages, row.tools);
+    tokenizer::Encoding encoding = tokenizer_->encode_with_offsets(chat.text, false);
+    example.mask = tokenizer::loss_mask(encoding, chat);
+    example.ids = std::move(encoding.ids);
+    // A template that writes nothing behind the last answer would never teach the model to stop.
+    bool open_end = !chat.trained.empty() && chat.trained.back().second == chat.text.size() &&
+                    messages.back().at("role") == "assistant" && !messages.back().contains("tool_calls") &&
+                    trimmed(chat.text).ends_with(trimmed(messages.back().at("content").get<std::string>()));
+    if (open_end && tokenizer_->eos_id() && example.ids.back() != *tokenizer_->eos_id()) {
+      example.ids.push_back(*tokenizer_->eos_id());
+      example.mask.push_back(1);
+    }
+  } else {
+    Row pair = raw(row);
+    if (trimmed(pair.target).empty()) return std::nullopt;
+    MOESAIC_CHECK(tokenizer_->eos_id().has_value(), DataError,
+                  "the tokenizer has no end-of-text token, and an answer without one can't be learnt to stop");
+    example.ids = render_prompt(pair);
+    example.mask.assign(example.ids.size(), 0);
+    for (int64_t id : tokenizer_->encode(pair.target, false)) example.ids.push_back(id);
+    example.ids.push_back(*tokenizer_->eos_id());
+    example.mask.resize(example.ids.size(), 1);
+  }
+
+  const int64_t prompt = std::find(example.mask.begin(), example.mask.end(), 1) - example.mask.begin();
+  int64_t answer = static_cast<int64_t>(example.ids.size()) - prompt;
+  if (options_.target_cutoff_len > 0) answer = std::min(answer, options_.target_cutoff_len);
+  int64_t keep = std::min(prompt, std::max(options_.cutoff_len - answer, options_.cutoff_len / 2));
+  const int64_t size = keep + std::min(answer, options_.cutoff_len - keep);
+  if (keep < prompt) cut_prompt_middle(example, prompt, keep);
+  example.ids.resize(static_cast<size_t>(size));
+  example.mask.resize(static_cast<size_t>(size));
+  if (example.targets() == 0) return std::nullopt;
+  if (options_.train_on_prompt) std::fill(example.mask.begin(), example.mask.end(), 1);
+  return example;
+}
+
+std::vector<int64_t> Renderer::render_prompt(const OrderedJson& messages, const OrderedJson& tools) const {
+  if (chat_) return tokenizer_->encode(chat_->render(messages, true, tools), false);
+  MOESAIC_CHECK(messages.size() == 1 && messages[0].at("role") == "user", DataError,
+                "without a chat template only a single user message can be answered, got {} messages", messages.size());
+  Row row;
+  row.prompt = messages[0].at("content").get<std::string>();
+  return render_prompt(row);
+}
+
+std::vector<int64_t> Renderer::render_prompt(const Row& row) const {
+  if (chat_ && (!row.messages.is_null() || !row.prompt.empty())) {
+    OrderedJson messages = conversation(row);
+    if (messages.back().at("role") == "assistant") messages.erase(messages.size() - 1);
+    return render_prompt(messages, row.tools);
+  }
+  std::vector<int64_t> ids = tokenizer_->encode(raw(row).prompt, false);
+  // A prompt that begins with the BOS token's own text has it already.
+  if (adds_bos_ && (ids.empty() || ids.front() != *tokenizer_->bos_id())) ids.insert(ids.begin(), *tokenizer_->bos_id());
+  return ids;
+}
+
+}  // namespace moesaic::data
