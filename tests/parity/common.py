@@ -1,0 +1,225 @@
+"""Tiny random models of every family, transformers as the reference, and the driver that runs Moesaic.
+
+Everything is float32 on one thread-pool; a reference forward takes one sequence at a time, so no padding is involved.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+from dataclasses import dataclass, field
+
+import torch
+import transformers
+from safetensors.torch import load_file
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+BUILD = pathlib.Path(os.environ.get("MOESAIC_BUILD_DIR", ROOT / "build"))
+RELATIVE = 1e-4  # float32, of the largest magnitude in the reference tensor
+
+# Attributes shared by the tiny models. Nothing is a multiple of 8; head_dim is not hidden_size / heads.
+TINY = dict(vocab_size=131, hidden_size=44, intermediate_size=70, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=10, max_position_embeddings=64, rms_norm_eps=1e-5, bos_token_id=1,
+            eos_token_id=2, pad_token_id=0)
+
+
+def _rope(**parameters):
+    return {"rope_theta": 5000.0, **parameters}
+
+
+@dataclass
+class Family:
+    """One tiny model: transformers' config class and its arguments."""
+
+    config_class: type
+    arguments: dict = field(default_factory=dict)
+
+    def config(self):
+        return self.config_class(**{**TINY, **self.arguments})
+
+
+FAMILIES = {
+    "llama": Family(transformers.LlamaConfig, dict(hidden_size=56, head_dim=14)),
+    "llama-tied-mqa": Family(transformers.LlamaConfig, dict(tie_word_embeddings=True, num_key_value_heads=1)),
+    "llama-biases": Family(transformers.LlamaConfig, dict(attention_bias=True, mlp_bias=True, num_key_value_heads=4)),
+    "llama-rope-llama3": Family(transformers.LlamaConfig, dict(rope_parameters=_rope(
+        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=16))),
+    "llama-rope-linear": Family(transformers.LlamaConfig, dict(rope_parameters=_rope(rope_type="linear", factor=2.5))),
+    "llama-rope-dynamic": Family(transformers.LlamaConfig, dict(
+        max_position_embeddings=12, rope_parameters=_rope(rope_type="dynamic", factor=3.0))),
+    "llama-rope-yarn": Family(transformers.LlamaConfig, dict(rope_parameters=_rope(
+        rope_type="yarn", factor=4.0, original_max_position_embeddings=16))),
+    "llama-rope-yarn-mscale": Family(transformers.LlamaConfig, dict(rope_parameters=_rope(
+        rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=16.0, beta_slow=2.0,
+        mscale=1.0, mscale_all_dim=0.7, truncate=False))),
+    "mistral": Family(transformers.MistralConfig, dict(sliding_window=5)),
+    "qwen2": Family(transformers.Qwen2Config, dict(hidden_size=40, head_dim=14)),
+    "qwen2-window": Family(transformers.Qwen2Config, dict(
+        hidden_size=36, use_sliding_window=True, sliding_window=6, max_window_layers=1, tie_word_embeddings=True)),
+    "qwen3": Family(transformers.Qwen3Config),
+    "gemma3": Family(transformers.Gemma3TextConfig, dict(
+        query_pre_attn_scalar=13, sliding_window=5, layer_types=["sliding_attention", "full_attention",
+                                                                 "sliding_attention"],
+        rope_parameters={"full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 20000.0},
+                         "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0}})),
+    "gemma3-softcap": Family(transformers.Gemma3TextConfig, dict(
+        query_pre_attn_scalar=13, sliding_window=5, attn_logit_softcapping=3.0, final_logit_softcapping=4.0,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"])),
+}
+# One model of each architecture, for the tests that need not vary the rope.
+ARCHITECTURES = ["llama", "llama-tied-mqa", "llama-biases", "mistral", "qwen2", "qwen3", "gemma3"]
+
+# Lengths on both sides of every window and of the dynamic rope's limit.
+LENGTHS = [7, 23, 1, 14]
+
+
+def sequences(vocab_size=TINY["vocab_size"], lengths=LENGTHS, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+def masks(ids, prompt=0.4):
+    """1 where a token is a target: a prompt is not trained on, and one inner token is left out."""
+    result = [[int(i >= prompt * len(s)) for i in range(len(s))] for s in ids]
+    result[1][-3] = 0
+    return result
+
+
+def randomise(model, seed=0):
+    """Weights large enough that every part of the model shows in the logits; norms and biases are not trivial."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * noise)
+            elif "embed_tokens" in name:
+                parameter.copy_(0.7 * noise)
+            else:
+                parameter.copy_(1.3 * noise / parameter.shape[1] ** 0.5)
+
+
+def make_model(name, folder=None, seed=0):
+    """A tiny random model in eval mode, saved to `folder` when one is given."""
+    model = transformers.AutoModelForCausalLM.from_config(FAMILIES[name].config(), attn_implementation="eager")
+    randomise(model.float(), seed)
+    model.eval().requires_grad_(False)
+    if folder is not None:
+        model.save_pretrained(folder)
+    return model
+
+
+def rewrite_as_transformers_4(folder):
+    """Rewrites config.json with the keys that transformers 4 used."""
+    path = pathlib.Path(folder) / "config.json"
+    config = json.loads(path.read_text())
+    config["torch_dtype"] = config.pop("dtype", "float32")
+    config["transformers_version"] = "4.49.0"
+    rope = config.pop("rope_parameters")
+    if "full_attention" in rope:
+        config["rope_theta"] = rope["full_attention"].pop("rope_theta")
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    else:
+        config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    if config["model_type"] == "gemma3_text":
+        config["sliding_window_pattern"] = 2  # every second layer is global, as in `layer_types` of the tiny model
+    config.pop("layer_types", None)
+    path.write_text(json.dumps(config, indent=2))
+
+
+def reference_logits(model, ids, **inputs):
+    """Logits of all rows, sequences laid end to end: [N, V]."""
+    return torch.cat([model(input_ids=torch.tensor([s]), use_cache=False, **inputs).logits[0] for s in ids])
+
+
+def loss_of(logits, ids, mask, normalization="tokens"):
+    """`tokens`: the mean over all targets; `sequences`: the mean over sequences of their means."""
+    losses, counts, start = [], [], 0
+    for s, m in zip(ids, mask):
+        rows = logits[start:start + len(s) - 1].float()
+        start += len(s)
+        keep = torch.tensor(m[1:], dtype=torch.bool)
+        if keep.any():
+            losses.append(torch.nn.functional.cross_entropy(rows[keep], torch.tensor(s[1:])[keep], reduction="sum"))
+            counts.append(int(keep.sum()))
+    if normalization == "tokens":
+        return sum(losses) / sum(counts)
+    return sum(loss / count for loss, count in zip(losses, counts)) / len(losses)
+
+
+def reference_gradients(model, ids, mask, normalization="tokens"):
+    """(logits, loss, {name: gradient}) of the parameters of `model` that require grad."""
+    model.zero_grad(set_to_none=True)
+    logits = reference_logits(model, ids)
+    loss = loss_of(logits, ids, mask, normalization)
+    loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    return logits.detach(), loss.detach(), gradients
+
+
+def assert_close(ours, reference, what, relative=RELATIVE, floor=0.0):
+    """max |ours - reference| <= relative * max(|reference|, floor)."""
+    assert tuple(ours.shape) == tuple(reference.shape), f"{what}: shape {tuple(ours.shape)} != {tuple(reference.shape)}"
+    ours, reference = ours.double(), reference.double()
+    assert torch.isfinite(ours).all(), f"{what}: not finite"
+    scale = max(reference.abs().max().item(), floor)
+    error = (ours - reference).abs().max().item()
+    assert error <= relative * scale, f"{what}: error {error:.3g} > {relative:g} * {scale:.3g}"
+
+
+def assert_gradients_close(ours, reference, relative=RELATIVE):
+    """The same names, and each gradient within `relative` of its own largest entry.
+
+    A gradient that is nearly zero beside the others (a key bias: softmax ignores a shift of all keys) is rounding
+    noise in both, hence the floor of 1e-3 of the largest gradient.
+    """
+    assert sorted(ours) == sorted(reference)
+    floor = 1e-3 * max(g.abs().max().item() for g in reference.values())
+    assert floor > 0
+    for name, gradient in reference.items():
+        assert_close(ours[name], gradient, f"gradient of {name}", relative, floor)
+
+
+class Driver:
+    """A running parity_driver: one JSON job per line in, one JSON answer per line out."""
+
+    def __init__(self):
+        self.process = subprocess.Popen([self.executable()], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        env={**os.environ, "OMP_NUM_THREADS": "2"})
+
+    @staticmethod
+    def executable():
+        return BUILD / "tests" / "parity" / "parity_driver"
+
+    def run(self, output, **job):
+        """Runs a job; returns {name: tensor}. An error of Moesaic's becomes DriverError."""
+        answer = self.call(output=str(output), **job)
+        tensors = load_file(output)
+        return {**tensors, **{k: v for k, v in answer.items() if k != "ok"}}
+
+    def call(self, **job):
+        self.process.stdin.write(json.dumps(job, default=str) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        assert line, f"parity_driver died on {job} (exit {self.process.wait()})"
+        answer = json.loads(line)
+        if not answer["ok"]:
+            raise DriverError(answer["error"])
+        return answer
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+        self.process.stdout.close()
+
+
+class DriverError(Exception):
+    pass
+
+
+def split_gradients(tensors):
+    """The tensors named "grad:<name>" of a driver's answer, by name."""
+    return {k.removeprefix("grad:"): v for k, v in tensors.items() if k.startswith("grad:")}

@@ -1,0 +1,181 @@
+// Runs the C++ side of the parity tests: one JSON job per line on stdin, one JSON answer per line on stdout; tensors go
+// to the safetensors file a job names.
+//
+//   model, dtype, quantize      the base (a folder or .gguf)
+//   adapter, scale              a folder to load, or
+//   create                      {method, preset, rank, alpha, experts, seed, perturb}: a new adapter
+//   sequences, mask, sentence   the ragged batch; normalization: tokens | sequences
+//   mode                        logits | adapter | full (with the gradients of the adapter's, or of every base
+//                               parameter) | cached (logits through the KV cache) | generate (max_new_tokens)
+//   save_adapter, output        what to write
+#include <iostream>
+
+#include "moesaic/adapters/adapter.h"
+#include "moesaic/data/example.h"
+#include "moesaic/generate/generate.h"
+#include "moesaic/models/causal_lm.h"
+#include "moesaic/train/loss.h"
+
+namespace {
+
+using moesaic::Json;
+using namespace moesaic;
+using Sequences = std::vector<std::vector<int64_t>>;
+
+std::unique_ptr<adapters::Adapter> attach(const Json& job, models::CausalLM& model,
+                                          const formats::Checkpoint& checkpoint) {
+  if (job.contains("adapter")) {
+    auto adapter = adapters::Adapter::load(job["adapter"].get<std::string>(), model.sites(), model.device(),
+                                           checkpoint.fingerprint(), job.value("scale", 1.0));
+    for (adapters::AdapterParameter& parameter : adapter->parameters()) parameter.tensor.set_requires_grad(true);
+    return adapter;
+  }
+  if (!job.contains("create")) return nullptr;
+  const Json& create = job["create"];
+  const uint64_t seed = create.value("seed", 0);
+  adapters::AdapterConfig config;
+  config.method = create["method"];
+  config.num_experts = create.value("experts", 1);
+  config.lora_rank = create.value("rank", 4);
+  config.lora_alpha = create.value("alpha", 8.0);
+  config.base_model_name_or_path = checkpoint.path().string();
+  config.base_fingerprint = checkpoint.fingerprint();
+  config = adapters::resolve_targets(config, create.value("preset", ""), model.sites());
+  auto adapter = adapters::Adapter::create(config, model.sites(), model.device(), seed);
+  if (create.value("perturb", true)) {
+    torch::NoGradGuard no_grad;
+    torch::manual_seed(seed);
+    for (adapters::AdapterParameter& parameter : adapter->parameters()) {
+      const bool scales = parameter.name.ends_with("ia3_l") || parameter.name.ends_with("mov");
+      parameter.tensor.normal_(scales ? 1.0 : 0.0, scales ? 0.4 : 0.3);
+    }
+  }
+  return adapter;
+}
+
+/// Loss weight of each label row: 1/M, or 1/(the sequence's targets * sequences that have any).
+torch::Tensor row_weights(const data::Batch& batch, const std::string& normalization) {
+  if (normalization == "tokens") return torch::full({batch.num_targets()}, 1.0 / batch.num_targets());
+  const torch::Tensor counts = torch::bincount(batch.label_sequences, {}, batch.tokens.batch_size());
+  const torch::Tensor sequences = (counts > 0).sum();
+  return 1.0 / (counts.index_select(0, batch.label_sequences) * sequences).to(torch::kFloat32);
+}
+
+/// Logits of all rows when each sequence's first half is prefilled and the rest fed one token at a time, all sequences
+/// together; those that end leave the batch.
+torch::Tensor cached_logits(models::CausalLM& model, const Sequences& sequences, const torch::Tensor& sentence) {
+  std::vector<std::vector<torch::Tensor>> rows(sequences.size());
+  std::vector<int64_t> live(sequences.size());
+  std::iota(live.begin(), live.end(), 0);
+  nn::KvCache cache = model.make_cache(sequences.size());
+  std::vector<size_t> done(sequences.size(), 0);
+  while (!live.empty()) {
+    Sequences next;
+    for (int64_t b : live) {
+      const size_t count = done[b] == 0 ? (sequences[b].size() + 1) / 2 : 1;
+      next.emplace_back(sequences[b].begin() + done[b], sequences[b].begin() + done[b] + count);
+      done[b] += count;
+    }
+    nn::ForwardContext context;
+    context.cache = &cache;
+    if (sentence.defined()) context.sentence = sentence.index_select(0, torch::tensor(live));
+    const auto batch = nn::RaggedBatch::from_sequences(next, model.device());
+    const torch::Tensor logits = model.logits(model.hidden_states(batch, context));
+    std::vector<int64_t> kept, places;
+    for (size_t i = 0; i < live.size(); ++i) {
+      rows[live[i]].push_back(logits.slice(0, batch.offsets[i], batch.offsets[i + 1]));
+      if (done[live[i]] == sequences[live[i]].size()) continue;
+      kept.push_back(live[i]);
+      places.push_back(static_cast<int64_t>(i));
+    }
+    if (places.size() < live.size()) cache = cache.select(places);
+    live = kept;
+  }
+  std::vector<torch::Tensor> all;
+  for (const auto& sequence : rows) all.insert(all.end(), sequence.begin(), sequence.end());
+  return torch::cat(all);
+}
+
+Json run(const Json& job) {
+  const auto checkpoint = formats::Checkpoint::open(job["model"].get<std::string>());
+  models::LoadOptions options;
+  options.dtype = job.value("dtype", "float32") == "bfloat16" ? torch::kBFloat16 : torch::kFloat32;
+  options.quantize_int8 = job.value("quantize", false);
+  const auto model = models::CausalLM::load(*checkpoint, options);
+  const auto adapter = attach(job, *model, *checkpoint);
+  const Sequences sequences = job["sequences"];
+  const std::string mode = job.value("mode", "logits");
+  torch::Tensor sentence;
+  if (job.contains("sentence") && !job["sentence"].is_null()) {
+    std::vector<torch::Tensor> vectors;
+    for (const auto& row : job["sentence"]) vectors.push_back(torch::tensor(row.get<std::vector<float>>()));
+    sentence = torch::stack(vectors);
+  }
+  if (job.contains("save_adapter")) adapter->save(job["save_adapter"].get<std::string>());
+
+  if (mode == "generate") {
+    generate::SamplingOptions sampling;
+    sampling.max_new_tokens = job["max_new_tokens"];
+    sampling.eos_ids = model->config().eos_ids;
+    const auto tokenizer = tokenizer::Tokenizer::open(*checkpoint);
+    Json answers = Json::array();
+    for (const auto& generation : generate::generate(*model, *tokenizer, sequences, sampling, nullptr, sentence)) {
+      answers.push_back({{"ids", generation.ids}, {"finish_reason", generation.finish_reason}});
+    }
+    return {{"ok", true}, {"generations", answers}};
+  }
+
+  formats::TensorMap result;
+  if (mode == "cached") {
+    torch::NoGradGuard no_grad;
+    result["logits"] = cached_logits(*model, sequences, sentence);
+  } else {
+    if (mode == "full") {
+      for (torch::Tensor& parameter : model->parameters()) parameter.set_requires_grad(true);
+    }
+    const torch::AutoGradMode gradients(mode != "logits");
+    std::vector<data::Example> examples;
+    for (size_t b = 0; b < sequences.size(); ++b) {
+      data::Example example;
+      example.ids = sequences[b];
+      example.mask = job["mask"][b].get<std::vector<uint8_t>>();
+      examples.push_back(std::move(example));
+    }
+    const data::Batch batch = data::collate(examples, model->device());
+    nn::ForwardContext context;
+    context.sentence = sentence;
+    const torch::Tensor hidden = model->hidden_states(batch.tokens, context);
+    result["logits"] = model->logits(hidden.detach()).detach();
+    const torch::Tensor loss = train::chunked_cross_entropy(
+        hidden.index_select(0, batch.label_rows), model->head_weight(), batch.labels,
+        row_weights(batch, job.value("normalization", "tokens")), model->config().final_softcap);
+    result["loss"] = loss.detach();
+    if (mode != "logits") {
+      loss.backward();
+      if (mode == "adapter") {
+        for (const auto& [name, gradient] : adapter->gradients()) result["grad:" + name] = gradient;
+      } else {
+        for (const auto& item : model->named_parameters()) {
+          if (item.value().grad().defined()) result["grad:" + item.key()] = item.value().grad().contiguous();
+        }
+      }
+    }
+  }
+  formats::save_safetensors(job["output"].get<std::string>(), result);
+  return {{"ok", true}};
+}
+
+}  // namespace
+
+int main() {
+  for (std::string line; std::getline(std::cin, line);) {
+    Json answer;
+    try {
+      answer = run(Json::parse(line));
+    } catch (const std::exception& error) {
+      answer = {{"ok", false}, {"error", error.what()}};
+    }
+    std::cout << answer.dump() << std::endl;
+  }
+  return 0;
+}

@@ -1,0 +1,218 @@
+"""MoV and MoLoRA written down plainly on top of transformers' modules, straight from the papers' equations.
+
+Every expert's output is computed and then mixed; nothing is fused, so gradients come from autograd alone. Parameters are
+kept in the layouts of the adapter file: lora_A [E, r, in], lora_B [E, out, r], mov [E, H, k] or [E, f], router [E, d_u].
+"""
+
+import json
+import pathlib
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class Mixing:
+    """The `router` block of an adapter, and the inputs a router may read besides its own."""
+
+    def __init__(self, input="token", top_k=0, topk_mode="mask", temperature=1.0, sentence_dim=0):
+        self.input, self.top_k, self.topk_mode, self.temperature = input, top_k, topk_mode, temperature
+        self.sentence_dim = sentence_dim
+        self.sentence = None  # [d_e], of the sequence being run
+
+    def block(self):
+        return {"type": "top_k" if self.top_k else "soft", "top_k": self.top_k, "topk_mode": self.topk_mode,
+                "input": self.input, "temperature": self.temperature, "sentence_dim": self.sentence_dim,
+                "sentence_source": "column"}
+
+    def weights(self, router, u):
+        """u [..., d_u] -> what mixes the experts, [..., E]."""
+        probabilities = torch.softmax(torch.einsum("...d,ed->...e", u.float(), router) / self.temperature, dim=-1)
+        if not self.top_k:
+            return probabilities
+        kept = torch.topk(probabilities, self.top_k, dim=-1).indices
+        mask = torch.zeros_like(probabilities).scatter(-1, kept, 1.0)
+        weights = probabilities * mask
+        if self.topk_mode == "renorm":
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights
+
+    def merge(self, weights, vectors, equation):
+        """The merged vector sum_e s_e l_e, or 1 + sum_e s_e (l_e - 1) over the kept experts."""
+        if self.top_k and self.topk_mode == "residual":
+            return 1 + torch.einsum(equation, weights, vectors - 1)
+        return torch.einsum(equation, weights, vectors)
+
+
+class MoLoraLinear(nn.Module):
+    """y = x W^T + b + scale * sum_e s_e B_e A_e x."""
+
+    def __init__(self, base, experts, rank, scale, router_width, mixing, draw):
+        super().__init__()
+        self.base, self.scale, self.mixing = base, scale, mixing
+        self.lora_A = nn.Parameter(draw(experts, rank, base.in_features) / base.in_features**0.5)
+        self.lora_B = nn.Parameter(draw(experts, base.out_features, rank) / rank**0.5)
+        self.router = nn.Parameter(draw(experts, router_width) / router_width**0.5) if experts > 1 else None
+        self.layer_input = None
+
+    def forward(self, x):
+        if self.router is None:
+            weights = torch.ones(*x.shape[:-1], 1)
+        else:
+            u = {"token": x, "ffn_product": x, "layer_input": self.layer_input}.get(self.mixing.input)
+            if self.mixing.input == "sentence":
+                u = self.mixing.sentence.expand(*x.shape[:-1], -1)
+            weights = self.mixing.weights(self.router, u)
+        low = torch.einsum("bsi,eri->bser", x, self.lora_A)
+        outputs = torch.einsum("bser,eor->bseo", low, self.lora_B)
+        return self.base(x) + self.scale * torch.einsum("bse,bseo->bso", weights, outputs)
+
+
+class MovHeads(nn.Module):
+    """K' = K * sum_e s_e l_e per head: around k_proj or v_proj ([B, S, H*k]) or around k_norm ([B, S, H, k]).
+
+    With `heads_first` the norm sees [B, H, S, k], as in transformers' Gemma 3.
+    """
+
+    def __init__(self, base, experts, heads, width, router_width, mixing, draw, heads_first=False):
+        super().__init__()
+        self.base, self.heads, self.width, self.mixing, self.heads_first = base, heads, width, mixing, heads_first
+        self.mov = nn.Parameter(1 + 0.3 * draw(experts, heads, width))
+        self.router = nn.Parameter(draw(experts, router_width) / router_width**0.5) if experts > 1 else None
+        self.layer_input = None
+
+    def forward(self, x):
+        if self.heads_first:
+            return self._scaled(self.base(x).transpose(1, 2)).transpose(1, 2)
+        return self._scaled(self.base(x))
+
+    def _scaled(self, y):
+        heads = y.reshape(*y.shape[:2], self.heads, self.width)
+        if self.router is None:
+            return (heads * self.mov[0]).view(y.shape)
+        if self.mixing.input in ("token", "ffn_product"):
+            weights = self.mixing.weights(self.router, heads)
+        else:
+            u = self.layer_input if self.mixing.input == "layer_input" else self.mixing.sentence.expand(*y.shape[:2], -1)
+            weights = self.mixing.weights(self.router, u).unsqueeze(2).expand(-1, -1, self.heads, -1)
+        return (heads * self.mixing.merge(weights, self.mov, "bshe,ehk->bshk")).view(y.shape)
+
+
+class MovFfn(nn.Module):
+    """down( (act(gate x) * sum_e s_e l_e) * up x ), in place of a model's MLP."""
+
+    def __init__(self, mlp, experts, router_width, mixing, draw):
+        super().__init__()
+        self.mlp, self.mixing = mlp, mixing
+        width = mlp.down_proj.in_features
+        self.mov = nn.Parameter(1 + 0.3 * draw(experts, width))
+        self.router = nn.Parameter(draw(experts, router_width) / router_width**0.5) if experts > 1 else None
+
+    def forward(self, x):
+        act, up = self.mlp.act_fn(self.mlp.gate_proj(x)), self.mlp.up_proj(x)
+        if self.router is None:
+            return self.mlp.down_proj(act * self.mov[0] * up)
+        u = {"token": act, "ffn_product": act * up, "layer_input": x}.get(self.mixing.input)
+        if self.mixing.input == "sentence":
+            u = self.mixing.sentence.expand(*x.shape[:-1], -1)
+        merged = self.mixing.merge(self.mixing.weights(self.router, u), self.mov, "bse,ef->bsf")
+        return self.mlp.down_proj(act * merged * up)
+
+
+class Mixture:
+    """Puts MoV or MoLoRA into a transformers model (changing it) and knows the adapter file that says the same."""
+
+    def __init__(self, model, method, experts=3, rank=2, alpha=3.0, targets=None, k_site="auto", seed=1, **mixing):
+        self.model, self.method, self.experts, self.rank, self.alpha = model, method, experts, rank, alpha
+        self.mixing = Mixing(**mixing)
+        self.targets = targets or (LINEARS if method == "molora" else ["k_proj", "v_proj", "down_proj"])
+        generator = torch.Generator().manual_seed(seed)
+        self.draw = lambda *shape: torch.randn(shape, generator=generator)
+        self.parameters = {}
+        layers = model.model.layers
+        attention = layers[0].self_attn
+        normed_keys = hasattr(attention, "k_norm")
+        self.k_site = ("post_qk_norm" if normed_keys else "output") if k_site == "auto" else k_site
+        for index, layer in enumerate(layers):
+            if method == "molora":
+                self._molora(index, layer)
+            else:
+                self._mov(index, layer)
+
+    def _router_width(self, own, hidden):
+        return {"layer_input": hidden, "sentence": self.mixing.sentence_dim}.get(self.mixing.input, own)
+
+    def _register(self, path, module, names):
+        for name, key in names.items():
+            parameter = getattr(module, name)
+            if parameter is not None:
+                self.parameters[f"{path}.{key}"] = parameter
+
+    def _molora(self, index, layer):
+        for half, feed in (("self_attn", layer.self_attn), ("mlp", layer.mlp)):
+            wrapped = []
+            for name in [t for t in self.targets if hasattr(feed, t)]:
+                base = getattr(feed, name)
+                hidden = self.model.config.hidden_size
+                module = MoLoraLinear(base, self.experts, self.rank, self.alpha / self.rank,
+                                      self._router_width(base.in_features, hidden), self.mixing, self.draw)
+                setattr(feed, name, module)
+                wrapped.append(module)
+                self._register(f"model.layers.{index}.{half}.{name}", module,
+                               {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "router": "router.weight"})
+            self._pass_layer_input(feed, wrapped)
+
+    def _mov(self, index, layer):
+        attention, path = layer.self_attn, f"model.layers.{index}"
+        hidden, k = self.model.config.hidden_size, attention.head_dim
+        wrapped = []
+        for name in [t for t in self.targets if t != "down_proj"]:
+            heads = getattr(attention, name).out_features // k
+            point = "k_norm" if name == "k_proj" and self.k_site == "post_qk_norm" else name
+            module = MovHeads(getattr(attention, point), self.experts, heads, k, self._router_width(k, hidden),
+                              self.mixing, self.draw,
+                              heads_first=point == "k_norm" and self.model.config.model_type == "gemma3_text")
+            setattr(attention, point, module)
+            wrapped.append(module)
+            self._register(f"{path}.self_attn.{name}", module, {"mov": "mov.weight", "router": "router.weight"})
+        self._pass_layer_input(attention, wrapped)
+        if "down_proj" in self.targets:
+            width = layer.mlp.down_proj.in_features
+            layer.mlp = MovFfn(layer.mlp, self.experts, self._router_width(width, hidden), self.mixing, self.draw)
+            self._register(f"{path}.mlp.down_proj", layer.mlp, {"mov": "mov.weight", "router": "router.weight"})
+
+    def _pass_layer_input(self, half, wrapped):
+        def remember(_, args, kwargs):
+            for module in wrapped:
+                module.layer_input = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+        half.register_forward_pre_hook(remember, with_kwargs=True)
+
+    def config(self):
+        """adapter_config.json."""
+        config = {"peft_type": self.method.upper(), "task_type": "CAUSAL_LM", "target_modules": self.targets,
+                  "moesaic": {"num_experts": self.experts, "k_site": self.k_site, "router": self.mixing.block()}}
+        if self.method == "molora":
+            return {**config, "r": self.rank, "lora_alpha": self.alpha}
+        return {**config, "feedforward_modules": [t for t in self.targets if t == "down_proj"]}
+
+    def save(self, folder):
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "adapter_config.json").write_text(json.dumps(self.config()))
+        save_file({f"base_model.model.{name}": p.detach().contiguous() for name, p in self.parameters.items()},
+                  folder / "adapter_model.safetensors")
+        return folder
+
+    def logits(self, ids, sentence=None):
+        """[N, V], one sequence at a time; sentence: [B, d_e]."""
+        rows = []
+        for b, s in enumerate(ids):
+            self.mixing.sentence = None if sentence is None else sentence[b]
+            rows.append(self.model(input_ids=torch.tensor([s]), use_cache=False).logits[0])
+        return torch.cat(rows)
+
+    def gradients(self):
+        return {name: p.grad for name, p in self.parameters.items()}

@@ -1,0 +1,71 @@
+"""The frozen models: logits, loss and the gradient of every weight, against transformers."""
+
+import shutil
+
+import pytest
+import torch
+
+import common
+
+
+@pytest.mark.parametrize("name", common.FAMILIES)
+def test_logits_and_loss(name, driver, models, tmp_path):
+    model, folder = models(name)
+    ids = common.sequences()
+    mask = common.masks(ids)
+    logits = common.reference_logits(model, ids)
+    for normalization in ("tokens", "sequences"):
+        ours = driver.run(tmp_path / "out.safetensors", model=folder, sequences=ids, mask=mask,
+                          normalization=normalization)
+        common.assert_close(ours["logits"], logits, "logits")
+        common.assert_close(ours["loss"], common.loss_of(logits, ids, mask, normalization), f"{normalization} loss")
+
+
+# What transformers 4 wrote; `layer_types` did not exist, so the windows must follow from older keys or defaults.
+@pytest.mark.parametrize("name", [n for n in common.FAMILIES if n != "gemma3-softcap"])
+def test_transformers_4_config(name, driver, models, tmp_path):
+    model, folder = models(name)
+    old = shutil.copytree(folder, tmp_path / "old")
+    common.rewrite_as_transformers_4(old)
+    ids = common.sequences()
+    ours = driver.run(tmp_path / "out.safetensors", model=old, sequences=ids, mask=common.masks(ids))
+    common.assert_close(ours["logits"], common.reference_logits(model, ids), "logits")
+
+
+@pytest.mark.parametrize("name", common.FAMILIES)
+def test_full_gradients(name, driver, models, tmp_path):
+    _, folder = models(name)
+    model = common.make_model(name).requires_grad_(True)
+    ids = common.sequences()
+    mask = common.masks(ids)
+    _, loss, gradients = common.reference_gradients(model, ids, mask)
+    ours = driver.run(tmp_path / "out.safetensors", model=folder, mode="full", sequences=ids, mask=mask)
+    common.assert_close(ours["loss"], loss, "loss")
+    common.assert_gradients_close(common.split_gradients(ours), gradients)
+
+
+def test_sharded_checkpoint(driver, models, tmp_path):
+    model, _ = models("llama")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
+    assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 1
+    ids = common.sequences()
+    ours = driver.run(tmp_path / "out.safetensors", model=tmp_path / "sharded", sequences=ids, mask=common.masks(ids))
+    common.assert_close(ours["logits"], common.reference_logits(model, ids), "logits")
+
+
+# bfloat16 keeps 8 bits, so one rounding is 2^-9 = 0.2 % of a value. Three layers of some ten roundings each, in another
+# order than transformers', differ by a few of them: ours must be as near to float32 as transformers' bfloat16 is (a
+# factor of 2 for luck), and within 3 % of the largest logit.
+@pytest.mark.parametrize("name", common.ARCHITECTURES)
+def test_bfloat16(name, driver, models, tmp_path):
+    model, folder = models(name)
+    ids = common.sequences()
+    exact = common.reference_logits(model, ids)
+    half = common.make_model(name).to(torch.bfloat16)
+    theirs = common.reference_logits(half, ids).float()
+    ours = driver.run(tmp_path / "out.safetensors", model=folder, dtype="bfloat16", sequences=ids,
+                      mask=common.masks(ids))["logits"]
+    error = (ours - exact).abs().max() / exact.abs().max()
+    their_error = (theirs - exact).abs().max() / exact.abs().max()
+    assert error > 0
+    assert error < 0.03 and error < 2 * their_error, f"ours {error:.4f}, transformers {their_error:.4f}"

@@ -1,0 +1,164 @@
+"""LoRA and (IA)^3 against PEFT: its adapters here, and ours in PEFT; logits and every gradient."""
+
+import shutil
+
+import peft
+import pytest
+import torch
+
+import common
+
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA = {
+    "all-linear": dict(r=3, lora_alpha=7, target_modules=ALL_LINEAR),
+    "two-modules": dict(r=5, lora_alpha=5, target_modules=["q_proj", "v_proj"]),
+    "rslora": dict(r=3, lora_alpha=4, use_rslora=True, target_modules=ALL_LINEAR),
+    "patterns": dict(r=2, lora_alpha=4, target_modules=ALL_LINEAR,
+                     rank_pattern={"down_proj": 5, "layers.1.self_attn.q_proj": 4},
+                     alpha_pattern={"^model.layers.0.mlp.gate_proj": 9, "v_proj": 1}),
+    "regex": dict(r=2, lora_alpha=3, target_modules=r".*layers\.[02]\.(self_attn\.[qo]_proj|mlp\.up_proj)"),
+    "suffixes": dict(r=2, lora_alpha=3, target_modules=["mlp.gate_proj", "self_attn.k_proj"],
+                     layers_to_transform=[0, 2]),
+    "excluded": dict(r=2, lora_alpha=3, target_modules=ALL_LINEAR, exclude_modules=["o_proj"]),
+}
+IA3 = {
+    "default": dict(),
+    "no-feedforward": dict(target_modules=["k_proj", "v_proj"], feedforward_modules=[]),
+    "queries": dict(target_modules=["q_proj", "k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "down-output": dict(target_modules=["v_proj", "down_proj"], feedforward_modules=[]),
+    "every-output": dict(target_modules=["q_proj", "o_proj", "gate_proj", "up_proj"], feedforward_modules=[]),
+    "every-input": dict(target_modules=["q_proj", "o_proj", "down_proj"],
+                        feedforward_modules=["q_proj", "o_proj", "down_proj"]),
+}
+
+
+def peft_model(name, config, seed=5):
+    """A PEFT model whose adapter is far from its start state."""
+    wrapped = peft.get_peft_model(common.make_model(name), config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter_name, p in wrapped.named_parameters():
+            if p.requires_grad:
+                noise = torch.randn(p.shape, generator=generator)
+                p.copy_(1 + 0.4 * noise if "ia3" in parameter_name else noise / p.shape[1] ** 0.5)
+    return wrapped.eval()
+
+
+def file_name(parameter_name):
+    """PEFT's parameter name -> the key in our driver's answer."""
+    return parameter_name.removeprefix("base_model.model.").replace(".default", "")
+
+
+def check_peft_adapter_here(name, config, driver, models, tmp_path):
+    _, folder = models(name)
+    wrapped = peft_model(name, config)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    ids = common.sequences()
+    mask = common.masks(ids)
+    logits, loss, gradients = common.reference_gradients(wrapped, ids, mask)
+    base = common.reference_logits(models(name)[0], ids)
+    assert (logits - base).abs().max() > 0.05 * base.abs().max(), "the adapter has no effect"
+    ours = driver.run(tmp_path / "out.safetensors", model=folder, adapter=tmp_path / "adapter", mode="adapter",
+                      sequences=ids, mask=mask)
+    common.assert_close(ours["logits"], logits, "logits")
+    common.assert_close(ours["loss"], loss, "loss")
+    common.assert_gradients_close(common.split_gradients(ours), {file_name(n): g for n, g in gradients.items()})
+
+
+@pytest.mark.parametrize("name", common.ARCHITECTURES)
+def test_lora_of_peft(name, driver, models, tmp_path):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **LORA["all-linear"])
+    check_peft_adapter_here(name, config, driver, models, tmp_path)
+
+
+@pytest.mark.parametrize("variant", [v for v in LORA if v != "all-linear"])
+def test_lora_variants_of_peft(variant, driver, models, tmp_path):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **LORA[variant])
+    check_peft_adapter_here("llama", config, driver, models, tmp_path)
+
+
+@pytest.mark.parametrize("name", common.ARCHITECTURES)
+def test_ia3_of_peft(name, driver, models, tmp_path):
+    # PEFT has no default targets for gemma3_text: its list for gemma.
+    arguments = dict(target_modules=["q_proj", "v_proj", "down_proj"],
+                     feedforward_modules=["down_proj"]) if name == "gemma3" else IA3["default"]
+    check_peft_adapter_here(name, peft.IA3Config(task_type="CAUSAL_LM", **arguments), driver, models, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("variant", [v for v in IA3 if v != "default"])
+def test_ia3_variants_of_peft(name, variant, driver, models, tmp_path):
+    check_peft_adapter_here(name, peft.IA3Config(task_type="CAUSAL_LM", **IA3[variant]), driver, models, tmp_path)
+
+
+@pytest.mark.parametrize("name", common.ARCHITECTURES)
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_our_adapter_in_peft(name, method, driver, models, tmp_path):
+    _, folder = models(name)
+    create = {"method": method, "preset": "all-linear", "rank": 3, "alpha": 6.0, "seed": 11}
+    ids = common.sequences()
+    ours = driver.run(tmp_path / "out.safetensors", model=folder, create=create, save_adapter=tmp_path / "adapter",
+                      sequences=ids, mask=common.masks(ids))
+    wrapped = peft.PeftModel.from_pretrained(common.make_model(name), tmp_path / "adapter")
+    with torch.no_grad():
+        theirs = common.reference_logits(wrapped, ids)
+        base = common.reference_logits(models(name)[0], ids)
+    assert (theirs - base).abs().max() > 0.05 * base.abs().max(), "the adapter has no effect"
+    common.assert_close(ours["logits"], theirs, "logits")
+
+
+def test_saved_again_is_the_same(driver, models, tmp_path):
+    """PEFT -> here -> PEFT keeps every number."""
+    _, folder = models("qwen2")
+    wrapped = peft_model("qwen2", peft.LoraConfig(task_type="CAUSAL_LM", **LORA["patterns"]))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    ids = common.sequences()
+    driver.run(tmp_path / "out.safetensors", model=folder, adapter=tmp_path / "adapter",
+               save_adapter=tmp_path / "again", sequences=ids, mask=common.masks(ids))
+    first = common.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    again = common.load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert sorted(first) == sorted(again)
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    reloaded = peft.PeftModel.from_pretrained(common.make_model("qwen2"), tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(common.reference_logits(reloaded, ids), common.reference_logits(wrapped, ids))
+
+
+def test_scale_multiplies_the_effect(driver, models, tmp_path):
+    _, folder = models("llama")
+    wrapped = peft_model("llama", peft.LoraConfig(task_type="CAUSAL_LM", **LORA["all-linear"]))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    for module in wrapped.modules():
+        if hasattr(module, "scaling"):
+            module.scaling["default"] *= 0.25
+    ids = common.sequences()
+    ours = driver.run(tmp_path / "out.safetensors", model=folder, adapter=tmp_path / "adapter", scale=0.25,
+                      sequences=ids, mask=common.masks(ids))
+    with torch.no_grad():
+        common.assert_close(ours["logits"], common.reference_logits(wrapped, ids), "logits")
+
+
+@pytest.mark.parametrize("damage", ["renamed", "dropped", "added"])
+def test_adapter_that_does_not_fit_is_refused(damage, driver, models, tmp_path):
+    from safetensors.torch import save_file
+
+    _, folder = models("llama")
+    peft_model("llama", peft.LoraConfig(task_type="CAUSAL_LM", **LORA["all-linear"])).save_pretrained(tmp_path / "good")
+    bad = shutil.copytree(tmp_path / "good", tmp_path / "bad")
+    tensors = common.load_file(bad / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    other = key.replace("layers.1", "layers.7")
+    if damage == "renamed":
+        tensors[other] = tensors.pop(key)
+    elif damage == "dropped":
+        tensors.pop(key)
+    else:
+        tensors[other] = tensors[key].clone()
+    save_file(tensors, bad / "adapter_model.safetensors")
+    ids = common.sequences()
+    with pytest.raises(common.DriverError) as error:
+        driver.run(tmp_path / "out.safetensors", model=folder, adapter=bad, sequences=ids, mask=common.masks(ids))
+    if damage != "added":
+        assert "model.layers.1.mlp.up_proj.lora_B.weight" in str(error.value)
+    if damage != "dropped":
+        assert "model.layers.7.mlp.up_proj.lora_B.weight" in str(error.value)
