@@ -1,9 +1,13 @@
 // JSON: nlohmann::json with checked parsing and typed look-ups that say where a wrong value stands.
 #pragma once
+#include <cmath>
+#include <cstdint>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "moesaic/base/check.h"
@@ -27,16 +31,33 @@ std::string read_file(const std::filesystem::path& path, size_t max_bytes = size
 /// Writes to a temporary file beside `path`, fsyncs and renames: a crash never leaves half a file.
 void write_file_atomically(const std::filesystem::path& path, std::string_view bytes);
 
-/// json[key] as T; `fallback` when absent or null. Throws ConfigError with `where`, the key, got and expected type.
+/// json[key] as T; `fallback` when absent or null. Throws ConfigError with `where`, the key and what stands there.
+/// Numbers are exact: an integer T refuses fractions, booleans and values out of its range.
 template <class T>
 T get_or(const Json& json, const char* key, T fallback, const std::string& where) {
   auto it = json.find(key);
   if (it == json.end() || it->is_null()) return fallback;
-  try {
-    return it->get<T>();
-  } catch (const nlohmann::json::exception&) {
-    throw ConfigError(where + ": key '" + key + "' has the wrong type: got " + it->dump().substr(0, 80));
+  bool fits = true;
+  if constexpr (std::is_integral_v<T> && !std::is_same_v<T, bool>) {
+    if (it->is_number_float()) {
+      double value = it->get<double>();
+      fits = value == std::floor(value) && std::abs(value) < 9.0e15 && std::in_range<T>(static_cast<int64_t>(value));
+    } else if (it->is_number_unsigned()) {
+      fits = std::in_range<T>(it->get<uint64_t>());
+    } else {
+      fits = it->is_number_integer() && std::in_range<T>(it->get<int64_t>());
+    }
+  } else if constexpr (std::is_floating_point_v<T>) {
+    fits = it->is_number();
   }
+  if (fits) {
+    try {
+      return it->get<T>();
+    } catch (const nlohmann::json::exception&) {
+    }
+  }
+  std::string got = it->dump(-1, ' ', false, Json::error_handler_t::replace).substr(0, 80);
+  throw ConfigError(where + ": key '" + key + "' has the wrong type or range: got " + got);
 }
 
 /// json[key] as T. Throws ConfigError when absent or of the wrong type.

@@ -1,0 +1,199 @@
+#include "moesaic/base/yaml.h"
+
+#include <fmt/ranges.h>
+#include <yaml-cpp/yaml.h>
+
+#include <algorithm>
+#include <charconv>
+#include <cmath>
+#include <optional>
+#include <regex>
+
+namespace moesaic {
+namespace {
+
+constexpr int kMaxDepth = 100;
+constexpr int64_t kMaxNodes = 1'000'000;
+
+/// The types YAML 1.2's core schema (section 10.3.2) gives to a plain scalar.
+Json typed_scalar(const std::string& text, const std::string& where) {
+  static const std::regex kInteger("[-+]?[0-9]+");
+  static const std::regex kFloat("[-+]?(\\.[0-9]+|[0-9]+(\\.[0-9]*)?)([eE][-+]?[0-9]+)?");
+  static const std::regex kNotFinite("[-+]?\\.(inf|Inf|INF)|\\.(nan|NaN|NAN)");
+  static const std::regex kOctalOrHex("0o[0-7]+|0x[0-9a-fA-F]+");
+  if (text.empty() || text == "~" || text == "null" || text == "Null" || text == "NULL") return nullptr;
+  if (text == "true" || text == "True" || text == "TRUE") return true;
+  if (text == "false" || text == "False" || text == "FALSE") return false;
+  if (text.size() > 64) return text;  // longer than any number; also keeps std::regex's recursion shallow
+  const char* begin = text.data() + (text[0] == '+' ? 1 : 0);
+  const char* end = text.data() + text.size();
+  if (std::regex_match(text, kInteger)) {
+    int64_t value = 0;
+    auto [stop, error] = std::from_chars(begin, end, value);
+    MOESAIC_CHECK(error == std::errc(), FormatError, "{}: integer {} does not fit 64 bits", where, text);
+    return value;
+  }
+  if (std::regex_match(text, kOctalOrHex)) {
+    int64_t value = 0;
+    auto [stop, error] = std::from_chars(text.data() + 2, end, value, text[1] == 'x' ? 16 : 8);
+    MOESAIC_CHECK(error == std::errc(), FormatError, "{}: integer {} does not fit 64 bits", where, text);
+    return value;
+  }
+  if (std::regex_match(text, kFloat)) {
+    double value = 0;
+    auto [stop, error] = std::from_chars(begin, end, value);
+    MOESAIC_CHECK(error == std::errc(), FormatError, "{}: number {} is out of range", where, text);
+    return value;
+  }
+  MOESAIC_CHECK(!std::regex_match(text, kNotFinite), FormatError, "{}: {} is not a finite number", where, text);
+  return text;
+}
+
+/// Turns a YAML tree into Json and counts its nodes: aliases may make a small file a huge or endless tree.
+class Converter {
+ public:
+  explicit Converter(const std::string& where) : where_(where) {}
+
+  Json convert(const YAML::Node& node, int depth = 0) {
+    std::string place = fmt::format("{}:{}", where_, node.Mark().line + 1);
+    MOESAIC_CHECK(depth <= kMaxDepth, FormatError, "{}: YAML is nested deeper than {} levels", place, kMaxDepth);
+    MOESAIC_CHECK(++nodes_ <= kMaxNodes, FormatError, "{}: YAML expands to more than {} nodes", place, kMaxNodes);
+    switch (node.Type()) {
+      case YAML::NodeType::Scalar: {
+        // Quoted scalars carry the tag "!", plain ones "?".
+        const std::string& tag = node.Tag();
+        MOESAIC_CHECK(tag.empty() || tag == "?" || tag == "!", FormatError, "{}: YAML tag {} is not supported", place, tag);
+        return tag == "!" ? Json(node.Scalar()) : typed_scalar(node.Scalar(), place);
+      }
+      case YAML::NodeType::Sequence: {
+        Json list = Json::array();
+        for (const YAML::Node& item : node) list.push_back(convert(item, depth + 1));
+        return list;
+      }
+      case YAML::NodeType::Map: {
+        Json map = Json::object();
+        for (const auto& item : node) {
+          MOESAIC_CHECK(item.first.IsScalar(), FormatError, "{}: a key is a list or map, expected a name", place);
+          const std::string& key = item.first.Scalar();
+          MOESAIC_CHECK(!map.contains(key), FormatError, "{}:{}: key '{}' stands twice", where_,
+                        item.first.Mark().line + 1, key);
+          map[key] = convert(item.second, depth + 1);
+        }
+        return map;
+      }
+      default: return nullptr;
+    }
+  }
+
+ private:
+  const std::string& where_;
+  int64_t nodes_ = 0;
+};
+
+void emit(YAML::Emitter& out, const Json& json) {
+  switch (json.type()) {
+    case Json::value_t::object:
+      out << YAML::BeginMap;
+      for (const auto& [key, value] : json.items()) {
+        out << YAML::Key << key << YAML::Value;
+        emit(out, value);
+      }
+      out << YAML::EndMap;
+      break;
+    case Json::value_t::array:
+      out << YAML::Flow << YAML::BeginSeq;
+      for (const Json& item : json) emit(out, item);
+      out << YAML::EndSeq;
+      break;
+    case Json::value_t::string: {
+      auto text = json.get<std::string>();
+      bool looks_typed = text.size() > 64 || !typed_scalar(text, "").is_string();
+      if (looks_typed) out << YAML::DoubleQuoted;
+      out << text;
+      break;
+    }
+    case Json::value_t::null: out << YAML::Null; break;
+    default: out << json.dump();  // numbers in their shortest exact form, booleans
+  }
+}
+
+void collect_unknown(const Json& config, const std::vector<std::string>& known, const std::string& prefix,
+                     std::vector<std::string>& problems) {
+  auto has = [&](const std::string& name) { return std::find(known.begin(), known.end(), name) != known.end(); };
+  for (const auto& [key, value] : config.items()) {
+    std::string name = prefix + key;
+    if (has(name + ".*")) continue;
+    bool nested = std::any_of(known.begin(), known.end(), [&](auto& k) { return k.starts_with(name + "."); });
+    if (nested && value.is_object()) {
+      collect_unknown(value, known, name + ".", problems);
+    } else if (!has(name)) {
+      std::string near = nearest_name(name, known);
+      if (nested) {
+        problems.push_back(fmt::format("'{}' expects a map, got {}", name, value.dump(-1, ' ', false, Json::error_handler_t::replace).substr(0, 40)));
+      } else {
+        problems.push_back(fmt::format("'{}'{}", name, near.empty() ? "" : fmt::format(" (did you mean '{}'?)", near)));
+      }
+    }
+  }
+}
+
+}  // namespace
+
+Json parse_yaml(std::string_view text, const std::string& where) {
+  YAML::Node root;
+  try {
+    std::vector<YAML::Node> documents = YAML::LoadAll(std::string(text));
+    MOESAIC_CHECK(documents.size() <= 1, FormatError, "{}: {} YAML documents, expected one", where, documents.size());
+    if (!documents.empty()) root = documents[0];
+    return Converter(where).convert(root);
+  } catch (const YAML::Exception& error) {
+    throw FormatError(fmt::format("{}: not valid YAML: {}", where, error.what()));
+  }
+}
+
+Json read_yaml(const std::filesystem::path& path) {
+  return parse_yaml(read_file(path, size_t{16} << 20), path.string());
+}
+
+std::string to_yaml(const Json& json) {
+  YAML::Emitter out;
+  emit(out, json);
+  return std::string(out.c_str()) + "\n";
+}
+
+void apply_overrides(Json& config, const std::vector<std::string>& overrides) {
+  for (const std::string& text : overrides) {
+    size_t equals = text.find('=');
+    MOESAIC_CHECK(equals != std::string::npos && equals > 0, UsageError,
+                  "'{}': expected key=value, for example learning_rate=1e-4", text);
+    Json value;
+    try {
+      value = parse_yaml(std::string_view(text).substr(equals + 1), "override " + text.substr(0, equals));
+    } catch (const FormatError& error) {
+      throw UsageError(error.what());
+    }
+    Json* place = &config;
+    std::string_view key = std::string_view(text).substr(0, equals);
+    while (true) {
+      size_t dot = key.find('.');
+      std::string part(key.substr(0, dot));
+      MOESAIC_CHECK(!part.empty(), UsageError, "'{}': the key has an empty part", text);
+      MOESAIC_CHECK(place->is_object() || place->is_null(), UsageError, "'{}': '{}' is below a value that is not a map",
+                    text, part);
+      place = &(*place)[part];
+      if (dot == std::string_view::npos) break;
+      key.remove_prefix(dot + 1);
+    }
+    *place = std::move(value);
+  }
+}
+
+void check_known_keys(const Json& config, const std::vector<std::string>& known, const std::string& where) {
+  MOESAIC_CHECK(config.is_object(), UsageError, "{}: expected a map of keys", where);
+  std::vector<std::string> problems;
+  collect_unknown(config, known, "", problems);
+  MOESAIC_CHECK(problems.empty(), UsageError, "{}: unknown key{}: {}", where, problems.size() > 1 ? "s" : "",
+                fmt::join(problems, ", "));
+}
+
+}  // namespace moesaic

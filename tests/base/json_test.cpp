@@ -1,0 +1,107 @@
+#include "moesaic/base/json.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <fstream>
+
+namespace moesaic {
+namespace {
+
+using testing::HasSubstr;
+
+/// The message of the `Error` that `action` throws; "" when it throws none.
+template <class Error, class Action>
+std::string message_of(Action action) {
+  try {
+    action();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "";
+}
+
+class TemporaryFolder : public testing::Test {
+ protected:
+  void SetUp() override {
+    std::string pattern = (std::filesystem::temp_directory_path() / "moesaic-XXXXXX").string();
+    folder_ = mkdtemp(pattern.data());
+  }
+  void TearDown() override { std::filesystem::remove_all(folder_); }
+  std::filesystem::path folder_;
+};
+
+TEST(ParseJson, ReadsValuesAndKeepsOrderWhereAsked) {
+  EXPECT_EQ(parse_json(R"({"b": [1, 2.5], "a": null})", "x")["b"][1], 2.5);
+  EXPECT_EQ(parse_ordered_json(R"({"b": 1, "a": 2})", "x").dump(), R"({"b":1,"a":2})");
+}
+
+TEST(ParseJson, SaysWhereItIsWrong) {
+  std::string message = message_of<FormatError>([] { parse_json("{\n \"a\": }", "config.json"); });
+  EXPECT_THAT(message, HasSubstr("config.json"));
+  EXPECT_THAT(message, HasSubstr("line 2, column 7"));
+  EXPECT_THROW(parse_json("", "x"), FormatError);
+  EXPECT_THROW(parse_json("{\"a\": 1", "x"), FormatError);
+  EXPECT_THROW(parse_json("\"\xff\xfe\"", "x"), FormatError) << "not UTF-8";
+  EXPECT_THROW(parse_json("NaN", "x"), FormatError);
+  EXPECT_THROW(parse_json("1e999", "x"), FormatError);
+}
+
+TEST(ParseJson, RefusesDeepNestingButNotBracketsInStrings) {
+  std::string deep(201, '[');
+  EXPECT_THAT(message_of<FormatError>([&] { parse_json(deep, "x"); }), HasSubstr("deeper than 200"));
+  EXPECT_THROW(parse_json(std::string(50'000'000, '['), "x"), FormatError);
+  EXPECT_EQ(parse_json(std::string(200, '[') + std::string(200, ']'), "x").size(), 1);
+  EXPECT_EQ(parse_json('"' + std::string(300, '[') + "\\\"[\"", "x").get<std::string>().size(), 302);
+}
+
+TEST_F(TemporaryFolder, FilesAreWrittenWholeAndReadBack) {
+  auto path = folder_ / "a.json";
+  write_file_atomically(path, "{\"x\": 1}");
+  write_file_atomically(path, "{\"x\": 2}");
+  EXPECT_EQ(read_json(path)["x"], 2);
+  EXPECT_EQ(std::distance(std::filesystem::directory_iterator(folder_), {}), 1) << "no temporary file stays";
+  EXPECT_THAT(message_of<DataError>([&] { write_file_atomically(folder_ / "no" / "b", "x"); }),
+              HasSubstr("No such file"));
+}
+
+TEST_F(TemporaryFolder, ReadRefusesFoldersMissingAndLargeFiles) {
+  EXPECT_THAT(message_of<DataError>([&] { read_file(folder_); }), HasSubstr("is a folder"));
+  EXPECT_THAT(message_of<DataError>([&] { read_file(folder_ / "absent"); }), HasSubstr("No such file"));
+  write_file_atomically(folder_ / "large", std::string(11, 'x'));
+  EXPECT_EQ(read_file(folder_ / "large", 11), std::string(11, 'x'));
+  EXPECT_THROW(read_file(folder_ / "large", 10), FormatError);
+  EXPECT_THROW(read_file("/dev/zero", 1000), FormatError) << "an endless file";
+}
+
+TEST(Get, GivesTheValueTheFallbackOrTheReason) {
+  Json json = {{"i", 3}, {"whole", 4.0}, {"f", 1.5}, {"s", "x"}, {"n", nullptr}, {"b", true}, {"big", 5'000'000'000}};
+  EXPECT_EQ(get<int64_t>(json, "i", "w"), 3);
+  EXPECT_EQ(get<int64_t>(json, "whole", "w"), 4);
+  EXPECT_EQ(get<double>(json, "i", "w"), 3.0);
+  EXPECT_EQ(get_or<int64_t>(json, "n", 7, "w"), 7);
+  EXPECT_EQ(get_or<std::string>(json, "absent", "d", "w"), "d");
+  EXPECT_THAT(message_of<ConfigError>([&] { get<int64_t>(json, "absent", "here"); }), HasSubstr("here: key 'absent'"));
+  EXPECT_THAT(message_of<ConfigError>([&] { get<int64_t>(json, "s", "here"); }), HasSubstr("got \"x\""));
+  EXPECT_THROW(get<int64_t>(json, "f", "w"), ConfigError) << "a fraction is not an integer";
+  EXPECT_THROW(get<int64_t>(json, "b", "w"), ConfigError);
+  EXPECT_THROW(get<double>(json, "b", "w"), ConfigError);
+  EXPECT_THROW(get<bool>(json, "i", "w"), ConfigError);
+  EXPECT_THROW(get<int32_t>(json, "big", "w"), ConfigError);
+  EXPECT_THROW(get<uint64_t>(Json{{"x", -1}}, "x", "w"), ConfigError);
+  EXPECT_THROW(get<int64_t>(Json{{"x", 1e300}}, "x", "w"), ConfigError);
+}
+
+TEST(NearestName, FindsTyposAndPartsOnly) {
+  std::vector<std::string> names{"learning_rate", "lora_rank", "seed", "down_proj"};
+  EXPECT_EQ(nearest_name("learning-rate", names), "learning_rate");
+  EXPECT_EQ(nearest_name("lora_rnak", names), "lora_rank");
+  EXPECT_EQ(nearest_name("sede", names), "seed");
+  EXPECT_EQ(nearest_name("down", names), "down_proj");
+  EXPECT_EQ(nearest_name("temperature", names), "");
+  EXPECT_EQ(nearest_name("", {}), "");
+}
+
+}  // namespace
+}  // namespace moesaic
