@@ -49,13 +49,14 @@ int fail(ExitCode code, const std::string& message) {
 std::string hint_for(const CLI::App& app, const std::vector<std::string>& args) {
   const bool has_verb = !args.empty() && !args[0].empty() && args[0][0] != '-';
   if (!has_verb) return "";
-  const CLI::App* verb = app.get_subcommand_no_throw(args[0]);
   std::vector<std::string> known;
-  if (verb == nullptr) {
-    for (const Verb& candidate : kVerbs) known.push_back(candidate.name);
+  for (const Verb& verb : kVerbs) known.push_back(verb.name);
+  if (std::find(known.begin(), known.end(), args[0]) == known.end()) {
     std::string nearest = nearest_name(args[0], known);
     return nearest.empty() ? "" : fmt::format(" Did you mean '{}'?", nearest);
   }
+  const CLI::App* verb = app.get_subcommand(args[0]);
+  known.clear();
   for (const CLI::Option* option : verb->get_options()) {
     for (const std::string& name : option->get_lnames()) known.push_back("--" + name);
   }
