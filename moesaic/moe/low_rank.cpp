@@ -135,8 +135,8 @@ struct GateLayout {
 
 void gate_forward(const torch::Tensor& u, const torch::Tensor& logits, const GateLayout& layout, torch::Tensor& g,
                   torch::Tensor& s) {
-  const float* u_data = u.const_data_ptr<float>();
-  const float* l_data = logits.const_data_ptr<float>();
+  const float* u_data = u.data_ptr<float>();
+  const float* l_data = logits.data_ptr<float>();
   float* g_data = g.mutable_data_ptr<float>();
   float* s_data = s.mutable_data_ptr<float>();
   const int64_t u_stride = u.stride(0), l_stride = logits.stride(0), g_stride = g.stride(0), s_stride = s.stride(0);
@@ -190,9 +190,9 @@ struct GateRanks : torch::autograd::Function<GateRanks> {
     const torch::Tensor gg = grads[0].contiguous();
     torch::Tensor gu = torch::empty({u.size(0), u.size(1)}, u.options());
     torch::Tensor gl = torch::empty_like(s);
-    const float* u_data = u.const_data_ptr<float>();
-    const float* s_data = s.const_data_ptr<float>();
-    const float* gg_data = gg.const_data_ptr<float>();
+    const float* u_data = u.data_ptr<float>();
+    const float* s_data = s.data_ptr<float>();
+    const float* gg_data = gg.data_ptr<float>();
     float* gu_data = gu.mutable_data_ptr<float>();
     float* gl_data = gl.mutable_data_ptr<float>();
     const int64_t u_stride = u.stride(0);

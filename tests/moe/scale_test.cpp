@@ -14,7 +14,7 @@ torch::Tensor random(at::IntArrayRef shape, double scale = 1.0) {
 std::vector<torch::Tensor> gradients(const torch::Tensor& y, const std::vector<torch::Tensor>& leaves) {
   for (auto leaf : leaves) leaf.mutable_grad() = torch::Tensor();
   torch::manual_seed(11);
-  (y * torch::randn_like(y)).sum().backward();
+  (y * torch::randn_like(y)).sum().backward({}, /*retain_graph=*/true);
   std::vector<torch::Tensor> result;
   for (const auto& leaf : leaves) result.push_back(leaf.grad().clone());
   return result;
