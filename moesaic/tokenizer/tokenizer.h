@@ -1,7 +1,7 @@
 // Tokenizers (tokenizer.json through the `tokenizers` crate) and chat templates (minijinja), behind a C ABI.
 #pragma once
 #include <cstdint>
-#include <filesystem>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -18,6 +18,7 @@ class Checkpoint;
 namespace moesaic::tokenizer {
 
 /// Ids with the byte range of the text each came from (special tokens added by the tokenizer have an empty range).
+/// A token that holds a part of a character has the whole character's range; blanks in front of a word are its own.
 struct Encoding {
   std::vector<int64_t> ids;
   std::vector<std::pair<size_t, size_t>> offsets;  // bytes, [begin, end)
@@ -45,6 +46,10 @@ class Tokenizer {
   std::optional<int64_t> eos_id() const;
   std::optional<std::string> bos_token() const;
   std::optional<std::string> eos_token() const;
+  /// The special tokens that tokenizer_config.json names: "bos_token" -> "<s>", ...
+  const std::map<std::string, std::string>& special_tokens() const;
+  /// The texts of all tokens that are marked special, by id.
+  const std::vector<std::string>& special_texts() const;
   /// The text of tokenizer.json, for writing beside an adapter.
   const std::string& json() const;
   /// tokenizer_config.json.
@@ -56,6 +61,7 @@ class Tokenizer {
 };
 
 /// Turns a growing list of ids into text that never holds half a character: for streaming.
+/// The pieces put together are the decoded text of all ids, wherever those ids hold whole characters.
 class StreamDecoder {
  public:
   explicit StreamDecoder(std::shared_ptr<const Tokenizer> tokenizer, bool skip_special_tokens = true);
@@ -65,14 +71,16 @@ class StreamDecoder {
   std::string finish();
 
  private:
+  std::string advance(bool last);
+
   std::shared_ptr<const Tokenizer> tokenizer_;
   bool skip_special_tokens_;
-  std::vector<int64_t> ids_;
-  size_t prefix_ = 0;  // first id of the window that is decoded again
-  size_t read_ = 0;    // ids of the window whose text was already returned
+  std::vector<int64_t> ids_;  // the window that is decoded again: context, then ids that wait for the rest of a character
+  size_t read_ = 0;           // ids of the window whose text was already returned
 };
 
-/// A rendered conversation and the byte ranges a model is trained to produce.
+/// A rendered conversation and the byte ranges a model is trained to produce. The template writes BOS itself, so the
+/// text is encoded without special tokens.
 struct RenderedChat {
   std::string text;
   std::vector<std::pair<size_t, size_t>> trained;  // bytes: the assistant's words with their end-of-turn token
@@ -89,12 +97,14 @@ class ChatTemplate {
   ~ChatTemplate();
 
   /// messages: [{role, content, ...}]; tools: a list or null; extra: further template variables (object).
+  /// As in transformers, null values of a message are dropped and its reasoning is found under all its names.
   /// Throws DataError with the template's own words when it raises.
   std::string render(const OrderedJson& messages, bool add_generation_prompt, const OrderedJson& tools = nullptr,
                      const OrderedJson& extra = OrderedJson::object()) const;
 
-  /// Renders a whole conversation and finds what each assistant turn adds to it. A message with `"train": false` or
-  /// `"weight": 0` is left out of `trained`.
+  /// Renders a whole conversation and finds what each assistant turn adds to it: from the end of the generation prompt
+  /// to the end-of-turn token. A message with `"train": false` or `"weight": 0` is left out of `trained`.
+  /// Throws DataError when the template does not show a trained message.
   RenderedChat render_for_training(const OrderedJson& messages, const OrderedJson& tools = nullptr) const;
 
   const std::string& source() const;

@@ -1,0 +1,58 @@
+// The C side of the Rust crate in this folder: tokenizers (tokenizer.json) and minijinja (chat templates).
+//
+// Handles are opaque, immutable after set-up and safe to share between threads. Texts are UTF-8 with explicit lengths.
+// A function that can fail writes its reason to `error`, which the caller passes empty; no panic leaves the crate.
+// Whatever is returned through an out parameter belongs to the caller and goes back through its free function.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+extern "C" {
+
+struct BridgeTokenizer;
+struct BridgeTemplate;
+
+struct BridgeText {
+  char* data;
+  size_t size;
+};
+void bridge_text_free(BridgeText text);
+
+struct BridgeEncoding {
+  uint32_t* ids;    // [size]
+  size_t* offsets;  // [size, 2] bytes, begin and end; null unless they were asked for
+  size_t size;
+};
+void bridge_encoding_free(BridgeEncoding encoding);
+
+/// Null on failure. Truncation, padding and offset trimming that the file asks for are switched off.
+BridgeTokenizer* bridge_tokenizer_new(const char* json, size_t size, BridgeText* error);
+void bridge_tokenizer_free(BridgeTokenizer* tokenizer);
+
+/// Adds the tokens that are missing. json: [{content, special, normalized, lstrip, rstrip, single_word}].
+bool bridge_tokenizer_add_tokens(BridgeTokenizer* tokenizer, const char* json, size_t size, BridgeText* error);
+/// Replaces the post-processor by one that puts `bos` in front and `eos` behind; either may be null.
+bool bridge_tokenizer_set_bos_eos(BridgeTokenizer* tokenizer, const char* bos, size_t bos_size, const char* eos,
+                                  size_t eos_size, BridgeText* error);
+
+bool bridge_tokenizer_encode(const BridgeTokenizer* tokenizer, const char* text, size_t size, bool add_special_tokens,
+                             bool with_offsets, BridgeEncoding* out, BridgeText* error);
+bool bridge_tokenizer_decode(const BridgeTokenizer* tokenizer, const uint32_t* ids, size_t size,
+                             bool skip_special_tokens, BridgeText* out, BridgeText* error);
+/// -1 when the vocabulary does not hold the token.
+int64_t bridge_tokenizer_token_to_id(const BridgeTokenizer* tokenizer, const char* token, size_t size);
+/// False when no token has this id.
+bool bridge_tokenizer_id_to_token(const BridgeTokenizer* tokenizer, uint32_t id, BridgeText* out);
+/// Number of tokens, added ones included.
+size_t bridge_tokenizer_vocab_size(const BridgeTokenizer* tokenizer);
+/// JSON list of the special added tokens' texts.
+BridgeText bridge_tokenizer_special_tokens(const BridgeTokenizer* tokenizer);
+
+/// Null on failure; `error` then names the template's line.
+BridgeTemplate* bridge_template_new(const char* source, size_t size, BridgeText* error);
+void bridge_template_free(BridgeTemplate* tmpl);
+/// context: JSON object with the template's variables, in the order its maps are to keep.
+bool bridge_template_render(const BridgeTemplate* tmpl, const char* context, size_t size, BridgeText* out,
+                            BridgeText* error);
+
+}  // extern "C"

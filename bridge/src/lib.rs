@@ -1,0 +1,228 @@
+//! C ABI over `tokenizers` and `minijinja`; bridge.h is its other half and says what each function does.
+mod template;
+mod tokenizer;
+
+use std::cell::RefCell;
+use std::os::raw::c_char;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::Once;
+
+use template::ChatTemplate;
+use tokenizer::BridgeTokenizer;
+
+/// Owned UTF-8 handed to C++.
+#[repr(C)]
+pub struct Text {
+    data: *mut u8,
+    size: usize,
+}
+
+impl From<String> for Text {
+    fn from(text: String) -> Self {
+        let bytes = Box::leak(text.into_bytes().into_boxed_slice());
+        Text { data: bytes.as_mut_ptr(), size: bytes.len() }
+    }
+}
+
+/// Owned ids and offsets handed to C++.
+#[repr(C)]
+pub struct EncodingOut {
+    ids: *mut u32,
+    offsets: *mut usize,
+    size: usize,
+}
+
+thread_local! {
+    static PANIC: RefCell<String> = const { RefCell::new(String::new()) };
+}
+
+/// Runs `f`; an error or a panic becomes text in `error` and `None`.
+fn guard<T>(error: *mut Text, f: impl FnOnce() -> Result<T, String>) -> Option<T> {
+    static QUIET: Once = Once::new();
+    QUIET.call_once(|| {
+        std::panic::set_hook(Box::new(|info| PANIC.with(|text| *text.borrow_mut() = info.to_string().replace('\n', " "))));
+    });
+    let reason = match catch_unwind(AssertUnwindSafe(f)) {
+        Ok(Ok(value)) => return Some(value),
+        Ok(Err(reason)) => reason,
+        Err(_) => PANIC.with(|text| format!("internal error of the library ({})", text.borrow())),
+    };
+    if !error.is_null() {
+        unsafe { *error = reason.into() };
+    }
+    None
+}
+
+/// The bytes C++ passed; an empty slice for a null pointer.
+unsafe fn bytes<'a>(data: *const c_char, size: usize) -> &'a [u8] {
+    if data.is_null() {
+        return &[];
+    }
+    std::slice::from_raw_parts(data.cast(), size)
+}
+
+unsafe fn utf8<'a>(data: *const c_char, size: usize) -> Result<&'a str, String> {
+    std::str::from_utf8(bytes(data, size)).map_err(|e| format!("the text is not valid UTF-8 at byte {}", e.valid_up_to()))
+}
+
+unsafe fn optional_utf8<'a>(data: *const c_char, size: usize) -> Result<Option<&'a str>, String> {
+    if data.is_null() {
+        return Ok(None);
+    }
+    utf8(data, size).map(Some)
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_text_free(text: Text) {
+    if !text.data.is_null() {
+        drop(Box::from_raw(std::ptr::slice_from_raw_parts_mut(text.data, text.size)));
+    }
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_encoding_free(encoding: EncodingOut) {
+    if !encoding.ids.is_null() {
+        drop(Box::from_raw(std::ptr::slice_from_raw_parts_mut(encoding.ids, encoding.size)));
+    }
+    if !encoding.offsets.is_null() {
+        drop(Box::from_raw(std::ptr::slice_from_raw_parts_mut(encoding.offsets, 2 * encoding.size)));
+    }
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_tokenizer_new(json: *const c_char, size: usize, error: *mut Text) -> *mut BridgeTokenizer {
+    guard(error, || BridgeTokenizer::new(bytes(json, size)))
+        .map_or(std::ptr::null_mut(), |tokenizer| Box::into_raw(Box::new(tokenizer)))
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_tokenizer_free(tokenizer: *mut BridgeTokenizer) {
+    if !tokenizer.is_null() {
+        guard(std::ptr::null_mut(), || {
+            drop(Box::from_raw(tokenizer));
+            Ok(())
+        });
+    }
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_tokenizer_add_tokens(
+    tokenizer: *mut BridgeTokenizer,
+    json: *const c_char,
+    size: usize,
+    error: *mut Text,
+) -> bool {
+    guard(error, || (*tokenizer).add_tokens(bytes(json, size))).is_some()
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_tokenizer_set_bos_eos(
+    tokenizer: *mut BridgeTokenizer,
+    bos: *const c_char,
+    bos_size: usize,
+    eos: *const c_char,
+    eos_size: usize,
+    error: *mut Text,
+) -> bool {
+    guard(error, || (*tokenizer).set_bos_eos(optional_utf8(bos, bos_size)?, optional_utf8(eos, eos_size)?)).is_some()
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_tokenizer_encode(
+    tokenizer: *const BridgeTokenizer,
+    text: *const c_char,
+    size: usize,
+    add_special_tokens: bool,
+    with_offsets: bool,
+    out: *mut EncodingOut,
+    error: *mut Text,
+) -> bool {
+    guard(error, || {
+        let (ids, offsets) = (*tokenizer).encode(utf8(text, size)?, add_special_tokens, with_offsets)?;
+        let ids = Box::leak(ids.into_boxed_slice());
+        let offsets = offsets.map_or(std::ptr::null_mut(), |offsets| Box::leak(offsets.into_boxed_slice()).as_mut_ptr());
+        *out = EncodingOut { ids: ids.as_mut_ptr(), offsets, size: ids.len() };
+        Ok(())
+    })
+    .is_some()
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_tokenizer_decode(
+    tokenizer: *const BridgeTokenizer,
+    ids: *const u32,
+    size: usize,
+    skip_special_tokens: bool,
+    out: *mut Text,
+    error: *mut Text,
+) -> bool {
+    guard(error, || {
+        let ids = if size == 0 { &[] } else { std::slice::from_raw_parts(ids, size) };
+        *out = (*tokenizer).decode(ids, skip_special_tokens)?.into();
+        Ok(())
+    })
+    .is_some()
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_tokenizer_token_to_id(
+    tokenizer: *const BridgeTokenizer,
+    token: *const c_char,
+    size: usize,
+) -> i64 {
+    guard(std::ptr::null_mut(), || Ok((*tokenizer).token_to_id(utf8(token, size)?)))
+        .flatten()
+        .map_or(-1, i64::from)
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_tokenizer_id_to_token(tokenizer: *const BridgeTokenizer, id: u32, out: *mut Text) -> bool {
+    match guard(std::ptr::null_mut(), || Ok((*tokenizer).id_to_token(id))).flatten() {
+        Some(token) => {
+            *out = token.into();
+            true
+        }
+        None => false,
+    }
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_tokenizer_vocab_size(tokenizer: *const BridgeTokenizer) -> usize {
+    guard(std::ptr::null_mut(), || Ok((*tokenizer).vocab_size())).unwrap_or(0)
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_tokenizer_special_tokens(tokenizer: *const BridgeTokenizer) -> Text {
+    guard(std::ptr::null_mut(), || Ok((*tokenizer).special_tokens())).unwrap_or_else(|| "[]".into()).into()
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_template_new(source: *const c_char, size: usize, error: *mut Text) -> *mut ChatTemplate {
+    guard(error, || ChatTemplate::new(utf8(source, size)?))
+        .map_or(std::ptr::null_mut(), |template| Box::into_raw(Box::new(template)))
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_template_free(template: *mut ChatTemplate) {
+    if !template.is_null() {
+        guard(std::ptr::null_mut(), || {
+            drop(Box::from_raw(template));
+            Ok(())
+        });
+    }
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_template_render(
+    template: *const ChatTemplate,
+    context: *const c_char,
+    size: usize,
+    out: *mut Text,
+    error: *mut Text,
+) -> bool {
+    guard(error, || {
+        *out = (*template).render(bytes(context, size))?.into();
+        Ok(())
+    })
+    .is_some()
+}

@@ -1,0 +1,369 @@
+//! Chat templates: minijinja with the environment that transformers gives its Jinja2 templates, and with Python's way
+//! of printing, stripping and dumping where minijinja's own differs.
+use std::fmt;
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{from_args, Kwargs, Rest, Tuple, ValueKind};
+use minijinja::{Environment, Error, ErrorKind, State, Value};
+use minijinja_contrib::pycompat;
+
+const NAME: &str = "chat_template";
+const MAX_SOURCE_BYTES: usize = 1 << 20;
+/// One unit per instruction and per 64 bytes made: a second of work or 640 MB at most.
+const FUEL: u64 = 10_000_000;
+const MAX_JSON_DEPTH: usize = 200;
+
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+}
+
+impl ChatTemplate {
+    pub fn new(source: &str) -> Result<Self, String> {
+        if source.len() > MAX_SOURCE_BYTES {
+            return Err(format!("{} bytes, expected at most {MAX_SOURCE_BYTES}", source.len()));
+        }
+        let mut environment = Environment::new();
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(describe)?;
+        environment.set_syntax(syntax);
+        environment.set_fuel(Some(FUEL));
+        environment.set_unknown_method_callback(call_method);
+        environment.set_formatter(|out, _, value| out.write_str(&python_str(value)).map_err(Error::from));
+        environment.add_function("raise_exception", raise_exception);
+        environment.add_function("strftime_now", strftime_now);
+        environment.add_filter("tojson", tojson);
+        environment.add_filter("string", |value: &Value| python_str(value));
+        environment.add_filter("trim", |value: &Value, chars: Option<&str>| strip(&value.to_string(), chars, true, true).to_string());
+        environment.add_test("sequence", |value: &Value| {
+            matches!(value.kind(), ValueKind::Undefined | ValueKind::String | ValueKind::Seq | ValueKind::Map)
+        });
+        let source = replace_generation_tags(&source.replace("\r\n", "\n").replace('\r', "\n"));
+        environment.add_template_owned(NAME, source).map_err(describe)?;
+        Ok(Self { environment })
+    }
+
+    pub fn render(&self, context: &[u8]) -> Result<String, String> {
+        let context: Value = serde_json::from_slice(context).map_err(|e| format!("the conversation does not parse: {e}"))?;
+        self.environment.get_template(NAME).and_then(|template| template.render(context)).map_err(describe)
+    }
+}
+
+/// What a template said itself through raise_exception.
+#[derive(Debug)]
+struct Raised;
+
+impl fmt::Display for Raised {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("raise_exception")
+    }
+}
+
+impl std::error::Error for Raised {}
+
+fn describe(error: Error) -> String {
+    let line = error.line().map_or(String::new(), |line| format!("line {line}: "));
+    let detail = error.detail().unwrap_or_default();
+    let cause = std::error::Error::source(&error);
+    if cause.is_some_and(|cause| cause.is::<Raised>()) {
+        return format!("{line}{detail}");
+    }
+    let colon = if detail.is_empty() { "" } else { ": " };
+    let cause = cause.map_or(String::new(), |cause| format!(" ({cause})"));
+    format!("{line}{}{colon}{detail}{cause}", error.kind())
+}
+
+fn raise_exception(message: &Value) -> Result<Value, Error> {
+    Err(Error::new(ErrorKind::InvalidOperation, python_str(message)).with_source(Raised))
+}
+
+/// The local time in C's strftime format, as Python's datetime.now().strftime.
+fn strftime_now(format: &str) -> Result<String, Error> {
+    let invalid = || Error::new(ErrorKind::InvalidOperation, format!("strftime_now: the format {format:?} is not usable"));
+    // A leading blank tells an empty result from a buffer that is too small: both return 0.
+    let format = std::ffi::CString::new(format!(" {format}")).map_err(|_| invalid())?;
+    let mut buffer = vec![0u8; 4096];
+    let written = unsafe {
+        let now = libc::time(std::ptr::null_mut());
+        let mut local: libc::tm = std::mem::zeroed();
+        libc::localtime_r(&now, &mut local);
+        libc::strftime(buffer.as_mut_ptr().cast(), buffer.len(), format.as_ptr(), &local)
+    };
+    if written == 0 {
+        return Err(invalid());
+    }
+    String::from_utf8(buffer[1..written].to_vec()).map_err(|_| invalid())
+}
+
+/// `{% generation %}` marks the assistant's words for a training mask. It prints its body and keeps what is set inside
+/// to itself, as an empty `{% with %}` does.
+fn replace_generation_tags(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(at) = rest.find("{%") {
+        let (before, tag) = rest.split_at(at + 2);
+        out.push_str(before);
+        let body = tag.strip_prefix(['-', '+']).unwrap_or(tag);
+        let name = body.trim_start();
+        let replaced = [("generation", "with"), ("endgeneration", "endwith")].into_iter().find_map(|(from, to)| {
+            let after = name.strip_prefix(from)?;
+            let close = after.trim_start();
+            close.strip_prefix(['-', '+']).unwrap_or(close).starts_with("%}").then_some((after, to))
+        });
+        rest = match replaced {
+            Some((after, to)) => {
+                out.push_str(&tag[..tag.len() - name.len()]);
+                out.push_str(to);
+                after
+            }
+            None => tag,
+        };
+    }
+    out.push_str(rest);
+    out
+}
+
+/// str(value)
+fn python_str(value: &Value) -> String {
+    match float_of(value) {
+        Some(number) => python_float(number),
+        None => value.to_string(),
+    }
+}
+
+fn float_of(value: &Value) -> Option<f64> {
+    (value.kind() == ValueKind::Number && !value.is_integer()).then(|| f64::try_from(value.clone()).ok()).flatten()
+}
+
+/// repr(number): the shortest digits that read back, with an exponent outside [1e-4, 1e16).
+fn python_float(number: f64) -> String {
+    if number.is_nan() {
+        return "nan".into();
+    }
+    if number.is_infinite() {
+        return if number > 0.0 { "inf".into() } else { "-inf".into() };
+    }
+    let text = format!("{number:?}");
+    match text.split_once('e').and_then(|(digits, exponent)| Some((digits, exponent.parse::<i32>().ok()?))) {
+        Some((digits, exponent)) => format!("{}e{exponent:+03}", digits.strip_suffix(".0").unwrap_or(digits)),
+        None => text,
+    }
+}
+
+/// What Python's str.strip() takes for blank: Unicode white space and four control characters.
+fn is_python_space(c: char) -> bool {
+    c.is_whitespace() || ('\x1c'..='\x1f').contains(&c)
+}
+
+fn strip<'a>(text: &'a str, chars: Option<&str>, left: bool, right: bool) -> &'a str {
+    let matches = |c: char| chars.map_or_else(|| is_python_space(c), |chars| chars.contains(c));
+    let text = if left { text.trim_start_matches(matches) } else { text };
+    if right { text.trim_end_matches(matches) } else { text }
+}
+
+/// Charges the template for a text of `bytes` before it is made.
+fn charge(state: &State, bytes: usize) -> Result<(), Error> {
+    state.consume_fuel(bytes as u64 / 64)
+}
+
+/// Methods of Python's str and dict that minijinja-contrib lacks or answers otherwise.
+fn call_method(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
+    let Some(text) = value.as_str() else {
+        return match (value.kind(), method) {
+            (ValueKind::Map, "copy") => {
+                let () = from_args(args)?;
+                Ok(value.clone())
+            }
+            _ => pycompat::unknown_method_callback(state, value, method, args),
+        };
+    };
+    match method {
+        "strip" | "lstrip" | "rstrip" => {
+            let (chars,): (Option<&str>,) = from_args(args)?;
+            Ok(strip(text, chars, method != "rstrip", method != "lstrip").into())
+        }
+        "removeprefix" => {
+            let (prefix,): (&str,) = from_args(args)?;
+            Ok(text.strip_prefix(prefix).unwrap_or(text).into())
+        }
+        "removesuffix" => {
+            let (suffix,): (&str,) = from_args(args)?;
+            Ok(text.strip_suffix(suffix).unwrap_or(text).into())
+        }
+        "partition" | "rpartition" => {
+            let (separator,): (&str,) = from_args(args)?;
+            let first = method == "partition";
+            let parts = if first { text.split_once(separator) } else { text.rsplit_once(separator) };
+            let (head, middle, tail) = match parts {
+                Some((head, tail)) => (head, separator, tail),
+                None if first => (text, "", ""),
+                None => ("", "", text),
+            };
+            Ok(Value::from(Tuple::from([head.into(), middle.into(), tail.into()])))
+        }
+        "rsplit" => {
+            let (separator, limit): (&str, Option<usize>) = from_args(args)?;
+            let mut parts: Vec<&str> = match limit {
+                Some(limit) => text.rsplitn(limit.saturating_add(1), separator).collect(),
+                None => text.rsplit(separator).collect(),
+            };
+            parts.reverse();
+            Ok(parts.into_iter().map(Value::from).collect())
+        }
+        "replace" => {
+            let (from, to): (&str, &str) = from_args(&args[..args.len().min(2)])?;
+            charge(state, (text.len() + 1).saturating_mul(to.len()) / from.len().max(1))?;
+            pycompat::unknown_method_callback(state, value, method, args)
+        }
+        "join" => {
+            let (items,): (&Value,) = from_args(args)?;
+            charge(state, text.len().saturating_mul(items.len().unwrap_or(0)))?;
+            pycompat::unknown_method_callback(state, value, method, args)
+        }
+        _ => pycompat::unknown_method_callback(state, value, method, args),
+    }
+}
+
+/// json.dumps(value, ensure_ascii, indent, separators, sort_keys)
+fn tojson(state: &State, value: &Value, args: Rest<Value>) -> Result<Value, Error> {
+    type Args = (Option<bool>, Option<Value>, Option<Value>, Option<bool>, Kwargs);
+    let (ensure_ascii, indent, separators, sort_keys, kwargs): Args = from_args(&args)?;
+    let ensure_ascii = ensure_ascii.or(kwargs.get("ensure_ascii")?).unwrap_or(false);
+    let indent = indent.or(kwargs.get("indent")?).filter(|indent: &Value| !indent.is_none());
+    let separators = separators.or(kwargs.get("separators")?).filter(|pair: &Value| !pair.is_none());
+    let sort_keys = sort_keys.or(kwargs.get("sort_keys")?).unwrap_or(false);
+    kwargs.assert_all_used()?;
+
+    let indent = match indent {
+        Some(indent) => match indent.as_str() {
+            Some(text) => Some(text.to_string()),
+            None => Some(" ".repeat(i64::try_from(indent)?.clamp(0, 64) as usize)),
+        },
+        None => None,
+    };
+    let (item_separator, key_separator) = match separators {
+        Some(pair) => (pair.get_item_by_index(0)?.to_string(), pair.get_item_by_index(1)?.to_string()),
+        None => (if indent.is_some() { ",".into() } else { ", ".into() }, ": ".into()),
+    };
+    let mut dump = JsonDump { state, ensure_ascii, indent, item_separator, key_separator, sort_keys, out: String::new() };
+    dump.value(value, 0)?;
+    Ok(dump.out.into())
+}
+
+struct JsonDump<'a> {
+    state: &'a State<'a, 'a>,
+    ensure_ascii: bool,
+    indent: Option<String>,
+    item_separator: String,
+    key_separator: String,
+    sort_keys: bool,
+    out: String,
+}
+
+impl JsonDump<'_> {
+    fn value(&mut self, value: &Value, depth: usize) -> Result<(), Error> {
+        if depth > MAX_JSON_DEPTH {
+            return Err(Error::new(ErrorKind::InvalidOperation, "tojson: the value is nested too deeply"));
+        }
+        self.state.consume_fuel(1)?;
+        match value.kind() {
+            ValueKind::None => self.out.push_str("null"),
+            ValueKind::Bool => self.out.push_str(if value.is_true() { "true" } else { "false" }),
+            ValueKind::Number => self.out.push_str(&json_number(value)),
+            ValueKind::String => self.string(value.as_str().unwrap_or_default())?,
+            ValueKind::Seq | ValueKind::Iterable => {
+                let items: Vec<Value> = value.try_iter()?.collect();
+                self.container('[', ']', items.len(), depth, |dump, i| dump.value(&items[i], depth + 1))?;
+            }
+            ValueKind::Map => {
+                let mut items = Vec::new();
+                for key in value.try_iter()? {
+                    items.push((json_key(&key)?, value.get_item(&key)?));
+                }
+                if self.sort_keys {
+                    items.sort_by(|a, b| a.0.cmp(&b.0));
+                }
+                self.container('{', '}', items.len(), depth, |dump, i| {
+                    dump.string(&items[i].0)?;
+                    dump.out.push_str(&dump.key_separator.clone());
+                    dump.value(&items[i].1, depth + 1)
+                })?;
+            }
+            kind => return Err(Error::new(ErrorKind::InvalidOperation, format!("tojson: {kind} is not JSON serializable"))),
+        }
+        Ok(())
+    }
+
+    fn container(
+        &mut self,
+        open: char,
+        close: char,
+        size: usize,
+        depth: usize,
+        mut item: impl FnMut(&mut Self, usize) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        self.out.push(open);
+        for i in 0..size {
+            if i > 0 {
+                self.out.push_str(&self.item_separator.clone());
+            }
+            self.new_line(depth + 1)?;
+            item(self, i)?;
+        }
+        if size > 0 {
+            self.new_line(depth)?;
+        }
+        self.out.push(close);
+        Ok(())
+    }
+
+    fn new_line(&mut self, depth: usize) -> Result<(), Error> {
+        if let Some(indent) = &self.indent {
+            charge(self.state, indent.len() * depth)?;
+            self.out.push('\n');
+            self.out.push_str(&indent.repeat(depth));
+        }
+        Ok(())
+    }
+
+    fn string(&mut self, text: &str) -> Result<(), Error> {
+        charge(self.state, text.len())?;
+        self.out.push('"');
+        for c in text.chars() {
+            match c {
+                '"' => self.out.push_str("\\\""),
+                '\\' => self.out.push_str("\\\\"),
+                '\n' => self.out.push_str("\\n"),
+                '\r' => self.out.push_str("\\r"),
+                '\t' => self.out.push_str("\\t"),
+                '\x08' => self.out.push_str("\\b"),
+                '\x0c' => self.out.push_str("\\f"),
+                c if c < ' ' || (self.ensure_ascii && !(' '..='~').contains(&c)) => {
+                    for unit in c.encode_utf16(&mut [0; 2]) {
+                        self.out.push_str(&format!("\\u{unit:04x}"));
+                    }
+                }
+                c => self.out.push(c),
+            }
+        }
+        self.out.push('"');
+        Ok(())
+    }
+}
+
+fn json_number(value: &Value) -> String {
+    match float_of(value) {
+        Some(number) if number.is_nan() => "NaN".into(),
+        Some(number) if number.is_infinite() => if number > 0.0 { "Infinity".into() } else { "-Infinity".into() },
+        Some(number) => python_float(number),
+        None => value.to_string(),
+    }
+}
+
+fn json_key(key: &Value) -> Result<String, Error> {
+    match key.kind() {
+        ValueKind::String => Ok(key.to_string()),
+        ValueKind::Number => Ok(json_number(key)),
+        ValueKind::Bool => Ok(if key.is_true() { "true".into() } else { "false".into() }),
+        ValueKind::None => Ok("null".into()),
+        kind => Err(Error::new(ErrorKind::InvalidOperation, format!("tojson: a key must be a string, got {kind}"))),
+    }
+}
