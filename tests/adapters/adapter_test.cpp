@@ -1,0 +1,278 @@
+#include "moesaic/adapters/adapter.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "moesaic/base/check.h"
+#include "tests/adapters/toy_sites.h"
+
+namespace moesaic::adapters {
+namespace {
+
+using ::testing::HasSubstr;
+
+AdapterConfig config_of(const std::string& method, const nn::Sites& sites) {
+  AdapterConfig config;
+  config.method = method;
+  config.lora_rank = 2;
+  config.num_experts = method == "molora" || method == "mov" ? 3 : 1;
+  return resolve_targets(config, "", sites);
+}
+
+class TemporaryFolder {
+ public:
+  TemporaryFolder() {
+    std::string pattern = (std::filesystem::temp_directory_path() / "adapter_test_XXXXXX").string();
+    path = mkdtemp(pattern.data());
+  }
+  ~TemporaryFolder() { std::filesystem::remove_all(path); }
+  std::filesystem::path path;
+};
+
+/// Moves every parameter away from its start state.
+void disturb(Adapter& adapter) {
+  torch::NoGradGuard no_grad;
+  torch::manual_seed(9);
+  for (auto& parameter : adapter.parameters()) parameter.tensor.add_(torch::randn_like(parameter.tensor) * 0.2);
+}
+
+std::string message_of(const std::function<void()>& action) {
+  try {
+    action();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "nothing was thrown";
+}
+
+class EveryMethod : public ::testing::TestWithParam<const char*> {};
+
+TEST_P(EveryMethod, SavedAndLoadedIsTheSameFunction) {
+  ToySites toy;
+  TemporaryFolder folder;
+  const auto x = torch::randn({5, 12});
+  nn::ForwardContext context;
+  auto outputs = [&] {
+    torch::NoGradGuard no_grad;
+    std::vector<torch::Tensor> result;
+    result.push_back(toy.groups[0].forward(x, context));
+    result.push_back(toy.groups[2].forward(x, context));
+    for (size_t i = 0; i < toy.slots.size(); ++i) {
+      const nn::ScaleSite& site = toy.sites.scales[i];
+      if (site.slot->empty()) continue;
+      torch::manual_seed(4);
+      result.push_back(site.kind == nn::ScaleKind::kFfn
+                           ? site.slot->adapters[0]->forward_ffn(torch::randn({5, 20}), torch::ones({5, 20}), context)
+                           : site.slot->adapters[0]->forward(torch::randn({5, site.heads, site.width}), context));
+    }
+    return result;
+  };
+  std::vector<torch::Tensor> trained;
+  {
+    auto adapter = Adapter::create(config_of(GetParam(), toy.sites), toy.sites, torch::kCPU, 1);
+    disturb(*adapter);
+    trained = outputs();
+    adapter->save(folder.path);
+  }
+  auto loaded = Adapter::load(folder.path, toy.sites, torch::kCPU, "");
+  const auto again = outputs();
+  ASSERT_EQ(again.size(), trained.size());
+  for (size_t i = 0; i < again.size(); ++i) EXPECT_TRUE(again[i].equal(trained[i])) << i;
+  for (auto& parameter : loaded->parameters()) EXPECT_FALSE(parameter.tensor.requires_grad()) << parameter.name;
+}
+
+TEST_P(EveryMethod, StartsAsTheBase) {
+  ToySites toy;
+  const auto x = torch::randn({5, 12});
+  nn::ForwardContext context;
+  const auto base = toy.groups[0].forward(x, context);
+  auto adapter = Adapter::create(config_of(GetParam(), toy.sites), toy.sites, torch::kCPU, 1);
+  EXPECT_TRUE(toy.groups[0].forward(x, context).allclose(base, 1e-5, 1e-6));
+  for (const nn::ScaleSite& site : toy.sites.scales) {
+    if (site.slot->empty() || site.kind == nn::ScaleKind::kFfn) continue;
+    const auto y = torch::randn({5, site.heads, site.width});
+    EXPECT_TRUE(site.slot->adapters[0]->forward(y, context).allclose(y, 1e-5, 1e-6));
+  }
+}
+
+TEST_P(EveryMethod, DetachesWhenDestroyed) {
+  ToySites toy;
+  { auto adapter = Adapter::create(config_of(GetParam(), toy.sites), toy.sites, torch::kCPU, 1); }
+  for (const auto& group : toy.groups) EXPECT_EQ(group.adapter, nullptr);
+  for (const auto& slot : toy.slots) EXPECT_TRUE(slot.empty());
+}
+
+TEST_P(EveryMethod, SeedAloneDecidesTheStart) {
+  auto start = [&](uint64_t seed) {
+    ToySites toy;
+    return Adapter::create(config_of(GetParam(), toy.sites), toy.sites, torch::kCPU, seed)->folder().tensors;
+  };
+  const auto first = start(1), second = start(1), other = start(2);
+  bool differs = false;
+  for (const auto& [key, tensor] : first) {
+    EXPECT_TRUE(tensor.equal(second.at(key))) << key;
+    differs |= !tensor.equal(other.at(key));
+  }
+  EXPECT_EQ(differs, std::string(GetParam()) != "ia3") << "only (IA)^3 has nothing random";
+}
+
+TEST_P(EveryMethod, EverythingWrongWithAFileIsListedAtOnce) {
+  ToySites toy;
+  auto adapter = Adapter::create(config_of(GetParam(), toy.sites), toy.sites, torch::kCPU, 1);
+  auto tensors = adapter->folder().tensors;
+  const std::string missing = tensors.begin()->first, misshaped = tensors.rbegin()->first;
+  tensors["model.layers.7.self_attn.q_proj.lora_A.weight"] = torch::zeros({2, 12});
+  tensors[misshaped] = torch::zeros({1, 2, 3, 4});
+  tensors.erase(missing);
+  const std::string message = message_of([&] { adapter->load_tensors(tensors); });
+  EXPECT_THAT(message, HasSubstr("3 problems"));
+  EXPECT_THAT(message, HasSubstr("missing " + missing));
+  EXPECT_THAT(message, HasSubstr("unexpected model.layers.7"));
+  EXPECT_THAT(message, HasSubstr(misshaped + ": got shape [1, 2, 3, 4]"));
+}
+
+INSTANTIATE_TEST_SUITE_P(Adapters, EveryMethod, ::testing::Values("lora", "ia3", "mov", "molora"));
+
+TEST(FileLayout, LoraIsPeftsAndMoLoraHasAnExpertAxis) {
+  ToySites toy;
+  const std::string q = "model.layers.1.self_attn.q_proj", k = "model.layers.1.self_attn.k_proj";
+  auto lora = Adapter::create(config_of("lora", toy.sites), toy.sites, torch::kCPU, 1)->folder().tensors;
+  EXPECT_EQ(lora.at(k + ".lora_A.weight").sizes(), (std::vector<int64_t>{2, 12}));
+  EXPECT_EQ(lora.at(k + ".lora_B.weight").sizes(), (std::vector<int64_t>{4, 2}));
+  auto molora = Adapter::create(config_of("molora", toy.sites), toy.sites, torch::kCPU, 1)->folder().tensors;
+  EXPECT_EQ(molora.at(q + ".lora_A.weight").sizes(), (std::vector<int64_t>{3, 2, 12}));
+  EXPECT_EQ(molora.at(k + ".lora_B.weight").sizes(), (std::vector<int64_t>{3, 4, 2}));
+  EXPECT_EQ(molora.at(q + ".router.weight").sizes(), (std::vector<int64_t>{3, 12}));
+}
+
+TEST(FileLayout, Ia3IsPeftsAndMovIsPerHead) {
+  ToySites toy;
+  const std::string k = "model.layers.0.self_attn.k_proj", down = "model.layers.0.mlp.down_proj";
+  auto ia3 = Adapter::create(config_of("ia3", toy.sites), toy.sites, torch::kCPU, 1)->folder().tensors;
+  EXPECT_EQ(ia3.at(k + ".ia3_l").sizes(), (std::vector<int64_t>{4, 1}));
+  EXPECT_EQ(ia3.at(down + ".ia3_l").sizes(), (std::vector<int64_t>{1, 20}));
+  auto mov = Adapter::create(config_of("mov", toy.sites), toy.sites, torch::kCPU, 1)->folder().tensors;
+  EXPECT_EQ(mov.at(k + ".mov.weight").sizes(), (std::vector<int64_t>{3, 1, 4}));
+  EXPECT_EQ(mov.at(k + ".router.weight").sizes(), (std::vector<int64_t>{3, 4}));
+  EXPECT_EQ(mov.at(down + ".mov.weight").sizes(), (std::vector<int64_t>{3, 20}));
+  EXPECT_EQ(mov.at(down + ".router.weight").sizes(), (std::vector<int64_t>{3, 20}));
+}
+
+TEST(FileLayout, LoraBIsTransposedInMemoryOnly) {
+  // delta = scale * B A with PEFT's B [out, r] and A [r, in].
+  ToySites toy;
+  AdapterConfig config = config_of("lora", toy.sites);
+  config.targets = std::vector<std::string>{"o_proj"};
+  auto adapter = Adapter::create(config, toy.sites, torch::kCPU, 1);
+  disturb(*adapter);
+  const auto tensors = adapter->folder().tensors;
+  const auto a = tensors.at("model.layers.0.self_attn.o_proj.lora_A.weight");
+  const auto b = tensors.at("model.layers.0.self_attn.o_proj.lora_B.weight");
+  nn::ForwardContext context;
+  torch::NoGradGuard no_grad;
+  const auto x = torch::randn({4, 12});
+  nn::LinearGroup& o = toy.groups[1];
+  const auto expected = o.base_forward(x) + 16.0 / 2 * x.mm(a.t()).mm(b.t());
+  EXPECT_TRUE(o.forward(x, context).allclose(expected, 1e-5, 1e-5));
+}
+
+TEST(Targets, AnUnmatchedEntryIsAnErrorThatNamesTheNearest) {
+  ToySites toy;
+  AdapterConfig config = config_of("lora", toy.sites);
+  config.targets = std::vector<std::string>{"q_proj", "kproj"};
+  const std::string message = message_of([&] { Adapter::create(config, toy.sites, torch::kCPU, 1); });
+  EXPECT_THAT(message, HasSubstr("kproj"));
+  EXPECT_THAT(message, HasSubstr("q_proj=2"));
+  EXPECT_THAT(message, HasSubstr("Did you mean 'k_proj'?"));
+}
+
+TEST(Targets, SuffixesAndWholeRegexes) {
+  const TargetPattern names = std::vector<std::string>{"proj", "mlp.up_proj"};
+  EXPECT_TRUE(matches_target(names, "model.layers.0.mlp.up_proj"));
+  EXPECT_FALSE(matches_target(names, "model.layers.0.self_attn.q_proj")) << "a suffix starts at a dot";
+  const TargetPattern regex = std::string(".*layers\\.[01]\\..*q_proj");
+  EXPECT_TRUE(matches_target(regex, "model.layers.1.self_attn.q_proj"));
+  EXPECT_FALSE(matches_target(regex, "model.layers.2.self_attn.q_proj"));
+  EXPECT_FALSE(matches_target(regex, "model.layers.1.self_attn.q_proj.extra")) << "the whole path must match";
+}
+
+TEST(Targets, ReferencePresetLeavesUpProjOut) {
+  ToySites toy;
+  AdapterConfig config;
+  config.method = "molora";
+  const auto reference = std::get<std::vector<std::string>>(resolve_targets(config, "reference", toy.sites).targets);
+  const auto all = std::get<std::vector<std::string>>(resolve_targets(config, "all-linear", toy.sites).targets);
+  EXPECT_EQ(reference.size(), 6u);
+  EXPECT_EQ(all.size(), 7u);
+  EXPECT_EQ(std::count(reference.begin(), reference.end(), "up_proj"), 0);
+}
+
+TEST(Targets, RankAndAlphaPatternsAndLayers) {
+  ToySites toy;
+  AdapterConfig config = config_of("lora", toy.sites);
+  config.rank_pattern = {{"q_proj", 5}};
+  config.layers_to_transform = {1};
+  const auto tensors = Adapter::create(config, toy.sites, torch::kCPU, 1)->folder().tensors;
+  EXPECT_EQ(tensors.at("model.layers.1.self_attn.q_proj.lora_A.weight").size(0), 5);
+  EXPECT_EQ(tensors.at("model.layers.1.self_attn.k_proj.lora_A.weight").size(0), 2);
+  EXPECT_FALSE(tensors.contains("model.layers.0.self_attn.q_proj.lora_A.weight"));
+}
+
+TEST(KSite, MovScalesBehindTheHeadNormWhereThereIsOne) {
+  ToySites toy(/*qk_norm=*/true);
+  auto adapter = Adapter::create(config_of("mov", toy.sites), toy.sites, torch::kCPU, 1);
+  EXPECT_EQ(adapter->config().k_site, "post_qk_norm");
+  for (const nn::ScaleSite& site : toy.sites.scales) {
+    if (!site.name.ends_with("k_proj")) continue;
+    EXPECT_EQ(site.slot->empty(), site.kind == nn::ScaleKind::kOutput);
+  }
+  ToySites plain;
+  AdapterConfig config = config_of("mov", plain.sites);
+  config.k_site = "post_qk_norm";
+  EXPECT_THROW(Adapter::create(config, plain.sites, torch::kCPU, 1), UsageError);
+}
+
+TEST(AdapterConfigJson, RoundTrip) {
+  ToySites toy;
+  AdapterConfig config = config_of("molora", toy.sites);
+  config.router.type = "top_k";
+  config.router.top_k = 2;
+  config.router.topk_mode = "renorm";
+  config.router.input = "sentence";
+  config.router.sentence_dim = 7;
+  config.lora_alpha = 12;
+  config.base_fingerprint = "sha256:00";
+  const Json json = adapter_config_json(config);
+  EXPECT_EQ(json["peft_type"], "MOLORA");
+  EXPECT_EQ(adapter_config_json(parse_adapter_config(json, "test")), json);
+}
+
+TEST(AdapterConfigJson, WhatIsNotImplementedIsRefusedAllAtOnce) {
+  const Json json = {{"peft_type", "LORA"},     {"target_modules", {"q_proj"}}, {"use_dora", true},
+                     {"bias", "all"},           {"modules_to_save", {"lm_head"}}};
+  const std::string message = message_of([&] { parse_adapter_config(json, "adapter_config.json"); });
+  for (const char* key : {"use_dora", "bias", "modules_to_save"}) EXPECT_THAT(message, HasSubstr(key));
+  EXPECT_THROW(parse_adapter_config({{"peft_type", "PROMPT_TUNING"}}, "x"), ConfigError);
+  EXPECT_THROW(parse_adapter_config({{"peft_type", "LORA"}, {"r", 0}}, "x"), ConfigError);
+  EXPECT_THROW(parse_adapter_config({{"peft_type", "LORA"}, {"r", "four"}}, "x"), ConfigError);
+}
+
+TEST(Effect, ScalesTheDelta) {
+  ToySites toy;
+  TemporaryFolder folder;
+  const auto x = torch::randn({4, 12});
+  nn::ForwardContext context;
+  const auto base = toy.groups[0].forward(x, context).detach();
+  torch::Tensor full;
+  {
+    auto adapter = Adapter::create(config_of("molora", toy.sites), toy.sites, torch::kCPU, 1);
+    disturb(*adapter);
+    full = toy.groups[0].forward(x, context).detach();
+    adapter->save(folder.path);
+  }
+  auto half = Adapter::load(folder.path, toy.sites, torch::kCPU, "", 0.5);
+  EXPECT_TRUE(toy.groups[0].forward(x, context).allclose(base + 0.5 * (full - base), 1e-4, 1e-5));
+}
+
+}  // namespace
+}  // namespace moesaic::adapters
