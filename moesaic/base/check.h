@@ -54,7 +54,7 @@ class ShapeError : public DataError {
 }  // namespace moesaic
 
 /// Throws `Type` with the formatted message unless `cond` holds.
-#define MOESAIC_CHECK(cond, Type, ...)                 \
-  do {                                                 \
+#define MOESAIC_CHECK(cond, Type, ...)                   \
+  do {                                                   \
     if (!(cond)) throw Type(::fmt::format(__VA_ARGS__)); \
   } while (0)

@@ -21,7 +21,8 @@ bool load_cuda() {
       return false;
     }
     try {
-      return at::globalContext().hasCUDA() && at::globalContext().getAcceleratorHooksInterface(at::kCUDA).deviceCount() > 0;
+      return at::globalContext().hasCUDA() &&
+             at::globalContext().getAcceleratorHooksInterface(at::kCUDA).deviceCount() > 0;
     } catch (const c10::Error& error) {
       spdlog::warn("CUDA does not start: {}", error.what_without_backtrace());
       return false;

@@ -103,14 +103,14 @@ Json read_json(const std::filesystem::path& path, size_t max_bytes) {
 std::string read_file(const std::filesystem::path& path, size_t max_bytes) {
   FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
   MOESAIC_CHECK(file.get() >= 0, DataError, "{}: cannot be read: {}", path.string(), std::strerror(errno));
-  struct stat status {};
+  struct stat status{};
   MOESAIC_CHECK(::fstat(file.get(), &status) == 0, DataError, "{}: cannot be read: {}", path.string(),
                 std::strerror(errno));
   MOESAIC_CHECK(!S_ISDIR(status.st_mode), DataError, "{}: is a folder, expected a file", path.string());
   std::string bytes;
   if (S_ISREG(status.st_mode)) {
-    MOESAIC_CHECK(static_cast<uint64_t>(status.st_size) <= max_bytes, FormatError,
-                  "{}: {} bytes, expected at most {}", path.string(), status.st_size, max_bytes);
+    MOESAIC_CHECK(static_cast<uint64_t>(status.st_size) <= max_bytes, FormatError, "{}: {} bytes, expected at most {}",
+                  path.string(), status.st_size, max_bytes);
     bytes.reserve(static_cast<size_t>(status.st_size) + 1);
   }
   std::array<char, size_t{1} << 16> buffer;

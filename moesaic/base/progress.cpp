@@ -75,7 +75,8 @@ void Progress::draw(bool last) {
   if (last) {
     time = "in " + format_duration(elapsed);
   } else if (done_ > start_) {
-    time = format_duration(elapsed * static_cast<double>(total_ - done_) / static_cast<double>(done_ - start_)) + " left";
+    time =
+        format_duration(elapsed * static_cast<double>(total_ - done_) / static_cast<double>(done_ - start_)) + " left";
   }
   std::string line = fmt::format("{} {}/{}", title_, done_, total_);
   if (terminal_) {

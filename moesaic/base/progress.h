@@ -14,8 +14,8 @@ std::string format_count(double count);
 
 /// Shows how far some work is, its rate and the time left.
 ///
-/// On a terminal one line is redrawn at most ten times a second; elsewhere a line is printed every `plain_seconds` and at
-/// the end. Nothing is printed when the log level is above info.
+/// On a terminal one line is redrawn at most ten times a second; elsewhere a line is printed every `plain_seconds` and
+/// at the end. Nothing is printed when the log level is above info.
 class Progress {
  public:
   /// `total` units of work, of which `start` were done before (a resumed run).

@@ -62,7 +62,8 @@ class Converter {
       case YAML::NodeType::Scalar: {
         // Quoted scalars carry the tag "!", plain ones "?".
         const std::string& tag = node.Tag();
-        MOESAIC_CHECK(tag.empty() || tag == "?" || tag == "!", FormatError, "{}: YAML tag {} is not supported", place, tag);
+        MOESAIC_CHECK(tag.empty() || tag == "?" || tag == "!", FormatError, "{}: YAML tag {} is not supported", place,
+                      tag);
         return tag == "!" ? Json(node.Scalar()) : typed_scalar(node.Scalar(), place);
       }
       case YAML::NodeType::Sequence: {
@@ -129,7 +130,8 @@ void collect_unknown(const Json& config, const std::vector<std::string>& known, 
     } else if (!has(name)) {
       std::string near = nearest_name(name, known);
       if (nested) {
-        problems.push_back(fmt::format("'{}' expects a map, got {}", name, value.dump(-1, ' ', false, Json::error_handler_t::replace).substr(0, 40)));
+        problems.push_back(fmt::format("'{}' expects a map, got {}", name,
+                                       value.dump(-1, ' ', false, Json::error_handler_t::replace).substr(0, 40)));
       } else {
         problems.push_back(fmt::format("'{}'{}", name, near.empty() ? "" : fmt::format(" (did you mean '{}'?)", near)));
       }

@@ -9,8 +9,8 @@ namespace moesaic {
 namespace {
 
 TEST(DeriveSeed, DiffersByEveryArgumentAndNeverChanges) {
-  std::set<uint64_t> seeds{derive_seed(1, "a"), derive_seed(2, "a"), derive_seed(1, "b"), derive_seed(1, "ab"),
-                           derive_seed(1, "a", 1), derive_seed(1, "")};
+  std::set<uint64_t> seeds{derive_seed(1, "a"),  derive_seed(2, "a"),    derive_seed(1, "b"),
+                           derive_seed(1, "ab"), derive_seed(1, "a", 1), derive_seed(1, "")};
   EXPECT_EQ(seeds.size(), 6);
   // Saved runs must repeat: SplitMix64's published first output for state 0 anchors the mixing.
   EXPECT_EQ(derive_seed(0, "", 0xe220a8397b1dcdafu), 0xe220a8397b1dcdafu);

@@ -37,13 +37,15 @@ TEST(ParseYaml, QuotedScalarsAreStrings) {
 }
 
 TEST(ParseYaml, ReadsARun) {
-  Json run = yaml("model: m.gguf\nlora_target: [q_proj, v_proj]\nrouter: {type: top_k, top_k: 2}\nlist:\n  - x: 1\n  - 2\n");
+  Json run =
+      yaml("model: m.gguf\nlora_target: [q_proj, v_proj]\nrouter: {type: top_k, top_k: 2}\nlist:\n  - x: 1\n  - 2\n");
   EXPECT_EQ(run, Json::parse(R"({"model": "m.gguf", "lora_target": ["q_proj", "v_proj"],
                                  "router": {"type": "top_k", "top_k": 2}, "list": [{"x": 1}, 2]})"));
 }
 
 TEST(ParseYaml, SaysWhereItIsWrong) {
-  EXPECT_THAT([] { yaml("a: 1\nb: 2\na: 3\n"); }, ThrowsMessage<FormatError>(HasSubstr("run.yaml:3: key 'a' stands twice")));
+  EXPECT_THAT([] { yaml("a: 1\nb: 2\na: 3\n"); },
+              ThrowsMessage<FormatError>(HasSubstr("run.yaml:3: key 'a' stands twice")));
   EXPECT_THAT([] { yaml("a: [1, 2\n"); }, ThrowsMessage<FormatError>(AllOf(HasSubstr("run.yaml"), HasSubstr("line"))));
   EXPECT_THAT([] { yaml("lr: .nan"); }, ThrowsMessage<FormatError>(HasSubstr("not a finite number")));
   EXPECT_THAT([] { yaml("lr: 99999999999999999999"); }, ThrowsMessage<FormatError>(HasSubstr("64 bits")));
@@ -65,10 +67,24 @@ TEST(ParseYaml, RefusesTreesThatAliasesBlowUp) {
 }
 
 TEST(ToYaml, ReadsBackToTheSameValue) {
-  Json config = {{"lr", 3e-4}, {"whole", 2.0}, {"steps", -1}, {"flag", true}, {"none", nullptr}, {"text", "a: b # c"},
-                 {"number_like", "007"}, {"empty", ""}, {"bool_like", "true"}, {"time", "12:30"}, {"lines", "x\ny"},
-                 {"list", {1, "two", {{"x", 1}}}}, {"map", {{"inner", {{"k", "~"}}}}}, {"empty_map", Json::object()},
-                 {"empty_list", Json::array()}, {"long", std::string(100, '7')}, {"dash", "- a"}, {"brace", "{x}"}};
+  Json config = {{"lr", 3e-4},
+                 {"whole", 2.0},
+                 {"steps", -1},
+                 {"flag", true},
+                 {"none", nullptr},
+                 {"text", "a: b # c"},
+                 {"number_like", "007"},
+                 {"empty", ""},
+                 {"bool_like", "true"},
+                 {"time", "12:30"},
+                 {"lines", "x\ny"},
+                 {"list", {1, "two", {{"x", 1}}}},
+                 {"map", {{"inner", {{"k", "~"}}}}},
+                 {"empty_map", Json::object()},
+                 {"empty_list", Json::array()},
+                 {"long", std::string(100, '7')},
+                 {"dash", "- a"},
+                 {"brace", "{x}"}};
   EXPECT_EQ(yaml(to_yaml(config)), config) << to_yaml(config);
 }
 
@@ -92,9 +108,9 @@ TEST(CheckKnownKeys, ListsEveryUnknownKeyWithTheNearest) {
   std::vector<std::string> known{"seed", "learning_rate", "router.type", "router.top_k", "columns.*"};
   EXPECT_NO_THROW(check_known_keys(yaml("seed: 1\nrouter: {type: soft}\ncolumns: {a: {b: 1}}"), known, "r"));
   EXPECT_THAT([&] { check_known_keys(yaml("lerning_rate: 1\nrouter: {typ: soft}\nzzz: 1"), known, "r.yaml"); },
-              ThrowsMessage<UsageError>(AllOf(HasSubstr("r.yaml: unknown keys"),
-                                              HasSubstr("'lerning_rate' (did you mean 'learning_rate'?)"),
-                                              HasSubstr("'router.typ' (did you mean 'router.type'?)"), HasSubstr("'zzz'"))));
+              ThrowsMessage<UsageError>(
+                  AllOf(HasSubstr("r.yaml: unknown keys"), HasSubstr("'lerning_rate' (did you mean 'learning_rate'?)"),
+                        HasSubstr("'router.typ' (did you mean 'router.type'?)"), HasSubstr("'zzz'"))));
   EXPECT_THAT([&] { check_known_keys(yaml("router: 3"), known, "r"); },
               ThrowsMessage<UsageError>(HasSubstr("'router' expects a map, got 3")));
   EXPECT_THROW(check_known_keys(yaml("[1]"), known, "r"), UsageError);

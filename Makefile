@@ -1,0 +1,57 @@
+# The front door. Set-up is tools/setup, the build is CMake's presets; see CONTRIBUTING.md.
+.PHONY: demo test build bench format lint asan fuzz clean
+ARGS ?=
+FUZZ_SECONDS ?= 30
+SOURCES = $(shell git ls-files '*.cpp' '*.h')
+
+demo: ## install what is missing, build, run the main job on a real model
+	tools/setup demo
+	$(MAKE) --no-print-directory build/moesaic
+	build/moesaic demo $(ARGS)
+
+test: ## install what the tests need, build, run every test
+	tools/setup test
+	cmake --preset release
+	cmake --build --preset release
+	ctest --test-dir build --output-on-failure $(ARGS)
+
+build: ## leaves the program at build/moesaic
+	tools/setup build
+	$(MAKE) --no-print-directory build/moesaic
+
+.PHONY: build/moesaic
+build/moesaic:
+	cmake --preset release
+	cmake --build --preset release --target moesaic_cli
+
+bench: ## whole jobs against their peers; writes bench/RESULTS.md
+	tools/setup bench
+	cmake --preset release -DMOESAIC_BENCH=ON
+	cmake --build --preset release
+	.venv/bin/python bench/run.py $(ARGS)
+
+format: ## clang-format over every source
+	tools/setup lint
+	clang-format-19 -i $(SOURCES)
+
+lint: ## formatting, layering and clang-tidy; changes nothing
+	tools/setup lint
+	clang-format-19 --dry-run -Werror $(SOURCES)
+	.venv/bin/python tests/layering_test.py
+	cmake --preset release
+	git ls-files 'moesaic/*.cpp' 'cli/*.cpp' | xargs -P "$$(nproc)" -n 4 clang-tidy-19 -p build --quiet
+
+asan: ## unit tests under AddressSanitizer and UBSan
+	tools/setup sanitize
+	cmake --preset asan
+	cmake --build --preset asan --target unit_tests
+	ctest --test-dir build-asan -L unit --output-on-failure $(ARGS)
+
+fuzz: ## every fuzz target for FUZZ_SECONDS
+	tools/setup sanitize
+	cmake --preset fuzz -DMOESAIC_FUZZ_SECONDS=$(FUZZ_SECONDS)
+	cmake --build --preset fuzz --target fuzz_targets
+	ctest --test-dir build-fuzz -L fuzz --output-on-failure $(ARGS)
+
+clean: ## removes build trees; .venv and .cache stay
+	rm -rf build build-asan build-fuzz build-dev
