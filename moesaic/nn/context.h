@@ -21,6 +21,11 @@ struct RaggedBatch {
                                     torch::Device device = torch::kCPU);
 };
 
+/// cos and sin of the rotary angles of every row, [N, k/2] float32.
+struct RotaryTables {
+  torch::Tensor cos, sin;
+};
+
 /// What one router decided at one site in one forward pass.
 struct RoutingRecord {
   std::string site;       // module path, e.g. "model.layers.0.self_attn.q_proj"
@@ -36,6 +41,8 @@ struct ForwardContext {
   std::vector<int64_t> offsets;  // of the ragged batch
   torch::Tensor positions;       // [N] int64, position of each row in its sequence (cache length included)
   torch::Tensor segments;        // [N] int64, sequence of each row
+  RotaryTables rope;             // of global layers
+  RotaryTables rope_local;       // of sliding layers with their own base, else undefined
   KvCache* cache = nullptr;      // keys and values of earlier tokens; nullptr when training
   torch::Tensor sentence;        // [B, d_e] float32, for router input `sentence`; undefined otherwise
   torch::Tensor layer_input;     // [N, d], normed input of the current attention or FFN; set by the decoder layer

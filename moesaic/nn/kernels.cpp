@@ -15,7 +15,7 @@ bool wants_gradient(const torch::Tensor& x, const torch::Tensor& weight) {
   return torch::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad());
 }
 
-const float* data_or_null(const torch::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr; }
+const float* data_or_null(const torch::Tensor& tensor) { return tensor.defined() ? tensor.data_ptr<float>() : nullptr; }
 
 /// Splits the output columns of a GEMV over threads.
 template <class Body>
@@ -47,18 +47,18 @@ torch::Tensor linear_rows(const torch::Tensor& x, const torch::Tensor& weight, c
   const torch::Tensor input = x.to(torch::kFloat32).contiguous();
   const torch::Tensor offset = bias.defined() ? bias.to(torch::kFloat32) : bias;
   torch::Tensor y = torch::empty({rows, out}, torch::kFloat32);
-  const float* x_data = input.const_data_ptr<float>();
+  const float* x_data = input.data_ptr<float>();
   const float* bias_data = data_or_null(offset);
   float* y_data = y.data_ptr<float>();
   const KernelTable& table = kernels();
   if (dtype == torch::kFloat32) {
-    const float* w = weight.const_data_ptr<float>();
+    const float* w = weight.data_ptr<float>();
     for_columns(in, out, [&](int64_t begin, int64_t end) {
       table.gemv_f32(x_data, rows, w, bias_data, y_data, in, out, begin, end);
     });
     return y;
   }
-  const auto* w = reinterpret_cast<const uint16_t*>(weight.const_data_ptr<at::BFloat16>());
+  const auto* w = reinterpret_cast<const uint16_t*>(weight.data_ptr<at::BFloat16>());
   for_columns(in, out, [&](int64_t begin, int64_t end) {
     table.gemv_bf16(x_data, rows, w, bias_data, y_data, in, out, begin, end);
   });
@@ -74,12 +74,12 @@ torch::Tensor linear_rows_int8(const torch::Tensor& x, const torch::Tensor& quan
 
   const torch::Tensor input = x.to(torch::kFloat32).contiguous();
   const torch::Tensor offset = bias.defined() ? bias.to(torch::kFloat32) : bias;
-  const int8_t* q = quantized.const_data_ptr<int8_t>();
-  const float* scale_data = scales.const_data_ptr<float>();
+  const int8_t* q = quantized.data_ptr<int8_t>();
+  const float* scale_data = scales.data_ptr<float>();
   const KernelTable& table = kernels();
   torch::Tensor y = torch::empty({rows, out}, torch::kFloat32);
   if (rows <= kGemvRows) {
-    const float* x_data = input.const_data_ptr<float>();
+    const float* x_data = input.data_ptr<float>();
     const float* bias_data = data_or_null(offset);
     float* y_data = y.data_ptr<float>();
     for_columns(in, out, [&](int64_t begin, int64_t end) {

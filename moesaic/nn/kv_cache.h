@@ -21,7 +21,7 @@ class KvCache {
   void commit(const std::vector<int64_t>& counts);
   /// Drops everything of sequence b behind its first `length` tokens.
   void truncate(int64_t b, int64_t length);
-  /// Keeps the sequences `rows` in that order, with repeats (rows share nothing afterwards).
+  /// A copy of the sequences `rows` in that order, with repeats; nothing is shared.
   KvCache select(const std::vector<int64_t>& rows) const;
 
  private:

@@ -1,0 +1,65 @@
+// Causal attention over ragged batches, with and without a cache.
+#pragma once
+#include <torch/torch.h>
+
+#include <string>
+#include <vector>
+
+#include "moesaic/nn/linear.h"
+#include "moesaic/nn/norm.h"
+#include "moesaic/nn/site.h"
+
+namespace moesaic::nn {
+
+/// What the scores go through.
+struct AttentionOptions {
+  double scale = 1.0;    // of the scores, e.g. 1/sqrt(k)
+  double softcap = 0.0;  // scores = softcap tanh(scores / softcap); 0 = off
+  int64_t window = 0;    // a position sees itself and the window-1 positions before it; 0 = all before it
+};
+
+/// out[n] = sum_j softmax_j(scale q_n . k_j) v_j over the positions j <= n of n's own sequence.
+/// q: [N, H, k]; k, v: [N, H_kv, k], H a multiple of H_kv (consecutive query heads share a KV head); returns [N, H, k].
+/// Never makes an [S, S] matrix unless softcap is on or a sequence is longer than the window.
+torch::Tensor ragged_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+                               const std::vector<int64_t>& offsets, const AttentionOptions& options);
+
+/// The same with `context.cache`: appends k and v behind the cached rows of `layer` and attends to all of them. No
+/// gradient.
+torch::Tensor cached_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v, int64_t layer,
+                               const ForwardContext& context, const AttentionOptions& options);
+
+/// Sizes and switches of a decoder's self-attention.
+struct SelfAttentionConfig {
+  int64_t hidden_size = 0, heads = 0, kv_heads = 0, head_dim = 0;
+  bool qkv_bias = false, o_bias = false;
+  bool qk_norm = false;  // per-head RMSNorm on queries and keys, before RoPE
+  double norm_eps = 1e-6, norm_offset = 0.0;
+  AttentionOptions options;
+  bool local_rope = false;  // rotates by context.rope_local
+};
+
+/// q, k, v = x Wqkv; q, k = rope(norm(q)), rope(norm(k)); out = attention(q, k, v) Wo.
+struct SelfAttentionImpl : torch::nn::Module {
+  SelfAttentionImpl(const SelfAttentionConfig& config, int64_t layer, const torch::TensorOptions& options);
+
+  /// x: [N, d] -> [N, d].
+  torch::Tensor forward(const torch::Tensor& x, ForwardContext& context);
+  /// Appends the sites; `path` is the module path, "model.layers.0.self_attn".
+  void add_sites(const std::string& path, Sites& sites);
+  void quantize_int8();
+
+ private:
+  SelfAttentionConfig config_;
+  int64_t layer_;
+  LinearGroup qkv_, o_;
+  RmsNorm q_norm_{nullptr}, k_norm_{nullptr};
+  ScaleSlot q_slot_, k_slot_, v_slot_, o_slot_;  // outputs of the linears
+  ScaleSlot q_normed_slot_, k_normed_slot_;      // after the per-head norm
+};
+TORCH_MODULE(SelfAttention);
+
+/// y through every adapter of the slot.
+torch::Tensor apply_slot(const ScaleSlot& slot, torch::Tensor y, ForwardContext& context);
+
+}  // namespace moesaic::nn

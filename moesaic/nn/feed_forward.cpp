@@ -1,0 +1,105 @@
+#include "moesaic/nn/feed_forward.h"
+
+#include <ATen/Parallel.h>
+
+#include "moesaic/nn/attention.h"
+#include "moesaic/nn/split.h"
+
+namespace moesaic::nn {
+namespace {
+
+torch::Tensor activation(const torch::Tensor& x, GluKind kind) {
+  return kind == GluKind::kSilu ? at::silu(x) : at::gelu(x, "tanh");
+}
+
+int64_t row_grain(int64_t f) { return std::max<int64_t>((8 << 10) / f, 1); }
+
+torch::Tensor fused_forward(const torch::Tensor& gate_up, GluKind kind) {
+  const int64_t rows = gate_up.size(0), f = gate_up.size(1) / 2;
+  torch::Tensor y = at::empty({rows, f}, gate_up.options().requires_grad(false));
+  const float* source = gate_up.data_ptr<float>();
+  float* target = y.data_ptr<float>();
+  at::parallel_for(0, rows, row_grain(f),
+                   [&](int64_t begin, int64_t end) { kernels().glu(source, target, f, kind, begin, end); });
+  return y;
+}
+
+struct GluFunction : torch::autograd::Function<GluFunction> {
+  static torch::Tensor forward(torch::autograd::AutogradContext* ctx, const torch::Tensor& input, int64_t kind) {
+    const torch::Tensor gate_up = input.contiguous();
+    ctx->save_for_backward({gate_up});
+    ctx->saved_data["kind"] = kind;
+    return fused_forward(gate_up, static_cast<GluKind>(kind));
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list& grads) {
+    const torch::Tensor gate_up = ctx->get_saved_variables()[0], dy = grads[0].contiguous();
+    const auto kind = static_cast<GluKind>(ctx->saved_data["kind"].toInt());
+    const int64_t rows = gate_up.size(0), f = gate_up.size(1) / 2;
+    torch::Tensor d_gate_up = at::empty_like(gate_up);
+    const float* dy_data = dy.data_ptr<float>();
+    const float* source = gate_up.data_ptr<float>();
+    float* target = d_gate_up.data_ptr<float>();
+    at::parallel_for(0, rows, row_grain(f), [&](int64_t begin, int64_t end) {
+      kernels().glu_backward(dy_data, source, target, f, kind, begin, end);
+    });
+    return {d_gate_up, {}};
+  }
+};
+
+}  // namespace
+
+torch::Tensor gated_linear_unit(const torch::Tensor& gate_up, GluKind kind) {
+  if (gate_up.is_cpu() && gate_up.scalar_type() == torch::kFloat32) {
+    if (torch::GradMode::is_enabled() && gate_up.requires_grad()) {
+      return GluFunction::apply(gate_up, static_cast<int64_t>(kind));
+    }
+    return fused_forward(gate_up.contiguous(), kind);
+  }
+  const int64_t f = gate_up.size(1) / 2;
+  const auto parts = split_columns(gate_up, {f, f});
+  return activation(parts[0], kind) * parts[1];
+}
+
+FeedForwardImpl::FeedForwardImpl(int64_t hidden_size, int64_t intermediate_size, bool bias, GluKind kind, int64_t layer,
+                                 const torch::TensorOptions& options)
+    : kind_(kind), layer_(layer), gate_up_(hidden_size, {intermediate_size, intermediate_size}, bias, options),
+      down_(intermediate_size, {hidden_size}, bias, options) {
+  register_module("gate_proj", gate_up_.members()[0]);
+  register_module("up_proj", gate_up_.members()[1]);
+  register_module("down_proj", down_.members()[0]);
+}
+
+torch::Tensor FeedForwardImpl::product(const torch::Tensor& gate_up, ForwardContext& context) const {
+  if (branch_slot_.empty() && gate_slot_.empty() && up_slot_.empty()) return gated_linear_unit(gate_up, kind_);
+  const auto parts = split_columns(gate_up, gate_up_.outs());
+  torch::Tensor act = activation(apply_slot(gate_slot_, parts[0], context), kind_);
+  const torch::Tensor up = apply_slot(up_slot_, parts[1], context);
+  if (branch_slot_.empty()) return act * up;
+  const auto& adapters = branch_slot_.adapters;
+  for (size_t i = 0; i + 1 < adapters.size(); ++i) act = adapters[i]->forward(act, context);
+  return adapters.back()->forward_ffn(act, up, context);
+}
+
+torch::Tensor FeedForwardImpl::forward(const torch::Tensor& x, ForwardContext& context) {
+  const torch::Tensor branch = product(gate_up_.forward(x, context), context);
+  return apply_slot(down_slot_, down_.forward(branch, context), context);
+}
+
+void FeedForwardImpl::add_sites(const std::string& path, Sites& sites) {
+  const int64_t d = gate_up_.in(), f = down_.in();
+  sites.linears.push_back({path + ".gate_proj", layer_, &gate_up_, 0, d, f});
+  sites.linears.push_back({path + ".up_proj", layer_, &gate_up_, 1, d, f});
+  sites.linears.push_back({path + ".down_proj", layer_, &down_, 0, f, d});
+  sites.scales.push_back({path + ".gate_proj", layer_, ScaleKind::kOutput, &gate_slot_, 0, f, d});
+  sites.scales.push_back({path + ".up_proj", layer_, ScaleKind::kOutput, &up_slot_, 0, f, d});
+  sites.scales.push_back({path + ".down_proj", layer_, ScaleKind::kFfn, &branch_slot_, 0, f, d});
+  sites.scales.push_back({path + ".down_proj", layer_, ScaleKind::kOutput, &down_slot_, 0, d, d});
+}
+
+void FeedForwardImpl::quantize_int8() {
+  gate_up_.quantize_int8();
+  down_.quantize_int8();
+}
+
+}  // namespace moesaic::nn

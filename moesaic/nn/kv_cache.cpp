@@ -1,0 +1,67 @@
+#include "moesaic/nn/kv_cache.h"
+
+#include "moesaic/base/check.h"
+
+namespace moesaic::nn {
+namespace {
+
+constexpr int64_t kFirstCapacity = 64;  // tokens
+
+/// `buffer` with room for `needed` rows, its first `used` rows kept.
+torch::Tensor grown(const torch::Tensor& buffer, int64_t used, int64_t needed, int64_t kv_heads, int64_t head_dim,
+                    const torch::TensorOptions& options) {
+  const int64_t capacity = buffer.defined() ? buffer.size(0) : 0;
+  if (needed <= capacity) return buffer;
+  torch::Tensor larger = torch::empty({std::max({needed, 2 * capacity, kFirstCapacity}), kv_heads, head_dim}, options);
+  if (used > 0) larger.narrow(0, 0, used).copy_(buffer.narrow(0, 0, used));
+  return larger;
+}
+
+}  // namespace
+
+KvCache::KvCache(int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t batch_size,
+                 const torch::TensorOptions& options)
+    : kv_heads_(kv_heads), head_dim_(head_dim), options_(options.requires_grad(false)), lengths_(batch_size, 0),
+      keys_(layers, std::vector<torch::Tensor>(batch_size)), values_(keys_) {}
+
+std::pair<torch::Tensor, torch::Tensor> KvCache::append(int64_t layer, int64_t b, const torch::Tensor& k,
+                                                        const torch::Tensor& v) {
+  torch::NoGradGuard no_grad;
+  const int64_t used = lengths_[b], count = k.size(0);
+  torch::Tensor& keys = keys_[layer][b];
+  torch::Tensor& values = values_[layer][b];
+  keys = grown(keys, used, used + count, kv_heads_, head_dim_, options_);
+  values = grown(values, used, used + count, kv_heads_, head_dim_, options_);
+  keys.narrow(0, used, count).copy_(k);
+  values.narrow(0, used, count).copy_(v);
+  return {keys.narrow(0, 0, used + count), values.narrow(0, 0, used + count)};
+}
+
+void KvCache::commit(const std::vector<int64_t>& counts) {
+  MOESAIC_CHECK(counts.size() == lengths_.size(), ShapeError, "KV cache: got {} sequences, expected {}", counts.size(),
+                lengths_.size());
+  for (size_t b = 0; b < counts.size(); ++b) lengths_[b] += counts[b];
+}
+
+void KvCache::truncate(int64_t b, int64_t length) {
+  MOESAIC_CHECK(length >= 0 && length <= lengths_.at(b), ShapeError,
+                "KV cache: cannot cut sequence {} of {} tokens to {}", b, lengths_.at(b), length);
+  lengths_[b] = length;
+}
+
+KvCache KvCache::select(const std::vector<int64_t>& rows) const {
+  KvCache chosen(static_cast<int64_t>(keys_.size()), kv_heads_, head_dim_, static_cast<int64_t>(rows.size()), options_);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const int64_t b = rows[i];
+    MOESAIC_CHECK(b >= 0 && b < batch_size(), ShapeError, "KV cache: got row {}, expected 0 to {}", b, batch_size() - 1);
+    chosen.lengths_[i] = lengths_[b];
+    for (size_t layer = 0; layer < keys_.size(); ++layer) {
+      if (lengths_[b] == 0) continue;
+      chosen.keys_[layer][i] = keys_[layer][b].clone();
+      chosen.values_[layer][i] = values_[layer][b].clone();
+    }
+  }
+  return chosen;
+}
+
+}  // namespace moesaic::nn
