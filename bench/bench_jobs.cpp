@@ -1,0 +1,144 @@
+// Our side of `make bench`: the protocol of peers.py. The first line on stdin is the job; every further line runs it once.
+#include <sys/resource.h>
+
+#include <iostream>
+
+#include "moesaic/adapters/adapter.h"
+#include "moesaic/data/example.h"
+#include "moesaic/generate/generate.h"
+#include "moesaic/models/causal_lm.h"
+#include "moesaic/train/loss.h"
+#include "moesaic/train/trainer.h"
+
+namespace {
+
+using namespace moesaic;
+
+/// Bytes of one line of /proc/self/status.
+int64_t status(const std::string& key) {
+  std::ifstream file("/proc/self/status");
+  for (std::string line; std::getline(file, line);) {
+    if (line.starts_with(key + ":")) return std::stoll(line.substr(key.size() + 1)) * 1024;
+  }
+  throw DataError("/proc/self/status: no " + key);
+}
+
+/// Seconds of all threads of this process.
+double cpu_seconds() {
+  timespec time{};
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time);
+  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+}
+
+/// What a job needs to live.
+struct Loaded {
+  std::shared_ptr<formats::Checkpoint> checkpoint;
+  std::shared_ptr<models::CausalLM> model;
+  std::unique_ptr<adapters::Adapter> adapter;
+};
+
+using Run = std::function<Json(int64_t index)>;
+
+Loaded load(const Json& job, const std::string& method) {
+  Loaded loaded;
+  loaded.checkpoint = formats::Checkpoint::open(job["model"].get<std::string>());
+  models::LoadOptions options;
+  options.quantize_int8 = job.value("quantize", false);
+  loaded.model = models::CausalLM::load(*loaded.checkpoint, options);
+  if (method.empty() || method == "frozen") return loaded;
+  adapters::AdapterConfig config;
+  config.method = method;
+  config.num_experts = method == "molora" || method == "mov" ? job["experts"].get<int64_t>() : 1;
+  config.lora_rank = job["rank"];
+  config.lora_alpha = 16;
+  config = adapters::resolve_targets(config, "all-linear", loaded.model->sites());
+  loaded.adapter = adapters::Adapter::create(config, loaded.model->sites(), loaded.model->device(), /*seed=*/1);
+  return loaded;
+}
+
+/// Forward, backward and AdamW; `frozen`: forward and the gradient down to the embeddings' output.
+Run training(const Json& job) {
+  const std::string method = job["method"];
+  auto loaded = std::make_shared<Loaded>(load(job, method));
+  std::vector<data::Batch> batches;
+  for (const Json& batch : job["batches"]) {
+    std::vector<data::Example> examples;
+    for (size_t row = 0; row < batch["ids"].size(); ++row) {
+      data::Example example;
+      example.ids = batch["ids"][row].get<std::vector<int64_t>>();
+      example.mask = batch["mask"][row].get<std::vector<uint8_t>>();
+      examples.push_back(std::move(example));
+    }
+    batches.push_back(data::collate(examples, torch::kCPU));
+  }
+  std::shared_ptr<train::Optimizer> optimizer;
+  std::vector<train::OptimizedTensor> tensors;
+  if (loaded->adapter) {
+    train::TrainConfig config;
+    config.learning_rate = 1e-4;
+    tensors = train::trainable_tensors(*loaded->model, loaded->adapter.get(), config);
+    optimizer = train::make_adamw(tensors, {});
+  }
+  return [=](int64_t index) -> Json {
+    const data::Batch& batch = batches[index % batches.size()];
+    models::CausalLM& model = *loaded->model;
+    nn::ForwardContext context;
+    context.training = true;
+    torch::Tensor hidden;
+    if (loaded->adapter) {
+      hidden = model.hidden_states(batch.tokens, context);
+    } else {
+      model.prepare(batch.tokens, context);
+      const torch::Tensor embedded = model.embed(batch.tokens.tokens).detach().set_requires_grad(true);
+      hidden = model.final_norm(model.run_layers(embedded, 0, model.config().num_layers, context));
+    }
+    const torch::Tensor weights = torch::full({batch.num_targets()}, 1.0 / batch.num_targets());
+    const torch::Tensor loss =
+        train::chunked_cross_entropy(hidden.index_select(0, batch.label_rows), model.head_weight(), batch.labels,
+                                     weights, model.config().final_softcap);
+    loss.backward();
+    if (optimizer) optimizer->step(1.0);
+    for (const train::OptimizedTensor& t : tensors) torch::Tensor(t.tensor).mutable_grad() = torch::Tensor();
+    return {{"tokens", batch.tokens.num_tokens()}, {"loss", loss.item<double>()}};
+  };
+}
+
+/// Greedy decoding of one prompt through the library's `generate`, without an end-of-text token.
+Run generation(const Json& job) {
+  auto loaded = std::make_shared<Loaded>(load(job, job.value("adapter", "")));
+  if (loaded->adapter) {
+    for (const adapters::AdapterParameter& parameter : loaded->adapter->parameters()) {
+      torch::Tensor(parameter.tensor).set_requires_grad(false);
+    }
+  }
+  const std::shared_ptr<tokenizer::Tokenizer> tokenizer = tokenizer::Tokenizer::open(*loaded->checkpoint);
+  const std::vector<int64_t> prompt = job["prompt"];
+  generate::SamplingOptions options;
+  options.max_new_tokens = job["new_tokens"];
+  return [=](int64_t) -> Json {
+    const auto answers = generate::generate(*loaded->model, *tokenizer, {prompt}, options);
+    return {{"tokens", answers[0].ids.size()}, {"ids", answers[0].ids}};
+  };
+}
+
+}  // namespace
+
+int main() {
+  std::string line;
+  std::getline(std::cin, line);
+  const Json job = Json::parse(line);
+  at::set_num_threads(job["threads"]);
+  const Run run = job["kind"] == "training" ? training(job) : generation(job);
+  std::cout << Json{{"base_rss", status("VmRSS")}}.dump() << std::endl;
+  for (int64_t index = 0; std::getline(std::cin, line); ++index) {
+    std::ofstream("/proc/self/clear_refs") << 5;  // the peak starts again
+    const double cpu = cpu_seconds();
+    const auto start = std::chrono::steady_clock::now();
+    Json answer = run(index);
+    answer["seconds"] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    answer["cpu_seconds"] = cpu_seconds() - cpu;
+    answer["peak_rss"] = status("VmHWM");
+    std::cout << answer.dump() << std::endl;
+  }
+  return 0;
+}

@@ -1,0 +1,142 @@
+"""The peers of `make bench`: transformers, PEFT, a plain PyTorch MoV/MoLoRA and CTranslate2, one job per process.
+
+First line on stdin: the job. Answer: {"base_rss"}. Every further line runs it once; the answer has "seconds" (wall),
+"cpu_seconds" (all threads), "tokens" and "peak_rss" (bytes, the highest during that run).
+bench_jobs.cpp speaks the same protocol, so run.py can alternate between ours and theirs.
+"""
+
+import json
+import os
+import pathlib
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def status(key):
+    """Bytes of one line of /proc/self/status."""
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+def reset_peak():
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def load(job):
+    import torch
+    import transformers
+
+    torch.set_num_threads(job["threads"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.sum()  # weights are mapped lazily; what is measured above the base must not include them
+    return model.requires_grad_(False)
+
+
+def training(job):
+    """One training step per run: forward, backward, AdamW. Sequences are padded at the right to the longest one."""
+    import torch
+
+    model = load(job).train()
+    linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    if job["method"] in ("lora", "ia3"):
+        import peft
+
+        model = peft.get_peft_model(model, peft.LoraConfig(
+            task_type="CAUSAL_LM", r=job["rank"], lora_alpha=16, target_modules=linears) if job["method"] == "lora"
+            else peft.IA3Config(task_type="CAUSAL_LM"))
+        parameters = [p for p in model.parameters() if p.requires_grad]
+    elif job["method"] in ("molora", "mov"):
+        sys.path.insert(0, str(ROOT / "tests" / "parity"))
+        from mixtures import Mixture
+
+        parameters = list(Mixture(model, job["method"], experts=job["experts"], rank=job["rank"],
+                                  alpha=16).parameters.values())
+    else:
+        parameters = []
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4) if parameters else None
+
+    batches = []
+    for batch in job["batches"]:
+        width = max(len(ids) for ids in batch["ids"])
+        ids = torch.zeros(len(batch["ids"]), width, dtype=torch.long)
+        labels = torch.full_like(ids, -100)
+        attention = torch.zeros_like(ids)
+        for row, (tokens, mask) in enumerate(zip(batch["ids"], batch["mask"])):
+            ids[row, :len(tokens)] = torch.tensor(tokens)
+            labels[row, :len(tokens)] = torch.where(torch.tensor(mask) > 0, torch.tensor(tokens), -100)
+            attention[row, :len(tokens)] = 1
+        # A batch without padding is run without a mask, which spares transformers the masked attention.
+        batches.append((ids, labels, None if attention.all() else attention, sum(map(len, batch["ids"]))))
+
+    def run(index):
+        ids, labels, attention, tokens = batches[index % len(batches)]
+        if parameters:
+            loss = model(input_ids=ids, attention_mask=attention, labels=labels, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        else:  # frozen: the gradient travels through every layer, down to the embeddings' output
+            embeddings = model.get_input_embeddings()(ids).requires_grad_(True)
+            loss = model(inputs_embeds=embeddings, attention_mask=attention, labels=labels, use_cache=False).loss
+            loss.backward()
+        return {"tokens": tokens, "loss": loss.item()}
+
+    return run
+
+
+def hf_generate(job):
+    import torch
+
+    model = load(job).eval()
+    prompt = torch.tensor([job["prompt"]])
+
+    def run(_):
+        with torch.no_grad():
+            ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+                                 max_new_tokens=job["new_tokens"], min_new_tokens=job["new_tokens"],
+                                 pad_token_id=0)[0, prompt.shape[1]:]
+        return {"tokens": len(ids), "ids": ids.tolist()}
+
+    return run
+
+
+def ct2_generate(job):
+    import ctranslate2
+
+    generator = ctranslate2.Generator(job["ct2_model"], device="cpu", compute_type=job["compute_type"], inter_threads=1,
+                                      intra_threads=job["threads"])
+    tokens = json.loads((pathlib.Path(job["ct2_model"]) / "vocabulary.json").read_text())
+    prompt = [tokens[i] for i in job["prompt"]]
+
+    def run(_):
+        result = generator.generate_batch([prompt], beam_size=1, sampling_topk=1, max_length=job["new_tokens"],
+                                          min_length=job["new_tokens"], include_prompt_in_result=False)[0]
+        return {"tokens": len(result.sequences_ids[0]), "ids": result.sequences_ids[0]}
+
+    return run
+
+
+KINDS = {"training": training, "generate": hf_generate, "ct2": ct2_generate}
+
+
+def main():
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what the libraries print must not mix with the answers
+    job = json.loads(sys.stdin.readline())
+    run = KINDS[job["kind"]](job)
+    answers.write(json.dumps({"base_rss": status("VmRSS")}) + "\n")
+    for index, _ in enumerate(sys.stdin):
+        reset_peak()
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = run(index)
+        answers.write(json.dumps({"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu,
+                                  "peak_rss": status("VmHWM"), **result}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

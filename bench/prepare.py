@@ -1,0 +1,83 @@
+"""Makes what the benchmarks run on, once, in .cache/bench: SmolLM2-135M in float32 as a Hugging Face folder and for
+CTranslate2, and the batches of ids."""
+
+import json
+import pathlib
+import random
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CACHE = ROOT / ".cache" / "bench"
+GGUF = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+INSTRUCTIONS = ROOT.parent / "shared" / "data" / "instruct" / "alpaca_en_demo.json"
+VOCABULARY = 49152
+
+
+def huggingface_folder():
+    folder = CACHE / "smollm2"
+    if not (folder / "tokenizer_config.json").exists():
+        import torch
+        import transformers
+
+        arguments = dict(pretrained_model_name_or_path=GGUF.parent, gguf_file=GGUF.name)
+        quantized = transformers.AutoModelForCausalLM.from_pretrained(**arguments, dtype=torch.float32)
+        # transformers refuses to save what came from a GGUF, so the weights move into a model made from its config.
+        config = transformers.LlamaConfig(**{k: v for k, v in quantized.config.to_dict().items()
+                                             if k != "quantization_config"})
+        model = transformers.LlamaForCausalLM(config)
+        model.load_state_dict(quantized.state_dict())
+        model.save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(**arguments).save_pretrained(folder)
+    return folder
+
+
+def ct2_folder(quantization):
+    folder = CACHE / f"smollm2-ct2-{quantization}"
+    if not (folder / "model.bin").exists():
+        import ctranslate2
+
+        ctranslate2.converters.TransformersConverter(str(huggingface_folder())).convert(
+            str(folder), quantization=None if quantization == "float32" else quantization, force=True)
+    return folder
+
+
+def uniform_batches():
+    """One batch, 8 x 256 random tokens, every one but the first a target."""
+    draw = random.Random(1)
+    return [{"ids": [[draw.randrange(VOCABULARY) for _ in range(256)] for _ in range(8)], "mask": [[1] * 256] * 8}]
+
+
+def instruction_batches(count=3, size=8):
+    """`count` batches of real instructions in the chat template; targets are the answers. None without the data."""
+    if not INSTRUCTIONS.exists():
+        return None
+    path = CACHE / f"instructions-{count}x{size}.json"
+    if not path.exists():
+        import transformers
+
+        tokenizer = transformers.AutoTokenizer.from_pretrained(huggingface_folder())
+        rows = json.loads(INSTRUCTIONS.read_text())
+        random.Random(2).shuffle(rows)
+        batches = []
+        for start in range(0, count * size, size):
+            batch = {"ids": [], "mask": []}
+            for row in rows[start:start + size]:
+                question = [{"role": "user", "content": "\n".join(filter(None, [row["instruction"], row["input"]]))}]
+                answer = [*question, {"role": "assistant", "content": row["output"]}]
+                prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+                whole = tokenizer.apply_chat_template(answer, tokenize=False)
+                assert whole.startswith(prompt)
+                ids = tokenizer(whole, add_special_tokens=False).input_ids
+                known = len(tokenizer(prompt, add_special_tokens=False).input_ids)
+                batch["ids"].append(ids)
+                batch["mask"].append([int(i >= known) for i in range(len(ids))])
+            batches.append(batch)
+        path.write_text(json.dumps(batches))
+    return json.loads(path.read_text())
+
+
+def prompt(length):
+    """The first `length` tokens of real text."""
+    rows = instruction_batches()
+    draw = random.Random(3)
+    ids = [i for b in rows for s in b["ids"] for i in s] if rows else [draw.randrange(VOCABULARY) for _ in range(length)]
+    return ids[:length]
