@@ -7,24 +7,15 @@
 
 #include "moesaic/formats/checkpoint.h"
 #include "moesaic/nn/context.h"
+#include "moesaic/nn/kernel_table.h"
 #include "moesaic/nn/kv_cache.h"
+#include "moesaic/nn/rope.h"
 #include "moesaic/nn/site.h"
 
 namespace moesaic::models {
 
-enum class Activation { kSilu, kGeluTanh };
-
-/// RoPE of one kind of layer: base, scaling and what the scaling does to the frequencies and to cos/sin.
-struct RopeConfig {
-  std::string type = "default";  // default | linear | dynamic | llama3 | yarn
-  double theta = 10000.0;
-  double factor = 1.0;
-  int64_t original_max_position = 0;
-  double low_freq_factor = 1.0, high_freq_factor = 4.0;            // llama3
-  double beta_fast = 32.0, beta_slow = 1.0, attention_factor = -1; // yarn; -1 = derived
-  double mscale = 0.0, mscale_all_dim = 0.0;                       // yarn
-  bool truncate = true;                                            // yarn
-};
+using Activation = nn::GluKind;
+using nn::RopeConfig;
 
 /// Everything that differs between decoder families.
 struct DecoderConfig {

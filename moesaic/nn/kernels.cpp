@@ -102,4 +102,11 @@ torch::Tensor linear_rows_int8(const torch::Tensor& x, const torch::Tensor& quan
   return y.to(x.dtype());
 }
 
+std::pair<torch::Tensor, torch::Tensor> quantize_rows_int8(const torch::Tensor& weight) {
+  torch::NoGradGuard no_grad;
+  const torch::Tensor wide = weight.to(torch::kFloat32);
+  const torch::Tensor scales = (wide.abs().amax(1) / 127.0).clamp_min(1e-30);
+  return {(wide / scales.unsqueeze(1)).round_().clamp_(-127, 127).to(torch::kInt8), scales};
+}
+
 }  // namespace moesaic::nn

@@ -16,4 +16,7 @@ torch::Tensor linear_rows(const torch::Tensor& x, const torch::Tensor& weight, c
 torch::Tensor linear_rows_int8(const torch::Tensor& x, const torch::Tensor& quantized, const torch::Tensor& scales,
                                const torch::Tensor& bias);
 
+/// int8 rows and their float32 scales: weight [out, in] ~ diag(scales) quantized, scale = max |row| / 127.
+std::pair<torch::Tensor, torch::Tensor> quantize_rows_int8(const torch::Tensor& weight);
+
 }  // namespace moesaic::nn

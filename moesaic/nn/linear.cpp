@@ -46,10 +46,7 @@ torch::Tensor LinearGroup::forward(const torch::Tensor& x, ForwardContext& conte
 }
 
 void LinearGroup::quantize_int8() {
-  torch::NoGradGuard no_grad;
-  const torch::Tensor w = weight_.to(torch::kFloat32);
-  scales_ = (w.abs().amax(1) / 127.0).clamp_min(1e-30);
-  quantized_ = (w / scales_.unsqueeze(1)).round_().clamp_(-127, 127).to(torch::kInt8);
+  std::tie(quantized_, scales_) = quantize_rows_int8(weight_);
   weight_ = torch::Tensor();
   for (Linear& member : members_) member->weight.set_data(torch::empty({0}, member->weight.options()));
 }
