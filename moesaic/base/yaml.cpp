@@ -13,7 +13,7 @@ namespace moesaic {
 namespace {
 
 constexpr int kMaxDepth = 100;
-constexpr int64_t kMaxNodes = 1'000'000;
+constexpr int64_t kMaxNodes = 100'000;
 
 /// The types YAML 1.2's core schema (section 10.3.2) gives to a plain scalar.
 Json typed_scalar(const std::string& text, const std::string& where) {
