@@ -7,14 +7,16 @@
 #include "moesaic/adapters/adapter.h"
 #include "moesaic/data/example.h"
 #include "moesaic/models/causal_lm.h"
+#include "moesaic/train/optimizer.h"
 
 namespace moesaic::train {
 
 /// The training keys of a run (interfaces: LLaMA-Factory's names).
 struct TrainConfig {
-  std::filesystem::path output_dir;
+  std::filesystem::path output_dir;             // empty = write nothing
+  bool overwrite_output_dir = false;            // delete an earlier run's checkpoints there
   int64_t per_device_train_batch_size = 8;      // examples per micro-batch
-  int64_t max_batch_tokens = 0;                 // 0 = off; else micro-batches are filled up to so many tokens
+  int64_t max_batch_tokens = 0;                 // 0 = off; else micro-batches are filled up to so many tokens instead
   int64_t gradient_accumulation_steps = 1;
   double learning_rate = 3e-4;
   double router_learning_rate = 0;              // 0 = learning_rate
@@ -39,8 +41,11 @@ struct TrainConfig {
 
 struct StepLog {
   int64_t step, max_steps;
-  double loss, learning_rate, grad_norm, tokens_per_second, aux_loss;
-  int64_t tokens;         // tokens seen so far, prompts included
+  double loss;            // of this step; the logs hold the mean since the last log
+  double learning_rate, grad_norm;
+  double tokens_per_second;
+  double aux_loss;        // what the routers added to the loss, coefficients included
+  int64_t tokens;         // seen so far, prompts included
   double seconds, eta;
 };
 
@@ -54,10 +59,34 @@ struct TrainResult {
 };
 
 /// Trains `adapter` (or, when it is null, every weight of `model`: full fine-tuning) on `stream`.
-/// `eval_examples` may be empty. `on_log` is called every logging_steps (progress bar). `epoch_size` turns epochs into
-/// steps when max_steps is -1.
+///
+///   loss of a step = sum_t w_t CE_t + c_aux mean_sites(balance) + c_z mean_sites(z)
+///   tokens: w_t = 1 / targets of the whole step;  sequences: w_t = 1 / (targets of its sequence * sequences of the step)
+///
+/// All micro-batches of a step are read before the first is run, so N x 1 examples equal 1 x N; a last partial step is
+/// normalised by its own targets. (A balance loss is the token-weighted mean of the micro-batches'.)
+///
+/// `eval_examples` may be empty. `on_log` is called after every step (progress bar). `epoch_size`, examples per epoch,
+/// turns epochs into steps when max_steps is -1. An evaluation that improves is saved as a checkpoint that rotation
+/// keeps; with early stopping the run ends with the best weights, else with the last.
+///
+/// Writes into output_dir: checkpoint-N/, train_log.jsonl, router_stats.jsonl, trainer_state.json, TensorBoard event
+/// files (tensorboard/) and at the end the adapter. A checkpoint of the last step is always made when save_steps > 0.
+///
+/// On SIGINT or SIGTERM the step is finished and saved, and the result says `interrupted`; a second signal ends the
+/// process. Throws UsageError for a config that can't be run, DataError when loss or gradient is not finite (naming
+/// step and layer; nothing is saved) or when a checkpoint does not fit.
 TrainResult train(models::CausalLM& model, adapters::Adapter* adapter, data::ExampleStream& stream,
                   const std::vector<data::Example>& eval_examples, const TrainConfig& config, int64_t epoch_size,
                   const std::function<void(const StepLog&)>& on_log = nullptr);
+
+/// Mean cross entropy per target over `examples`, in nats.
+double evaluate_loss(models::CausalLM& model, const adapters::Adapter* adapter,
+                     const std::vector<data::Example>& examples, int64_t batch_size);
+
+/// The tensors a run trains, with their learning rates and weight decays: routers have their own rate and no decay,
+/// vectors ((IA)^3, MoV), norms and biases no decay. `adapter` null: every parameter of `model`.
+std::vector<OptimizedTensor> trainable_tensors(models::CausalLM& model, adapters::Adapter* adapter,
+                                               const TrainConfig& config);
 
 }  // namespace moesaic::train
