@@ -89,23 +89,22 @@ OrderedJson to_json(const arrow::Array& array, int64_t row, const std::string& w
   }
 }
 
+/// Turns Arrow's errors and exceptions into a FormatError with the file's name.
+template <class Function>
+auto guarded(const std::string& path, Function&& function) {
+  try {
+    auto result = function();
+    MOESAIC_CHECK(result.ok(), FormatError, "{}: {}", path, result.status().message());
+    return std::move(result).ValueUnsafe();
+  } catch (const Error&) {
+    throw;
+  } catch (const std::exception& error) {
+    throw FormatError(fmt::format("{}: {}", path, error.what()));
+  }
+}
+
 /// A file of tables, one at a time in memory.
 class ArrowFile : public RecordFile {
- protected:
-  /// Turns Arrow's errors and exceptions into a FormatError with the file's name.
-  template <class Function>
-  auto guarded(Function&& function) const {
-    try {
-      auto result = function();
-      MOESAIC_CHECK(result.ok(), FormatError, "{}: {}", path_, result.status().message());
-      return std::move(result).ValueUnsafe();
-    } catch (const Error&) {
-      throw;
-    } catch (const std::exception& error) {
-      throw FormatError(fmt::format("{}: {}", path_, error.what()));
-    }
-  }
-
  public:
   explicit ArrowFile(const std::filesystem::path& path) : path_(path.string()) {}
 
@@ -117,17 +116,18 @@ class ArrowFile : public RecordFile {
   OrderedJson read(int64_t row) override {
     auto block = std::upper_bound(starts_.begin(), starts_.end(), row) - starts_.begin() - 1;
     if (block != loaded_) {
-      table_ = guarded([&]() -> arrow::Result<std::shared_ptr<arrow::Table>> {
+      loaded_ = -1;
+      table_ = guarded(path_, [&]() -> arrow::Result<std::shared_ptr<arrow::Table>> {
         ARROW_ASSIGN_OR_RAISE(auto table, load_table(block));
         return table->CombineChunks();
       });
-      loaded_ = block;
       MOESAIC_CHECK(table_->num_rows() == starts_[block + 1] - starts_[block], FormatError,
                     "{}: got {} rows from row {}, the file's frame says {}", path_, table_->num_rows(), starts_[block],
                     starts_[block + 1] - starts_[block]);
-      // The IPC reader trusts the offsets in the file.
+      // The texts of a file may be something else than UTF-8.
       arrow::Status status = table_->ValidateFull();
       MOESAIC_CHECK(status.ok(), FormatError, "{}: {}", path_, status.message());
+      loaded_ = block;
     }
     OrderedJson record = OrderedJson::object();
     for (int i = 0; i < table_->num_columns(); ++i) {
@@ -153,7 +153,7 @@ class ArrowFile : public RecordFile {
 class ParquetFile : public ArrowFile {
  public:
   explicit ParquetFile(const std::filesystem::path& path) : ArrowFile(path) {
-    reader_ = guarded([&]() -> arrow::Result<std::unique_ptr<parquet::arrow::FileReader>> {
+    reader_ = guarded(path_, [&]() -> arrow::Result<std::unique_ptr<parquet::arrow::FileReader>> {
       ARROW_ASSIGN_OR_RAISE(auto file, arrow::io::ReadableFile::Open(path_));
       return parquet::arrow::OpenFile(file, arrow::default_memory_pool());
     });
@@ -234,14 +234,14 @@ class ParquetFile : public ArrowFile {
 class IpcFile : public ArrowFile {
  public:
   explicit IpcFile(const std::filesystem::path& path) : ArrowFile(path) {
-    file_ = guarded([&] { return arrow::io::MemoryMappedFile::Open(path_, arrow::io::FileMode::READ); });
-    int64_t bytes = guarded([&] { return file_->GetSize(); });
-    std::string magic = guarded([&] { return file_->ReadAt(0, std::min<int64_t>(bytes, 6)); })->ToString();
+    file_ = guarded(path_, [&] { return arrow::io::MemoryMappedFile::Open(path_, arrow::io::FileMode::READ); });
+    int64_t bytes = guarded(path_, [&] { return file_->GetSize(); });
+    std::string magic = guarded(path_, [&] { return file_->ReadAt(0, std::min<int64_t>(bytes, 6)); })->ToString();
     if (magic == "ARROW1") {
-      reader_ = guarded([&] { return arrow::ipc::RecordBatchFileReader::Open(file_); });
+      reader_ = guarded(path_, [&] { return arrow::ipc::RecordBatchFileReader::Open(file_); });
     }
     std::vector<int64_t> starts{0};
-    for (int64_t batch = 0; auto loaded = guarded([&] { return read_batch(batch); }); ++batch) {
+    for (int64_t batch = 0; auto loaded = guarded(path_, [&] { return read_batch(batch); }); ++batch) {
       starts.push_back(starts.back() + loaded->num_rows());
     }
     batches_ = static_cast<int64_t>(starts.size()) - 1;
@@ -276,7 +276,7 @@ class IpcFile : public ArrowFile {
     for (int64_t i = whole_ ? 0 : block; i < (whole_ ? batches_ : block + 1); ++i) {
       ARROW_ASSIGN_OR_RAISE(auto batch, read_batch(i));
       if (!batch) return arrow::Status::Invalid("batch ", i, " is missing");
-      ARROW_RETURN_NOT_OK(batch->ValidateFull());
+      ARROW_RETURN_NOT_OK(batch->ValidateFull());  // the IPC reader trusts the offsets in the file
       batches.push_back(std::move(batch));
     }
     return arrow::Table::FromRecordBatches(batches);
