@@ -20,6 +20,10 @@ struct Verb {
 };
 
 constexpr Verb kVerbs[] = {
+    {"generate", "Answer one prompt or a file of prompts", add_generate},
+    {"chat", "Talk with a model in the terminal", add_chat},
+    {"score", "Log-probability of every token of a text", add_score},
+    {"inspect", "What is in a file or folder; what a method would train", add_inspect},
     {"doctor", "What this machine offers: devices, threads, number formats, versions", add_doctor},
 };
 

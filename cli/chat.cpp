@@ -1,0 +1,98 @@
+// moesaic chat: a conversation in the terminal. Keys and values of earlier turns are kept.
+#include <signal.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <iostream>
+
+#include "cli/load.h"
+#include "moesaic/generate/generate.h"
+
+namespace moesaic::cli {
+namespace {
+
+struct Options {
+  ModelOptions model;
+  generate::SamplingOptions sampling;
+  std::string system;
+};
+
+std::atomic<bool> interrupted{false};
+
+/// While one lives, Ctrl-C stops the answer instead of the program.
+class CatchInterrupt {
+ public:
+  CatchInterrupt() {
+    interrupted = false;
+    struct sigaction action {};
+    action.sa_handler = [](int) { interrupted = true; };
+    sigaction(SIGINT, &action, &previous_);
+  }
+  ~CatchInterrupt() { sigaction(SIGINT, &previous_, nullptr); }
+  CatchInterrupt(const CatchInterrupt&) = delete;
+  CatchInterrupt& operator=(const CatchInterrupt&) = delete;
+
+ private:
+  struct sigaction previous_ {};
+};
+
+OrderedJson opening(const Options& options) {
+  OrderedJson messages = OrderedJson::array();
+  if (!options.system.empty()) messages.push_back({{"role", "system"}, {"content", options.system}});
+  return messages;
+}
+
+int run(Options options, const CommonOptions& common) {
+  const LoadedModel loaded = load_model(options.model, common);
+  MOESAIC_CHECK(loaded.chat_template, UsageError,
+                "{}: this model has no chat template, so it can't chat. `moesaic generate` continues a text.",
+                options.model.model);
+  options.sampling.eos_ids = loaded.eos_ids();
+  options.sampling.seed = common.seed;
+  const bool terminal = isatty(STDIN_FILENO) && isatty(STDOUT_FILENO);
+  if (terminal) std::cout << "Type a message. /reset forgets the conversation, /exit leaves, Ctrl-C stops an answer.\n";
+
+  generate::Session session(*loaded.model, *loaded.tokenizer);
+  OrderedJson messages = opening(options);
+  auto show = [](int64_t, const std::string& piece) {
+    std::cout << piece << std::flush;
+    return !interrupted.load();
+  };
+  while (true) {
+    if (terminal) std::cout << "\n> " << std::flush;
+    std::string line;
+    if (!std::getline(std::cin, line) || line == "/exit") return 0;
+    if (line.find_first_not_of(" \t\r") == std::string::npos) continue;
+    if (line == "/reset") {
+      messages = opening(options);
+      continue;
+    }
+    if (line[0] == '/') {
+      std::cout << "Unknown command " << line << ". Known: /reset, /exit.\n";
+      continue;
+    }
+    messages.push_back({{"role", "user"}, {"content", line}});
+    const std::vector<int64_t> prompt = loaded.tokenizer->encode(loaded.chat_template->render(messages, true), false);
+    CatchInterrupt guard;
+    const auto start = std::chrono::steady_clock::now();
+    const generate::Generation answer = session.answer(prompt, options.sampling, show, loaded.sentence_of({prompt}));
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    std::cout << '\n' << std::flush;
+    spdlog::debug("{} prompt tokens ({} kept from before), {} new in {:.2f} s", prompt.size(), session.reused(),
+                  answer.ids.size(), seconds);
+    messages.push_back({{"role", "assistant"}, {"content", answer.text}});
+    ++options.sampling.seed;
+  }
+}
+
+}  // namespace
+
+Runner add_chat(CLI::App& app, CommonOptions& common) {
+  auto options = std::make_shared<Options>();
+  add_model_options(app, options->model);
+  app.add_option("--system", options->system, "System message");
+  add_sampling_options(app, options->sampling);
+  return [options, &common] { return run(*options, common); };
+}
+
+}  // namespace moesaic::cli

@@ -1,0 +1,277 @@
+// moesaic inspect: what is in a file or folder; and, from a config alone, what a method would train.
+#include <iostream>
+
+#include "cli/load.h"
+#include "moesaic/base/device.h"
+#include "moesaic/formats/adapter_folder.h"
+
+namespace moesaic::cli {
+namespace fs = std::filesystem;
+namespace {
+
+struct Options {
+  std::string path, model, method, targets;
+  adapters::AdapterConfig adapter;
+  bool tensors = false, json = false;
+};
+
+std::string shape_text(const std::vector<int64_t>& shape) { return fmt::format("[{}]", fmt::join(shape, ", ")); }
+
+int64_t count(const std::vector<int64_t>& shape) {
+  return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
+}
+
+/// Parameter counts per dtype and the tensor list (its names only on request).
+template <class Source>
+void describe_tensors(const Source& source, const std::vector<std::string>& names, bool list, OrderedJson& report) {
+  std::map<std::string, int64_t> by_dtype;
+  int64_t total = 0;
+  OrderedJson tensors = OrderedJson::array();
+  for (const std::string& name : names) {
+    const std::vector<int64_t> shape = source.shape(name);
+    const std::string dtype = dtype_name(source.dtype(name));
+    by_dtype[dtype] += count(shape);
+    total += count(shape);
+    if (list) tensors.push_back({{"name", name}, {"dtype", dtype}, {"shape", shape}});
+  }
+  report["tensors"] = names.size();
+  report["parameters"] = total;
+  report["parameters_by_dtype"] = by_dtype;
+  if (list) report["tensor_list"] = tensors;
+}
+
+/// A TensorMap seen as describe_tensors wants it.
+struct MapSource {
+  const formats::TensorMap& map;
+  std::vector<int64_t> shape(const std::string& name) const { return map.at(name).sizes().vec(); }
+  at::ScalarType dtype(const std::string& name) const { return map.at(name).scalar_type(); }
+};
+
+OrderedJson inspect_safetensors(const fs::path& path, bool list) {
+  const formats::SafetensorsFile file(path);
+  OrderedJson report = {{"kind", "safetensors"}, {"path", path.string()}};
+  describe_tensors(file, file.names(), list, report);
+  if (!file.metadata().empty()) report["metadata"] = file.metadata();
+  return report;
+}
+
+OrderedJson inspect_adapter(const fs::path& path, bool list) {
+  const formats::AdapterFolder folder = formats::read_adapter_folder(path);
+  const adapters::AdapterConfig config =
+      adapters::parse_adapter_config(folder.config, (path / "adapter_config.json").string());
+  OrderedJson report = {{"kind", "adapter"}, {"path", path.string()}, {"method", config.method},
+                        {"num_experts", config.num_experts}};
+  if (config.method == "lora" || config.method == "molora") {
+    report["lora_rank"] = config.lora_rank;
+    report["lora_alpha"] = config.lora_alpha;
+  }
+  if (config.num_experts > 1) report["router"] = adapters::router_config_json(config.router);
+  std::visit([&](const auto& targets) { report["targets"] = targets; }, config.targets);
+  if (!config.feedforward.empty()) report["feedforward"] = config.feedforward;
+  report["base_model"] = config.base_model_name_or_path;
+  report["base_fingerprint"] = config.base_fingerprint;
+  std::vector<std::string> names;
+  for (const auto& [name, tensor] : folder.tensors) names.push_back(name);
+  describe_tensors(MapSource{folder.tensors}, names, list, report);
+  return report;
+}
+
+/// Names of the points where experts may act, with how many layers have each.
+OrderedJson site_table(const nn::Sites& sites) {
+  auto last = [](const std::string& name) { return name.substr(name.rfind('.') + 1); };
+  OrderedJson linears = OrderedJson::object(), scales = OrderedJson::object();
+  for (const nn::LinearSite& site : sites.linears) {
+    OrderedJson& entry = linears[last(site.name)];
+    if (entry.is_null()) entry = {{"layers", 0}, {"in", site.in}, {"out", site.out}};
+    entry["layers"] = entry["layers"].get<int64_t>() + 1;
+  }
+  constexpr const char* kKinds[] = {"output", "post_qk_norm", "ffn_branch"};
+  for (const nn::ScaleSite& site : sites.scales) {
+    OrderedJson& entry = scales[last(site.name) + " " + kKinds[static_cast<int>(site.kind)]];
+    if (entry.is_null()) entry = {{"layers", 0}, {"heads", site.heads}, {"width", site.width}};
+    entry["layers"] = entry["layers"].get<int64_t>() + 1;
+  }
+  return {{"linears", linears}, {"scales", scales}};
+}
+
+/// The model of a config on the meta device: names and shapes, no memory.
+std::shared_ptr<models::CausalLM> meta_model(const formats::Checkpoint& checkpoint) {
+  const models::DecoderConfig config = models::parse_decoder_config(checkpoint.config(), checkpoint.path().string());
+  return std::make_shared<models::CausalLM>(config, torch::dtype(torch::kFloat32).device(torch::kMeta));
+}
+
+int64_t parameter_count(const models::CausalLM& model) {
+  int64_t total = 0;
+  for (const torch::Tensor& parameter : model.parameters()) total += parameter.numel();
+  return total;
+}
+
+OrderedJson model_header(const formats::Checkpoint& checkpoint, const models::CausalLM& model) {
+  const models::DecoderConfig& config = model.config();
+  return {{"path", checkpoint.path().string()},
+          {"model_type", config.model_type},
+          {"hidden_size", config.hidden_size},
+          {"intermediate_size", config.intermediate_size},
+          {"num_layers", config.num_layers},
+          {"num_heads", config.num_heads},
+          {"num_kv_heads", config.num_kv_heads},
+          {"head_dim", config.head_dim},
+          {"vocab_size", config.vocab_size},
+          {"max_position", config.max_position},
+          {"tied_head", config.tie_word_embeddings}};
+}
+
+bool has_weights(const fs::path& path) {
+  if (!fs::is_directory(path)) return true;
+  return std::any_of(fs::directory_iterator(path), fs::directory_iterator(),
+                     [](const fs::directory_entry& entry) { return entry.path().extension() == ".safetensors"; });
+}
+
+OrderedJson inspect_model(const fs::path& path, bool list) {
+  const bool weights = has_weights(path);
+  const auto checkpoint = formats::Checkpoint::open(path, weights);
+  const auto model = meta_model(*checkpoint);
+  OrderedJson report = {{"kind", path.extension() == ".gguf" ? "gguf" : "model"}};
+  report.update(model_header(*checkpoint, *model));
+  report["total_parameters"] = parameter_count(*model);
+  if (weights) {
+    describe_tensors(*checkpoint, checkpoint->names(), list, report);
+    report["fingerprint"] = checkpoint->fingerprint();
+    report["tokenizer"] = checkpoint->tokenizer_json().has_value();
+    report["chat_template"] = checkpoint->chat_template().has_value();
+  }
+  report["sites"] = site_table(model->sites());
+  return report;
+}
+
+/// What training `method` inside the model of a config would train.
+OrderedJson inspect_method(const Options& options) {
+  const auto checkpoint = formats::Checkpoint::open(options.model, /*weights=*/false);
+  const auto model = meta_model(*checkpoint);
+  const int64_t total = parameter_count(*model);
+  OrderedJson report = model_header(*checkpoint, *model);
+  report["method"] = options.method;
+  if (options.method == "full") {
+    report.update(OrderedJson{{"total_parameters", total}, {"trainable_parameters", total}, {"percent", 100.0}});
+    return report;
+  }
+  adapters::AdapterConfig config = options.adapter;
+  config.method = options.method;
+  if (options.targets.empty() || options.targets == "reference" || options.targets == "all-linear") {
+    config = adapters::resolve_targets(config, options.targets, model->sites());
+  } else {
+    const std::vector<std::string> names = CLI::detail::split(options.targets, ',');
+    config.targets = names;
+    const bool scales = config.method == "ia3" || config.method == "mov";
+    if (scales && std::find(names.begin(), names.end(), "down_proj") != names.end()) config.feedforward = {"down_proj"};
+  }
+  const auto adapter = adapters::Adapter::create(config, model->sites(), torch::kMeta, 0);
+  int64_t trainable = 0, router = 0;
+  for (const adapters::AdapterParameter& parameter : adapter->parameters()) {
+    trainable += parameter.tensor.numel();
+    if (parameter.router) router += parameter.tensor.numel();
+  }
+  OrderedJson patterns = OrderedJson::array();
+  int64_t sites = 0;
+  for (const auto& [pattern, hits] : adapter->matches()) {
+    int64_t parameters = 0;
+    for (const adapters::AdapterParameter& parameter : adapter->parameters()) {
+      if (("." + parameter.name + ".").find("." + pattern + ".") != std::string::npos) parameters += parameter.tensor.numel();
+    }
+    patterns.push_back({{"pattern", pattern}, {"sites", hits}, {"trainable_parameters", parameters}});
+    sites += hits;
+  }
+  report["num_experts"] = config.num_experts;
+  if (config.method == "lora" || config.method == "molora") {
+    report["lora_rank"] = config.lora_rank;
+    report["lora_alpha"] = config.lora_alpha;
+  }
+  report["total_parameters"] = total;
+  report["trainable_parameters"] = trainable;
+  report["router_parameters"] = router;
+  report["percent"] = 100.0 * static_cast<double>(trainable) / static_cast<double>(total);
+  report["sites"] = sites;
+  report["patterns"] = patterns;
+  return report;
+}
+
+OrderedJson inspect_path(const fs::path& path, bool list) {
+  MOESAIC_CHECK(fs::exists(path), UsageError, "inspect {}: no such file or folder", path.string());
+  if (path.extension() == ".safetensors") return inspect_safetensors(path, list);
+  if (fs::is_directory(path) && (fs::exists(path / "adapter_config.json") || fs::exists(path / "default"))) {
+    return inspect_adapter(path, list);
+  }
+  return inspect_model(path, list);
+}
+
+/// Scalars as "key  value" lines; lists and objects one entry a line.
+void print(const OrderedJson& report) {
+  auto text = [](const OrderedJson& value) {
+    return value.is_string() ? value.get<std::string>() : value.is_number_float() ? fmt::format("{:.4f}", value.get<double>())
+                                                                                   : value.dump();
+  };
+  for (const auto& [key, value] : report.items()) {
+    if (key == "tensor_list") {
+      for (const OrderedJson& tensor : value) {
+        std::cout << fmt::format("  {:<70} {:<9} {}\n", tensor["name"].get<std::string>(), tensor["dtype"].get<std::string>(),
+                                 shape_text(tensor["shape"].get<std::vector<int64_t>>()));
+      }
+    } else if (key == "patterns") {
+      std::cout << fmt::format("\n  {:<30} {:>7} {:>14}\n", "target", "sites", "trainable");
+      for (const OrderedJson& row : value) {
+        std::cout << fmt::format("  {:<30} {:>7} {:>14}\n", row["pattern"].get<std::string>(), row["sites"].get<int64_t>(),
+                                 row["trainable_parameters"].get<int64_t>());
+      }
+    } else if (value.is_object() && !value.empty()) {
+      std::cout << key << '\n';
+      for (const auto& [name, entry] : value.items()) {
+        if (!entry.is_object()) {
+          std::cout << fmt::format("  {:<20} {}\n", name, text(entry));
+          continue;
+        }
+        std::cout << fmt::format("  {}\n", name);
+        for (const auto& [site, facts] : entry.items()) std::cout << fmt::format("    {:<24} {}\n", site, facts.dump());
+      }
+    } else {
+      std::cout << fmt::format("{:<22} {}\n", key, text(value));
+    }
+  }
+}
+
+int run(const Options& options) {
+  MOESAIC_CHECK(options.path.empty() != options.model.empty(), UsageError,
+                "inspect: give a file or folder to look into, or --model CONFIG_DIR --method METHOD");
+  MOESAIC_CHECK(options.model.empty() || !options.method.empty(), UsageError,
+                "inspect --model: --method is missing. Expected lora, ia3, mov, molora or full.");
+  const OrderedJson report = options.model.empty() ? inspect_path(options.path, options.tensors) : inspect_method(options);
+  if (options.json) {
+    std::cout << report.dump(2, ' ', false, OrderedJson::error_handler_t::replace) << '\n';
+  } else {
+    print(report);
+  }
+  return 0;
+}
+
+}  // namespace
+
+Runner add_inspect(CLI::App& app, CommonOptions&) {
+  auto options = std::make_shared<Options>();
+  app.add_option("path", options->path, "Model folder, .gguf or .safetensors file, or adapter folder");
+  app.add_flag("--tensors", options->tensors, "List every tensor");
+  app.add_flag("--json", options->json, "Print as JSON");
+  const char* group = "What a method would train (a config.json is enough)";
+  app.add_option("--model", options->model, "Folder with config.json, or a .gguf file")->group(group);
+  app.add_option("--method", options->method, "lora, ia3, mov, molora or full")
+      ->check(CLI::IsMember({"lora", "ia3", "mov", "molora", "full"}))
+      ->group(group);
+  app.add_option("--num_experts", options->adapter.num_experts, "Experts per site")->capture_default_str()->group(group);
+  app.add_option("--lora_rank", options->adapter.lora_rank, "Rank of an expert")->capture_default_str()->group(group);
+  app.add_option("--lora_alpha", options->adapter.lora_alpha, "Scale is alpha / rank")->capture_default_str()->group(group);
+  app.add_option("--lora_target", options->targets, "reference, all-linear, or names separated by commas")->group(group);
+  app.add_option("--router_input", options->adapter.router.input, "token, sentence, layer_input or ffn_product")
+      ->capture_default_str()
+      ->group(group);
+  return [options] { return run(*options); };
+}
+
+}  // namespace moesaic::cli

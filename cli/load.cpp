@@ -1,0 +1,134 @@
+#include "cli/load.h"
+
+#include <future>
+
+#include "moesaic/base/device.h"
+#include "moesaic/generate/sentence.h"
+
+namespace moesaic::cli {
+namespace fs = std::filesystem;
+
+void add_model_options(CLI::App& app, ModelOptions& options) {
+  app.add_option("--model", options.model, "Model: a folder with config.json, or a .gguf file")->required();
+  app.add_option("--adapter", options.adapters, "Adapter folder, [NAME=]DIR[:scale]; may be repeated")
+      ->expected(1)
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  app.add_option("--quantize", options.quantize, "none or int8 (weight-only, of the frozen model)")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"none", "int8"}));
+}
+
+void add_sampling_options(CLI::App& app, generate::SamplingOptions& options) {
+  const char* group = "Sampling";
+  app.add_option("--max_new_tokens", options.max_new_tokens, "Tokens of an answer at most")
+      ->capture_default_str()
+      ->group(group);
+  app.add_option("--temperature", options.temperature, "0 takes the most probable token")
+      ->capture_default_str()
+      ->group(group);
+  app.add_option("--top_k", options.top_k, "Draw from the k most probable tokens; 0 = off")
+      ->capture_default_str()
+      ->group(group);
+  app.add_option("--top_p", options.top_p, "Draw from the most probable tokens that hold this mass; 1 = off")
+      ->capture_default_str()
+      ->group(group);
+  app.add_option("--min_p", options.min_p, "Drop tokens below this share of the best one's probability; 0 = off")
+      ->capture_default_str()
+      ->group(group);
+  app.add_option("--repetition_penalty", options.repetition_penalty, "Above 1 makes tokens already seen less likely")
+      ->capture_default_str()
+      ->group(group);
+  app.add_option("--stop", options.stop, "Text that ends an answer and is cut from it; may be repeated")
+      ->expected(1)
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
+      ->group(group);
+}
+
+AdapterFlag parse_adapter_flag(const std::string& flag) {
+  AdapterFlag adapter;
+  std::string rest = flag;
+  size_t equals = flag.find('=');
+  if (equals != std::string::npos && flag.find('/') > equals) {
+    adapter.name = flag.substr(0, equals);
+    rest = flag.substr(equals + 1);
+  }
+  size_t colon = rest.rfind(':');
+  if (!fs::exists(rest) && colon != std::string::npos) {
+    const std::string scale = rest.substr(colon + 1);
+    size_t used = 0;
+    try {
+      adapter.scale = std::stod(scale, &used);
+    } catch (const std::exception&) {
+    }
+    MOESAIC_CHECK(used > 0 && used == scale.size() && std::isfinite(adapter.scale), UsageError,
+                  "--adapter {}: the scale behind ':' is no number: got '{}'. Expected [NAME=]DIR[:scale].", flag, scale);
+    rest.resize(colon);
+  }
+  adapter.dir = rest;
+  MOESAIC_CHECK(fs::is_directory(adapter.dir), UsageError,
+                "--adapter {}: '{}' is no folder. Expected [NAME=]DIR[:scale], DIR holding adapter_config.json.", flag, rest);
+  if (adapter.name.empty()) {
+    const fs::path dir = adapter.dir.lexically_normal();
+    adapter.name = (dir.has_filename() ? dir : dir.parent_path()).filename().string();
+  }
+  return adapter;
+}
+
+std::vector<int64_t> LoadedModel::eos_ids() const {
+  std::set<int64_t> ids(model->config().eos_ids.begin(), model->config().eos_ids.end());
+  const Json generation = checkpoint->generation_config();
+  if (auto it = generation.find("eos_token_id"); it != generation.end()) {
+    for (const Json& id : it->is_array() ? *it : Json::array({*it})) {
+      if (id.is_number_integer()) ids.insert(id.get<int64_t>());
+    }
+  }
+  if (tokenizer && tokenizer->eos_id()) ids.insert(*tokenizer->eos_id());
+  return {ids.begin(), ids.end()};
+}
+
+bool LoadedModel::routes_by_sentence() const {
+  return std::any_of(adapters.begin(), adapters.end(),
+                     [](const auto& adapter) { return adapter->config().router.input == "sentence"; });
+}
+
+torch::Tensor LoadedModel::sentence_of(const std::vector<std::vector<int64_t>>& prompts) const {
+  if (!routes_by_sentence()) return {};
+  for (size_t i = 0; i < adapters.size(); ++i) {
+    const adapters::RouterConfig& router = adapters[i]->config().router;
+    MOESAIC_CHECK(router.input != "sentence" || router.sentence_source == "hidden", UsageError,
+                  "adapter {}: its router reads sentence embeddings from a data column; they can't be made from a prompt. "
+                  "Use data with that column.",
+                  adapter_names[i]);
+  }
+  return generate::sentence_embeddings(*model, nn::RaggedBatch::from_sequences(prompts, model->device()));
+}
+
+LoadedModel load_model(const ModelOptions& options, const CommonOptions& common, bool need_tokenizer) {
+  MOESAIC_CHECK(fs::exists(options.model), UsageError,
+                "--model {}: no such file or folder. Expected a folder with config.json and *.safetensors, or a .gguf file.",
+                options.model);
+  std::vector<AdapterFlag> flags;
+  for (const std::string& flag : options.adapters) flags.push_back(parse_adapter_flag(flag));
+  const c10::Device device = parse_device(common.device);
+  const c10::ScalarType dtype = parse_dtype(common.dtype, device);
+
+  LoadedModel loaded;
+  loaded.checkpoint = formats::Checkpoint::open(options.model);
+  // Building the tokenizer takes as long as reading the weights of a small model: side by side.
+  auto tokenizer = std::async(std::launch::async, [&]() -> std::shared_ptr<tokenizer::Tokenizer> {
+    if (!need_tokenizer && !loaded.checkpoint->tokenizer_json()) return nullptr;
+    return tokenizer::Tokenizer::open(*loaded.checkpoint);
+  });
+  loaded.model = models::CausalLM::load(*loaded.checkpoint, {dtype, device, options.quantize == "int8"});
+  loaded.model->eval();
+  loaded.tokenizer = tokenizer.get();
+  if (loaded.tokenizer) loaded.chat_template = tokenizer::ChatTemplate::open(*loaded.checkpoint, *loaded.tokenizer);
+  for (const AdapterFlag& flag : flags) {
+    loaded.adapters.push_back(
+        adapters::Adapter::load(flag.dir, loaded.model->sites(), device, loaded.checkpoint->fingerprint(), flag.scale));
+    loaded.adapter_names.push_back(flag.name);
+  }
+  return loaded;
+}
+
+}  // namespace moesaic::cli

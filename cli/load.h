@@ -1,0 +1,56 @@
+// What most verbs begin with: a model, its tokenizer and its adapters from --model, --adapter and --quantize; and the
+// flags of sampling.
+#pragma once
+#include "cli/command.h"
+#include "moesaic/adapters/adapter.h"
+#include "moesaic/formats/checkpoint.h"
+#include "moesaic/generate/generate.h"
+#include "moesaic/models/causal_lm.h"
+#include "moesaic/tokenizer/tokenizer.h"
+
+namespace moesaic::cli {
+
+/// The flags that name a model.
+struct ModelOptions {
+  std::string model;                  // folder with config.json, or a .gguf file
+  std::vector<std::string> adapters;  // [NAME=]DIR[:scale]
+  std::string quantize = "none";      // none | int8
+};
+
+void add_model_options(CLI::App& app, ModelOptions& options);
+
+/// One --adapter flag taken apart.
+struct AdapterFlag {
+  std::string name;  // NAME, or the folder's own name
+  std::filesystem::path dir;
+  double scale = 1.0;
+};
+/// Throws UsageError when the folder does not exist or the scale is no number.
+AdapterFlag parse_adapter_flag(const std::string& flag);
+
+/// A model ready to run. The adapters are destroyed first: they detach from the model's sites.
+struct LoadedModel {
+  std::shared_ptr<formats::Checkpoint> checkpoint;
+  std::shared_ptr<models::CausalLM> model;
+  std::shared_ptr<tokenizer::Tokenizer> tokenizer;
+  std::shared_ptr<tokenizer::ChatTemplate> chat_template;  // nullptr when the model has none
+  std::vector<std::string> adapter_names;
+  std::vector<std::unique_ptr<adapters::Adapter>> adapters;
+
+  /// Ids that end an answer: those of generation_config.json, config.json and the tokenizer.
+  std::vector<int64_t> eos_ids() const;
+  /// True when a router reads a sentence embedding.
+  bool routes_by_sentence() const;
+  /// Sentence embeddings [B, d_e] for `prompts`, made by the frozen model; undefined when no router reads them.
+  /// Throws UsageError when the adapter was trained on a column's embeddings.
+  torch::Tensor sentence_of(const std::vector<std::vector<int64_t>>& prompts) const;
+};
+
+/// The flags that say how tokens are chosen.
+void add_sampling_options(CLI::App& app, generate::SamplingOptions& options);
+
+/// Loads everything that `options` names. Throws UsageError, DataError, FormatError. Without `need_tokenizer` a model
+/// that comes without one is fine and `tokenizer` is nullptr.
+LoadedModel load_model(const ModelOptions& options, const CommonOptions& common, bool need_tokenizer = true);
+
+}  // namespace moesaic::cli
