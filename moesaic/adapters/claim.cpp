@@ -1,7 +1,5 @@
 #include "moesaic/adapters/claim.h"
 
-#include <ATen/CPUGeneratorImpl.h>
-
 #include "moesaic/base/check.h"
 
 namespace moesaic::adapters {
@@ -39,12 +37,6 @@ void claim_tensors(const std::vector<FileTensor>& expected, const formats::Tenso
   }
   torch::NoGradGuard no_grad;
   for (const FileTensor& target : expected) target.assign(tensors.at(target.key).to(torch::kFloat32));
-}
-
-torch::Generator generator_for(uint64_t seed, const std::string& name) {
-  uint64_t hash = 14695981039346656037ull ^ seed;  // FNV-1a
-  for (unsigned char c : name) hash = (hash ^ c) * 1099511628211ull;
-  return at::make_generator<at::CPUGeneratorImpl>(hash);
 }
 
 torch::Tensor gradient_or_zeros(const torch::Tensor& tensor) {

@@ -18,9 +18,6 @@ struct FileTensor {
 /// Throws DataError listing every missing, unexpected and mis-shaped tensor.
 void claim_tensors(const std::vector<FileTensor>& expected, const formats::TensorMap& tensors);
 
-/// A generator for one tensor: the same values whatever else is created.
-torch::Generator generator_for(uint64_t seed, const std::string& name);
-
 /// `tensor`'s gradient, or zeros.
 torch::Tensor gradient_or_zeros(const torch::Tensor& tensor);
 

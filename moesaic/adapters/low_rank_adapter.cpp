@@ -3,6 +3,7 @@
 #include "moesaic/adapters/claim.h"
 #include "moesaic/adapters/router_setup.h"
 #include "moesaic/base/check.h"
+#include "moesaic/base/seed.h"
 #include "moesaic/moe/low_rank.h"
 
 namespace moesaic::adapters {
@@ -31,7 +32,7 @@ class LowRankAdapter : public Adapter {
       const std::vector<int64_t> a_shape{config_.num_experts, rank, site.in};
       experts->a = device.is_meta()
                        ? torch::empty(a_shape, options.device(device))
-                       : torch::empty(a_shape, options).normal_(0, 0.02, generator_for(seed, site.name + ".lora_A")).to(device);
+                       : torch::empty(a_shape, options).normal_(0, 0.02, make_generator(derive_seed(seed, site.name + ".lora_A"))).to(device);
       experts->b = torch::zeros({config_.num_experts * rank, site.out}, options.device(device));
       experts->router = make_router(config_, site.name, site.layer, site.in, hidden, device, seed);
       moe::LowRankGroup::of(*site.group)->add(experts, trainable);

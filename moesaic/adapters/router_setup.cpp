@@ -1,5 +1,7 @@
 #include "moesaic/adapters/router_setup.h"
 
+#include "moesaic/base/seed.h"
+
 namespace moesaic::adapters {
 
 bool is_target(const AdapterConfig& config, const std::string& path, int64_t layer) {
@@ -27,7 +29,7 @@ moe::Router make_router(const AdapterConfig& config, const std::string& path, in
   const auto options = torch::TensorOptions().dtype(torch::kFloat32);
   router.weight = device.is_meta() ? torch::empty({config.num_experts, width}, options.device(device))
                                    : torch::empty({config.num_experts, width}, options)
-                                         .normal_(0, config.router.init_std, generator_for(seed, path + ".router"))
+                                         .normal_(0, config.router.init_std, make_generator(derive_seed(seed, path + ".router")))
                                          .to(device);
   return router;
 }
