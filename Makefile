@@ -49,9 +49,9 @@ asan: ## unit tests under AddressSanitizer and UBSan
 
 fuzz: ## every fuzz target for FUZZ_SECONDS
 	tools/setup sanitize
-	cmake --preset fuzz -DMOESAIC_FUZZ_SECONDS=$(FUZZ_SECONDS)
-	cmake --build --preset fuzz --target fuzz_targets
-	ctest --test-dir build-fuzz -L fuzz --output-on-failure $(ARGS)
+	cmake --preset asan -DMOESAIC_FUZZ_SECONDS=$(FUZZ_SECONDS)
+	cmake --build --preset asan --target fuzz_targets
+	ctest --test-dir build-asan -L fuzz --output-on-failure $(ARGS)
 
 clean: ## removes build trees; .venv and .cache stay
-	rm -rf build build-asan build-fuzz build-dev
+	rm -rf build build-asan build-dev
