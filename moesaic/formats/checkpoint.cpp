@@ -246,7 +246,7 @@ std::string fingerprint_of(const std::vector<std::string>& names,
         hash.update(tensor.bytes);
       } else {
         for (size_t k = 0; k < kBlocks; ++k) {
-          hash.update(tensor.bytes.substr((size - kBlockBytes) / (kBlocks - 1) * k, kBlockBytes));
+          hash.update(tensor.bytes.substr((size - kBlockBytes) * k / (kBlocks - 1), kBlockBytes));
         }
       }
       digests[i] = hash.hex();
