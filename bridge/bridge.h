@@ -31,9 +31,6 @@ void bridge_tokenizer_free(BridgeTokenizer* tokenizer);
 
 /// Adds the tokens that are missing. json: [{content, special, normalized, lstrip, rstrip, single_word}].
 bool bridge_tokenizer_add_tokens(BridgeTokenizer* tokenizer, const char* json, size_t size, BridgeText* error);
-/// Replaces the post-processor by one that puts `bos` in front and `eos` behind; either may be null.
-bool bridge_tokenizer_set_bos_eos(BridgeTokenizer* tokenizer, const char* bos, size_t bos_size, const char* eos,
-                                  size_t eos_size, BridgeText* error);
 
 bool bridge_tokenizer_encode(const BridgeTokenizer* tokenizer, const char* text, size_t size, bool add_special_tokens,
                              bool with_offsets, BridgeEncoding* out, BridgeText* error);

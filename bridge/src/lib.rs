@@ -65,13 +65,6 @@ unsafe fn utf8<'a>(data: *const c_char, size: usize) -> Result<&'a str, String> 
     std::str::from_utf8(bytes(data, size)).map_err(|e| format!("the text is not valid UTF-8 at byte {}", e.valid_up_to()))
 }
 
-unsafe fn optional_utf8<'a>(data: *const c_char, size: usize) -> Result<Option<&'a str>, String> {
-    if data.is_null() {
-        return Ok(None);
-    }
-    utf8(data, size).map(Some)
-}
-
 #[no_mangle]
 pub unsafe extern "C" fn bridge_text_free(text: Text) {
     if !text.data.is_null() {
@@ -113,18 +106,6 @@ pub unsafe extern "C" fn bridge_tokenizer_add_tokens(
     error: *mut Text,
 ) -> bool {
     guard(error, || (*tokenizer).add_tokens(bytes(json, size))).is_some()
-}
-
-#[no_mangle]
-pub unsafe extern "C" fn bridge_tokenizer_set_bos_eos(
-    tokenizer: *mut BridgeTokenizer,
-    bos: *const c_char,
-    bos_size: usize,
-    eos: *const c_char,
-    eos_size: usize,
-    error: *mut Text,
-) -> bool {
-    guard(error, || (*tokenizer).set_bos_eos(optional_utf8(bos, bos_size)?, optional_utf8(eos, eos_size)?)).is_some()
 }
 
 #[no_mangle]

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{from_args, Kwargs, Rest, Tuple, ValueKind};
+use minijinja::value::{from_args, Kwargs, Rest, Tuple, ValueKind, ValueOrKwargs};
 use minijinja::{Environment, Error, ErrorKind, State, Value};
 use minijinja_contrib::pycompat;
 
@@ -33,9 +33,8 @@ impl ChatTemplate {
         environment.add_filter("tojson", tojson);
         environment.add_filter("string", |value: &Value| python_str(value));
         environment.add_filter("trim", |value: &Value, chars: Option<&str>| strip(&value.to_string(), chars, true, true).to_string());
-        environment.add_test("sequence", |value: &Value| {
-            matches!(value.kind(), ValueKind::Undefined | ValueKind::String | ValueKind::Seq | ValueKind::Map)
-        });
+        environment.add_test("sequence", is_sequence);
+        environment.add_test("iterable", |value: &Value| is_sequence(value) || value.kind() == ValueKind::Iterable);
         let source = replace_generation_tags(&source.replace("\r\n", "\n").replace('\r', "\n"));
         environment.add_template_owned(NAME, source).map_err(describe)?;
         Ok(Self { environment })
@@ -45,6 +44,11 @@ impl ChatTemplate {
         let context: Value = serde_json::from_slice(context).map_err(|e| format!("the conversation does not parse: {e}"))?;
         self.environment.get_template(NAME).and_then(|template| template.render(context)).map_err(describe)
     }
+}
+
+/// Has a length and items, which for Python a text and a map have too.
+fn is_sequence(value: &Value) -> bool {
+    matches!(value.kind(), ValueKind::Undefined | ValueKind::String | ValueKind::Seq | ValueKind::Map)
 }
 
 /// What a template said itself through raise_exception.
@@ -223,13 +227,23 @@ fn call_method(state: &mut State, value: &Value, method: &str, args: &[Value]) -
 }
 
 /// json.dumps(value, ensure_ascii, indent, separators, sort_keys)
-fn tojson(state: &State, value: &Value, args: Rest<Value>) -> Result<Value, Error> {
-    type Args = (Option<bool>, Option<Value>, Option<Value>, Option<bool>, Kwargs);
-    let (ensure_ascii, indent, separators, sort_keys, kwargs): Args = from_args(&args)?;
-    let ensure_ascii = ensure_ascii.or(kwargs.get("ensure_ascii")?).unwrap_or(false);
-    let indent = indent.or(kwargs.get("indent")?).filter(|indent: &Value| !indent.is_none());
-    let separators = separators.or(kwargs.get("separators")?).filter(|pair: &Value| !pair.is_none());
-    let sort_keys = sort_keys.or(kwargs.get("sort_keys")?).unwrap_or(false);
+fn tojson(state: &State, value: &Value, args: Rest<ValueOrKwargs>) -> Result<Value, Error> {
+    let args = args.into_values();
+    let (positional, kwargs) = match args.split_last() {
+        Some((last, before)) if last.is_kwargs() => (before, Kwargs::try_from(last.clone())?),
+        _ => (&args[..], Kwargs::from_iter(std::iter::empty::<(String, Value)>())),
+    };
+    let argument = |index: usize, name: &str| -> Result<Option<Value>, Error> {
+        let value = match positional.get(index) {
+            Some(value) => Some(value.clone()),
+            None => kwargs.get::<Option<Value>>(name)?,
+        };
+        Ok(value.filter(|value| !value.is_none()))
+    };
+    let ensure_ascii = argument(0, "ensure_ascii")?.is_some_and(|value| value.is_true());
+    let indent = argument(1, "indent")?;
+    let separators = argument(2, "separators")?;
+    let sort_keys = argument(3, "sort_keys")?.is_some_and(|value| value.is_true());
     kwargs.assert_all_used()?;
 
     let indent = match indent {

@@ -1,7 +1,6 @@
 //! tokenizer.json through the `tokenizers` crate, set up as transformers sets it up.
 use serde_json::Value;
 use tokenizers::processors::sequence::Sequence;
-use tokenizers::processors::template::{Template, TemplateProcessing};
 use tokenizers::{AddedToken, PostProcessorWrapper, Tokenizer};
 
 pub struct BridgeTokenizer {
@@ -43,29 +42,6 @@ impl BridgeTokenizer {
                 .single_word(flag(entry, "single_word", false))
         });
         self.tokenizer.add_tokens(tokens.collect::<Vec<_>>()).map_err(|e| e.to_string())?;
-        Ok(())
-    }
-
-    pub fn set_bos_eos(&mut self, bos: Option<&str>, eos: Option<&str>) -> Result<(), String> {
-        let mut special_tokens = Vec::new();
-        for token in [bos, eos].into_iter().flatten() {
-            let id = self.token_to_id(token).ok_or_else(|| format!("the vocabulary does not hold the token {token:?}"))?;
-            special_tokens.push((token.to_string(), id));
-        }
-        let piece = |token: Option<&str>, sequence: u32| token.map(|token| format!("{token}:{sequence}"));
-        let side = |text: &str, sequence: u32| {
-            [piece(bos, sequence), Some(format!("{text}:{sequence}")), piece(eos, sequence)].into_iter().flatten()
-        };
-        let single: Vec<String> = side("$A", 0).collect();
-        let pair: Vec<String> = side("$A", 0).chain(side("$B", 1)).collect();
-        let template = |pieces: Vec<String>| Template::try_from(pieces.iter().map(String::as_str).collect::<Vec<_>>());
-        let processor = TemplateProcessing::builder()
-            .single(template(single).map_err(|e| e.to_string())?)
-            .pair(template(pair).map_err(|e| e.to_string())?)
-            .special_tokens(special_tokens)
-            .build()
-            .map_err(|e| e.to_string())?;
-        self.tokenizer.with_post_processor(Some(processor));
         Ok(())
     }
 

@@ -140,23 +140,20 @@ RenderedChat ChatTemplate::render_for_training(const OrderedJson& messages, cons
   };
 
   // Templates may write earlier turns otherwise than the last one (reasoning dropped, the system prompt moved). Then
-  // the words are where the text changes when a stand-in takes their place.
+  // the words are where the text changes when a stand-in takes their place, and the end-of-turn token is what follows
+  // them both in the whole conversation and in the one that ends there.
   const auto by_stand_in = [&](size_t i) -> std::optional<std::pair<size_t, size_t>> {
     OrderedJson changed = chat;
     changed[i]["content"] = kStandIn;
     try {
       const std::string whole = render(changed, false, tools);
-      const size_t at = whole.find(kStandIn);
-      if (at == std::string::npos) return std::nullopt;
+      const std::string cut = render(first_messages(changed, i + 1), false, tools);
+      const size_t at = whole.find(kStandIn), cut_at = cut.find(kStandIn);
+      if (at == std::string::npos || cut_at == std::string::npos) return std::nullopt;
       const std::string_view tail = std::string_view(whole).substr(at + kStandIn.size());
       const size_t begin = std::min(at, common_prefix(out.text, whole));
       if (!out.text.ends_with(tail) || out.text.size() - tail.size() < begin) return std::nullopt;
-      // The end-of-turn token is what follows the words both in the middle of a conversation and at its end.
-      const std::string last = render(first_messages(changed, i + 1), false, tools);
-      const size_t last_at = last.find(kStandIn);
-      const size_t closing = last_at == std::string::npos
-                                 ? 0
-                                 : common_prefix(tail, std::string_view(last).substr(last_at + kStandIn.size()));
+      const size_t closing = common_prefix(tail, std::string_view(cut).substr(cut_at + kStandIn.size()));
       return std::pair(begin, out.text.size() - tail.size() + closing);
     } catch (const DataError&) {
       return std::nullopt;

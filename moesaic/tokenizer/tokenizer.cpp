@@ -95,13 +95,6 @@ Tokenizer::Tokenizer(std::string_view tokenizer_json, const Json& config, const 
   MOESAIC_CHECK(bridge_tokenizer_add_tokens(impl_->bridge.get(), tokens.data(), tokens.size(), error.out()), FormatError,
                 "{}: cannot add the tokens of tokenizer_config.json: {}", where, error.str());
 
-  if (config.contains("add_bos_token") || config.contains("add_eos_token")) {
-    const auto bos = get_or(config, "add_bos_token", false, where) ? bos_token() : std::nullopt;
-    const auto eos = get_or(config, "add_eos_token", false, where) ? eos_token() : std::nullopt;
-    const bool ok = bridge_tokenizer_set_bos_eos(impl_->bridge.get(), bos ? bos->data() : nullptr, bos ? bos->size() : 0,
-                                                 eos ? eos->data() : nullptr, eos ? eos->size() : 0, error.out());
-    MOESAIC_CHECK(ok, FormatError, "{}: add_bos_token / add_eos_token: {}", where, error.str());
-  }
   impl_->vocab_size = static_cast<int64_t>(bridge_tokenizer_vocab_size(impl_->bridge.get()));
   impl_->special_texts =
       Json::parse(OwnedText(bridge_tokenizer_special_tokens(impl_->bridge.get())).str()).get<std::vector<std::string>>();

@@ -27,7 +27,8 @@ struct Encoding {
 /// One tokenizer. Immutable and safe to share between threads.
 class Tokenizer {
  public:
-  /// `tokenizer_json`: the file's text. `config`: tokenizer_config.json, which names the special tokens.
+  /// `tokenizer_json`: the file's text. `config`: tokenizer_config.json, which names the special tokens. As in
+  /// transformers 5, what is put around a text is the post-processor of tokenizer.json; `add_bos_token` is not read.
   /// Throws FormatError.
   Tokenizer(std::string_view tokenizer_json, const Json& config, const std::string& where);
   /// The tokenizer of a checkpoint. Throws DataError when it has none.
