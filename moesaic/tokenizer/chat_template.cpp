@@ -44,8 +44,12 @@ OrderedJson first_messages(const OrderedJson& messages, size_t count) {
   return OrderedJson(OrderedJson::array_t(messages.begin(), messages.begin() + count));
 }
 
+/// Bytes at the start that are alike, up to a whole character.
 size_t common_prefix(std::string_view a, std::string_view b) {
-  return std::mismatch(a.begin(), a.begin() + std::min(a.size(), b.size()), b.begin()).first - a.begin();
+  size_t size = 0;
+  while (size < a.size() && size < b.size() && a[size] == b[size]) ++size;
+  while (size > 0 && size < a.size() && (static_cast<unsigned char>(a[size]) & 0xC0) == 0x80) --size;
+  return size;
 }
 
 }  // namespace

@@ -1,0 +1,134 @@
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "tests/tokenizer/tiny_tokenizer.h"
+
+namespace moesaic::tokenizer {
+namespace {
+
+using testing::AllOf;
+using testing::ElementsAre;
+using testing::HasSubstr;
+using testing::ThrowsMessage;
+
+// <bos>, then "role: content<eos>\n" for each message; the generation prompt is "assistant: ".
+constexpr const char* kPlain =
+    "{{ bos_token }}{% for m in messages %}{{ m.role + ': ' + m.content + eos_token + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}";
+// Shows reasoning in the last message only.
+constexpr const char* kThinking =
+    "{% for m in messages %}{{ m.role }}: {% if m.reasoning_content and loop.last %}({{ m.reasoning_content }}) "
+    "{% endif %}{{ m.content | trim }}<eos>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}";
+
+OrderedJson conversation(std::string_view text) { return OrderedJson::parse(text); }
+
+std::string render(const char* source, std::string_view messages = "[]", bool prompt = false) {
+  return ChatTemplate(source, *tiny_tokenizer()).render(conversation(messages), prompt);
+}
+
+std::vector<std::string> trained(const char* source, std::string_view messages) {
+  const RenderedChat chat = ChatTemplate(source, *tiny_tokenizer()).render_for_training(conversation(messages));
+  std::vector<std::string> texts;
+  for (const auto& [begin, end] : chat.trained) texts.push_back(chat.text.substr(begin, end - begin));
+  return texts;
+}
+
+TEST(ChatTemplate, Renders) {
+  const char* messages = R"([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a b"}])";
+  EXPECT_EQ(render(kPlain, messages), "<bos>user: hi<eos>\nassistant: a b<eos>\n");
+  EXPECT_EQ(render(kPlain, messages, true), "<bos>user: hi<eos>\nassistant: a b<eos>\nassistant: ");
+}
+
+TEST(ChatTemplate, GivesToolsAndFurtherVariables) {
+  const ChatTemplate chat("{{ tools | tojson }} {{ bos_token }} {{ mood }} {{ documents is none }}", *tiny_tokenizer());
+  EXPECT_EQ(chat.render(OrderedJson::array(), false, conversation(R"([{"z": 1, "a": "<\u00e9>"}])"),
+                        {{"mood", "calm"}, {"bos_token", "[B]"}}),
+            "[{\"z\": 1, \"a\": \"<\xC3\xA9>\"}] [B] calm True");
+}
+
+TEST(ChatTemplate, DropsNullsAndFindsReasoningUnderAllItsNames) {
+  EXPECT_EQ(render("{{ messages[0].content is defined }}", R"([{"role": "user", "content": null}])"), "False");
+  EXPECT_EQ(render("{{ messages[0].reasoning_content }} {{ messages[0].thinking }}",
+                   R"([{"role": "assistant", "reasoning": "why", "thinking": null}])"),
+            "why why");
+}
+
+TEST(ChatTemplate, CompileErrorsNameTheLine) {
+  EXPECT_THAT([] { render("one\ntwo {% if %}\n"); }, ThrowsMessage<FormatError>(HasSubstr("line 2")));
+  EXPECT_THAT([] { render("\xFF"); }, ThrowsMessage<FormatError>(HasSubstr("not valid UTF-8")));
+  EXPECT_THAT([] { render(std::string(2 << 20, 'x').c_str()); }, ThrowsMessage<FormatError>(HasSubstr("at most")));
+}
+
+TEST(ChatTemplate, RefusalsKeepTheTemplatesWords) {
+  EXPECT_THAT([] { render("\n{{ raise_exception('roles must alternate') }}"); },
+              ThrowsMessage<DataError>(AllOf(HasSubstr("line 2: roles must alternate"))));
+  EXPECT_THAT([] { render("{{ messages[3].role }}"); }, ThrowsMessage<DataError>(HasSubstr("undefined")));
+  EXPECT_THAT([] { render("x", R"({"role": "user"})"); }, ThrowsMessage<DataError>(HasSubstr("messages are object")));
+  EXPECT_THAT([] { render("x", R"(["hi"])"); }, ThrowsMessage<DataError>(HasSubstr("message 0 is string")));
+}
+
+TEST(ChatTemplate, InvalidTextIsADataError) {
+  const ChatTemplate chat(kPlain, *tiny_tokenizer());
+  const OrderedJson messages = {{{"role", "user"}, {"content", "\xC3"}}};
+  EXPECT_THAT([&] { chat.render(messages, false); }, ThrowsMessage<DataError>(HasSubstr("not valid UTF-8")));
+}
+
+// Each of these would run for ages, or take all memory or stack, if nothing stopped it.
+TEST(ChatTemplate, HostileTemplatesAreStopped) {
+  for (const char* source : {
+           "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
+           "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+           "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
+           "{% set s = 'a' * 600000 %}{{ s.replace('a', s) }}",
+           "{% set s = 'a' * 600000 %}{{ s.join(range(50000)) }}",
+           "{{ 'x' * 99999999999 }}",
+           "{% set ns = namespace(x=[]) %}{% for i in range(100000) %}{% for j in range(100) %}{% set ns.x = [ns.x] %}"
+           "{% endfor %}{% endfor %}{{ ns.x | tojson }}",
+       }) {
+    EXPECT_THROW(render(source), DataError) << source;
+  }
+}
+
+TEST(RenderForTraining, TrainsTheWordsAndTheEndOfTurnToken) {
+  // The line feed behind <eos> is the template's: generation stops before it.
+  EXPECT_THAT(trained(kPlain, R"([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a b "},
+                                  {"role": "user", "content": "a b "}, {"role": "assistant", "content": ""}])"),
+              ElementsAre("a b <eos>", "<eos>"));
+  EXPECT_THAT(trained(kPlain, R"([{"role": "user", "content": "hi"}])"), ElementsAre());
+}
+
+TEST(RenderForTraining, WithoutAnEndOfTurnTokenTheSeparatorEndsTheTurn) {
+  EXPECT_THAT(trained("{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
+                      "{% if add_generation_prompt %}assistant: {% endif %}",
+                      R"([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"},
+                          {"role": "user", "content": "r"}])"),
+              ElementsAre("a\n\n"));
+}
+
+TEST(RenderForTraining, LeavesMarkedMessagesOut) {
+  EXPECT_THAT(trained(kPlain, R"([{"role": "assistant", "content": "1", "train": false},
+                                  {"role": "assistant", "content": "2", "weight": 0},
+                                  {"role": "assistant", "content": "3", "weight": 1, "train": true}])"),
+              ElementsAre("3<eos>"));
+  EXPECT_EQ(ChatTemplate("{{ messages }}", *tiny_tokenizer())
+                .render_for_training(conversation(R"([{"role": "user", "content": "a", "train": false}])"))
+                .text,
+            "[{'role': 'user', 'content': 'a'}]");
+}
+
+TEST(RenderForTraining, FindsTurnsThatLoseTheirReasoning) {
+  EXPECT_THAT(trained(kThinking, R"([{"role": "user", "content": "q"},
+                                     {"role": "assistant", "content": " one ", "reasoning_content": "because"},
+                                     {"role": "user", "content": "one"},
+                                     {"role": "assistant", "content": "two", "reasoning_content": "so"}])"),
+              ElementsAre("one<eos>", "(so) two<eos>"));
+}
+
+TEST(RenderForTraining, ATurnTheTemplateDoesNotShowIsAnError) {
+  const char* last_only = "{{ messages[-1].content }}";
+  EXPECT_THAT([&] { trained(last_only, R"([{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}])"); },
+              ThrowsMessage<DataError>(HasSubstr("message 0")));
+}
+
+}  // namespace
+}  // namespace moesaic::tokenizer
