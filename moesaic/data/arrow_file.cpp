@@ -2,6 +2,7 @@
 #include <arrow/api.h>
 #include <arrow/io/file.h>
 #include <arrow/ipc/reader.h>
+#include <arrow/util/utf8.h>
 #include <parquet/arrow/reader.h>
 #include <parquet/file_reader.h>
 
@@ -89,6 +90,13 @@ OrderedJson to_json(const arrow::Array& array, int64_t row, const std::string& w
   }
 }
 
+/// Names of columns and of the fields inside them are UTF-8.
+bool names_are_text(const arrow::FieldVector& fields, int depth = 0) {
+  return depth < kMaxDepth && std::all_of(fields.begin(), fields.end(), [&](const auto& field) {
+           return arrow::util::ValidateUTF8(field->name()) && names_are_text(field->type()->fields(), depth + 1);
+         });
+}
+
 /// Turns Arrow's errors and exceptions into a FormatError with the file's name.
 template <class Function>
 auto guarded(const std::string& path, Function&& function) {
@@ -106,7 +114,7 @@ auto guarded(const std::string& path, Function&& function) {
 /// A file of tables, one at a time in memory.
 class ArrowFile : public RecordFile {
  public:
-  explicit ArrowFile(const std::filesystem::path& path) : path_(path.string()) {}
+  explicit ArrowFile(const std::filesystem::path& path) : path_(path.string()) { arrow::util::InitializeUTF8(); }
 
   bool has(int64_t row) override { return row < starts_.back(); }
   int64_t rows() override { return starts_.back(); }
@@ -127,6 +135,8 @@ class ArrowFile : public RecordFile {
       // The texts of a file may be something else than UTF-8.
       arrow::Status status = table_->ValidateFull();
       MOESAIC_CHECK(status.ok(), FormatError, "{}: {}", path_, status.message());
+      MOESAIC_CHECK(names_are_text(table_->schema()->fields()), FormatError,
+                    "{}: a column's name is not UTF-8, or its type is nested too deep", path_);
       loaded_ = block;
     }
     OrderedJson record = OrderedJson::object();

@@ -119,7 +119,8 @@ Mixture::~Mixture() = default;
 
 std::optional<Example> Mixture::next() {
   Source& source = impl_->pick();
-  for (int64_t tries = 0; tries < source.rows; ++tries) {
+  // Twice the rows hold a whole epoch, wherever in one the reading stands.
+  for (int64_t tries = 0; tries < 2 * source.rows; ++tries) {
     std::optional<Example> example = impl_->renderer->render(source.next_row());
     if (!example) {
       ++source.skipped;

@@ -114,7 +114,7 @@ class Splitter {
       ++depth_;
     } else if (depth_ > 0 && (c == '}' || c == ']')) {
       --depth_;
-    } else if (c == ',' || c == ']') {
+    } else if (depth_ == 0 && (c == ',' || c == ']')) {
       emit(on_record);
       ended_ = c == ']';
     }
