@@ -79,11 +79,13 @@ torch::Tensor linear_rows_int8(const torch::Tensor& x, const torch::Tensor& quan
   const KernelTable& table = kernels();
   torch::Tensor y = torch::empty({rows, out}, torch::kFloat32);
   if (rows <= kGemvRows) {
-    const float* x_data = input.data_ptr<float>();
+    std::vector<int16_t> x_int16(rows * in);
+    std::vector<float> x_scales(rows);
+    table.quantize_int16(input.data_ptr<float>(), x_int16.data(), x_scales.data(), in, 0, rows);
     const float* bias_data = data_or_null(offset);
     float* y_data = y.data_ptr<float>();
     for_columns(in, out, [&](int64_t begin, int64_t end) {
-      table.gemv_int8(x_data, rows, q, scale_data, bias_data, y_data, in, out, begin, end);
+      table.gemv_int8(x_int16.data(), x_scales.data(), rows, q, scale_data, bias_data, y_data, in, out, begin, end);
     });
     return y.to(x.dtype());
   }
@@ -104,9 +106,16 @@ torch::Tensor linear_rows_int8(const torch::Tensor& x, const torch::Tensor& quan
 
 std::pair<torch::Tensor, torch::Tensor> quantize_rows_int8(const torch::Tensor& weight) {
   torch::NoGradGuard no_grad;
-  const torch::Tensor wide = weight.to(torch::kFloat32);
-  const torch::Tensor scales = (wide.abs().amax(1) / 127.0).clamp_min(1e-30);
-  return {(wide / scales.unsqueeze(1)).round_().clamp_(-127, 127).to(torch::kInt8), scales};
+  const torch::Tensor wide = weight.to(torch::kCPU, torch::kFloat32).contiguous();
+  const int64_t out = wide.size(0), in = wide.size(1);
+  torch::Tensor quantized = torch::empty({out, in}, torch::kInt8), scales = torch::empty({out}, torch::kFloat32);
+  const float* source = wide.data_ptr<float>();
+  int8_t* target = quantized.data_ptr<int8_t>();
+  float* scale_data = scales.data_ptr<float>();
+  at::parallel_for(0, out, std::max<int64_t>(kGemvGrain / in, 1), [&](int64_t begin, int64_t end) {
+    kernels().quantize_int8(source, target, scale_data, in, begin, end);
+  });
+  return {quantized.to(weight.device()), scales.to(weight.device())};
 }
 
 }  // namespace moesaic::nn

@@ -1,0 +1,158 @@
+#include "moesaic/nn/attention.h"
+
+#include <gtest/gtest.h>
+
+#include "moesaic/nn/kv_cache.h"
+#include "tests/nn/gradcheck.h"
+
+namespace moesaic::nn {
+namespace {
+
+using test::expect_gradients_match;
+using test::leaf;
+using test::relative_error;
+
+/// The definition, one query at a time, differentiable.
+torch::Tensor definition(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+                         const std::vector<int64_t>& offsets, const AttentionOptions& options) {
+  const int64_t group = q.size(1) / k.size(1);
+  std::vector<torch::Tensor> rows;
+  for (size_t b = 0; b + 1 < offsets.size(); ++b) {
+    for (int64_t n = offsets[b]; n < offsets[b + 1]; ++n) {
+      const int64_t first = options.window > 0 ? std::max(offsets[b], n - options.window + 1) : offsets[b];
+      std::vector<torch::Tensor> heads;
+      for (int64_t h = 0; h < q.size(1); ++h) {
+        auto scores = at::mv(k.select(1, h / group).slice(0, first, n + 1), q[n][h]) * options.scale;
+        if (options.softcap > 0) scores = at::tanh(scores / options.softcap) * options.softcap;
+        heads.push_back(at::mv(v.select(1, h / group).slice(0, first, n + 1).t(), at::softmax(scores, 0)));
+      }
+      rows.push_back(at::stack(heads));
+    }
+  }
+  return at::stack(rows);
+}
+
+struct Case {
+  std::string name;
+  int64_t heads, kv_heads, k;
+  AttentionOptions options;
+};
+const std::vector<Case> kCases{
+    {"mha", 2, 2, 4, {.scale = 0.5}},
+    {"gqa", 6, 2, 6, {.scale = 0.4}},
+    {"mqa, odd width", 3, 1, 5, {.scale = 0.3}},
+    {"window", 4, 2, 4, {.scale = 0.5, .window = 3}},
+    {"window longer than all", 4, 2, 4, {.scale = 0.5, .window = 100}},
+    {"softcap", 4, 2, 4, {.scale = 0.5, .softcap = 0.7}},
+    {"softcap and window", 4, 2, 4, {.scale = 0.5, .softcap = 0.7, .window = 2}},
+};
+const std::vector<int64_t> kOffsets{0, 5, 6, 13};
+
+std::vector<torch::Tensor> inputs(const Case& c, int64_t rows, torch::Dtype dtype) {
+  return {torch::randn({rows, c.heads, c.k}, dtype), torch::randn({rows, c.kv_heads, c.k}, dtype),
+          torch::randn({rows, c.kv_heads, c.k}, dtype)};
+}
+
+TEST(RaggedAttention, LiteralUniformScores) {
+  // Keys 0: every visible value weighs the same. Sequence 1 is rows 0-2, sequence 2 row 3.
+  const auto q = torch::ones({4, 1, 2}), k = torch::zeros({4, 1, 2});
+  const auto v = torch::tensor({0.f, 0.f, 2.f, 20.f, 4.f, 40.f, 7.f, 8.f}).view({4, 1, 2});
+  const auto out = ragged_attention(q, k, v, {0, 3, 4}, {.scale = 1.0}).view({4, 2});
+  EXPECT_TRUE(at::allclose(out, torch::tensor({{0.f, 0.f}, {1.f, 10.f}, {2.f, 20.f}, {7.f, 8.f}})));
+}
+
+TEST(RaggedAttention, EqualsTheDefinitionForwardAndBackward) {
+  torch::manual_seed(0);
+  for (const Case& c : kCases) {
+    auto x = inputs(c, 13, torch::kFloat32);
+    std::vector<torch::Tensor> exact;
+    for (auto& t : x) {
+      exact.push_back(leaf(t));
+      t.requires_grad_(true);
+    }
+    const auto out = ragged_attention(x[0], x[1], x[2], kOffsets, c.options);
+    const auto expected = definition(exact[0], exact[1], exact[2], kOffsets, c.options);
+    EXPECT_LT(relative_error(out, expected), 1e-6) << c.name;
+    const auto d_out = torch::randn_like(out);
+    out.backward(d_out);
+    expected.backward(d_out.to(torch::kFloat64));
+    for (int i = 0; i < 3; ++i) EXPECT_LT(relative_error(x[i].grad(), exact[i].grad()), 3e-6) << c.name << " input " << i;
+    torch::NoGradGuard no_grad;
+    EXPECT_LT(relative_error(ragged_attention(x[0], x[1], x[2], kOffsets, c.options), expected), 1e-6) << c.name;
+  }
+}
+
+TEST(RaggedAttention, GradientCheckInDouble) {
+  torch::manual_seed(1);
+  for (const Case& c : kCases) {
+    auto x = inputs(c, 6, torch::kFloat64);
+    expect_gradients_match(
+        [&](const auto& in) { return ragged_attention(in[0], in[1], in[2], {0, 4, 6}, c.options); },
+        {leaf(x[0]), leaf(x[1]), leaf(x[2])});
+  }
+}
+
+TEST(RaggedAttention, LongSequencesCrossTheKernelsBlocks) {
+  torch::manual_seed(2);
+  for (int64_t window : {0, 600}) {
+    const Case c{"long", 2, 1, 8, {.scale = 0.35, .window = window}};
+    auto x = inputs(c, 1100, torch::kFloat32);
+    const auto out = ragged_attention(x[0], x[1], x[2], {0, 1100}, c.options);
+    for (int64_t n : {0, 511, 512, 599, 600, 1099}) {  // single rows of the definition
+      const int64_t first = window > 0 ? std::max<int64_t>(0, n - window + 1) : 0;
+      for (int64_t h : {0, 1}) {
+        const auto scores = at::mv(x[1].select(1, 0).slice(0, first, n + 1), x[0][n][h]) * 0.35;
+        const auto expected = at::mv(x[2].select(1, 0).slice(0, first, n + 1).t(), at::softmax(scores, 0));
+        EXPECT_LT(relative_error(out[n][h], expected), 1e-5) << n;
+      }
+    }
+  }
+}
+
+TEST(RaggedAttention, NeighboursDoNotMatter) {
+  torch::manual_seed(3);
+  const Case c{"gqa", 4, 2, 8, {.scale = 0.35}};
+  auto x = inputs(c, 13, torch::kFloat32);
+  const auto all = ragged_attention(x[0], x[1], x[2], kOffsets, c.options);
+  for (size_t b = 0; b + 1 < kOffsets.size(); ++b) {
+    auto rows = [&](const torch::Tensor& t) { return t.slice(0, kOffsets[b], kOffsets[b + 1]); };
+    const auto alone = ragged_attention(rows(x[0]), rows(x[1]), rows(x[2]), {0, kOffsets[b + 1] - kOffsets[b]}, c.options);
+    EXPECT_TRUE(torch::equal(alone, rows(all))) << b;
+  }
+}
+
+TEST(CachedAttention, AnyChunkingEqualsFull) {
+  torch::manual_seed(4);
+  // Rows per sequence in each step: prefill, chunks, single tokens.
+  const std::vector<std::vector<int64_t>> steps{{3, 5}, {1, 1}, {2, 4}, {1, 1}, {1, 1}};
+  const std::vector<int64_t> lengths{8, 12};
+  for (const Case& c : kCases) {
+    std::vector<std::vector<torch::Tensor>> x;
+    std::vector<torch::Tensor> full;
+    for (int64_t length : lengths) {
+      x.push_back(inputs(c, length, torch::kFloat32));
+      full.push_back(ragged_attention(x.back()[0], x.back()[1], x.back()[2], {0, length}, c.options));
+    }
+    KvCache cache(1, c.kv_heads, c.k, 2, torch::TensorOptions(torch::kFloat32));
+    std::vector<int64_t> done{0, 0};
+    for (const auto& counts : steps) {
+      ForwardContext context;
+      context.cache = &cache;
+      context.offsets = {0, counts[0], counts[0] + counts[1]};
+      std::vector<torch::Tensor> step;
+      for (int i = 0; i < 3; ++i) {
+        step.push_back(at::cat({x[0][i].narrow(0, done[0], counts[0]), x[1][i].narrow(0, done[1], counts[1])}));
+      }
+      const auto out = cached_attention(step[0], step[1], step[2], 0, context, c.options);
+      for (int b : {0, 1}) {
+        const auto got = out.slice(0, context.offsets[b], context.offsets[b + 1]);
+        EXPECT_LT(relative_error(got, full[b].narrow(0, done[b], counts[b])), 2e-6) << c.name << " after " << done[b];
+        done[b] += counts[b];
+      }
+      cache.commit(counts);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace moesaic::nn

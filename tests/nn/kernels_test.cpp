@@ -1,0 +1,136 @@
+#include "moesaic/nn/kernels.h"
+
+#include <gtest/gtest.h>
+
+#include "moesaic/base/check.h"
+#include "tests/nn/gradcheck.h"
+
+namespace moesaic::nn {
+namespace {
+
+using test::relative_error;
+
+// float32 sums of up to 600 products against float64: 1e-7 an operation, errors add like a random walk.
+constexpr double kFloatTolerance = 2e-6;
+
+/// Both instruction sets, where this processor has the second.
+std::vector<const KernelTable*> tables() {
+  std::vector<const KernelTable*> found{&kGenericKernels};
+  if (&kernels() != &kGenericKernels) found.push_back(&kernels());
+  return found;
+}
+
+TEST(LinearRows, LiteralProduct) {
+  const auto x = torch::tensor({{1.f, 2.f, 3.f}});
+  const auto w = torch::tensor({{1.f, 0.f, -1.f}, {2.f, 2.f, 2.f}});
+  // [1 - 3 + 10, 2 (1 + 2 + 3) - 1]
+  EXPECT_TRUE(torch::equal(linear_rows(x, w, torch::tensor({10.f, -1.f})), torch::tensor({{8.f, 11.f}})));
+}
+
+TEST(LinearRows, EqualsDoubleForAnyShapeRowCountAndDtype) {
+  torch::manual_seed(0);
+  for (int64_t rows : {1, 2, 3, 4, 5, 9}) {
+    for (auto [in, out] : std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {7, 5}, {8, 4}, {33, 1021}, {576, 130}}) {
+      const auto x = torch::randn({rows, in}), w = torch::randn({out, in}), b = torch::randn({out});
+      const auto expected = at::linear(x.to(torch::kFloat64), w.to(torch::kFloat64), b.to(torch::kFloat64));
+      EXPECT_LT(relative_error(linear_rows(x, w, b), expected), kFloatTolerance) << rows << "x" << in << "x" << out;
+      EXPECT_LT(relative_error(linear_rows(x, w, {}), expected - b), kFloatTolerance);
+      const auto xh = x.to(torch::kBFloat16), wh = w.to(torch::kBFloat16), bh = b.to(torch::kBFloat16);
+      const auto expected_half = at::linear(xh.to(torch::kFloat64), wh.to(torch::kFloat64), bh.to(torch::kFloat64));
+      const auto half = linear_rows(xh, wh, bh);
+      EXPECT_EQ(half.scalar_type(), torch::kBFloat16);
+      EXPECT_LT(relative_error(half, expected_half), 1.0 / 128) << "bfloat16 has 8 bits: one rounding of the result";
+    }
+  }
+}
+
+TEST(LinearRows, StaysDifferentiableForFewRows) {
+  const auto x = torch::tensor({{1.f, 2.f}}).requires_grad_(true);
+  const auto w = torch::tensor({{3.f, 4.f}, {5.f, 6.f}});
+  linear_rows(x, w, {}).sum().backward();
+  EXPECT_TRUE(torch::equal(x.grad(), torch::tensor({{8.f, 10.f}})));  // column sums of w
+}
+
+TEST(LinearRowsInt8, EqualsTheDequantisedProduct) {
+  torch::manual_seed(1);
+  for (int64_t rows : {1, 2, 4, 5, 40}) {
+    for (auto [in, out] : std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {15, 3}, {16, 4}, {37, 1030}, {9000, 6}}) {
+      const auto x = torch::randn({rows, in}), b = torch::randn({out});
+      const auto [q, scales] = quantize_rows_int8(torch::randn({out, in}));
+      const auto w = q.to(torch::kFloat64) * scales.to(torch::kFloat64).unsqueeze(1);
+      const auto expected = at::linear(x.to(torch::kFloat64), w, b.to(torch::kFloat64));
+      // Few rows are rounded to 16 bits of their own largest value: half a step is 1 / 65534.
+      EXPECT_LT(relative_error(linear_rows_int8(x, q, scales, b), expected), 1e-4) << rows << "x" << in << "x" << out;
+    }
+  }
+}
+
+TEST(LinearRowsInt8, DoesNotOverflowOnTheLargestValues) {
+  // Every product is 127 * 32767: 10,000 of them would pass 2^31 in a 32-bit lane.
+  const int64_t in = 10'000;
+  const auto [q, scales] = quantize_rows_int8(torch::ones({4, in}));
+  EXPECT_LT(relative_error(linear_rows_int8(torch::ones({1, in}), q, scales, {}), torch::full({1, 4}, double(in))), 1e-5);
+}
+
+TEST(LinearRowsInt8, RefusesGradients) {
+  const auto [q, scales] = quantize_rows_int8(torch::ones({2, 3}));
+  EXPECT_THROW(linear_rows_int8(torch::ones({1, 3}).requires_grad_(true), q, scales, {}), UsageError);
+}
+
+TEST(QuantizeRowsInt8, RoundsToTheNearestOf127StepsPerRow) {
+  const auto [q, scales] = quantize_rows_int8(torch::tensor({{127.f, -63.6f, 0.4f}, {0.f, 0.f, 0.f}}));
+  EXPECT_TRUE(torch::equal(q, torch::tensor({{127, -64, 0}, {0, 0, 0}}, torch::kInt8)));
+  EXPECT_FLOAT_EQ(scales[0].item<float>(), 1.0f);
+}
+
+TEST(Kernels, AttendEqualsSoftmaxOnEveryInstructionSet) {
+  torch::manual_seed(2);
+  for (const KernelTable* table : tables()) {
+    for (auto [length, k] : std::vector<std::pair<int64_t, int64_t>>{{1, 2}, {7, 10}, {8, 64}, {131, 20}}) {
+      for (float softcap : {0.0f, 3.0f}) {
+        const int64_t group = 3, stride = 2 * k;  // two KV heads, the second is read
+        const auto q = torch::randn({group, k}), keys = torch::randn({length, 2, k}), values = torch::randn({length, 2, k});
+        auto out = torch::empty({group, k}), scratch = torch::empty({group, length});
+        table->attend(q.data_ptr<float>(), keys.data_ptr<float>() + k, values.data_ptr<float>() + k, stride, length, group,
+                      k, 0.7f, softcap, scratch.data_ptr<float>(), out.data_ptr<float>());
+        auto scores = at::matmul(q.to(torch::kFloat64), keys.select(1, 1).to(torch::kFloat64).t()) * 0.7;
+        if (softcap > 0) scores = at::tanh(scores / softcap) * softcap;
+        const auto expected = at::matmul(at::softmax(scores, -1), values.select(1, 1).to(torch::kFloat64));
+        EXPECT_LT(relative_error(out, expected), kFloatTolerance) << length << " keys of " << k;
+      }
+    }
+  }
+}
+
+TEST(Kernels, ExtremeScoresStayFinite) {
+  for (const KernelTable* table : tables()) {
+    const auto q = torch::tensor({{100.f, 0.f}}), keys = torch::tensor({{100.f, 0.f}, {-100.f, 0.f}});
+    const auto values = torch::tensor({{1.f, 2.f}, {3.f, 4.f}});
+    auto out = torch::empty({1, 2}), scratch = torch::empty({2});
+    table->attend(q.data_ptr<float>(), keys.data_ptr<float>(), values.data_ptr<float>(), 2, 2, 1, 2, 1.0f, 0.0f,
+                  scratch.data_ptr<float>(), out.data_ptr<float>());
+    // Scores 10^4 and -10^4: the first key takes all; the other keeps e^-87, the least the kernel's exp returns.
+    EXPECT_TRUE(at::allclose(out, torch::tensor({{1.f, 2.f}}), 1e-6));
+  }
+}
+
+TEST(Kernels, InstructionSetsAgree) {
+  torch::manual_seed(3);
+  if (tables().size() == 1) GTEST_SKIP() << "this processor has no AVX2: there is one table";
+  const int64_t rows = 3, f = 21;
+  const auto x = torch::randn({rows, 2 * f}) * 4, dy = torch::randn({rows, f});
+  for (GluKind kind : {GluKind::kSilu, GluKind::kGeluTanh}) {
+    std::vector<torch::Tensor> values, slopes;
+    for (const KernelTable* table : tables()) {
+      values.push_back(torch::empty({rows, f}));
+      slopes.push_back(torch::empty({rows, 2 * f}));
+      table->glu(x.data_ptr<float>(), values.back().data_ptr<float>(), f, kind, 0, rows);
+      table->glu_backward(dy.data_ptr<float>(), x.data_ptr<float>(), slopes.back().data_ptr<float>(), f, kind, 0, rows);
+    }
+    EXPECT_LT(relative_error(values[0], values[1]), kFloatTolerance);
+    EXPECT_LT(relative_error(slopes[0], slopes[1]), kFloatTolerance);
+  }
+}
+
+}  // namespace
+}  // namespace moesaic::nn
