@@ -1,0 +1,78 @@
+"""Makes the fuzzers' seeds under corpus/: one small valid input of each kind. Run again when a format grows."""
+
+import json
+import pathlib
+import tempfile
+
+import gguf
+import numpy as np
+from safetensors.numpy import save
+
+CORPUS = pathlib.Path(__file__).parent / "corpus"
+
+
+def write(reader, name, content):
+    folder = CORPUS / reader
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(content)
+
+
+def tiny_gguf(arch, model, pre):
+    path = pathlib.Path(tempfile.mkdtemp()) / "m.gguf"
+    writer = gguf.GGUFWriter(path, arch)
+    for key, value in dict(embedding_length=8, feed_forward_length=4, block_count=1, context_length=64).items():
+        writer.add_uint32(f"{arch}.{key}", value)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(5000.0)
+    writer.add_tokenizer_model(model)
+    writer.add_token_list(["<s>", "a", "b", "ab", "<0x0A>"])
+    writer.add_token_types([3, 1, 1, 1, 4])
+    writer.add_bos_token_id(0)
+    if model == "gpt2":
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_merges(["a b"])
+    else:
+        writer.add_token_scores([0.0, -1.0, -2.0, -3.0, 0.0])
+    writer.add_chat_template("{{ messages }}")
+    block = np.arange(36, dtype=np.uint8).reshape(2, 18)
+    writer.add_tensor("token_embd.weight", block, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+    writer.add_tensor("blk.0.attn_q.weight", np.ones((8, 8), np.float32))
+    writer.add_tensor("output_norm.weight", np.ones(8, np.float32))
+    if arch == "llama":
+        writer.add_tensor("rope_freqs.weight", np.ones(2, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path.read_bytes()
+
+
+def main():
+    tensors = save({"base_model.model.q.lora_A.weight": np.ones((2, 3), np.float32),
+                    "base_model.model.b": np.ones(1, np.int8)}, {"format": "pt"})
+    write("safetensors", "two_tensors", tensors)
+    adapter = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "rank_pattern": {"^q": 3}}
+    write("adapter", "lora", json.dumps(adapter).encode() + b"\0" + tensors)
+    mixture = {"peft_type": "MOLORA", "r": 2, "target_modules": ".*q_proj",
+               "moesaic": {"num_experts": 3, "router": {"type": "top_k", "top_k": 2}}}
+    write("adapter", "molora", json.dumps(mixture).encode() + b"\0" + tensors)
+    for arch, model, pre in [("llama", "gpt2", "smollm"), ("llama", "llama", ""), ("qwen3", "gpt2", "qwen2"),
+                             ("gemma3", "llama", "")]:
+        write("gguf", f"{arch}_{model}", tiny_gguf(arch, model, pre))
+    common = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2,
+              "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    configs = {
+        "llama_transformers4.json": {**common, "model_type": "llama", "rope_theta": 1e4, "rope_scaling": rope, "torch_dtype": "float16"},
+        "qwen3_yarn.json": {**common, "model_type": "qwen3", "rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+        "gemma3_multimodal.json": {"model_type": "gemma3", "text_config": {**common, "model_type": "gemma3_text",
+                                                           "rope_local_base_freq": 1e4, "sliding_window_pattern": 2}},
+    }
+    for name, config in configs.items():
+        write("config", name, json.dumps(config).encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""Model folders and GGUF files, read and written by Moesaic, against transformers and the gguf package."""
+
+import functools
+import json
+import subprocess
+import unicodedata
+
+import gguf
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+
+import common
+
+FAMILIES = {
+    **{name: common.FAMILIES[name] for name in ["llama", "llama-biases", "llama-tied-mqa", "llama-rope-linear", "qwen3",
+                                                "gemma3"]},
+    # The GGUF of a qwen2 holds no head size apart from width / heads.
+    "qwen2": common.Family(transformers.Qwen2Config, dict(hidden_size=40, head_dim=10, tie_word_embeddings=True)),
+}
+
+TEXTS = [
+    "Hello world! It's 3.14, or 1234567 (roughly).", "def f(x):\n\treturn x ** 2  # ok\n\n\n", "I'm, you're, they'LL",
+    "naïve café, Straße, ½ ² ٣٤", "漢字かな 한국어 русский עברית", "😀👍🏽 family 👨‍👩‍👧", "  leading   and trailing   ",
+    "tab\tnewline\r\ncrlf\r\n\r\n", "\u00a0nbsp\u2003em\u200bzero", "a" * 200, "<s>x</s> <|end|>y", "", " ", "\n", "x  1",
+    "ABCdefGHI aBC", "snake_case->arrow[0]{1}", "http://a.b/c?d=e&f=%20",
+]
+
+
+def convert(source, output, *arguments):
+    driver = common.BUILD / "tests" / "parity" / "checkpoint_driver"
+    subprocess.run([driver, source, output, *map(str, arguments)], check=True)
+    return output
+
+
+def metadata_of(writer, config, arch):
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    rope = config.rope_parameters
+    if arch == "gemma3":
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_uint32("gemma3.attention.sliding_window_pattern", 6)
+        writer.add_float32("gemma3.rope.freq_base_swa", rope["sliding_attention"]["rope_theta"])
+        rope = rope["full_attention"]
+    if arch != "qwen2":
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+
+
+def interleave(weight, heads):
+    """llama.cpp's order of a head's rows: the pairs that rotate together stand side by side."""
+    return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path, model=None, arch="llama", tokenizer=None):
+    """What llama.cpp's converter writes for a tiny model, in float32; without one, any model around the tokenizer."""
+    writer = gguf.GGUFWriter(path, arch)
+    if tokenizer:
+        tokenizer(writer)
+    if model is None:
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**common.TINY, "hidden_size": 40}))
+        if arch == "gemma3":
+            rope = model.config.rope_parameters
+            model.config.rope_parameters = {"full_attention": rope, "sliding_attention": rope}
+            model.config.sliding_window = 8
+    config = model.config
+    metadata_of(writer, config, arch)
+    names = gguf.get_tensor_name_map(next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == arch),
+                                     config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        data = tensor.numpy()
+        if arch == "llama" and ".q_proj." in name:
+            data = interleave(data, config.num_attention_heads)
+        elif arch == "llama" and ".k_proj." in name:
+            data = interleave(data, config.num_key_value_heads)
+        elif arch == "gemma3" and name.endswith("norm.weight"):
+            data = data + 1
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), np.ascontiguousarray(data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def assert_same_model(folder, reference, tolerance=0.0):
+    """Every tensor equals the reference's and so do the logits, whose config came through the folder."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    ours, theirs = model.state_dict(), reference.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert torch.allclose(ours[name], theirs[name], rtol=0, atol=tolerance), name
+    with torch.no_grad():
+        ids = common.sequences()
+        # Equal weights at other addresses: the products are summed in another order.
+        common.assert_close(common.reference_logits(model, ids), common.reference_logits(reference, ids), "logits", 1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gguf(family, tmp_path):
+    config = FAMILIES[family].config()
+    arch = config.model_type.removesuffix("_text")
+    if arch == "gemma3":  # every sixth layer is global in a GGUF, and its softmax scale is the head size's
+        config.layer_types = ["sliding_attention"] * config.num_hidden_layers
+        config.query_pre_attn_scalar = config.head_dim
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    common.randomise(model)
+    path = write_gguf(tmp_path / "model.gguf", model, arch)
+    # Adding 1 to gemma's norms and taking it off again rounds once: 2^-24 at values below 2, twice that below 4.
+    tolerance = 2.0 ** -22 if arch == "gemma3" else 0.0
+    assert_same_model(convert(path, tmp_path / "folder"), model, tolerance)
+    if arch not in ("llama", "gemma3"):
+        return
+    # What the converter changed here is undone by transformers' reader too, so it is what llama.cpp's would have written.
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
+    for name, tensor in theirs.state_dict().items():
+        assert torch.allclose(tensor, model.state_dict()[name], rtol=0, atol=tolerance), name
+
+
+@pytest.mark.parametrize("family", ["llama-rope-llama3", "qwen3", "gemma3"])
+@pytest.mark.parametrize("old", [False, True], ids=["transformers5", "transformers4"])
+def test_folder_with_shards(family, old, tmp_path):
+    model = common.make_model(family, tmp_path / "in")
+    if old:
+        common.rewrite_as_transformers_4(tmp_path / "in")
+    convert(tmp_path / "in", tmp_path / "out", 20_000)
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    assert_same_model(tmp_path / "out", model)
+    common.rewrite_as_transformers_4(tmp_path / "out")  # our extra keys alone mean the same
+    assert_same_model(tmp_path / "out", model)
+
+
+def test_text_part_of_a_multimodal_model(tmp_path):
+    text = {**common.TINY, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "sliding_window": 5, "vocab_size": 140}
+    vision = dict(hidden_size=12, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    whole = transformers.Gemma3ForConditionalGeneration(
+        transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, boi_token_index=136,
+                                  eoi_token_index=137, image_token_index=138)).eval()
+    common.randomise(whole)
+    whole.save_pretrained(tmp_path / "in")
+    convert(tmp_path / "in", tmp_path / "out")
+    model = transformers.Gemma3ForCausalLM.from_pretrained(tmp_path / "out").eval()
+    theirs = {name.replace("model.language_model.", "model."): tensor for name, tensor in whole.state_dict().items()
+              if "vision" not in name and "multi_modal" not in name}
+    assert model.state_dict().keys() == theirs.keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@functools.cache
+def training_text():
+    files = [*common.ROOT.glob("*.md"), *(common.ROOT / "moesaic" / "formats").glob("*.cpp")]
+    return [path.read_text() for path in files] + TEXTS
+
+
+@functools.cache
+def byte_level_vocabulary():
+    """(tokens, merges) of a small byte-level BPE whose words may hold spaces and digits."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.train_from_iterator(training_text(), tokenizers.trainers.BpeTrainer(
+        vocab_size=900, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    bpe = json.loads(model.to_str())["model"]
+    return sorted(bpe["vocab"], key=bpe["vocab"].get), [" ".join(merge) for merge in bpe["merges"]]
+
+
+def byte_level(pre, architecture="llama", bos=None):
+    tokens, merges = byte_level_vocabulary()
+    tokens = tokens + ["<|end|>", "<think>"]
+
+    def write(writer):
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(tokens)
+        writer.add_token_types([1] * (len(tokens) - 2) + [3, 4])
+        writer.add_token_merges(merges)
+        writer.add_eos_token_id(len(tokens) - 2)
+        writer.add_bos_token_id(len(tokens) - 2)
+        writer.add_add_bos_token(bool(bos))
+    return write
+
+
+def sentencepiece(writer):
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    model.train_from_iterator(training_text(), tokenizers.trainers.BpeTrainer(vocab_size=700, limit_alphabet=150,
+                                                                              show_progress=False))
+    vocab = model.get_vocab()
+    pieces = sorted(vocab, key=vocab.get)
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces, "▁▁", "▁▁▁▁"]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * (len(pieces) + 2))
+    writer.add_token_scores([0.0] * 259 + [-float(i) for i in range(len(pieces) + 2)])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+
+
+def tokenizers_of(tmp_path, write, arch="llama"):
+    """(ours, transformers') of a GGUF with this tokenizer."""
+    path = write_gguf(tmp_path / "model.gguf", arch=arch, tokenizer=write)
+    convert(path, tmp_path / "folder")
+    return (tokenizers.Tokenizer.from_file(str(tmp_path / "folder" / "tokenizer.json")),
+            transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name))
+
+
+def assert_same_ids(ours, theirs, texts=TEXTS):
+    for text in texts + training_text():
+        encoded = ours.encode(text)
+        assert encoded.ids == theirs(text).input_ids, repr(text[:60])
+        assert ours.decode(encoded.ids, skip_special_tokens=False) == theirs.decode(encoded.ids), repr(text[:60])
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "tekken", "qwen2", "deepseek-r1-qwen"])
+def test_byte_level_tokenizer(pre, tmp_path):
+    ours, theirs = tokenizers_of(tmp_path, byte_level(pre))
+    # Qwen's own tokenizer.json normalises to NFC, which transformers' reading of a GGUF leaves out.
+    assert_same_ids(ours, theirs, [unicodedata.normalize("NFC", text) for text in TEXTS])
+    if pre == "qwen2":
+        assert ours.encode("e\u0301").ids == ours.encode("\u00e9").ids
+
+
+@pytest.mark.parametrize("pre", ["smollm"])
+def test_digits_are_cut_first(pre, tmp_path):
+    """transformers reads this kind of GGUF without its digit splitter; the model's own tokenizer.json has it."""
+    ours, theirs = tokenizers_of(tmp_path, byte_level(pre))
+    theirs.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Digits(individual_digits=True),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    assert_same_ids(ours, theirs)
+    assert [ours.decode([i]) for i in ours.encode("a  12").ids] == ["a", "  ", "1", "2"]
+
+
+def test_bos_is_added_when_the_file_says_so(tmp_path):
+    ours, theirs = tokenizers_of(tmp_path, byte_level("gpt-2", bos=True))
+    assert_same_ids(ours, theirs)
+    assert ours.encode("x").tokens[0] == "<|end|>"
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_sentencepiece_tokenizer(arch, tmp_path):
+    ours, theirs = tokenizers_of(tmp_path, sentencepiece, arch)
+    assert_same_ids(ours, theirs)
+    config = json.loads((tmp_path / "folder" / "tokenizer_config.json").read_text())
+    assert (config["bos_token"], config["eos_token"], config["add_bos_token"]) == ("<s>", "</s>", True)
+    # The folder is one that transformers loads by itself.
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "folder")
+    assert again("Hello  world").input_ids == ours.encode("Hello  world").ids
