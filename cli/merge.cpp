@@ -1,0 +1,70 @@
+// moesaic merge: an adapter with one expert becomes part of its base model.
+#include "cli/command.h"
+#include "moesaic/adapters/adapter.h"
+#include "moesaic/base/device.h"
+#include "moesaic/export/merge.h"
+#include "moesaic/models/causal_lm.h"
+
+namespace moesaic::cli {
+namespace {
+
+namespace fs = std::filesystem;
+
+struct MergeOptions {
+  std::string model, adapter, out;
+  std::string onto;  // original | dequantized; "" = original unless the base is quantised
+};
+
+/// Logits of a fixed short sequence, float32.
+torch::Tensor probe_logits(models::CausalLM& model) {
+  torch::NoGradGuard no_grad;
+  std::vector<int64_t> ids;
+  for (int64_t i = 0; i < 32; ++i) ids.push_back((i * 7919 + 11) % model.config().vocab_size);
+  nn::ForwardContext context;
+  return model.logits(model.hidden_states(nn::RaggedBatch::from_sequences({ids}), context));
+}
+
+int run_merge(const MergeOptions& options, const CommonOptions& common) {
+  const auto checkpoint = formats::Checkpoint::open(options.model);
+  const bool quantized = fs::path(options.model).extension() == ".gguf";
+  MOESAIC_CHECK(!(quantized && options.onto == "original"), UsageError,
+                "--onto: got original for {}, whose weights are quantised: merged weights don't fit back into them\n"
+                "hint: --onto dequantized writes them as {}",
+                options.model, common.dtype == "auto" ? "float32" : common.dtype);
+  MOESAIC_CHECK(!fs::exists(fs::path(options.out) / "config.json"), UsageError,
+                "{}: got a folder that holds a model, expected a new one", options.out);
+  const std::string weight = "model.layers.0.self_attn.q_proj.weight";
+  const auto dtype = common.dtype != "auto"            ? parse_dtype(common.dtype, torch::kCPU)
+                     : checkpoint->contains(weight) ? checkpoint->dtype(weight)
+                                                    : torch::kFloat32;
+
+  auto folder = exporting::model_folder(*checkpoint, dtype);
+  exporting::merge_adapter(folder, options.adapter);
+  formats::write_model_folder(options.out, folder);
+
+  // The proof: the merged model against the base with the adapter beside it.
+  auto base = models::CausalLM::load(*checkpoint, {});
+  const auto adapter = adapters::Adapter::load(options.adapter, base->sites(), torch::kCPU, checkpoint->fingerprint());
+  auto merged = models::CausalLM::load(*formats::Checkpoint::open(options.out), {});
+  const auto expected = probe_logits(*base), got = probe_logits(*merged);
+  const double drift = (expected - got).abs().max().item<double>();
+  fmt::print("{}: {} merged into {} weights, {}\n", options.out, adapter->config().method,
+             quantized ? "dequantised" : "the original", dtype_name(dtype));
+  fmt::print("largest logit difference from base + adapter: {:.2g} (logits up to {:.3g})\n", drift,
+             expected.abs().max().item<double>());
+  return 0;
+}
+
+}  // namespace
+
+Runner add_merge(CLI::App& app, CommonOptions& common) {
+  auto options = std::make_shared<MergeOptions>();
+  app.add_option("--model", options->model, "Base model: a folder with config.json, or a .gguf file")->required();
+  app.add_option("--adapter", options->adapter, "Adapter folder (LoRA or (IA)^3, or one expert)")->required();
+  app.add_option("--onto", options->onto, "original, or dequantized for a quantised base (what is written is not)")
+      ->check(CLI::IsMember({"original", "dequantized"}));
+  app.add_option("out", options->out, "Folder to write")->required();
+  return [options, &common] { return run_merge(*options, common); };
+}
+
+}  // namespace moesaic::cli

@@ -1,0 +1,55 @@
+#include "moesaic/export/peft.h"
+
+#include "moesaic/adapters/adapter.h"
+
+namespace moesaic::exporting {
+namespace {
+
+/// Expert `e` of a tensor of the folder, under PEFT's name; undefined for routers.
+std::pair<std::string, at::Tensor> expert_tensor(const std::string& name, const at::Tensor& tensor, int64_t e,
+                                                 const adapters::AdapterConfig& config) {
+  const auto ends_with = [&](const char* suffix) { return name.ends_with(suffix); };
+  if (ends_with(".router.weight")) return {};
+  if (config.method == "molora") return {name, tensor[e].contiguous()};
+  if (ends_with(".mov.weight")) {
+    const std::string site = name.substr(0, name.size() - std::string_view(".mov.weight").size());
+    const bool scales_input = adapters::matches_target(config.feedforward, site);
+    const auto vector = tensor[e].contiguous();
+    return {site + ".ia3_l", scales_input ? vector.view({1, -1}) : vector.view({-1, 1})};
+  }
+  return {name, tensor};
+}
+
+}  // namespace
+
+std::vector<std::filesystem::path> export_peft(const std::filesystem::path& adapter_dir,
+                                               const std::filesystem::path& out) {
+  const auto folder = formats::read_adapter_folder(adapter_dir);
+  const auto config = adapters::parse_adapter_config(folder.config, (adapter_dir / "adapter_config.json").string());
+  MOESAIC_CHECK(config.k_site != "post_qk_norm", UsageError,
+                "{}: its key scales act behind the per-head norm; PEFT has no such site", adapter_dir.string());
+
+  formats::TensorMap routers;
+  for (const auto& [name, tensor] : folder.tensors) {
+    if (name.ends_with(".router.weight")) routers[name] = tensor;
+  }
+  std::vector<std::filesystem::path> written;
+  for (int64_t e = 0; e < config.num_experts; ++e) {
+    formats::AdapterFolder expert;
+    auto single = config;
+    single.method = config.method == "molora" ? "lora" : config.method == "mov" ? "ia3" : config.method;
+    single.num_experts = 1;
+    expert.config = adapters::adapter_config_json(single);
+    expert.config.erase("moesaic");
+    for (const auto& [name, tensor] : folder.tensors) {
+      auto [expert_name, value] = expert_tensor(name, tensor, e, config);
+      if (value.defined()) expert.tensors[expert_name] = value;
+    }
+    written.push_back(config.num_experts == 1 ? out : out / fmt::format("expert_{}", e));
+    formats::write_adapter_folder(written.back(), expert);
+  }
+  if (!routers.empty()) formats::save_safetensors(out / "router.safetensors", routers);
+  return written;
+}
+
+}  // namespace moesaic::exporting

@@ -1,0 +1,54 @@
+"""A tiny random Llama with a tokenizer, a data file and a run file: what the training tests of the program share."""
+
+import json
+import os
+import pathlib
+import subprocess
+
+import tokenizers
+import torch
+import transformers
+import yaml
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PROGRAM = pathlib.Path(os.environ.get("MOESAIC_BUILD_DIR", ROOT / "build")) / "moesaic"
+WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "is", "not"]
+
+
+def make_model(folder):
+    vocabulary = {word: i for i, word in enumerate(["<s>", "</s>", "<unk>"] + WORDS)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>",
+                                         unk_token="<unk>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48,
+                                      num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                                      max_position_embeddings=64, bos_token_id=0, eos_token_id=1)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def make_run(folder, **changes):
+    """Writes model, data and run.yaml into `folder` (once) and returns the run file's path."""
+    if not (folder / "model").exists():
+        make_model(folder / "model")
+        rows = [{"inputs": f"{a} {b} ", "targets": f"{b} {a} {a}"} for a in WORDS for b in WORDS]
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = {
+        "model_name_or_path": str(folder / "model"), "dataset": [str(folder / "rows.jsonl")], "template": "none",
+        "finetuning_type": "molora", "num_experts": 3, "lora_rank": 2, "lora_dropout": 0.2,
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 5e-3,
+        "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "max_steps": 60, "save_steps": 5, "logging_steps": 4,
+        "output_dir": str(folder / "out"), **changes,
+    }
+    path = folder / (pathlib.Path(run["output_dir"]).name + ".yaml")
+    path.write_text(yaml.safe_dump(run))
+    return path
+
+
+def command(*arguments):
+    return [str(PROGRAM), *map(str, arguments), "--device", "cpu", "--threads", "2"]
+
+
+def moesaic(*arguments):
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)
