@@ -1,0 +1,99 @@
+// moesaic data: look at training data before a run does.
+#include <unistd.h>
+
+#include "cli/command.h"
+#include "moesaic/base/yaml.h"
+#include "moesaic/data/skills.h"
+#include "moesaic/data/validate.h"
+#include "moesaic/formats/checkpoint.h"
+#include "moesaic/train/run_config.h"
+
+namespace moesaic::cli {
+namespace {
+
+struct DataOptions {
+  std::string run;                     // preview
+  std::vector<std::string> overrides;
+  int64_t examples = 3;
+  std::string file, formatting = "auto";  // validate
+  std::string folder;                     // skills
+  int64_t train_rows = 400, test_rows = 40;
+};
+
+/// One line per token: its place, its id, `*` where it is a target, and its text.
+void print_example(const data::Example& example, const tokenizer::Tokenizer& tokenizer, const std::string& dataset) {
+  const bool color = isatty(STDOUT_FILENO) != 0;
+  fmt::print("{}: {} tokens, {} targets\n{}\n", dataset, example.ids.size(), example.targets(),
+             tokenizer.decode(example.ids, false));
+  fmt::print("{:>6} {:>8} {:>6}  text\n", "place", "id", "target");
+  for (size_t i = 0; i < example.ids.size(); ++i) {
+    const bool target = i > 0 && example.mask[i];
+    // JSON's escapes show line breaks, and bytes that are half a character as a replacement character.
+    const std::string text =
+        Json(tokenizer.decode({example.ids[i]}, false)).dump(-1, ' ', false, Json::error_handler_t::replace);
+    fmt::print("{}{:>6} {:>8} {:>6}  {}{}\n", color && target ? "\033[32m" : "", i, example.ids[i], target ? "*" : "",
+               text, color && target ? "\033[0m" : "");
+  }
+  fmt::print("\n");
+}
+
+int preview(const DataOptions& options) {
+  Json config = read_yaml(options.run);
+  apply_overrides(config, options.overrides);
+  const train::RunConfig run = train::parse_run_config(config, options.run);
+  const auto checkpoint = formats::Checkpoint::open(run.model_name_or_path);
+  const auto renderer = data::Renderer::open(*checkpoint, run.render);
+  auto datasets = data::train_validation(data::resolve_datasets(run.dataset, run.dataset_dir), run.val_size,
+                                         run.train.seed).first;
+  data::Mixture mixture(datasets, renderer, run.train.seed, run.mixture_rule);
+  for (const data::MixtureCount& count : mixture.counts()) {
+    fmt::print("{}: {} rows, {:.2f} % of the draws\n", count.name, count.rows, 100 * count.rate);
+  }
+  fmt::print("\n");
+  for (int64_t i = 0; i < options.examples; ++i) {
+    const data::Example example = *mixture.next();
+    print_example(example, renderer->tokenizer(), datasets[static_cast<size_t>(example.dataset)].name);
+  }
+  return 0;
+}
+
+int validate(const DataOptions& options) {
+  data::DatasetConfig config;
+  config.name = options.file;
+  config.path = options.file;
+  config.formatting = options.formatting;
+  const data::Validation result = data::validate(config);
+  fmt::print("{}: {} rows, formatting {}, {} damaged, {} without an answer\n", options.file, result.rows,
+             result.formatting, result.damaged, result.unanswered);
+  for (const std::string& problem : result.problems) fmt::print("  {}\n", problem);
+  if (result.damaged > static_cast<int64_t>(result.problems.size())) fmt::print("  ...\n");
+  return static_cast<int>(result.damaged > 0 ? ExitCode::kData : ExitCode::kOk);
+}
+
+}  // namespace
+
+Runner add_data(CLI::App& app, CommonOptions& common) {
+  auto options = std::make_shared<DataOptions>();
+  app.require_subcommand(1);
+  CLI::App* preview_app = app.add_subcommand("preview", "Examples of a run: text, token ids and targets side by side");
+  preview_app->add_option("run", options->run, "Run file (YAML)")->required();
+  preview_app->add_option("overrides", options->overrides, "key=value: sets a key of the run file");
+  preview_app->add_option("-n", options->examples, "Number of examples")->capture_default_str();
+  CLI::App* validate_app = app.add_subcommand("validate", "Read every row of a file and list the damaged ones");
+  validate_app->add_option("file", options->file, "Data file")->required();
+  validate_app->add_option("--formatting", options->formatting, "Shape of the rows")->capture_default_str();
+  CLI::App* skills_app = app.add_subcommand("skills", "Write the demo's skills as data sets into a folder");
+  skills_app->add_option("folder", options->folder, "Folder; created")->required();
+  skills_app->add_option("--train_rows", options->train_rows, "Rows of each trained skill")->capture_default_str();
+  skills_app->add_option("--test_rows", options->test_rows, "Test rows of each skill")->capture_default_str();
+  // The common flags may follow the sub-command.
+  for (CLI::App* verb : {preview_app, validate_app, skills_app}) verb->fallthrough();
+  return [options, preview_app, validate_app, &common] {
+    if (preview_app->parsed()) return preview(*options);
+    if (validate_app->parsed()) return validate(*options);
+    data::write_skills(options->folder, options->train_rows, options->test_rows, common.seed);
+    return 0;
+  };
+}
+
+}  // namespace moesaic::cli
