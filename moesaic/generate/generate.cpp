@@ -181,17 +181,21 @@ Generation Session::answer(const std::vector<int64_t>& prompt, const SamplingOpt
   return result;
 }
 
-torch::Tensor target_logprobs(const models::CausalLM& model, const torch::Tensor& hidden, const torch::Tensor& targets) {
+torch::Tensor target_logprobs(const models::CausalLM& model, const torch::Tensor& hidden, const torch::Tensor& targets,
+                              torch::Tensor* is_greedy) {
   torch::NoGradGuard no_grad;
   constexpr int64_t kLogitsPerChunk = int64_t{1} << 22;  // 16 MiB of float32
   const int64_t rows = hidden.size(0);
   const int64_t chunk = std::max<int64_t>(1, kLogitsPerChunk / model.config().vocab_size);
   torch::Tensor result = torch::empty({rows}, torch::dtype(torch::kFloat32).device(hidden.device()));
+  if (is_greedy) *is_greedy = torch::empty({rows}, torch::dtype(torch::kBool).device(hidden.device()));
   for (int64_t begin = 0; begin < rows; begin += chunk) {
     const int64_t end = std::min(rows, begin + chunk);
     const torch::Tensor logits = model.logits(hidden.slice(0, begin, end));
-    const torch::Tensor picked = logits.gather(1, targets.slice(0, begin, end).unsqueeze(1)).squeeze(1);
+    const torch::Tensor wanted = targets.slice(0, begin, end);
+    const torch::Tensor picked = logits.gather(1, wanted.unsqueeze(1)).squeeze(1);
     result.slice(0, begin, end).copy_(picked - logits.logsumexp(1));
+    if (is_greedy) is_greedy->slice(0, begin, end).copy_(logits.argmax(1) == wanted);
   }
   return result;
 }

@@ -15,8 +15,8 @@ struct SamplingOptions {
   double top_p = 1.0;
   double min_p = 0.0;
   double repetition_penalty = 1.0;  // transformers' definition, over prompt and answer
-  std::vector<std::string> stop;    // stop strings; cut from the answer
-  std::vector<int64_t> eos_ids;
+  std::vector<std::string> stop{};  // stop strings; cut from the answer
+  std::vector<int64_t> eos_ids{};
   uint64_t seed = 0;
 };
 
@@ -69,7 +69,8 @@ std::vector<std::vector<float>> score(models::CausalLM& model, const std::vector
                                       const torch::Tensor& sentence = {});
 
 /// log softmax(head(hidden_m))[target_m] in float32 for rows of final-norm hidden states [M, d]; targets: [M] int64.
-/// Logits are made in chunks of rows, never whole.
-torch::Tensor target_logprobs(const models::CausalLM& model, const torch::Tensor& hidden, const torch::Tensor& targets);
+/// Logits are made in chunks of rows, never whole. is_greedy, when given, becomes [M] bool: the target is the argmax.
+torch::Tensor target_logprobs(const models::CausalLM& model, const torch::Tensor& hidden, const torch::Tensor& targets,
+                              torch::Tensor* is_greedy = nullptr);
 
 }  // namespace moesaic::generate

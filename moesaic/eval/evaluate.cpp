@@ -1,0 +1,235 @@
+#include "moesaic/eval/evaluate.h"
+
+#include <chrono>
+
+#include "moesaic/base/sha256.h"
+#include "moesaic/generate/sentence.h"
+
+namespace moesaic::eval {
+namespace {
+
+constexpr int64_t kAutoBatchTokens = 4096;
+
+std::string dump(const OrderedJson& json) { return json.dump(-1, ' ', false, OrderedJson::error_handler_t::replace); }
+
+std::string strip(const std::string& text) {
+  const size_t begin = text.find_first_not_of(" \t\r\n");
+  if (begin == std::string::npos) return "";
+  return text.substr(begin, text.find_last_not_of(" \t\r\n") - begin + 1);
+}
+
+/// Characters (code points) of UTF-8 text.
+int64_t characters(const std::string& text) {
+  return std::count_if(text.begin(), text.end(), [](char c) { return (static_cast<unsigned char>(c) & 0xC0) != 0x80; });
+}
+
+/// Metric values per question, and their means over all and per variant.
+class Scores {
+ public:
+  void add(const std::string& variant, const std::map<std::string, double>& values) {
+    for (const auto& [metric, value] : values) {
+      all_[metric].push_back(value);
+      if (!variant.empty()) variants_[variant][metric].push_back(value);
+    }
+  }
+  void finish(TaskResult& result) const {
+    for (const auto& [metric, values] : all_) result.metrics[metric] = mean_of(values);
+    std::map<std::string, std::vector<double>> means;
+    for (const auto& [variant, metrics] : variants_) {
+      for (const auto& [metric, values] : metrics) {
+        result.variants[variant][metric] = mean_of(values);
+        means[metric].push_back(mean_of(values).value);
+      }
+    }
+    for (const auto& [metric, values] : means) result.variant_median[metric] = median_of(values);
+  }
+
+ private:
+  std::map<std::string, std::vector<double>> all_;
+  std::map<std::string, std::map<std::string, std::vector<double>>> variants_;
+};
+
+OrderedJson sample_row(size_t index, const Item& item, const std::string& prompt, const std::map<std::string, double>& values) {
+  OrderedJson metrics = OrderedJson::array();
+  for (const auto& entry : values) metrics.push_back(entry.first);
+  OrderedJson row = {{"doc_id", index},
+                     {"doc", item.doc},
+                     {"target", item.targets.size() == 1 ? OrderedJson(item.targets[0]) : OrderedJson(item.targets)},
+                     {"filter", "none"},
+                     {"metrics", metrics},
+                     {"doc_hash", sha256_hex(dump(item.doc))},
+                     {"prompt_hash", sha256_hex(prompt)},
+                     {"target_hash", sha256_hex(dump(item.targets))}};
+  for (const auto& [metric, value] : values) row[metric] = value;
+  return row;
+}
+
+/// Questions as they are answered: consecutive ones, by number or by tokens.
+std::vector<std::pair<size_t, size_t>> batches(const std::vector<int64_t>& tokens, int64_t batch_size) {
+  std::vector<std::pair<size_t, size_t>> result;
+  size_t begin = 0;
+  int64_t sum = 0;
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    const bool full = batch_size > 0 ? static_cast<int64_t>(i - begin) >= batch_size : sum + tokens[i] > kAutoBatchTokens;
+    if (i > begin && full) {
+      result.emplace_back(begin, i);
+      begin = i;
+      sum = 0;
+    }
+    sum += tokens[i];
+  }
+  result.emplace_back(begin, tokens.size());
+  return result;
+}
+
+std::vector<const Item*> pointers(const Task& task, size_t begin, size_t end) {
+  std::vector<const Item*> items;
+  for (size_t i = begin; i < end; ++i) items.push_back(&task.items[i]);
+  return items;
+}
+
+void evaluate_ranked(const EvalModel& model, const Task& task, const EvalOptions& options, TaskResult& result,
+                     const generate::RoutingCallback& routing, const ProgressCallback& progress) {
+  std::vector<RankQuestion> questions;
+  std::vector<std::string> prompts;
+  std::vector<int64_t> tokens;
+  const std::string delimiter = options.apply_chat_template ? "" : options.target_delimiter;
+  int64_t eos = -1;
+  if (options.score_eos) {
+    MOESAIC_CHECK(model.tokenizer.eos_id().has_value(), UsageError, "--score_eos: the tokenizer names no EOS token");
+    eos = *model.tokenizer.eos_id();
+  }
+  for (const Item& item : task.items) {
+    const auto [prompt, special] = prompt_text(model, item, options.apply_chat_template);
+    std::vector<std::string> choices;
+    for (const std::string& choice : item.choices) choices.push_back(delimiter + choice);
+    const RankQuestion& question =
+        questions.emplace_back(make_rank_question(model.tokenizer, prompt, choices, special, eos));
+    int64_t count = static_cast<int64_t>(question.prompt.size());
+    for (const auto& choice : question.choices) count += static_cast<int64_t>(question.prompt.size() + choice.size());
+    tokens.push_back(count);
+    prompts.push_back(prompt);
+  }
+  Scores scores;
+  for (const auto& [begin, end] : batches(tokens, options.batch_size)) {
+    std::vector<std::vector<int64_t>> ids;
+    for (size_t i = begin; i < end; ++i) ids.push_back(questions[i].prompt);
+    const torch::Tensor sentence = sentence_vectors(model, pointers(task, begin, end), ids);
+    const auto ranked = rank(model.model, {questions.begin() + begin, questions.begin() + end}, sentence, routing);
+    for (size_t i = begin; i < end; ++i) {
+      const Item& item = task.items[i];
+      std::vector<double> sums, normalised;
+      OrderedJson arguments = OrderedJson::object(), responses = OrderedJson::array(), filtered = OrderedJson::array();
+      for (size_t c = 0; c < item.choices.size(); ++c) {
+        const ChoiceScore& score = ranked[i - begin][c];
+        sums.push_back(score.logprob);
+        normalised.push_back(score.logprob / static_cast<double>(std::max<int64_t>(1, characters(item.choices[c]))));
+        arguments[fmt::format("gen_args_{}", c)] = {{"arg_0", prompts[i]}, {"arg_1", delimiter + item.choices[c]}};
+        const OrderedJson pair = OrderedJson::array({score.logprob, score.is_greedy});
+        responses.push_back(OrderedJson::array({pair}));
+        filtered.push_back(pair);
+      }
+      auto right = [&](const Winner& winner) {
+        const std::string answer = strip(item.choices[winner.index]);
+        return std::find(item.targets.begin(), item.targets.end(), answer) != item.targets.end() ? 1.0 : 0.0;
+      };
+      const Winner best = first_largest(sums);
+      result.ties += best.tied;
+      const std::map<std::string, double> values = {{"acc", right(best)}, {"acc_norm", right(first_largest(normalised))}};
+      scores.add(item.variant, values);
+      OrderedJson row = sample_row(i, item, prompts[i], values);
+      row["arguments"] = arguments;
+      row["resps"] = responses;
+      row["filtered_resps"] = filtered;
+      if (best.tied) row["tie"] = true;
+      result.samples.push_back(std::move(row));
+    }
+    if (progress) progress(static_cast<int64_t>(end));
+  }
+  scores.finish(result);
+}
+
+void evaluate_generated(const EvalModel& model, const Task& task, const EvalOptions& options, TaskResult& result,
+                        const generate::RoutingCallback& routing, const ProgressCallback& progress) {
+  std::vector<std::vector<int64_t>> questions;
+  std::vector<std::string> prompts;
+  std::vector<int64_t> tokens;
+  for (const Item& item : task.items) {
+    const auto [prompt, special] = prompt_text(model, item, options.apply_chat_template);
+    questions.push_back(model.tokenizer.encode(prompt, special));
+    prompts.push_back(prompt);
+    tokens.push_back(static_cast<int64_t>(questions.back().size()) + options.generation.max_new_tokens);
+  }
+  Scores scores;
+  for (const auto& [begin, end] : batches(tokens, options.batch_size)) {
+    const std::vector<std::vector<int64_t>> ids(questions.begin() + begin, questions.begin() + end);
+    generate::SamplingOptions sampling = options.generation;
+    sampling.seed += begin;  // an answer's draw does not depend on the batch size
+    const torch::Tensor sentence = sentence_vectors(model, pointers(task, begin, end), ids);
+    const auto answers = generate::generate(model.model, model.tokenizer, ids, sampling, nullptr, sentence, routing);
+    for (size_t i = begin; i < end; ++i) {
+      const Item& item = task.items[i];
+      const std::string answer = strip(answers[i - begin].text);
+      const std::map<std::string, double> values = {{"exact_match", exact_match(answer, item.targets)},
+                                                    {"f1", token_f1(answer, item.targets)},
+                                                    {"rougeL", rouge_l(answer, item.targets)}};
+      scores.add(item.variant, values);
+      OrderedJson row = sample_row(i, item, prompts[i], values);
+      row["arguments"] = {{"gen_args_0",
+                           {{"arg_0", prompts[i]},
+                            {"arg_1", {{"until", sampling.stop}, {"max_gen_toks", sampling.max_new_tokens}}}}}};
+      row["resps"] = OrderedJson::array({OrderedJson::array({answers[i - begin].text})});
+      row["filtered_resps"] = OrderedJson::array({answer});
+      result.samples.push_back(std::move(row));
+    }
+    if (progress) progress(static_cast<int64_t>(end));
+  }
+  scores.finish(result);
+}
+
+}  // namespace
+
+std::pair<std::string, bool> prompt_text(const EvalModel& model, const Item& item, bool apply_chat_template) {
+  if (apply_chat_template) {
+    MOESAIC_CHECK(model.chat_template != nullptr, UsageError,
+                  "--apply_chat_template: this model has no chat template. Evaluate it without.");
+    return {model.chat_template->render(item.messages, true), false};
+  }
+  MOESAIC_CHECK(item.messages.size() == 1, UsageError,
+                "a question is a conversation of {} messages, which only a chat template can render. Add "
+                "--apply_chat_template.",
+                item.messages.size());
+  return {item.messages[0].value("content", ""), true};
+}
+
+torch::Tensor sentence_vectors(const EvalModel& model, const std::vector<const Item*>& items,
+                               const std::vector<std::vector<int64_t>>& prompts) {
+  if (model.sentence_from_column) {
+    std::vector<torch::Tensor> rows;
+    for (const Item* item : items) {
+      MOESAIC_CHECK(!item->sentence.empty() && item->sentence.size() == items[0]->sentence.size(), DataError,
+                    "the adapter's router reads sentence vectors, but the task's rows have no \"sentence\" list of numbers "
+                    "(or lists of different lengths)");
+      rows.push_back(torch::tensor(item->sentence));
+    }
+    return torch::stack(rows).to(model.model.device());
+  }
+  if (!model.sentence_from_hidden) return {};
+  return generate::sentence_embeddings(model.model, nn::RaggedBatch::from_sequences(prompts, model.model.device()));
+}
+
+TaskResult evaluate(const EvalModel& model, const Task& task, const EvalOptions& options, const ProgressCallback& progress) {
+  const auto start = std::chrono::steady_clock::now();
+  TaskResult result;
+  result.name = task.name;
+  result.ranked = task.ranked();
+  result.questions = static_cast<int64_t>(task.items.size());
+  result.available = task.available;
+  generate::RoutingCallback routing;
+  if (model.routed) routing = [&](const auto& records, const auto&) { result.routing.add(records); };
+  (result.ranked ? evaluate_ranked : evaluate_generated)(model, task, options, result, routing, progress);
+  result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return result;
+}
+
+}  // namespace moesaic::eval

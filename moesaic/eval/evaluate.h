@@ -1,0 +1,60 @@
+// One task through one model: every question answered or ranked, scored, and its routing counted.
+#pragma once
+#include <functional>
+#include <map>
+
+#include "moesaic/eval/metrics.h"
+#include "moesaic/eval/rank.h"
+#include "moesaic/eval/routing_stats.h"
+#include "moesaic/eval/task.h"
+
+namespace moesaic::eval {
+
+/// What is evaluated.
+struct EvalModel {
+  models::CausalLM& model;
+  const tokenizer::Tokenizer& tokenizer;
+  const tokenizer::ChatTemplate* chat_template = nullptr;  // nullptr: none
+  bool sentence_from_hidden = false;  // a router reads the frozen model's sentence embedding
+  bool sentence_from_column = false;  // a router reads the items' `sentence`
+  bool routed = false;                // there are routers to watch
+};
+
+struct EvalOptions {
+  int64_t batch_size = 0;              // questions side by side; 0 = as many as fit a fixed number of tokens
+  bool apply_chat_template = false;    // else the bare text of a single user message
+  std::string target_delimiter = " ";  // between prompt and choice; not used with a chat template
+  bool score_eos = false;              // the EOS behind a choice counts (T0's rule; harness: it does not)
+  generate::SamplingOptions generation{};  // for tasks whose answers are generated
+};
+
+/// Everything known about one task afterwards.
+struct TaskResult {
+  std::string name;
+  bool ranked = false;
+  int64_t questions = 0, available = 0;
+  std::map<std::string, Mean> metrics;  // acc, acc_norm; or exact_match, f1, rougeL
+  std::map<std::string, std::map<std::string, Mean>> variants;  // the same per prompt template, when there are any
+  std::map<std::string, double> variant_median;                 // median over the templates
+  int64_t ties = 0;                     // questions whose best choices scored equally; the first one counts
+  std::vector<OrderedJson> samples;     // lm-evaluation-harness's sample rows
+  RoutingStats routing;
+  double seconds = 0;
+};
+
+/// Called with the number of questions done.
+using ProgressCallback = std::function<void(int64_t done)>;
+
+/// The prompt of an item as text, and whether the tokenizer shall add its special tokens to it.
+/// Throws UsageError when a conversation needs a chat template.
+std::pair<std::string, bool> prompt_text(const EvalModel& model, const Item& item, bool apply_chat_template);
+
+/// Sentence vectors [B, d_e] for these items, or undefined when no router wants any.
+torch::Tensor sentence_vectors(const EvalModel& model, const std::vector<const Item*>& items,
+                               const std::vector<std::vector<int64_t>>& prompts);
+
+/// Scores do not depend on the batch size beyond float rounding: batches are ragged.
+TaskResult evaluate(const EvalModel& model, const Task& task, const EvalOptions& options,
+                    const ProgressCallback& progress = nullptr);
+
+}  // namespace moesaic::eval

@@ -1,0 +1,116 @@
+#include "moesaic/eval/metrics.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <map>
+#include <numeric>
+#include <sstream>
+
+namespace moesaic::eval {
+namespace {
+
+bool is_ascii(char c) { return static_cast<unsigned char>(c) < 128; }
+char lower(char c) { return is_ascii(c) ? static_cast<char>(std::tolower(static_cast<unsigned char>(c))) : c; }
+
+std::vector<std::string> words_of(const std::string& text) {
+  std::istringstream stream(text);
+  std::vector<std::string> words;
+  for (std::string word; stream >> word;) words.push_back(word);
+  return words;
+}
+
+std::string join(const std::vector<std::string>& words) {
+  std::string text;
+  for (const std::string& word : words) text += (text.empty() ? "" : " ") + word;
+  return text;
+}
+
+double f1(double common, size_t answer, size_t reference) {
+  return common == 0 ? 0 : 2 * common / static_cast<double>(answer + reference);
+}
+
+double best(const std::string& answer, const std::vector<std::string>& references,
+            const std::function<double(const std::string&, const std::string&)>& score) {
+  double highest = 0;
+  for (const std::string& reference : references) highest = std::max(highest, score(answer, reference));
+  return highest;
+}
+
+std::vector<std::string> rouge_words(const std::string& text) {
+  std::string kept;
+  for (char c : text) kept += is_ascii(c) && std::isalnum(static_cast<unsigned char>(c)) ? lower(c) : ' ';
+  return words_of(kept);
+}
+
+size_t longest_common_subsequence(const std::vector<std::string>& a, const std::vector<std::string>& b) {
+  std::vector<size_t> row(b.size() + 1, 0);
+  for (const std::string& word : a) {
+    size_t diagonal = 0;  // row[j] of the previous word
+    for (size_t j = 0; j < b.size(); ++j) {
+      const size_t above = row[j + 1];
+      row[j + 1] = word == b[j] ? diagonal + 1 : std::max(row[j + 1], row[j]);
+      diagonal = above;
+    }
+  }
+  return row.back();
+}
+
+}  // namespace
+
+double exact_match(const std::string& answer, const std::vector<std::string>& references) {
+  return best(answer, references, [](const std::string& a, const std::string& b) {
+    return join(words_of(a)) == join(words_of(b)) ? 1.0 : 0.0;
+  });
+}
+
+std::string normalize_squad(const std::string& text) {
+  std::string kept;
+  for (char c : text) {
+    if (!is_ascii(c) || !std::ispunct(static_cast<unsigned char>(c))) kept += lower(c);
+  }
+  std::vector<std::string> words = words_of(kept);
+  std::erase_if(words, [](const std::string& word) { return word == "a" || word == "an" || word == "the"; });
+  return join(words);
+}
+
+double token_f1(const std::string& answer, const std::vector<std::string>& references) {
+  return best(answer, references, [](const std::string& a, const std::string& b) {
+    const std::vector<std::string> left = words_of(normalize_squad(a)), right = words_of(normalize_squad(b));
+    if (left.empty() && right.empty()) return join(words_of(a)) == join(words_of(b)) ? 1.0 : 0.0;
+    std::map<std::string, int> counts;
+    for (const std::string& word : right) ++counts[word];
+    double common = 0;
+    for (const std::string& word : left) common += counts[word]-- > 0;
+    return f1(common, left.size(), right.size());
+  });
+}
+
+double rouge_l(const std::string& answer, const std::vector<std::string>& references) {
+  return best(answer, references, [](const std::string& a, const std::string& b) {
+    std::vector<std::string> left = rouge_words(a), right = rouge_words(b);
+    if (right.empty()) {
+      left = words_of(a);
+      right = words_of(b);
+    }
+    return f1(static_cast<double>(longest_common_subsequence(left, right)), left.size(), right.size());
+  });
+}
+
+Mean mean_of(const std::vector<double>& values) {
+  if (values.empty()) return {};
+  const double n = static_cast<double>(values.size());
+  const double mean = std::accumulate(values.begin(), values.end(), 0.0) / n;
+  if (values.size() == 1) return {mean, 0};
+  double squares = 0;
+  for (double value : values) squares += (value - mean) * (value - mean);
+  return {mean, std::sqrt(squares / (n - 1) / n)};
+}
+
+double median_of(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  const size_t middle = values.size() / 2;
+  return values.size() % 2 == 1 ? values[middle] : (values[middle - 1] + values[middle]) / 2;
+}
+
+}  // namespace moesaic::eval

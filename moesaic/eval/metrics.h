@@ -1,0 +1,32 @@
+// How good an answer is: exact match, token F1 and ROUGE-L; and means with their standard errors.
+#pragma once
+#include <string>
+#include <vector>
+
+namespace moesaic::eval {
+
+/// 1 when the answer is one of the references, whitespace at the ends and runs of it apart.
+double exact_match(const std::string& answer, const std::vector<std::string>& references);
+
+/// Lower case, ASCII punctuation and the articles a, an, the removed, runs of whitespace one space.
+/// Source: the SQuAD evaluation script.
+std::string normalize_squad(const std::string& text);
+
+/// F1 of the bags of words after normalize_squad, the best over the references. Where nothing is left of both (answers
+/// like "A"), 1 if they are equal and else 0.
+double token_f1(const std::string& answer, const std::vector<std::string>& references);
+
+/// F1 of the longest common subsequence of words, the best over the references. Words are runs of a-z and 0-9 after
+/// lower-casing, without stemming, as the rouge_score package's rougeL.
+/// Differs: texts without such a word (other alphabets) are compared by whitespace words.
+double rouge_l(const std::string& answer, const std::vector<std::string>& references);
+
+/// A mean of per-question values and its standard error, sample deviation / sqrt(n) (0 for one value).
+struct Mean {
+  double value = 0, standard_error = 0;
+};
+Mean mean_of(const std::vector<double>& values);
+/// The median; the mean of the middle two for an even number. Values must not be empty.
+double median_of(std::vector<double> values);
+
+}  // namespace moesaic::eval

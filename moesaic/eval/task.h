@@ -1,0 +1,48 @@
+// Evaluation tasks: files of questions with either a set of choices (rank classification) or free answers (generation).
+#pragma once
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "moesaic/base/json.h"
+
+namespace moesaic::eval {
+
+/// One question.
+struct Item {
+  OrderedJson doc;                    // the file's record, for the sample log
+  OrderedJson messages;               // the conversation before the answer: [{role, content}]
+  std::vector<std::string> choices;   // empty: the answer is generated
+  std::vector<std::string> targets;   // accepted answers, at least one; a choice is right when it is one of them
+  std::string variant;                // prompt template of the row ("" = none): scored apart as well
+  std::vector<float> sentence;        // router input `sentence`, when the file has it
+};
+
+/// One file of questions, all of one kind.
+struct Task {
+  std::string name;  // the file's name without its ending
+  std::filesystem::path path;
+  std::vector<Item> items;
+  int64_t available = 0;  // questions in the file, before `limit`
+  bool ranked() const { return !items.empty() && !items[0].choices.empty(); }
+};
+
+struct TaskOptions {
+  int64_t limit = 0;        // questions per task at most, the file's first ones; 0 = all
+  int64_t num_fewshot = 0;  // positive examples in the prompt (Super-NaturalInstructions)
+  bool generate = false;    // let the model write even where the answers are a closed set
+};
+
+/// Reads tasks from files and folders (every .json and .jsonl in it, by name). Shapes:
+///
+///   {inputs, answer_choices[], target(s), template?}   P3 rendered; null choices: generation
+///   {query, choices[], gold}                           multiple choice with the right one's index
+///   {Definition, Instances[{id, input, output[]}]}     Super-NaturalInstructions. When its instances share a small set
+///       of answers (at most 20 and at most a sixteenth of the instances), these are the choices.
+///   {examples[{input, target}]}                        BIG-bench Hard: generation
+///   anything that training reads (messages, alpaca, ...): generation of the last answer
+///
+/// Throws UsageError for a missing path, DataError with file and place for damaged rows, all of a file's in one message.
+std::vector<Task> load_tasks(const std::vector<std::string>& paths, const TaskOptions& options);
+
+}  // namespace moesaic::eval

@@ -1,0 +1,220 @@
+#include "moesaic/eval/rank.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "moesaic/eval/evaluate.h"
+#include "moesaic/eval/report.h"
+#include "tests/generate/tiny_model.h"
+
+namespace moesaic::eval {
+namespace {
+
+using ::testing::ElementsAre;
+using testing::tiny_model;
+using testing::word_tokenizer;
+
+TEST(MakeRankQuestion, SharesTheCommonBeginning) {
+  const RankQuestion question = make_rank_question(*word_tokenizer(), "w3 w4", {" w5", " w6 w7"}, true);
+  EXPECT_THAT(question.prompt, ElementsAre(3, 4));
+  EXPECT_THAT(question.choices, ElementsAre(ElementsAre(5), ElementsAre(6, 7)));
+  EXPECT_THAT(question.first_scored, ElementsAre(0, 0));
+}
+
+TEST(MakeRankQuestion, SharedWordsOfTheChoicesAreStillScored) {
+  const RankQuestion question = make_rank_question(*word_tokenizer(), "w3", {" w5 w6", " w5 w7"}, true, /*eos=*/1);
+  EXPECT_THAT(question.prompt, ElementsAre(3));
+  EXPECT_THAT(question.choices, ElementsAre(ElementsAre(5, 6, 1), ElementsAre(5, 7, 1)));
+}
+
+TEST(MakeRankQuestion, ATokenAcrossTheBorderBelongsToTheChoice) {
+  // "w1" + "0" reads as w10, "w1" + " w5" as w1 w5
+  const RankQuestion question = make_rank_question(*word_tokenizer(), "w3 w1", {"0", " w5"}, true);
+  EXPECT_THAT(question.prompt, ElementsAre(3));
+  EXPECT_THAT(question.choices, ElementsAre(ElementsAre(10), ElementsAre(1, 5)));
+  EXPECT_THAT(question.first_scored, ElementsAre(0, 1));  // w1 is the prompt's
+}
+
+TEST(MakeRankQuestion, AnEmptyPromptGetsTheFirstToken) {
+  const RankQuestion question = make_rank_question(*word_tokenizer(), "", {"w5", "w6"}, true);
+  EXPECT_THAT(question.prompt, ElementsAre(0));
+  EXPECT_THAT(question.choices, ElementsAre(ElementsAre(5), ElementsAre(6)));
+}
+
+std::vector<RankQuestion> some_questions() {
+  std::vector<RankQuestion> questions;
+  questions.push_back({{3, 4, 5}, {{6}, {7, 8, 9}}, {0, 0}});
+  questions.push_back({{10}, {{11, 12}, {13}, {14, 15, 16}}, {0, 0, 0}});
+  questions.push_back({{2, 20, 21, 22, 23}, {{5}, {6}}, {0, 0}});
+  questions.push_back({{17, 18}, {{19, 3}, {19, 4}}, {1, 0}});
+  return questions;
+}
+
+TEST(Rank, SumsLogProbabilitiesOfTheScoredTokens) {
+  auto model = tiny_model();
+  const std::vector<RankQuestion> questions = some_questions();
+  const auto scores = rank(*model, questions);
+  for (size_t q = 0; q < questions.size(); ++q) {
+    for (size_t c = 0; c < questions[q].choices.size(); ++c) {
+      std::vector<int64_t> whole = questions[q].prompt;
+      whole.insert(whole.end(), questions[q].choices[c].begin(), questions[q].choices[c].end());
+      const std::vector<float> logprobs = generate::score(*model, {whole})[0];
+      const size_t first = questions[q].prompt.size() + questions[q].first_scored[c];
+      const double expected = std::accumulate(logprobs.begin() + (first - 1), logprobs.end(), 0.0);
+      EXPECT_NEAR(scores[q][c].logprob, expected, 1e-4) << q << " " << c;
+    }
+  }
+}
+
+TEST(Rank, GreedyChoiceIsMarked) {
+  auto model = tiny_model();
+  const auto answer = generate::generate(*model, *word_tokenizer(), {{3, 4, 5}}, {.max_new_tokens = 3})[0].ids;
+  std::vector<int64_t> other = answer;
+  other[1] = (other[1] + 1) % testing::kTinyVocab;
+  const auto scores = rank(*model, {{{3, 4, 5}, {answer, other}, {0, 0}}});
+  EXPECT_TRUE(scores[0][0].is_greedy);
+  EXPECT_FALSE(scores[0][1].is_greedy);
+}
+
+TEST(FirstLargest, TiesGoToTheFirstAndAreReported) {
+  EXPECT_EQ(first_largest({-3, -1, -2}).index, 1u);
+  EXPECT_FALSE(first_largest({-3, -1, -2}).tied);
+  EXPECT_EQ(first_largest({-3, -1, -1}).index, 1u);
+  EXPECT_TRUE(first_largest({-3, -1, -1}).tied);
+  EXPECT_FALSE(first_largest({-1, -1, 0}).tied);  // the tie was not for the first place
+}
+
+Item question(const std::string& prompt, std::vector<std::string> choices, const std::string& target, const std::string& variant = "") {
+  Item item;
+  item.doc = {{"inputs", prompt}};
+  item.messages = OrderedJson::array();
+  item.messages.push_back({{"role", "user"}, {"content", prompt}});
+  item.choices = std::move(choices);
+  item.targets = {target};
+  item.variant = variant;
+  return item;
+}
+
+Task ranked_task() {
+  Task task{"words", "words.jsonl", {}, 7};
+  const std::vector<std::vector<std::string>> choices{{"w5", "w6 w7"}, {"w8", "w9", "w10"}, {"w3 w4 w5", "w6"}};
+  for (int i = 0; i < 7; ++i) {
+    std::string prompt;
+    for (int w = 0; w <= i; ++w) prompt += fmt::format("w{} ", 3 + (i * 5 + w) % 20);
+    prompt.pop_back();
+    task.items.push_back(question(prompt, choices[i % 3], choices[i % 3][i % 2], i % 2 ? "odd" : "even"));
+  }
+  return task;
+}
+
+/// Log-likelihoods of every choice, from the sample log.
+std::vector<double> logged(const TaskResult& result) {
+  std::vector<double> values;
+  for (const OrderedJson& sample : result.samples) {
+    for (const OrderedJson& response : sample["filtered_resps"]) values.push_back(response[0].get<double>());
+  }
+  return values;
+}
+
+TEST(Evaluate, ScoresDoNotDependOnTheBatchSize) {
+  auto model = tiny_model();
+  auto tokenizer = word_tokenizer();
+  const EvalModel view{*model, *tokenizer};
+  const TaskResult one = evaluate(view, ranked_task(), {.batch_size = 1});
+  for (int64_t batch : {2, 7, 0}) {
+    const TaskResult many = evaluate(view, ranked_task(), {.batch_size = batch});
+    const std::vector<double> a = logged(one), b = logged(many);
+    ASSERT_EQ(a.size(), b.size());
+    for (size_t i = 0; i < a.size(); ++i) EXPECT_NEAR(a[i], b[i], 1e-4) << "batch " << batch;
+    EXPECT_EQ(one.metrics.at("acc").value, many.metrics.at("acc").value);
+  }
+}
+
+TEST(Evaluate, SumAndCharacterNormalisedAccuracyCanDiffer) {
+  auto model = tiny_model();
+  auto tokenizer = word_tokenizer();
+  const EvalModel view{*model, *tokenizer};
+  // The same word four times against once: fewer tokens win the sum; per character the better mean wins.
+  Task task{"t", "t", {question("w3", {"w4", "w5 w5 w5 w5 w5 w5"}, "w4")}, 1};
+  const TaskResult result = evaluate(view, task, {});
+  const std::vector<double> scores = logged(result);
+  const bool sum_first = scores[0] >= scores[1];
+  const bool mean_first = scores[0] / 2 >= scores[1] / 17;  // characters
+  EXPECT_EQ(result.metrics.at("acc").value, sum_first ? 1 : 0);
+  EXPECT_EQ(result.metrics.at("acc_norm").value, mean_first ? 1 : 0);
+  EXPECT_TRUE(sum_first);
+  EXPECT_FALSE(mean_first) << "choose words for which the two rules disagree";
+}
+
+TEST(Evaluate, EqualChoicesAreATie) {
+  auto model = tiny_model();
+  auto tokenizer = word_tokenizer();
+  Task task{"t", "t", {question("w3", {"w4", "w4"}, "w4")}, 1};
+  const TaskResult result = evaluate({*model, *tokenizer}, task, {});
+  EXPECT_EQ(result.ties, 1);
+  EXPECT_EQ(result.samples[0]["tie"], true);
+}
+
+TEST(Evaluate, ScoringEosAddsIt) {
+  auto model = tiny_model();
+  auto tokenizer = word_tokenizer();
+  Task task{"t", "t", {question("w3", {"w4", "w5 w6"}, "w4")}, 1};
+  const std::vector<double> scores = logged(evaluate({*model, *tokenizer}, task, {.score_eos = true}));
+  const std::vector<float> expected = generate::score(*model, {{3, 4, 1}})[0];
+  EXPECT_NEAR(scores[0], expected[0] + expected[1], 1e-4);
+}
+
+TEST(Evaluate, GeneratedAnswersAreScored) {
+  auto model = tiny_model();
+  auto tokenizer = word_tokenizer();
+  const auto answer = generate::generate(*model, *tokenizer, {{3, 4}}, {.max_new_tokens = 3})[0];
+  Task task{"t", "t", {question("w3 w4", {}, answer.text), question("w3 w4", {}, "nothing")}, 2};
+  EvalOptions options;
+  options.generation.max_new_tokens = 3;
+  const TaskResult result = evaluate({*model, *tokenizer}, task, options);
+  EXPECT_EQ(result.metrics.at("exact_match").value, 0.5);
+  EXPECT_EQ(result.metrics.at("f1").value, 0.5);
+  EXPECT_EQ(result.metrics.at("rougeL").value, 0.5);
+}
+
+TEST(Evaluate, ConversationsNeedATemplate) {
+  auto model = tiny_model();
+  auto tokenizer = word_tokenizer();
+  Task task = ranked_task();
+  EXPECT_THROW(evaluate({*model, *tokenizer}, task, {.apply_chat_template = true}), UsageError);
+  task.items[0].messages.push_back({{"role", "assistant"}, {"content", "w3"}});
+  EXPECT_THROW(evaluate({*model, *tokenizer}, task, {}), UsageError);
+}
+
+TEST(ResultsJson, HasTheHarnessShape) {
+  auto model = tiny_model();
+  auto tokenizer = word_tokenizer();
+  const std::vector<Task> tasks{ranked_task()};
+  const std::vector<TaskResult> results{evaluate({*model, *tokenizer}, tasks[0], {})};
+  const OrderedJson json = results_json(results, tasks, {}, {.version = "1", .model = "a/b", .limit = 7});
+  const double acc = json["results"]["words"]["acc,none"];
+  EXPECT_NEAR(acc, results[0].metrics.at("acc").value, 1e-12);
+  for (const char* key : {"alias", "acc_stderr,none", "acc_norm,none", "acc_norm_stderr,none", "acc_template_median,none"}) {
+    EXPECT_TRUE(json["results"]["words"].contains(key)) << key;
+  }
+  for (const char* key : {"group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "config",
+                          "git_hash", "date", "task_hashes", "model_source", "model_name", "model_name_sanitized",
+                          "chat_template", "chat_template_sha", "system_instruction", "total_evaluation_time_seconds"}) {
+    EXPECT_TRUE(json.contains(key)) << key;
+  }
+  EXPECT_EQ(json["model_name_sanitized"], "a__b");
+  EXPECT_EQ(json["n-samples"]["words"], OrderedJson::parse(R"({"original": 7, "effective": 7})"));
+  EXPECT_EQ(json["configs"]["words"]["output_type"], "multiple_choice");
+  EXPECT_EQ(json["variants"]["words"].size(), 2u);
+  const OrderedJson& sample = results[0].samples[0];
+  for (const char* key : {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "filter", "metrics", "doc_hash",
+                          "prompt_hash", "target_hash", "acc", "acc_norm"}) {
+    EXPECT_TRUE(sample.contains(key)) << key;
+  }
+  EXPECT_EQ(sample["arguments"]["gen_args_0"], OrderedJson::parse(R"({"arg_0": "w3", "arg_1": " w5"})"));
+  EXPECT_EQ(sample["resps"].size(), 2u);
+  EXPECT_TRUE(sample["resps"][0][0][1].is_boolean());
+}
+
+}  // namespace
+}  // namespace moesaic::eval

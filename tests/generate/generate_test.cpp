@@ -1,0 +1,160 @@
+#include "moesaic/generate/generate.h"
+
+#include <gtest/gtest.h>
+
+#include "moesaic/base/check.h"
+#include "moesaic/generate/sentence.h"
+#include "tests/generate/tiny_model.h"
+
+namespace moesaic::generate {
+namespace {
+
+using testing::tiny_model;
+using testing::word_tokenizer;
+using Ids = std::vector<int64_t>;
+
+/// Logits of every row by one full forward pass without a cache.
+torch::Tensor full_logits(models::CausalLM& model, const Ids& ids) {
+  torch::NoGradGuard no_grad;
+  nn::ForwardContext context;
+  return model.logits(model.hidden_states(nn::RaggedBatch::from_sequences({ids}), context));
+}
+
+Ids greedy_by_full_passes(models::CausalLM& model, Ids ids, int64_t tokens) {
+  Ids answer;
+  for (int64_t i = 0; i < tokens; ++i) {
+    answer.push_back(full_logits(model, ids)[-1].argmax().item<int64_t>());
+    ids.push_back(answer.back());
+  }
+  return answer;
+}
+
+class Generate : public ::testing::Test {
+ protected:
+  std::shared_ptr<models::CausalLM> model_ = tiny_model();
+  std::shared_ptr<tokenizer::Tokenizer> tokenizer_ = word_tokenizer();
+  const std::vector<Ids> prompts_{{5, 6, 7}, {8}, {3, 9, 4, 11, 12, 20, 21}};
+};
+
+TEST_F(Generate, GreedyEqualsFullPassesInARaggedBatch) {
+  const auto answers = generate(*model_, *tokenizer_, prompts_, {.max_new_tokens = 12});
+  for (size_t i = 0; i < prompts_.size(); ++i) {
+    EXPECT_EQ(answers[i].ids, greedy_by_full_passes(*model_, prompts_[i], 12));
+    EXPECT_EQ(answers[i].finish_reason, "length");
+  }
+}
+
+TEST_F(Generate, AnswersDoNotDependOnNeighbours) {
+  const SamplingOptions options{.max_new_tokens = 10, .temperature = 1.0, .top_k = 12, .seed = 3};
+  const auto together = generate(*model_, *tokenizer_, prompts_, options);
+  for (size_t i = 0; i < prompts_.size(); ++i) {
+    SamplingOptions own = options;
+    own.seed += i;
+    EXPECT_EQ(generate(*model_, *tokenizer_, {prompts_[i]}, own)[0].ids, together[i].ids);
+  }
+}
+
+TEST_F(Generate, EosEndsOneSequenceAndTheOthersGoOn) {
+  const auto plain = generate(*model_, *tokenizer_, prompts_, {.max_new_tokens = 10});
+  const int64_t eos = plain[0].ids[2];
+  const auto stopped = generate(*model_, *tokenizer_, prompts_, {.max_new_tokens = 10, .eos_ids = {eos}});
+  for (size_t i = 0; i < prompts_.size(); ++i) {
+    const auto end = std::find(plain[i].ids.begin(), plain[i].ids.end(), eos);
+    Ids expected(plain[i].ids.begin(), end == plain[i].ids.end() ? end : end + 1);
+    EXPECT_EQ(stopped[i].ids, expected);
+    EXPECT_EQ(stopped[i].finish_reason, end == plain[i].ids.end() ? "length" : "stop");
+  }
+  EXPECT_EQ(stopped[0].finish_reason, "stop");
+  EXPECT_EQ(stopped[0].text.find("w" + std::to_string(eos)), std::string::npos) << "EOS is no part of the text";
+}
+
+TEST_F(Generate, StreamedPiecesMakeTheText) {
+  std::vector<std::string> streamed(prompts_.size());
+  const auto answers = generate(*model_, *tokenizer_, prompts_, {.max_new_tokens = 6}, [&](int64_t i, const std::string& piece) {
+    streamed[i] += piece;
+    return true;
+  });
+  for (size_t i = 0; i < prompts_.size(); ++i) {
+    EXPECT_EQ(streamed[i], answers[i].text);
+    EXPECT_EQ(answers[i].text, tokenizer_->decode(answers[i].ids, true));
+  }
+}
+
+TEST_F(Generate, AStopStringEndsTheAnswerAndIsCutFromIt) {
+  const Generation plain = generate(*model_, *tokenizer_, {prompts_[2]}, {.max_new_tokens = 8})[0];
+  // The stop spans the border of the third and fourth token.
+  const std::string before = tokenizer_->decode({plain.ids.begin(), plain.ids.begin() + 3}, true);
+  const std::string through = tokenizer_->decode({plain.ids.begin(), plain.ids.begin() + 4}, true);
+  const std::string stop = through.substr(before.size() - 1);
+  const size_t at = plain.text.find(stop);
+  std::string streamed;
+  const Generation stopped =
+      generate(*model_, *tokenizer_, {prompts_[2]}, {.max_new_tokens = 8, .stop = {stop}}, [&](int64_t, const std::string& piece) {
+        streamed += piece;
+        return true;
+      })[0];
+  EXPECT_EQ(stopped.text, plain.text.substr(0, at));
+  EXPECT_EQ(streamed, stopped.text);
+  EXPECT_EQ(stopped.finish_reason, "stop");
+  EXPECT_LE(stopped.ids.size(), 4u);
+}
+
+TEST_F(Generate, TheCallbackCanStopItsSequence) {
+  const auto answers = generate(*model_, *tokenizer_, prompts_, {.max_new_tokens = 6},
+                                [](int64_t i, const std::string&) { return i != 1; });
+  EXPECT_LE(answers[1].ids.size(), 2u);
+  EXPECT_EQ(answers[1].finish_reason, "stop");
+  EXPECT_EQ(answers[0].ids.size(), 6u);
+}
+
+TEST_F(Generate, BadPromptsAreRefused) {
+  EXPECT_THROW(generate(*model_, *tokenizer_, {{}}, {}), UsageError);
+  EXPECT_THROW(generate(*model_, *tokenizer_, {{testing::kTinyVocab}}, {}), DataError);
+}
+
+TEST_F(Generate, ASessionReusesWhatItHasSeen) {
+  Session session(*model_, *tokenizer_);
+  const SamplingOptions options{.max_new_tokens = 5};
+  const Ids first = session.answer(prompts_[2], options).ids;
+  EXPECT_EQ(session.reused(), 0);
+  Ids second = prompts_[2];
+  second.insert(second.end(), first.begin(), first.end());
+  second.insert(second.end(), {14, 15});
+  const Ids answer = session.answer(second, options).ids;
+  // 7 prompt tokens and the first 4 of the answer: the fifth was never run through the model.
+  EXPECT_EQ(session.reused(), 11);
+  EXPECT_EQ(answer, greedy_by_full_passes(*model_, second, 5));
+  // Another beginning: only what is equal stays.
+  Ids third = second;
+  third[4] = 2;
+  EXPECT_EQ(session.answer(third, options).ids, greedy_by_full_passes(*model_, third, 5));
+  EXPECT_EQ(session.reused(), 4);
+  // The same prompt again: its last token is computed for its logits.
+  EXPECT_EQ(session.answer(third, options).ids, greedy_by_full_passes(*model_, third, 5));
+  EXPECT_EQ(session.reused(), static_cast<int64_t>(third.size()) - 1);
+}
+
+TEST_F(Generate, ScoresAreLogProbabilitiesOfTheNextToken) {
+  const auto scores = score(*model_, prompts_);
+  EXPECT_TRUE(scores[1].empty());  // a single token has nothing before it
+  for (size_t i : {0, 2}) {
+    const torch::Tensor expected = full_logits(*model_, prompts_[i]).log_softmax(1);
+    ASSERT_EQ(scores[i].size(), prompts_[i].size() - 1);
+    for (size_t t = 0; t + 1 < prompts_[i].size(); ++t) {
+      EXPECT_NEAR(scores[i][t], expected[t][prompts_[i][t + 1]].item<float>(), 1e-5);
+    }
+  }
+}
+
+TEST_F(Generate, SentenceEmbeddingIsTheMeanHiddenState) {
+  const torch::Tensor embeddings = sentence_embeddings(*model_, nn::RaggedBatch::from_sequences(prompts_));
+  torch::NoGradGuard no_grad;
+  nn::ForwardContext context;
+  const torch::Tensor alone = model_->hidden_states(nn::RaggedBatch::from_sequences({prompts_[2]}), context).mean(0);
+  EXPECT_EQ(embeddings.sizes(), (torch::IntArrayRef{3, 16}));
+  EXPECT_TRUE(embeddings[2].allclose(alone, 1e-5, 1e-6));
+  EXPECT_FALSE(embeddings.requires_grad());
+}
+
+}  // namespace
+}  // namespace moesaic::generate
