@@ -1,6 +1,6 @@
 """Tiny random models of every family, transformers as the reference, and the driver that runs Moesaic.
 
-Everything is float32 on one thread-pool; a reference forward takes one sequence at a time, so no padding is involved.
+Everything is float32; a reference forward takes one sequence at a time, so no padding is involved.
 """
 
 import json
@@ -102,7 +102,14 @@ def randomise(model, seed=0):
 
 def make_model(name, folder=None, seed=0):
     """A tiny random model in eval mode, saved to `folder` when one is given."""
-    model = transformers.AutoModelForCausalLM.from_config(FAMILIES[name].config(), attn_implementation="eager")
+    config = FAMILIES[name].config()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    if getattr(config, "attn_logit_softcapping", None):
+        # transformers 5.23 reads this key for Gemma 3 but never hands it to its attention function, which knows it.
+        for layer in model.model.layers:
+            layer.self_attn.register_forward_pre_hook(
+                lambda module, args, kwargs: (args, {**kwargs, "softcap": module.attn_logit_softcapping}),
+                with_kwargs=True)
     randomise(model.float(), seed)
     model.eval().requires_grad_(False)
     if folder is not None:

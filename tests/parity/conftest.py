@@ -9,7 +9,7 @@ def driver():
     """The C++ side, kept running for the whole session."""
     if not common.Driver.executable().exists():
         pytest.fail(f"{common.Driver.executable()} is missing: build the target parity_driver first")
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # the reference's tensors are tiny
     running = common.Driver()
     yield running
     running.close()

@@ -53,9 +53,9 @@ def test_sharded_checkpoint(driver, models, tmp_path):
     common.assert_close(ours["logits"], common.reference_logits(model, ids), "logits")
 
 
-# bfloat16 keeps 8 bits, so one rounding is 2^-9 = 0.2 % of a value. Three layers of some ten roundings each, in another
-# order than transformers', differ by a few of them: ours must be as near to float32 as transformers' bfloat16 is (a
-# factor of 2 for luck), and within 3 % of the largest logit.
+# bfloat16 keeps 8 bits: one rounding is up to 0.2 % of a value, and three layers of some ten roundings each, in another
+# order than transformers', add up to some percent of the largest logit. So the yardstick is transformers itself: our
+# bfloat16 may be at most half as far again from float32 as transformers' bfloat16 is.
 @pytest.mark.parametrize("name", common.ARCHITECTURES)
 def test_bfloat16(name, driver, models, tmp_path):
     model, folder = models(name)
@@ -68,4 +68,4 @@ def test_bfloat16(name, driver, models, tmp_path):
     error = (ours - exact).abs().max() / exact.abs().max()
     their_error = (theirs - exact).abs().max() / exact.abs().max()
     assert error > 0
-    assert error < 0.03 and error < 2 * their_error, f"ours {error:.4f}, transformers {their_error:.4f}"
+    assert error < 1.5 * their_error, f"ours {error:.4f}, transformers {their_error:.4f}"

@@ -27,8 +27,6 @@ IA3 = {
     "queries": dict(target_modules=["q_proj", "k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "down-output": dict(target_modules=["v_proj", "down_proj"], feedforward_modules=[]),
     "every-output": dict(target_modules=["q_proj", "o_proj", "gate_proj", "up_proj"], feedforward_modules=[]),
-    "every-input": dict(target_modules=["q_proj", "o_proj", "down_proj"],
-                        feedforward_modules=["q_proj", "o_proj", "down_proj"]),
 }
 
 
@@ -40,7 +38,7 @@ def peft_model(name, config, seed=5):
         for parameter_name, p in wrapped.named_parameters():
             if p.requires_grad:
                 noise = torch.randn(p.shape, generator=generator)
-                p.copy_(1 + 0.4 * noise if "ia3" in parameter_name else noise / p.shape[1] ** 0.5)
+                p.copy_(1 + 0.4 * noise if "ia3" in parameter_name else 0.6 * noise / p.shape[1] ** 0.5)
     return wrapped.eval()
 
 
@@ -91,6 +89,17 @@ def test_ia3_variants_of_peft(name, variant, driver, models, tmp_path):
     check_peft_adapter_here(name, peft.IA3Config(task_type="CAUSAL_LM", **IA3[variant]), driver, models, tmp_path)
 
 
+def test_ia3_on_other_inputs_is_refused(driver, models, tmp_path):
+    """An input is scaled only at the FFN's way down; PEFT would allow any."""
+    _, folder = models("llama")
+    config = peft.IA3Config(task_type="CAUSAL_LM", target_modules=["o_proj", "down_proj"],
+                            feedforward_modules=["o_proj", "down_proj"])
+    peft_model("llama", config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(common.DriverError, match="o_proj"):
+        driver.call(model=folder, adapter=tmp_path / "adapter", mode="cached", sequences=common.sequences(),
+                    output=tmp_path / "out.safetensors")
+
+
 @pytest.mark.parametrize("name", common.ARCHITECTURES)
 @pytest.mark.parametrize("method", ["lora", "ia3"])
 def test_our_adapter_in_peft(name, method, driver, models, tmp_path):
@@ -129,7 +138,7 @@ def test_scale_multiplies_the_effect(driver, models, tmp_path):
     wrapped = peft_model("llama", peft.LoraConfig(task_type="CAUSAL_LM", **LORA["all-linear"]))
     wrapped.save_pretrained(tmp_path / "adapter")
     for module in wrapped.modules():
-        if hasattr(module, "scaling"):
+        if isinstance(module, peft.tuners.lora.LoraLayer):
             module.scaling["default"] *= 0.25
     ids = common.sequences()
     ours = driver.run(tmp_path / "out.safetensors", model=folder, adapter=tmp_path / "adapter", scale=0.25,

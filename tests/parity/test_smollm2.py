@@ -1,5 +1,6 @@
 """The demo's base, SmolLM2-135M-Instruct from its GGUF, against transformers loading the same file."""
 
+import copy
 import json
 import subprocess
 
@@ -46,15 +47,24 @@ def test_logits(reference, sequences, driver, tmp_path):
     common.assert_close(cached["logits"], theirs, "logits through the cache")
 
 
-# int8 rows with one scale each: a weight moves by at most 1/254 of its row's largest, about 0.4 %; over 30 layers the
-# logits move by some percent. The words must not change.
 def test_int8(reference, sequences, driver, tmp_path):
+    """Weight-only int8: what the float model gives with every linear rounded to 8 bits, one scale per row.
+
+    The tolerance is 10 times the float one: activations are rounded to 16 bits where few rows are computed.
+    """
+    rounded = copy.deepcopy(reference[0])
+    for module in rounded.modules():
+        if isinstance(module, torch.nn.Linear):
+            scale = module.weight.detach().abs().amax(1, keepdim=True) / 127
+            module.weight = torch.nn.Parameter((module.weight.detach() / scale).round() * scale)  # the embedding stays
     with torch.no_grad():
-        theirs = common.reference_logits(reference[0], sequences)
+        theirs = common.reference_logits(rounded, sequences)
     ours = driver.run(tmp_path / "out.safetensors", model=GGUF, mode="cached", quantize=True, sequences=sequences)
-    common.assert_close(ours["logits"], theirs, "logits", relative=0.06)
-    agree = (ours["logits"].argmax(-1) == theirs.argmax(-1)).float().mean().item()
-    assert agree > 0.95, f"best tokens agree in {agree:.0%} of the rows"
+    common.assert_close(ours["logits"], theirs, "logits", relative=10 * common.RELATIVE)
+    with torch.no_grad():
+        exact = common.reference_logits(reference[0], sequences)
+    agree = (ours["logits"].argmax(-1) == exact.argmax(-1)).float().mean().item()
+    assert agree > 0.9, f"int8 and float32 name the same best token in {agree:.0%} of the rows"
 
 
 def test_greedy(reference, prompt, driver):
