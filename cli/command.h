@@ -27,11 +27,15 @@ using Runner = std::function<int()>;
 using AddVerb = Runner (*)(CLI::App& app, CommonOptions& common);
 
 Runner add_chat(CLI::App& app, CommonOptions& common);
+Runner add_data(CLI::App& app, CommonOptions& common);
 Runner add_doctor(CLI::App& app, CommonOptions& common);
 Runner add_eval(CLI::App& app, CommonOptions& common);
+Runner add_export(CLI::App& app, CommonOptions& common);
 Runner add_generate(CLI::App& app, CommonOptions& common);
 Runner add_inspect(CLI::App& app, CommonOptions& common);
+Runner add_merge(CLI::App& app, CommonOptions& common);
 Runner add_routes(CLI::App& app, CommonOptions& common);
 Runner add_score(CLI::App& app, CommonOptions& common);
+Runner add_train(CLI::App& app, CommonOptions& common);
 
 }  // namespace moesaic::cli

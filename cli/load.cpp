@@ -103,6 +103,20 @@ torch::Tensor LoadedModel::sentence_of(const std::vector<std::vector<int64_t>>& 
   return generate::sentence_embeddings(*model, nn::RaggedBatch::from_sequences(prompts, model->device()));
 }
 
+eval::EvalModel LoadedModel::for_evaluation() const {
+  eval::EvalModel view{*model, *tokenizer, chat_template.get()};
+  for (const auto& adapter : adapters) {
+    const adapters::AdapterConfig& config = adapter->config();
+    view.routed = view.routed || config.num_experts > 1;
+    if (config.router.input != "sentence") continue;
+    (config.router.sentence_source == "hidden" ? view.sentence_from_hidden : view.sentence_from_column) = true;
+  }
+  MOESAIC_CHECK(!view.sentence_from_hidden || !view.sentence_from_column, UsageError,
+                "--adapter: one adapter routes by the model's own sentence embedding and another by a data column's. "
+                "Evaluate them one at a time.");
+  return view;
+}
+
 LoadedModel load_model(const ModelOptions& options, const CommonOptions& common, bool need_tokenizer) {
   MOESAIC_CHECK(fs::exists(options.model), UsageError,
                 "--model {}: no such file or folder. Expected a folder with config.json and *.safetensors, or a .gguf file.",

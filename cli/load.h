@@ -3,6 +3,7 @@
 #pragma once
 #include "cli/command.h"
 #include "moesaic/adapters/adapter.h"
+#include "moesaic/eval/evaluate.h"
 #include "moesaic/formats/checkpoint.h"
 #include "moesaic/generate/generate.h"
 #include "moesaic/models/causal_lm.h"
@@ -44,6 +45,8 @@ struct LoadedModel {
   /// Sentence embeddings [B, d_e] for `prompts`, made by the frozen model; undefined when no router reads them.
   /// Throws UsageError when the adapter was trained on a column's embeddings.
   torch::Tensor sentence_of(const std::vector<std::vector<int64_t>>& prompts) const;
+  /// The same as eval/ wants it. Throws UsageError when adapters want sentence vectors of different sources.
+  eval::EvalModel for_evaluation() const;
 };
 
 /// The flags that say how tokens are chosen.

@@ -20,10 +20,16 @@ struct Verb {
 };
 
 constexpr Verb kVerbs[] = {
+    {"train", "Train an adapter (or the whole model) from a run file", add_train},
+    {"merge", "Fold an adapter with one expert into its base model", add_merge},
+    {"export", "A model or adapter in the form transformers or PEFT load", add_export},
     {"generate", "Answer one prompt or a file of prompts", add_generate},
     {"chat", "Talk with a model in the terminal", add_chat},
     {"score", "Log-probability of every token of a text", add_score},
+    {"eval", "Score a model on task files: rank classification and generation", add_eval},
+    {"routes", "Which experts an adapter uses for which task, layer and token", add_routes},
     {"inspect", "What is in a file or folder; what a method would train", add_inspect},
+    {"data", "Look at training data: preview a run, validate a file, write the demo's skills", add_data},
     {"doctor", "What this machine offers: devices, threads, number formats, versions", add_doctor},
 };
 
@@ -49,26 +55,27 @@ int fail(ExitCode code, const std::string& message) {
   return static_cast<int>(code);
 }
 
-/// The "did you mean" of an unknown verb or flag, or "".
-std::string hint_for(const CLI::App& app, const std::vector<std::string>& args) {
-  const bool has_verb = !args.empty() && !args[0].empty() && args[0][0] != '-';
-  if (!has_verb) return "";
+/// What is wrong with an unknown verb or flag in `args`, with the nearest known one; "" when all are known.
+std::string unknown_word(const CLI::App& app, const std::vector<std::string>& args) {
+  auto message = [](const char* what, const std::string& got, const std::vector<std::string>& known) {
+    const std::string nearest = nearest_name(got, known);
+    return fmt::format("unknown {} '{}'.{}", what, got, nearest.empty() ? "" : fmt::format(" Did you mean '{}'?", nearest));
+  };
+  if (args[0].empty() || args[0][0] == '-') return "";
   std::vector<std::string> known;
   for (const Verb& verb : kVerbs) known.push_back(verb.name);
-  if (std::find(known.begin(), known.end(), args[0]) == known.end()) {
-    std::string nearest = nearest_name(args[0], known);
-    return nearest.empty() ? "" : fmt::format(" Did you mean '{}'?", nearest);
-  }
+  if (std::find(known.begin(), known.end(), args[0]) == known.end()) return message("command", args[0], known);
   const CLI::App* verb = app.get_subcommand(args[0]);
+  if (!verb->get_subcommands([](const CLI::App*) { return true; }).empty()) return "";
   known.clear();
   for (const CLI::Option* option : verb->get_options()) {
     for (const std::string& name : option->get_lnames()) known.push_back("--" + name);
   }
-  for (size_t i = 1; i < args.size(); ++i) {
-    std::string flag = args[i].substr(0, args[i].find('='));
+  for (const std::string& arg : args) {
+    const std::string flag = arg.substr(0, arg.find('='));
+    if (flag == "--") return "";  // what follows is no flag
     if (flag.rfind("--", 0) != 0 || std::find(known.begin(), known.end(), flag) != known.end()) continue;
-    std::string nearest = nearest_name(flag, known);
-    if (!nearest.empty()) return fmt::format(" Did you mean '{}'?", nearest);
+    return message("flag", flag, known);
   }
   return "";
 }
@@ -103,8 +110,10 @@ int run(int argc, char** argv) {
   } catch (const CLI::Success& request) {  // --help, --version
     return app.exit(request);
   } catch (const CLI::ParseError& error) {
-    std::string verb = app.get_subcommands().empty() ? "" : app.get_subcommands()[0]->get_name() + " ";
-    return fail(ExitCode::kUsage, fmt::format("{}.{} See `moesaic {}--help`.", error.what(), hint_for(app, args), verb));
+    const std::string verb = app.get_subcommands().empty() ? "" : app.get_subcommands()[0]->get_name() + " ";
+    const std::string unknown = unknown_word(app, args);
+    const std::string what = unknown.empty() ? std::string(error.what()) + "." : unknown;
+    return fail(ExitCode::kUsage, fmt::format("{} See `moesaic {}--help`.", what, verb));
   }
   for (const auto& [sub, verb] : runners) {
     if (!sub->parsed()) continue;

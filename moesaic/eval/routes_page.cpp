@@ -54,8 +54,8 @@ constexpr const char* kHead = R"html(<!doctype html>
   <label>Show <select id="metric"><option value="mean_prob">mean probability</option><option value="top1_share">share of tokens with this expert first</option></select></label>
 </div>
 <section><h2>Experts of each task</h2>
-  <p class="note">Mean over all layers, then layer by layer (a row is a task, a column an expert; point at a cell for its value). Equal use would be <span id="uniform"></span> everywhere.</p>
-  <div class="scroll" id="overall"></div><div class="scale" id="scale"></div><div class="layers" id="layers"></div></section>
+  <p class="note">Mean over all layers, then layer by layer (a row is a task, a column an expert; point at a cell for its value). Equal use would be <span id="uniform"></span> everywhere. Colours run from the lowest to the highest value shown: of the table, and of all layers together.</p>
+  <div class="scroll" id="overall"></div><div class="layers" id="layers"></div><div class="scale" id="scale"></div></section>
 <section><h2>How decided the routers are</h2>
   <p class="note">Entropy of the routing by layer, as a share of its largest value: 1 mixes all experts equally, 0 always takes one.</p>
   <div class="scroll" id="entropy"></div><div class="legend" id="tasks"></div></section>
@@ -116,16 +116,19 @@ function drawHeat() {
   const kind = el('kind').value, metric = el('metric').value, sites = sitesOf(kind), experts = data.sites[sites[0]].experts;
   const at = (t, s, e) => data.tasks[tasks[t]].sites[s][metric][e];
   const mean = (t, e) => sites.reduce((sum, s) => sum + at(t, s, e), 0) / sites.length;
-  let high = 0;
-  for (let t = 0; t < tasks.length; t++) for (const s of sites) for (let e = 0; e < experts; e++) high = Math.max(high, at(t, s, e));
+  let low = 1, high = 0, meanLow = 1, meanHigh = 0;
+  for (let t = 0; t < tasks.length; t++) for (let e = 0; e < experts; e++) {
+    for (const s of sites) { low = Math.min(low, at(t, s, e)); high = Math.max(high, at(t, s, e)); }
+    meanLow = Math.min(meanLow, mean(t, e)); meanHigh = Math.max(meanHigh, mean(t, e));
+  }
   el('uniform').textContent = (1 / experts).toFixed(3);
-  el('overall').replaceChildren(heatTable(tasks, Array.from({ length: experts }, (_, e) => 'expert ' + e), mean, 0, high));
+  el('overall').replaceChildren(heatTable(tasks, Array.from({ length: experts }, (_, e) => 'expert ' + e), mean, meanLow, meanHigh));
   const bar = make('i'); bar.style.background = `linear-gradient(90deg, ${ramp.map(css).join(',')})`;
-  el('scale').replaceChildren('0', bar, high.toFixed(2));
+  el('scale').replaceChildren('layers: ' + low.toFixed(3), bar, high.toFixed(3));
   const cell = Math.max(7, Math.min(16, Math.floor(150 / experts)));
   el('layers').replaceChildren(...sites.map(site => {
     const canvas = make('canvas', { width: experts * cell, height: tasks.length * cell }), g = canvas.getContext('2d');
-    tasks.forEach((_, t) => { for (let e = 0; e < experts; e++) { g.fillStyle = css(shade(at(t, site, e) / high)); g.fillRect(e * cell, t * cell, cell - 1, cell - 1); } });
+    tasks.forEach((_, t) => { for (let e = 0; e < experts; e++) { g.fillStyle = css(shade((at(t, site, e) - low) / ((high - low) || 1))); g.fillRect(e * cell, t * cell, cell - 1, cell - 1); } });
     canvas.onmousemove = event => {
       const box = canvas.getBoundingClientRect(), e = Math.min(experts - 1, Math.max(0, Math.floor((event.clientX - box.left) / cell))), t = Math.min(tasks.length - 1, Math.max(0, Math.floor((event.clientY - box.top) / cell)));
       showTip(event, [`${tasks[t]}, expert ${e}: ${at(t, site, e).toFixed(3)}`]);
@@ -141,7 +144,7 @@ function drawEntropy() {
   const chart = svg('svg', { viewBox: `0 0 ${w} ${h}`, width: '100%', style: 'min-width:640px' });
   for (const v of [0, 0.25, 0.5, 0.75, 1]) chart.append(svg('line', { x1: left, x2: w - 14, y1: y(v), y2: y(v), stroke: '#dfe3ea' }), svg('text', { x: left - 8, y: y(v) + 4, 'text-anchor': 'end', 'font-size': 12, fill: '#5d6779' }, v));
   const step = Math.ceil(sites.length / 16);
-  sites.forEach((s, i) => { if (i % step === 0) chart.append(svg('text', { x: x(i), y: h - 10, 'text-anchor': 'middle', 'font-size': 12, fill: '#5d6779' }, data.sites[s].layer)); });
+  sites.forEach((s, i) => { if (i % step === 0 && sites.length - i > step) chart.append(svg('text', { x: x(i), y: h - 10, 'text-anchor': 'middle', 'font-size': 12, fill: '#5d6779' }, data.sites[s].layer)); });
   chart.append(svg('text', { x: w - 14, y: h - 10, 'text-anchor': 'end', 'font-size': 12, fill: '#5d6779' }, 'layer'));
   tasks.forEach((task, t) => {
     const values = sites.map(s => data.tasks[task].sites[s].entropy / most), colour = lineColour(t, tasks.length);

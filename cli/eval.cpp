@@ -1,0 +1,102 @@
+// moesaic eval: tasks from files through a model and its adapters; scores as a table and as JSON.
+#include <iostream>
+
+#include "cli/load.h"
+#include "moesaic/base/progress.h"
+#include "moesaic/eval/report.h"
+
+namespace moesaic::cli {
+namespace {
+
+struct Options {
+  ModelOptions model;
+  std::vector<std::string> tasks;
+  eval::TaskOptions task;
+  eval::EvalOptions eval;
+  std::string batch_size = "auto", output_path;
+  bool log_samples = false, json = false;
+};
+
+int run(Options options, const CommonOptions& common) {
+  if (options.batch_size != "auto") {
+    size_t used = 0;
+    try {
+      options.eval.batch_size = std::stoll(options.batch_size, &used);
+    } catch (const std::exception&) {
+    }
+    MOESAIC_CHECK(used == options.batch_size.size() && options.eval.batch_size > 0, UsageError,
+                  "--batch_size: got '{}', expected a number above 0 or auto", options.batch_size);
+  }
+  MOESAIC_CHECK(!options.log_samples || !options.output_path.empty(), UsageError,
+                "--log_samples needs --output_path: that is where the samples go");
+  const std::vector<eval::Task> tasks = eval::load_tasks(options.tasks, options.task);
+  const LoadedModel loaded = load_model(options.model, common);
+  const eval::EvalModel model = loaded.for_evaluation();
+  options.eval.generation.eos_ids = loaded.eos_ids();
+  options.eval.generation.seed = common.seed;
+
+  std::vector<eval::TaskResult> results;
+  double seconds = 0;
+  for (const eval::Task& task : tasks) {
+    Progress progress(task.name, static_cast<int64_t>(task.items.size()));
+    results.push_back(eval::evaluate(model, task, options.eval, [&](int64_t done) { progress.update(done); }));
+    progress.finish();
+    seconds += results.back().seconds;
+  }
+
+  eval::RunInfo info;
+  info.version = kVersion;
+  info.model = options.model.model;
+  info.model_args = {{"model", options.model.model}, {"adapters", options.model.adapters}, {"dtype", common.dtype}};
+  if (options.model.quantize != "none") info.model_args["quantize"] = options.model.quantize;
+  info.batch_size = options.batch_size;
+  info.device = loaded.model->device().str();
+  info.limit = options.task.limit;
+  info.num_fewshot = options.task.num_fewshot;
+  info.seed = common.seed;
+  if (options.eval.apply_chat_template) info.chat_template = loaded.chat_template->source();
+  info.seconds = seconds;
+  const OrderedJson json = eval::results_json(results, tasks, options.eval, info);
+  if (options.json) {
+    std::cout << json.dump(2, ' ', false, OrderedJson::error_handler_t::replace) << '\n';
+  } else {
+    std::cout << eval::results_table(results);
+  }
+  if (!options.output_path.empty()) {
+    const auto path = eval::write_results(options.output_path, json, results, info, options.log_samples);
+    spdlog::info("results written to {}", path.string());
+  }
+  return 0;
+}
+
+}  // namespace
+
+Runner add_eval(CLI::App& app, CommonOptions& common) {
+  auto options = std::make_shared<Options>();
+  options->eval.generation.max_new_tokens = 128;
+  add_model_options(app, options->model);
+  app.add_option("--tasks", options->tasks, "Task files or folders, comma-separated or repeated")->required()->delimiter(',');
+  app.add_option("--batch_size", options->batch_size, "Questions side by side, or auto")->capture_default_str();
+  app.add_option("--limit", options->task.limit, "Questions per task at most; 0 = all")
+      ->capture_default_str()
+      ->check(CLI::NonNegativeNumber);
+  app.add_option("--num_fewshot", options->task.num_fewshot, "Positive examples in the prompt (Super-NaturalInstructions)")
+      ->capture_default_str()
+      ->check(CLI::Range(0, 100));
+  app.add_flag("--generate", options->task.generate, "Let the model write even where the answers are a closed set");
+  app.add_flag("--apply_chat_template", options->eval.apply_chat_template, "Ask through the model's chat template");
+  app.add_flag("--score_eos", options->eval.score_eos, "Score the EOS token behind each choice too, as T0 does");
+  app.add_option("--target_delimiter", options->eval.target_delimiter, "Between prompt and choice, without chat template")
+      ->capture_default_str();
+  app.add_option("--max_gen_toks", options->eval.generation.max_new_tokens, "Tokens of a generated answer at most")
+      ->capture_default_str();
+  app.add_option("--until", options->eval.generation.stop, "Text that ends a generated answer; may be repeated")
+      ->expected(1)
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  app.add_option("--output_path", options->output_path, "Folder for results_*.json");
+  app.add_flag("--log_samples", options->log_samples, "Write every question and answer beside the results");
+  app.add_flag("--json", options->json, "Print the results as JSON instead of a table");
+  return [options, &common] { return run(*options, common); };
+}
+
+}  // namespace moesaic::cli
