@@ -2,10 +2,9 @@
 mod template;
 mod tokenizer;
 
-use std::cell::RefCell;
 use std::os::raw::c_char;
 use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::sync::Once;
+use std::sync::{Mutex, Once};
 
 use template::ChatTemplate;
 use tokenizer::BridgeTokenizer;
@@ -32,20 +31,26 @@ pub struct EncodingOut {
     size: usize,
 }
 
-thread_local! {
-    static PANIC: RefCell<String> = const { RefCell::new(String::new()) };
-}
+/// Where and why the last panic was, in whichever thread.
+static PANIC: Mutex<String> = Mutex::new(String::new());
 
 /// Runs `f`; an error or a panic becomes text in `error` and `None`.
 fn guard<T>(error: *mut Text, f: impl FnOnce() -> Result<T, String>) -> Option<T> {
     static QUIET: Once = Once::new();
     QUIET.call_once(|| {
-        std::panic::set_hook(Box::new(|info| PANIC.with(|text| *text.borrow_mut() = info.to_string().replace('\n', " "))));
+        std::panic::set_hook(Box::new(|info| {
+            if let Ok(mut text) = PANIC.lock() {
+                *text = info.to_string().replace('\n', " ");
+            }
+        }));
     });
     let reason = match catch_unwind(AssertUnwindSafe(f)) {
         Ok(Ok(value)) => return Some(value),
         Ok(Err(reason)) => reason,
-        Err(_) => PANIC.with(|text| format!("internal error of the library ({})", text.borrow())),
+        Err(_) => {
+            let text = PANIC.lock().map_or(String::new(), |text| text.clone());
+            format!("internal error of the library ({text})")
+        }
     };
     if !error.is_null() {
         unsafe { *error = reason.into() };

@@ -9,8 +9,11 @@ use minijinja_contrib::pycompat;
 
 const NAME: &str = "chat_template";
 const MAX_SOURCE_BYTES: usize = 1 << 20;
-/// One unit per instruction and per 64 bytes made: a second of work or 640 MB at most.
-const FUEL: u64 = 10_000_000;
+/// One unit per instruction and per 64 bytes made: a fraction of a second of work or 128 MB at most.
+const FUEL: u64 = 2_000_000;
+/// Dropping a value goes one call deeper per level of nesting, and FUEL buys about a million levels. Only what is
+/// touched of the stack takes memory.
+const STACK_BYTES: usize = 256 << 20;
 const MAX_JSON_DEPTH: usize = 200;
 
 pub struct ChatTemplate {
@@ -41,6 +44,14 @@ impl ChatTemplate {
     }
 
     pub fn render(&self, context: &[u8]) -> Result<String, String> {
+        std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, || self.render_here(context));
+            let thread = thread.map_err(|e| format!("cannot start a thread to render in: {e}"))?;
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    fn render_here(&self, context: &[u8]) -> Result<String, String> {
         let context: Value = serde_json::from_slice(context).map_err(|e| format!("the conversation does not parse: {e}"))?;
         self.environment.get_template(NAME).and_then(|template| template.render(context)).map_err(describe)
     }
