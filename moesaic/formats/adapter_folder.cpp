@@ -8,21 +8,27 @@ constexpr std::string_view kPrefix = "base_model.model.";
 constexpr const char* kConfigName = "adapter_config.json";
 constexpr const char* kTensorsName = "adapter_model.safetensors";
 
+/// False also for what can't be looked at: a link that points to itself, a folder without permission.
+bool is_there(const fs::path& path) {
+  std::error_code ignored;
+  return fs::exists(path, ignored);
+}
+
 /// `dir` itself, or its `default` sub-folder when the adapter stands there.
 fs::path find_adapter(const fs::path& dir) {
   MOESAIC_CHECK(fs::is_directory(dir), DataError, "{}: no such folder; expected one with {} and {}", dir.string(),
                 kConfigName, kTensorsName);
-  if (fs::exists(dir / kConfigName)) return dir;
-  if (fs::exists(dir / "default" / kConfigName)) return dir / "default";
+  if (is_there(dir / kConfigName)) return dir;
+  if (is_there(dir / "default" / kConfigName)) return dir / "default";
   std::vector<std::string> others;
   for (const auto& entry : fs::directory_iterator(dir)) {
-    if (fs::exists(entry.path() / kConfigName)) others.push_back(entry.path().filename().string());
+    if (is_there(entry.path() / kConfigName)) others.push_back(entry.path().filename().string());
   }
   std::sort(others.begin(), others.end());
   std::string hint;
   if (!others.empty()) {
     hint = fmt::format(" Adapters stand in its sub-folders: {}. Name one.", fmt::join(others, ", "));
-  } else if (fs::exists(dir / "config.json")) {
+  } else if (is_there(dir / "config.json")) {
     hint = " It looks like a whole model.";
   }
   throw DataError(fmt::format("{}: has no {}.{}", dir.string(), kConfigName, hint));
@@ -52,8 +58,8 @@ AdapterFolder parse_adapter(std::string_view config_text, Bytes tensors, const s
 
 AdapterFolder read_adapter_folder(const fs::path& dir) {
   const fs::path found = find_adapter(dir);
-  if (!fs::exists(found / kTensorsName)) {
-    MOESAIC_CHECK(!fs::exists(found / "adapter_model.bin"), DataError,
+  if (!is_there(found / kTensorsName)) {
+    MOESAIC_CHECK(!is_there(found / "adapter_model.bin"), DataError,
                   "{0}: holds adapter_model.bin, a pickle, which is not read. Convert it:\n"
                   "  python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('{0}/adapter_model.bin', "
                   "weights_only=True, map_location='cpu'), '{0}/{1}')\"",
@@ -64,7 +70,9 @@ AdapterFolder read_adapter_folder(const fs::path& dir) {
 }
 
 void write_adapter_folder(const fs::path& dir, const AdapterFolder& adapter) {
-  fs::create_directories(dir);
+  std::error_code error;
+  fs::create_directories(dir, error);
+  MOESAIC_CHECK(!error, DataError, "{}: the folder can't be made: {}", dir.string(), error.message());
   TensorMap prefixed;
   for (const auto& [name, tensor] : adapter.tensors) prefixed.emplace(std::string(kPrefix) + name, tensor);
   save_safetensors(dir / kTensorsName, prefixed);

@@ -6,6 +6,7 @@
 #include <mutex>
 
 #include "moesaic/base/sha256.h"
+#include "moesaic/formats/bytes.h"
 #include "moesaic/formats/config.h"
 #include "moesaic/formats/gguf_checkpoint.h"
 #include "moesaic/formats/safetensors.h"
@@ -19,6 +20,12 @@ constexpr const char* kSingleName = "model.safetensors";
 constexpr const char* kIndexName = "model.safetensors.index.json";
 constexpr size_t kMaxListedErrors = 10;
 
+/// False also for what can't be looked at: a link that points to itself, a folder without permission.
+bool is_there(const fs::path& path) {
+  std::error_code ignored;
+  return fs::exists(path, ignored);
+}
+
 std::string first_few(const std::vector<std::string>& items) {
   const size_t shown = std::min(items.size(), kMaxListedErrors);
   std::string text = fmt::format("{}", fmt::join(items.begin(), items.begin() + shown, "\n  "));
@@ -28,7 +35,7 @@ std::string first_few(const std::vector<std::string>& items) {
 
 /// What a folder without config.json probably is.
 std::string folder_hint(const fs::path& dir) {
-  if (fs::exists(dir / "adapter_config.json")) return " It is an adapter's folder: give it as the adapter.";
+  if (is_there(dir / "adapter_config.json")) return " It is an adapter's folder: give it as the adapter.";
   for (const auto& entry : fs::directory_iterator(dir)) {
     if (entry.path().extension() == ".gguf") return fmt::format(" Did you mean '{}'?", entry.path().string());
   }
@@ -58,7 +65,7 @@ class FolderCheckpoint : public Checkpoint {
  public:
   FolderCheckpoint(const fs::path& dir, bool weights) {
     path_ = dir;
-    MOESAIC_CHECK(fs::exists(dir / kConfigName), DataError, "{}: has no {}.{}", dir.string(), kConfigName,
+    MOESAIC_CHECK(is_there(dir / kConfigName), DataError, "{}: has no {}.{}", dir.string(), kConfigName,
                   folder_hint(dir));
     const Json raw = read_json(dir / kConfigName, size_t{16} << 20);
     config_ = normalise_config(raw, (dir / kConfigName).string());
@@ -88,7 +95,7 @@ class FolderCheckpoint : public Checkpoint {
 
   std::optional<std::string> tokenizer_json() const override {
     const fs::path file = path_ / "tokenizer.json";
-    if (!fs::exists(file)) return std::nullopt;
+    if (!is_there(file)) return std::nullopt;
     return read_file(file, size_t{256} << 20);
   }
 
@@ -101,7 +108,7 @@ class FolderCheckpoint : public Checkpoint {
   }
 
   std::optional<std::string> chat_template() const override {
-    if (fs::exists(path_ / "chat_template.jinja")) return read_file(path_ / "chat_template.jinja", size_t{16} << 20);
+    if (is_there(path_ / "chat_template.jinja")) return read_file(path_ / "chat_template.jinja", size_t{16} << 20);
     for (const char* name : {"chat_template.json", "tokenizer_config.json"}) {
       const Json json = optional_json(name);
       const auto it = json.find("chat_template");
@@ -146,20 +153,20 @@ class FolderCheckpoint : public Checkpoint {
 
   Json optional_json(const char* name) const {
     const fs::path file = path_ / name;
-    if (!fs::exists(file)) return Json::object();
+    if (!is_there(file)) return Json::object();
     Json json = read_json(file, size_t{64} << 20);
     MOESAIC_CHECK(json.is_object(), FormatError, "{}: is not a JSON object", file.string());
     return json;
   }
 
   void open_weights() {
-    if (fs::exists(path_ / kSingleName)) {
+    if (is_there(path_ / kSingleName)) {
       files_.push_back(std::make_unique<SafetensorsFile>(path_ / kSingleName));
       for (const auto& name : files_[0]->names()) tensors_.emplace(name, Location{files_[0].get(), name});
-    } else if (fs::exists(path_ / kIndexName)) {
+    } else if (is_there(path_ / kIndexName)) {
       open_shards();
     } else {
-      const bool pickle = fs::exists(path_ / "pytorch_model.bin") || fs::exists(path_ / "pytorch_model.bin.index.json");
+      const bool pickle = is_there(path_ / "pytorch_model.bin") || is_there(path_ / "pytorch_model.bin.index.json");
       throw DataError(fmt::format(
           "{}: has no {} and no {}.{}", path_.string(), kSingleName, kIndexName,
           pickle ? " pytorch_model.bin is a pickle, which is not read: load the folder with transformers and save it with"
@@ -186,7 +193,7 @@ class FolderCheckpoint : public Checkpoint {
       shards.emplace(shard.get<std::string>(), nullptr);
     }
     for (const auto& [shard, _] : shards) {
-      if (!fs::exists(path_ / shard)) errors.push_back(fmt::format("shard '{}' is missing", shard));
+      if (!is_there(path_ / shard)) errors.push_back(fmt::format("shard '{}' is missing", shard));
     }
     MOESAIC_CHECK(errors.empty(), FormatError, "{}:\n  {}", where, first_few(errors));
 
@@ -258,7 +265,7 @@ std::string fingerprint_of(const std::vector<std::string>& names,
 }
 
 std::shared_ptr<Checkpoint> Checkpoint::open(const fs::path& path, bool weights) {
-  MOESAIC_CHECK(fs::exists(path), DataError, "{}: no such file or folder; expected a model folder or a .gguf file",
+  MOESAIC_CHECK(is_there(path), DataError, "{}: no such file or folder; expected a model folder or a .gguf file",
                 path.string());
   if (fs::is_directory(path)) return std::make_shared<FolderCheckpoint>(path, weights);
   if (path.extension() == ".safetensors" || path.filename() == kConfigName) {

@@ -295,6 +295,9 @@ class GgufCheckpoint : public Checkpoint {
                   hidden, heads_, kv_heads_);
     const int64_t head_dim = metadata.find_size("attention.key_length")
                                  .value_or(metadata.find_size("rope.dimension_count").value_or(hidden / heads_));
+    const int64_t rotated = metadata.find_size("rope.dimension_count").value_or(head_dim);
+    MOESAIC_CHECK(rotated == head_dim, DataError,
+                  "{}: {} of each head's {} sizes are rotated (rope.dimension_count); expected all", where, rotated, head_dim);
     config["num_key_value_heads"] = kv_heads_;
     config["head_dim"] = head_dim;
     config["tie_word_embeddings"] = !tensors_.contains("lm_head.weight");

@@ -12,6 +12,8 @@ namespace {
 constexpr size_t kMaxTokenBytes = 1024;  // deriving merges takes time proportional to its square
 constexpr std::string_view kSpaceMark = "\xE2\x96\x81";  // U+2581, SentencePiece's space
 
+constexpr const char* kPreKey = "tokenizer.ggml.pre";
+
 // tokenizer.ggml.token_type
 constexpr double kControl = 3, kUserDefined = 4;
 
@@ -57,12 +59,8 @@ const std::vector<PreTokenizer>& pre_tokenizers() {
 
 /// The file's pre-tokenizer. Old files name none: then the architecture's own.
 const PreTokenizer& find_pre_tokenizer(const GgufFile& file) {
-  std::string name = file.find_string("tokenizer.ggml.pre").value_or("");
-  if (name.empty()) {
-    name = file.find_string("general.architecture").value_or("").starts_with("qwen") ? "qwen2" : "gpt-2";
-    spdlog::warn("{}: tokenizer.ggml.pre is missing; '{}' is assumed. Convert the model again if its text looks wrong.",
-                 file.bytes().where, name);
-  }
+  std::string name = file.find_string(kPreKey).value_or("");
+  if (name.empty()) name = file.find_string("general.architecture").value_or("").starts_with("qwen") ? "qwen2" : "gpt-2";
   std::vector<const char*> known;
   for (const auto& pre : pre_tokenizers()) {
     for (const char* candidate : pre.names) {
@@ -70,9 +68,9 @@ const PreTokenizer& find_pre_tokenizer(const GgufFile& file) {
       known.push_back(candidate);
     }
   }
-  throw DataError(fmt::format("{}: tokenizer.ggml.pre: got '{}', expected one of {}. A folder with the model's own "
-                              "tokenizer.json can be used instead.",
-                              file.bytes().where, name.substr(0, 80), fmt::join(known, ", ")));
+  throw DataError(fmt::format("{}: {}: got '{}', expected one of {}. A folder with the model's own tokenizer.json can be "
+                              "used instead.",
+                              file.bytes().where, kPreKey, name.substr(0, 80), fmt::join(known, ", ")));
 }
 
 std::string utf8(uint32_t point) {  // below U+0800
@@ -323,6 +321,10 @@ Json shell(const GgufFile& file, const Vocabulary& vocabulary) {
 
 std::string byte_level_json(const GgufFile& file) {
   const PreTokenizer& pre = find_pre_tokenizer(file);
+  if (!file.contains(kPreKey)) {
+    spdlog::warn("{}: {} is missing; '{}' is assumed. Convert the model again if its text looks wrong.",
+                 file.bytes().where, kPreKey, pre.names[0]);
+  }
   Vocabulary vocabulary = read_vocabulary(file);
   for (size_t id = 0; id < vocabulary.tokens.size(); ++id) {
     const bool added = vocabulary.is(id, kControl) || vocabulary.is(id, kUserDefined);

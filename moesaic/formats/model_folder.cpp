@@ -67,7 +67,9 @@ void write_model_folder(const fs::path& dir, const ModelFolder& model) {
                   "{}: tie_word_embeddings is true, but {} differs from {}", where, kHead, kEmbedding);
     tensors.erase(kHead);
   }
-  fs::create_directories(dir);
+  std::error_code error;
+  fs::create_directories(dir, error);
+  MOESAIC_CHECK(!error, DataError, "{}: the folder can't be made: {}", where, error.message());
 
   size_t total = 0;
   const auto shards = plan_shards(tensors, model.dtype, model.max_shard_bytes, total);

@@ -116,7 +116,7 @@ TEST(Checkpoint, AShardThatPointsToItselfEndsInAnError) {
   write_shards(folder.path());
   std::filesystem::remove(folder / "model-00002-of-00002.safetensors");
   std::filesystem::create_symlink("model-00002-of-00002.safetensors", folder / "model-00002-of-00002.safetensors");
-  EXPECT_THROW(Checkpoint::open(folder.path()), std::exception);
+  EXPECT_ERROR(Checkpoint::open(folder.path()), FormatError, "'model-00002-of-00002.safetensors' is missing");
 }
 
 TEST(Checkpoint, MissingPartsAreExplained) {

@@ -80,6 +80,8 @@ TEST(ModelFolder, AHeadThatIsNotTiedIsKeptOrRefused) {
   ModelFolder model = tiny();
   model.tensors["lm_head.weight"] = torch::zeros({4, 2});
   EXPECT_ERROR(write_model_folder(folder.path(), model), DataError, "lm_head.weight", "differs");
+  test::write_file(folder / "file", "");
+  EXPECT_ERROR(write_model_folder(folder / "file" / "model", tiny()), DataError, "can't be made");
   model.config["tie_word_embeddings"] = false;
   write_model_folder(folder.path(), model);
   EXPECT_TRUE(Checkpoint::open(folder.path())->contains("lm_head.weight"));
