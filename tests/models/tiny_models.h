@@ -1,0 +1,92 @@
+// Tiny random models of every family.
+#pragma once
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "moesaic/models/causal_lm.h"
+
+namespace moesaic::test {
+
+/// A few KB of config.json per family, with odd sizes, GQA, MQA, tied and untied heads, windows and rope scalings.
+inline std::vector<std::pair<std::string, Json>> tiny_configs() {
+  auto with = [](Json config, const Json& changes) {
+    config.update(changes);
+    return config;
+  };
+  const Json base{{"vocab_size", 53},         {"hidden_size", 24},          {"intermediate_size", 37},
+                  {"num_hidden_layers", 2},   {"num_attention_heads", 4},   {"num_key_value_heads", 2},
+                  {"max_position_embeddings", 64}};
+  return {
+      {"llama", with(base, {{"model_type", "llama"}})},
+      {"llama mqa, biases, tied",
+       with(base, {{"model_type", "llama"}, {"num_key_value_heads", 1}, {"attention_bias", true}, {"mlp_bias", true},
+                   {"tie_word_embeddings", true}})},
+      {"llama yarn", with(base, {{"model_type", "llama"},
+                                 {"rope_scaling", {{"rope_type", "yarn"}, {"factor", 4.0},
+                                                   {"original_max_position_embeddings", 16}}}})},
+      {"mistral", with(base, {{"model_type", "mistral"}, {"sliding_window", 4}})},
+      {"qwen2", with(base, {{"model_type", "qwen2"}, {"use_sliding_window", true}, {"sliding_window", 3},
+                            {"max_window_layers", 1}, {"tie_word_embeddings", true}})},
+      {"qwen3", with(base, {{"model_type", "qwen3"}, {"head_dim", 10}})},
+      {"gemma3", with(base, {{"model_type", "gemma3_text"}, {"head_dim", 8}, {"sliding_window", 4},
+                             {"sliding_window_pattern", 2}, {"query_pre_attn_scalar", 12},
+                             {"attn_logit_softcapping", 6.0}, {"final_logit_softcapping", 4.0}})},
+  };
+}
+
+/// A model with random weights: matrices ~ N(0, 0.3), norms around their neutral value.
+inline std::shared_ptr<models::CausalLM> random_model(const Json& config, torch::Dtype dtype = torch::kFloat32,
+                                                      uint64_t seed = 0) {
+  torch::NoGradGuard no_grad;
+  torch::manual_seed(seed);
+  const auto parsed = models::parse_decoder_config(config, "config.json");
+  auto model = std::make_shared<models::CausalLM>(parsed, torch::TensorOptions(dtype));
+  for (auto& item : model->named_parameters()) {
+    const bool norm = item.key().find("norm") != std::string::npos;
+    const double centre = norm && !parsed.norm_plus_one ? 1.0 : 0.0;
+    item.value().copy_(torch::randn(item.value().sizes(), torch::kFloat64) * 0.3 + centre);
+  }
+  return model;
+}
+
+inline torch::Tensor logits_of(models::CausalLM& model, const std::vector<std::vector<int64_t>>& sequences,
+                               nn::KvCache* cache = nullptr) {
+  nn::ForwardContext context;
+  context.cache = cache;
+  return model.logits(model.hidden_states(nn::RaggedBatch::from_sequences(sequences), context));
+}
+
+/// Tensors in memory, as a checkpoint.
+class MemoryCheckpoint : public formats::Checkpoint {
+ public:
+  MemoryCheckpoint(Json config, std::map<std::string, torch::Tensor> tensors) : tensors(std::move(tensors)) {
+    path_ = "memory";
+    config_ = std::move(config);
+  }
+  /// The weights of `model` under `config`.
+  MemoryCheckpoint(Json config, const models::CausalLM& model) : MemoryCheckpoint(std::move(config), {}) {
+    for (const auto& item : model.named_parameters()) tensors[item.key()] = item.value().detach().clone();
+  }
+
+  std::vector<std::string> names() const override {
+    std::vector<std::string> all;
+    for (const auto& [name, tensor] : tensors) all.push_back(name);
+    return all;
+  }
+  bool contains(const std::string& name) const override { return tensors.contains(name); }
+  std::vector<int64_t> shape(const std::string& name) const override { return tensors.at(name).sizes().vec(); }
+  at::ScalarType dtype(const std::string& name) const override { return tensors.at(name).scalar_type(); }
+  at::Tensor tensor(const std::string& name) const override { return tensors.at(name); }
+  void read_into(const std::string& name, at::Tensor destination) const override { destination.copy_(tensors.at(name)); }
+  std::optional<std::string> tokenizer_json() const override { return std::nullopt; }
+  Json tokenizer_config() const override { return Json::object(); }
+  std::optional<std::string> chat_template() const override { return std::nullopt; }
+  Json generation_config() const override { return Json::object(); }
+  std::string fingerprint() const override { return "sha256:memory"; }
+
+  std::map<std::string, torch::Tensor> tensors;
+};
+
+}  // namespace moesaic::test
