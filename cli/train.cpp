@@ -33,6 +33,7 @@ class TrainCommand {
     open_model();
     attach_adapter();
     open_data();
+    checkpoint_.reset();  // unmaps the files: the weights are copied
     describe();
     if (options_.dry_run) {
       describe_memory();
@@ -51,7 +52,10 @@ class TrainCommand {
   void open_model() {
     const bool random = run_.init == "random";
     checkpoint_ = formats::Checkpoint::open(run_.model_name_or_path, !random);
-    const auto config = models::parse_decoder_config(checkpoint_->config(), run_.model_name_or_path);
+    config_ = checkpoint_->config();
+    generation_config_ = checkpoint_->generation_config();
+    chat_template_ = checkpoint_->chat_template();
+    const auto config = models::parse_decoder_config(config_, run_.model_name_or_path);
     if (options_.dry_run) {
       model_ = std::make_shared<models::CausalLM>(config, torch::dtype(dtype_).device(torch::kMeta));
     } else if (random) {
@@ -166,7 +170,7 @@ class TrainCommand {
     if (full()) return;  // the model folder brings its own
     write_file_atomically(dir / "tokenizer.json", renderer_->tokenizer().json());
     write_file_atomically(dir / "tokenizer_config.json", renderer_->tokenizer().config().dump(2) + "\n");
-    if (const auto chat = checkpoint_->chat_template()) write_file_atomically(dir / "chat_template.jinja", *chat);
+    if (chat_template_) write_file_atomically(dir / "chat_template.jinja", *chat_template_);
   }
 
   int train_and_finish() {
@@ -198,13 +202,13 @@ class TrainCommand {
 
   void write_model() const {
     formats::ModelFolder folder;
-    folder.config = checkpoint_->config();
+    folder.config = config_;
     for (const auto& item : model_->named_parameters()) folder.tensors[item.key()] = item.value().detach();
     folder.dtype = dtype_;
-    folder.tokenizer_json = checkpoint_->tokenizer_json();
-    folder.tokenizer_config = checkpoint_->tokenizer_config();
-    folder.chat_template = checkpoint_->chat_template();
-    folder.generation_config = checkpoint_->generation_config();
+    folder.tokenizer_json = renderer_->tokenizer().json();
+    folder.tokenizer_config = renderer_->tokenizer().config();
+    folder.chat_template = chat_template_;
+    folder.generation_config = generation_config_;
     formats::write_model_folder(run_.train.output_dir, folder);
   }
 
@@ -234,7 +238,9 @@ class TrainCommand {
   train::RunConfig run_;
   torch::Device device_;
   torch::ScalarType dtype_;
-  std::shared_ptr<formats::Checkpoint> checkpoint_;
+  std::shared_ptr<formats::Checkpoint> checkpoint_;  // while the model is built
+  Json config_, generation_config_;
+  std::optional<std::string> chat_template_;
   std::shared_ptr<models::CausalLM> model_;
   std::unique_ptr<adapters::Adapter> adapter_;  // after the model: it detaches first
   std::shared_ptr<data::Renderer> renderer_;

@@ -269,9 +269,10 @@ INSTANTIATE_TEST_SUITE_P(
                                }, 0.3}));
 
 TEST(Trainer, InterruptSavesAndGoesOn) {
-  TemporaryFolder folder;
+  TemporaryFolder folder, other;
   TrainConfig config = quick_config(6);
   config.resume_from_checkpoint = "auto";
+  config.output_dir = other.path();
   TinyRun straight;
   CountingStream straight_stream;
   straight.train(config, straight_stream);
