@@ -130,7 +130,7 @@ struct MixtureCount {
 /// Rates are the datasets' weights when they have them (all or none), otherwise from `mixture_rule`:
 ///   proportional   rows (after caps)
 ///   equal          1
-///   t0             rows, or 500000 / templates where there are more than 500000 rows (spec/mov-molora section 10)
+///   t0             rows, or 500000 / templates where there are more than 500000 rows (the rule of the T0 mixture, arXiv 2110.08207)
 class Mixture : public ExampleStream {
  public:
   Mixture(std::vector<DatasetConfig> datasets, std::shared_ptr<const Renderer> renderer, uint64_t seed,

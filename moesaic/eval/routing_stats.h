@@ -25,7 +25,6 @@ struct SiteRouting {
 };
 
 /// Routing of one task. Filled pass by pass from ForwardContext::routing; no padding exists, so every row counts.
-/// Source: spec of MoV and MoLoRA, section 12.
 class RoutingStats {
  public:
   void add(const std::vector<nn::RoutingRecord>& records);

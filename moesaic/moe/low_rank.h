@@ -14,7 +14,7 @@ namespace moesaic::moe {
 ///   y_site += scale * sum_e p_e (x A_e^T) B_e           one product over the E*r concatenated ranks
 ///
 /// Leaves are float32 whatever the base's dtype; B lies as [E*r, out] because its gradient h^T dy is far faster on CPUs
-/// than PEFT's dy^T h (docs/performance.md).
+/// than PEFT's dy^T h (docs/methods.md).
 struct LowRankExperts {
   int64_t index;      // linear in the group
   int64_t experts;    // E
@@ -32,7 +32,7 @@ struct LowRankExperts {
 ///
 /// x: [N, in]; returns [N, sum of out]: base product plus every delta. One GEMM computes x A^T for all sites together
 /// with the logits of the routers that read x; no tensor of shape [N, E, out] exists at any time.
-/// Source: arXiv 2309.05444, spec section 5.
+/// Source: arXiv 2309.05444; docs/methods.md.
 class LowRankGroup : public nn::GroupAdapter {
  public:
   /// The group's object, made when it has none.

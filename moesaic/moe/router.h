@@ -48,7 +48,7 @@ struct Router {
 ///   residual  as mask; a scale then is 1 + sum w (v - 1), see scale.h
 ///
 /// probs: [..., E]. Ties as at::topk resolves them. k = 0 or k = E returns probs.
-/// Source: spec of MoV and MoLoRA, section 6.
+/// Source: docs/methods.md.
 torch::Tensor topk_weights(const torch::Tensor& probs, int64_t k, TopkMode mode);
 
 /// E * sum_e f_e P_e; 1 when balanced. f_e: share of the routed slots expert e got (its top-k slots; its top-1 share

@@ -13,7 +13,7 @@ namespace moesaic::moe {
 ///
 /// Head sites: y [N, H, k], v [E, H, k], one router [E, k] shared by the heads and read per head. Flat sites: y [N, f],
 /// v [E, f], router [E, f]. With E = 1 this is (IA)^3; vectors are [H, k] or [f]. Starts as the identity: v = 1.
-/// Source: arXiv 2309.05444, spec section 4.
+/// Source: arXiv 2309.05444; docs/methods.md.
 class ScaleExperts : public nn::ScaleAdapter {
  public:
   /// vectors: [E, H, k] or [E, f], float32; effect: 1 when training, the `:scale` of an adapter when inferring.
