@@ -15,7 +15,7 @@ test: ## install what the tests need, build, run every test
 	tools/setup test
 	cmake --preset release
 	cmake --build --preset release
-	ctest --test-dir build --output-on-failure $(ARGS)
+	ctest --test-dir build --output-on-failure -j "$$(nproc)" $(ARGS)
 
 build: ## leaves the program at build/moesaic
 	tools/setup build

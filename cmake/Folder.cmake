@@ -1,6 +1,6 @@
 # One precompiled header for the whole tree: LibTorch's headers are most of the compile time.
 function(moesaic_pch)
-  file(WRITE "${CMAKE_BINARY_DIR}/pch_anchor.cpp" "// Anchors the shared precompiled header.\n")
+  file(CONFIGURE OUTPUT "${CMAKE_BINARY_DIR}/pch_anchor.cpp" CONTENT "// Anchors the shared precompiled header.\n")
   add_library(moesaic_pch OBJECT "${CMAKE_BINARY_DIR}/pch_anchor.cpp")
   target_link_libraries(moesaic_pch PUBLIC moesaic::torch nlohmann_json::nlohmann_json fmt::fmt spdlog::spdlog yaml-cpp)
   target_precompile_headers(moesaic_pch PRIVATE "${CMAKE_SOURCE_DIR}/moesaic/base/pch.h")
