@@ -117,6 +117,16 @@ def make_model(name, folder=None, seed=0):
     return model
 
 
+def round_linears_to_int8(model):
+    """Every linear's weight rounded to 8 bits with one scale per row, max |row| / 127; a tied embedding stays."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            weight = module.weight.detach()
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            module.weight = torch.nn.Parameter((weight / scale).round() * scale)
+    return model
+
+
 def rewrite_as_transformers_4(folder):
     """Rewrites config.json with the keys that transformers 4 used."""
     path = pathlib.Path(folder) / "config.json"

@@ -69,3 +69,20 @@ def test_bfloat16(name, driver, models, tmp_path):
     their_error = (theirs - exact).abs().max() / exact.abs().max()
     assert error > 0
     assert error < 1.5 * their_error, f"ours {error:.4f}, transformers {their_error:.4f}"
+
+
+@pytest.mark.parametrize("name", common.ARCHITECTURES)
+def test_int8(name, driver, models, tmp_path):
+    """Weight-only int8. Ten times the float tolerance: a weight between two int8 steps may round either way, and a
+    token computed alone (through the cache) has its activations rounded to 16 bits."""
+    model, folder = models(name)
+    rounded = common.round_linears_to_int8(common.make_model(name))
+    ids = common.sequences()
+    with torch.no_grad():
+        reference = common.reference_logits(rounded, ids)
+        base = common.reference_logits(model, ids)
+    assert (reference - base).abs().max() > 1e-3 * base.abs().max()
+    for mode in ("logits", "cached"):
+        ours = driver.run(tmp_path / "out.safetensors", model=folder, quantize=True, mode=mode, sequences=ids,
+                          mask=common.masks(ids))
+        common.assert_close(ours["logits"], reference, mode, relative=10 * common.RELATIVE)

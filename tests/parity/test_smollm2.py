@@ -48,21 +48,17 @@ def test_logits(reference, sequences, driver, tmp_path):
 
 
 def test_int8(reference, sequences, driver, tmp_path):
-    """Weight-only int8: what the float model gives with every linear rounded to 8 bits, one scale per row.
+    """Weight-only int8 is as near to float32 as transformers with weights rounded the same way.
 
-    The tolerance is 10 times the float one: activations are rounded to 16 bits where few rows are computed.
+    Not closer than that: weights that come from a 4-bit grid often lie exactly between two int8 steps, and such a tie
+    may go either way. Random weights have no ties; test_base.py compares those number by number.
     """
-    rounded = copy.deepcopy(reference[0])
-    for module in rounded.modules():
-        if isinstance(module, torch.nn.Linear):
-            scale = module.weight.detach().abs().amax(1, keepdim=True) / 127
-            module.weight = torch.nn.Parameter((module.weight.detach() / scale).round() * scale)  # the embedding stays
-    with torch.no_grad():
-        theirs = common.reference_logits(rounded, sequences)
-    ours = driver.run(tmp_path / "out.safetensors", model=GGUF, mode="cached", quantize=True, sequences=sequences)
-    common.assert_close(ours["logits"], theirs, "logits", relative=10 * common.RELATIVE)
     with torch.no_grad():
         exact = common.reference_logits(reference[0], sequences)
+        theirs = common.reference_logits(common.round_linears_to_int8(copy.deepcopy(reference[0])), sequences)
+    ours = driver.run(tmp_path / "out.safetensors", model=GGUF, mode="cached", quantize=True, sequences=sequences)
+    error, their_error = (ours["logits"] - exact).abs().max().item(), (theirs - exact).abs().max().item()
+    assert error < 1.25 * their_error, f"ours {error:.3f}, transformers with int8 weights {their_error:.3f}"
     agree = (ours["logits"].argmax(-1) == exact.argmax(-1)).float().mean().item()
     assert agree > 0.9, f"int8 and float32 name the same best token in {agree:.0%} of the rows"
 
