@@ -21,7 +21,7 @@ WORDS = "red green blue one two three cat dog is not the a yes no maybe when who
 
 def moesaic(*arguments, stdin=None):
     done = subprocess.run([str(tiny_run.PROGRAM), *map(str, arguments)], capture_output=True, text=True, timeout=300,
-                          input=stdin, env={**os.environ, "OMP_NUM_THREADS": "2"})
+                          input=stdin, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode >= 0, f"killed by signal {-done.returncode}: {done.stderr}"
     return done
 
@@ -175,10 +175,12 @@ def test_answers_do_not_depend_on_the_batch(folder, tmp_path):
 
 
 def test_stop_strings(folder):
-    common = ["generate", "--model", folder / "model", "-p", "the cat", "--raw", "--json", "--max_new_tokens", 10]
-    text = json.loads(run(*common).stdout)["text"]
+    common = ["generate", "--model", folder / "model", "--raw", "--json", "--max_new_tokens", 10]
+    prompts = [flag for word in WORDS for flag in ("-p", word)]
+    prompt, text = max(((line["prompt"], line["text"]) for line in map(json.loads, run(*common, *prompts).stdout.splitlines())),
+                       key=lambda answer: len(answer[1].split()))
     stop = text.split()[2]
-    line = json.loads(run(*common, "--stop", stop).stdout)
+    line = json.loads(run(*common, "-p", prompt, "--stop", "never", "--stop", stop).stdout)
     assert line["text"] == text[:text.index(stop)]
     assert line["finish_reason"] == "stop"
 

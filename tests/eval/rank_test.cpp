@@ -28,11 +28,11 @@ TEST(MakeRankQuestion, SharedWordsOfTheChoicesAreStillScored) {
 }
 
 TEST(MakeRankQuestion, ATokenAcrossTheBorderBelongsToTheChoice) {
-  // "w1" + "0" reads as w10, "w1" + " w5" as w1 w5
-  const RankQuestion question = make_rank_question(*word_tokenizer(), "w3 w1", {"0", " w5"}, true);
+  // "w2" + "0" reads as w20, "w2" + " w5" as w2 w5
+  const RankQuestion question = make_rank_question(*word_tokenizer(), "w3 w2", {"0", " w5"}, true);
   EXPECT_THAT(question.prompt, ElementsAre(3));
-  EXPECT_THAT(question.choices, ElementsAre(ElementsAre(10), ElementsAre(1, 5)));
-  EXPECT_THAT(question.first_scored, ElementsAre(0, 1));  // w1 is the prompt's
+  EXPECT_THAT(question.choices, ElementsAre(ElementsAre(20), ElementsAre(2, 5)));
+  EXPECT_THAT(question.first_scored, ElementsAre(0, 1));  // w2 is the prompt's
 }
 
 TEST(MakeRankQuestion, AnEmptyPromptGetsTheFirstToken) {
