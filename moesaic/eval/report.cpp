@@ -8,7 +8,9 @@ namespace moesaic::eval {
 namespace fs = std::filesystem;
 namespace {
 
-std::string sanitized(std::string name) {
+/// `name` as a file name. "/" becomes "__"; leading dots and slashes go, they would hide the folder.
+std::string sanitized(const std::string& path) {
+  const std::string name = path.substr(std::min(path.find_first_not_of("./"), path.size()));
   std::string result;
   for (char c : name) {
     if (c == '/') {
