@@ -1,6 +1,5 @@
-// Our side of `make bench`: the protocol of peers.py. The first line on stdin is the job; every further line runs it once.
-#include <sys/resource.h>
-
+// Our side of `make bench`: the protocol of peers.py. The first line on stdin is the job; every further line, an
+// object of changes to it, runs it once.
 #include <iostream>
 
 #include "moesaic/adapters/adapter.h"
@@ -30,21 +29,22 @@ double cpu_seconds() {
   return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
 }
 
-/// What a job needs to live.
 struct Loaded {
-  std::shared_ptr<formats::Checkpoint> checkpoint;
   std::shared_ptr<models::CausalLM> model;
+  std::shared_ptr<tokenizer::Tokenizer> tokenizer;
   std::unique_ptr<adapters::Adapter> adapter;
 };
 
-using Run = std::function<Json(int64_t index)>;
+/// One run: `index` counts them, `job` holds the changes so far.
+using Run = std::function<Json(int64_t index, const Json& job)>;
 
 Loaded load(const Json& job, const std::string& method) {
   Loaded loaded;
-  loaded.checkpoint = formats::Checkpoint::open(job["model"].get<std::string>());
+  const auto checkpoint = formats::Checkpoint::open(job["model"].get<std::string>());
   models::LoadOptions options;
   options.quantize_int8 = job.value("quantize", false);
-  loaded.model = models::CausalLM::load(*loaded.checkpoint, options);
+  loaded.model = models::CausalLM::load(*checkpoint, options);
+  loaded.tokenizer = tokenizer::Tokenizer::open(*checkpoint);
   if (method.empty() || method == "frozen") return loaded;
   adapters::AdapterConfig config;
   config.method = method;
@@ -79,7 +79,7 @@ Run training(const Json& job) {
     tensors = train::trainable_tensors(*loaded->model, loaded->adapter.get(), config);
     optimizer = train::make_adamw(tensors, {});
   }
-  return [=](int64_t index) -> Json {
+  return [=](int64_t index, const Json&) -> Json {
     const data::Batch& batch = batches[index % batches.size()];
     models::CausalLM& model = *loaded->model;
     nn::ForwardContext context;
@@ -111,12 +111,11 @@ Run generation(const Json& job) {
       torch::Tensor(parameter.tensor).set_requires_grad(false);
     }
   }
-  const std::shared_ptr<tokenizer::Tokenizer> tokenizer = tokenizer::Tokenizer::open(*loaded->checkpoint);
-  const std::vector<int64_t> prompt = job["prompt"];
-  generate::SamplingOptions options;
-  options.max_new_tokens = job["new_tokens"];
-  return [=](int64_t) -> Json {
-    const auto answers = generate::generate(*loaded->model, *tokenizer, {prompt}, options);
+  return [=](int64_t, const Json& now) -> Json {
+    generate::SamplingOptions options;
+    options.max_new_tokens = now["new_tokens"];
+    const std::vector<int64_t> prompt = now["prompt"];
+    const auto answers = generate::generate(*loaded->model, *loaded->tokenizer, {prompt}, options);
     return {{"tokens", answers[0].ids.size()}, {"ids", answers[0].ids}};
   };
 }
@@ -126,15 +125,16 @@ Run generation(const Json& job) {
 int main() {
   std::string line;
   std::getline(std::cin, line);
-  const Json job = Json::parse(line);
+  Json job = Json::parse(line);
   at::set_num_threads(job["threads"]);
   const Run run = job["kind"] == "training" ? training(job) : generation(job);
   std::cout << Json{{"base_rss", status("VmRSS")}}.dump() << std::endl;
   for (int64_t index = 0; std::getline(std::cin, line); ++index) {
+    job.update(Json::parse(line));
     std::ofstream("/proc/self/clear_refs") << 5;  // the peak starts again
     const double cpu = cpu_seconds();
     const auto start = std::chrono::steady_clock::now();
-    Json answer = run(index);
+    Json answer = run(index, job);
     answer["seconds"] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     answer["cpu_seconds"] = cpu_seconds() - cpu;
     answer["peak_rss"] = status("VmHWM");

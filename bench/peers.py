@@ -1,7 +1,8 @@
 """The peers of `make bench`: transformers, PEFT, a plain PyTorch MoV/MoLoRA and CTranslate2, one job per process.
 
-First line on stdin: the job. Answer: {"base_rss"}. Every further line runs it once; the answer has "seconds" (wall),
-"cpu_seconds" (all threads), "tokens" and "peak_rss" (bytes, the highest during that run).
+First line on stdin: the job. Answer: {"base_rss"}. Every further line, an object of changes to the job ("new_tokens"),
+runs it once; the answer has "seconds" (wall), "cpu_seconds" (all threads), "tokens" and "peak_rss" (bytes, the highest
+during that run).
 bench_jobs.cpp speaks the same protocol, so run.py can alternate between ours and theirs.
 """
 
@@ -97,9 +98,8 @@ def hf_generate(job):
 
     def run(_):
         with torch.no_grad():
-            ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-                                 max_new_tokens=job["new_tokens"], min_new_tokens=job["new_tokens"],
-                                 pad_token_id=0)[0, prompt.shape[1]:]
+            ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, pad_token_id=0,
+                                 max_new_tokens=job["new_tokens"], min_new_tokens=job["new_tokens"])[0, prompt.shape[1]:]
         return {"tokens": len(ids), "ids": ids.tolist()}
 
     return run
@@ -130,7 +130,8 @@ def main():
     job = json.loads(sys.stdin.readline())
     run = KINDS[job["kind"]](job)
     answers.write(json.dumps({"base_rss": status("VmRSS")}) + "\n")
-    for index, _ in enumerate(sys.stdin):
+    for index, changes in enumerate(sys.stdin):
+        job.update(json.loads(changes))
         reset_peak()
         wall, cpu = time.perf_counter(), time.process_time()
         result = run(index)

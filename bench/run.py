@@ -30,10 +30,11 @@ class Contestant:
 
     def __init__(self, name, job):
         self.name, self.runs = name, []
-        program = [BUILD / "bench" / "moesaic_bench_jobs"] if name.startswith("ours") else [PYTHON, ROOT / "bench" / "peers.py"]
+        ours = name.startswith("ours")
+        program = [BUILD / "bench" / "moesaic_bench_jobs"] if ours else [PYTHON, ROOT / "bench" / "peers.py"]
         environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false"}
         self.process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                        stderr=subprocess.PIPE if name.startswith("ours") else subprocess.DEVNULL,
+                                        stderr=None if ours else subprocess.DEVNULL,
                                         env=environment)
         self.base_rss = self.ask(json.dumps(job))["base_rss"]
 
@@ -45,8 +46,14 @@ class Contestant:
             raise RuntimeError(f"{self.name}: the process ended with exit code {self.process.wait()}")
         return json.loads(answer)
 
-    def run(self):
-        self.runs.append(self.ask("run"))
+    def run(self, **changes):
+        self.runs.append(self.ask(json.dumps(changes)))
+
+    def decode(self, new_tokens):
+        """Decoding alone: what the prompt and its first token take is subtracted."""
+        short = self.ask(json.dumps({"new_tokens": 1}))
+        long = self.ask(json.dumps({"new_tokens": new_tokens + 1}))
+        self.runs.append({**{k: long[k] - short[k] for k in ("seconds", "cpu_seconds", "tokens")}, "ids": long["ids"]})
 
     def close(self):
         self.process.stdin.close()
@@ -78,12 +85,12 @@ class Row:
         return [self.id, self.what, self.ours, self.peer, f"**{self.ratio:.2f}**", spread, cpu, self.must]
 
 
-def rounds(jobs, repeats, log):
+def rounds(jobs, repeats, log, run=Contestant.run):
     """Runs a group; {name: Contestant}, closed. One warm-up round is not counted."""
     group = {name: Contestant(name, job) for name, job in jobs.items()}
     for index in range(repeats + 1):
         for contestant in group.values():
-            contestant.run()
+            run(contestant)
             if index == 0:
                 contestant.runs.clear()
         log(f"  round {index}/{repeats}: " + ", ".join(
@@ -173,34 +180,23 @@ def instruction_rows(threads, repeats, quick, log):
     yield row
 
 
-class Rate:
-    """Tokens per second of decoding: (long - short) of two contestants that differ in the number of new tokens."""
-
-    def __init__(self, long, short):
-        self.runs = [{"seconds": a["seconds"] - b["seconds"], "cpu_seconds": a["cpu_seconds"] - b["cpu_seconds"],
-                      "tokens": a["tokens"] - b["tokens"]} for a, b in zip(long.runs, short.runs)]
-
-    median = Contestant.median
-
-
 def generation_rows(threads, repeats, quick, log):
     model = str(prepare.huggingface_folder())
     prompt = prepare.prompt(64 if quick else 256)
     new_tokens = 8 if quick else 64
-    ct2 = {"kind": "ct2", "ct2_model": None}
     kinds = {
         "ours-f32": {"kind": "generate"},
         "hf": {"kind": "generate"},
-        "ct2-f32": {**ct2, "ct2_model": str(prepare.ct2_folder("float32")), "compute_type": "float32"},
+        "ct2-f32": {"kind": "ct2", "ct2_model": str(prepare.ct2_folder("float32")), "compute_type": "float32"},
         "ours-int8": {"kind": "generate", "quantize": True},
-        "ct2-int8": {**ct2, "ct2_model": str(prepare.ct2_folder("int8")), "compute_type": "int8"},
+        "ct2-int8": {"kind": "ct2", "ct2_model": str(prepare.ct2_folder("int8")), "compute_type": "int8"},
     }
 
-    def job(kind, count, **more):
-        return {**kind, "model": model, "prompt": prompt, "new_tokens": count, "threads": threads, **more}
+    def job(kind):
+        return {**kind, "model": model, "prompt": prompt, "new_tokens": 1, "threads": threads}
 
     log(f"first token of a prompt of {len(prompt)}")
-    short = rounds({n: job(k, 1) for n, k in kinds.items()}, repeats, log)
+    short = rounds({n: job(k) for n, k in kinds.items()}, repeats, log)
     for contestant in short.values():
         for run in contestant.runs:
             run["tokens"] = len(prompt)
@@ -211,16 +207,11 @@ def generation_rows(threads, repeats, quick, log):
                                    ("ours-int8", "ours-f32", "", "our int8 against our float32")]:
         yield compare("C7", f"{what}, {name}", short[ours], short[peer], must, "tok/s")
 
-    # Decoding alone: the prompt is short, and what its prefill costs is taken off by a run with one new token.
     log(f"decode {new_tokens} tokens")
+    kinds["ours-molora"] = {"kind": "generate", "adapter": "molora", "rank": 4, "experts": 10}
+    kinds["ours-lora"] = {"kind": "generate", "adapter": "lora", "rank": 4}
     prompt = prompt[:32]
-    adapters = {"ours-molora": {"kind": "generate", "adapter": "molora"}, "ours-lora": {"kind": "generate", "adapter": "lora"}}
-    jobs = {}
-    for name, kind in {**kinds, **adapters}.items():
-        jobs[name] = job(kind, new_tokens + 1, rank=4, experts=10)
-        jobs[name + " short"] = job(kind, 1, rank=4, experts=10)
-    group = rounds(jobs, repeats, log)
-    rate = {n: Rate(group[n], group[n + " short"]) for n in {**kinds, **adapters}}
+    rate = rounds({n: job(k) for n, k in kinds.items()}, repeats, log, lambda c: c.decode(new_tokens))
     for id, ours, peer, must, name in [
             ("C8", "ours-f32", "hf", "1.7", "float32: transformers"),
             ("C8", "ours-f32", "ct2-f32", "1.05", "float32: CTranslate2"),
@@ -229,7 +220,7 @@ def generation_rows(threads, repeats, quick, log):
             ("C10", "ours-molora", "ours-f32", "0.75", "MoLoRA 10x4 all linears against our base"),
             ("C10", "ours-lora", "ours-f32", "", "LoRA r=4 all linears against our base")]:
         yield compare(id, f"greedy decode at batch 1, {name}", rate[ours], rate[peer], must, "tok/s")
-    words = [group[n].runs[0]["ids"][:new_tokens] for n in ("ours-f32", "hf", "ct2-f32")]
+    words = [rate[n].runs[0]["ids"] for n in ("ours-f32", "hf", "ct2-f32")]
     same = sum(a == b == c for a, b, c in zip(*words))
     log(f"  the float32 contestants agree on {same} of {len(words[0])} tokens")
 
@@ -249,8 +240,8 @@ def life(command, threads):
 def start_rows(threads, repeats, quick, log):
     log("start to first token")
     model, prompt = str(prepare.huggingface_folder()), json.dumps(prepare.prompt(16))
-    ours = [str(BUILD / "moesaic"), "--threads", str(threads), "generate", "--raw", "-p", "The capital of France is",
-            "--max-new-tokens", "1", "--model"]
+    ours = [str(BUILD / "moesaic"), "generate", "--threads", str(threads), "--raw", "-p", "The capital of France is",
+            "--max_new_tokens", "1", "--model"]
     script = [PYTHON, str(ROOT / "bench" / "first_token.py")]
     commands = {
         "ours": [*ours, model],
