@@ -35,7 +35,8 @@ def test_writes_the_whole_output_folder(straight):
                  "train_log.jsonl", "router_stats.jsonl", "README.md"]:
         assert (out / name).stat().st_size > 0, name
     assert checkpoints(out) == [55, 60]  # save_total_limit 2
-    assert losses(out)[-1][1] < 0.8 * losses(out)[0][1]
+    # The frozen head is random and small (0.02), so its logits can only leave the uniform log 13 by a few tenths.
+    assert losses(out)[-1][1] < losses(out)[0][1] - 0.15
 
 
 def test_the_same_run_again_is_the_same(straight):

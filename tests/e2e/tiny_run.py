@@ -37,7 +37,7 @@ def make_run(folder, **changes):
     run = {
         "model_name_or_path": str(folder / "model"), "dataset": [str(folder / "rows.jsonl")], "template": "none",
         "finetuning_type": "molora", "num_experts": 3, "lora_rank": 2, "lora_dropout": 0.2,
-        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 2e-2,
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 5e-3,
         "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "max_steps": 60, "save_steps": 5, "logging_steps": 4,
         "output_dir": str(folder / "out"), **changes,
     }
@@ -47,7 +47,7 @@ def make_run(folder, **changes):
 
 
 def command(*arguments):
-    return [str(PROGRAM), *map(str, arguments), "--device", "cpu", "--threads", "2"]
+    return [str(PROGRAM), *map(str, arguments), "--device", "cpu", "--threads", "1"]
 
 
 def moesaic(*arguments):
