@@ -28,6 +28,7 @@ using AddVerb = Runner (*)(CLI::App& app, CommonOptions& common);
 
 Runner add_chat(CLI::App& app, CommonOptions& common);
 Runner add_data(CLI::App& app, CommonOptions& common);
+Runner add_demo(CLI::App& app, CommonOptions& common);
 Runner add_doctor(CLI::App& app, CommonOptions& common);
 Runner add_eval(CLI::App& app, CommonOptions& common);
 Runner add_export(CLI::App& app, CommonOptions& common);

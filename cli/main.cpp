@@ -30,6 +30,7 @@ constexpr Verb kVerbs[] = {
     {"routes", "Which experts an adapter uses for which task, layer and token", add_routes},
     {"inspect", "What is in a file or folder; what a method would train", add_inspect},
     {"data", "Look at training data: preview a run, validate a file, write the demo's skills", add_data},
+    {"demo", "The main job on a real model: train a MoLoRA on small skills, before and after", add_demo},
     {"doctor", "What this machine offers: devices, threads, number formats, versions", add_doctor},
 };
 
