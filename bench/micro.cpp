@@ -1,5 +1,6 @@
-// Micro benchmarks of the parts that decide speed, at the sizes of SmolLM2-135M (d 576, f 1536, 9 heads, 3 KV heads of 64).
-// Run: build/bench/moesaic_bench_micro --benchmark_filter=...; rates are FLOP/s of the base product or bytes/s of weights.
+// Micro benchmarks of the parts that decide speed, at the sizes of SmolLM2-135M (d 576, f 1536, 9 heads, 3 KV heads of
+// 64). Run: build/bench/moesaic_bench_micro --benchmark_filter=...; rates are FLOP/s of the base product or bytes/s of
+// weights.
 #include <benchmark/benchmark.h>
 
 #include "moesaic/moe/low_rank.h"
@@ -59,7 +60,12 @@ void low_rank_group(benchmark::State& state) {
   const double flop = 4.0 * kRows * kHidden * (outs[0] + outs[1] + outs[2]);
   state.counters["base FLOP/s"] = benchmark::Counter(flop, benchmark::Counter::kIsIterationInvariantRate);
 }
-BENCHMARK(low_rank_group)->ArgNames({"E", "r"})->Args({0, 0})->Args({1, 4})->Args({10, 4})->Unit(benchmark::kMillisecond);
+BENCHMARK(low_rank_group)
+    ->ArgNames({"E", "r"})
+    ->Args({0, 0})
+    ->Args({1, 4})
+    ->Args({10, 4})
+    ->Unit(benchmark::kMillisecond);
 
 /// The FFN branch: silu(g) u without adapter (E = 0), or silu(g) m u with MoV (E = 1: (IA)^3), forward and backward.
 void mov_branch(benchmark::State& state) {
