@@ -24,7 +24,7 @@ class CatchInterrupt {
  public:
   CatchInterrupt() {
     interrupted = false;
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_handler = [](int) { interrupted = true; };
     sigaction(SIGINT, &action, &previous_);
   }
@@ -33,7 +33,7 @@ class CatchInterrupt {
   CatchInterrupt& operator=(const CatchInterrupt&) = delete;
 
  private:
-  struct sigaction previous_ {};
+  struct sigaction previous_{};
 };
 
 OrderedJson opening(const Options& options) {

@@ -1,4 +1,5 @@
-// The frame every verb of the program stands in: cli/<verb>.cpp defines one add_<verb>(), main.cpp lists it in its table.
+// The frame every verb of the program stands in: cli/<verb>.cpp defines one add_<verb>(), main.cpp lists it in its
+// table.
 #pragma once
 #include <CLI/CLI.hpp>
 
@@ -19,7 +20,8 @@ struct CommonOptions {
   uint64_t seed = 42;
 };
 
-/// Does the verb's work and returns the exit code. Throws moesaic::Error for the user's mistakes; main.cpp reports them.
+/// Does the verb's work and returns the exit code. Throws moesaic::Error for the user's mistakes; main.cpp reports
+/// them.
 using Runner = std::function<int()>;
 
 /// Declares a verb's flags on its sub-command and returns its runner. `common` lives as long as the program and holds

@@ -12,7 +12,7 @@ namespace moesaic::cli {
 namespace {
 
 struct DataOptions {
-  std::string run;                     // preview
+  std::string run;  // preview
   std::vector<std::string> overrides;
   int64_t examples = 3;
   std::string file, formatting = "auto";  // validate
@@ -43,8 +43,8 @@ int preview(const DataOptions& options) {
   const train::RunConfig run = train::parse_run_config(config, options.run);
   const auto checkpoint = formats::Checkpoint::open(run.model_name_or_path);
   const auto renderer = data::Renderer::open(*checkpoint, run.render);
-  auto datasets = data::train_validation(data::resolve_datasets(run.dataset, run.dataset_dir), run.val_size,
-                                         run.train.seed).first;
+  auto datasets =
+      data::train_validation(data::resolve_datasets(run.dataset, run.dataset_dir), run.val_size, run.train.seed).first;
   data::Mixture mixture(datasets, renderer, run.train.seed, run.mixture_rule);
   for (const data::MixtureCount& count : mixture.counts()) {
     fmt::print("{}: {} rows, {:.2f} % of the draws\n", count.name, count.rows, 100 * count.rate);

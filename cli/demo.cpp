@@ -83,7 +83,8 @@ class Demo {
     config = adapters::resolve_targets(config, "", model_->sites());
     auto adapter = adapters::Adapter::create(config, model_->sites(), device_, common_.seed);
 
-    Run run{method};
+    Run run;
+    run.method = method;
     for (const auto& parameter : adapter->parameters()) run.trainable += parameter.tensor.numel();
     data::Mixture mixture(data::resolve_datasets(trained_, folder_ / "data"), renderer_, common_.seed, "proportional");
     train::TrainConfig trainer;
@@ -93,10 +94,11 @@ class Demo {
     trainer.learning_rate = method == "ia3" || method == "mov" ? 1e-2 : 1e-3;
     trainer.max_steps = options_.steps;
     trainer.save_steps = 0;
+    trainer.overwrite_output_dir = true;
     trainer.seed = common_.seed;
     Progress progress("Training " + method, options_.steps);
-    const train::TrainResult result =
-        train::train(*model_, adapter.get(), mixture, {}, trainer, mixture.epoch_size(), [&](const train::StepLog& log) {
+    const train::TrainResult result = train::train(
+        *model_, adapter.get(), mixture, {}, trainer, mixture.epoch_size(), [&](const train::StepLog& log) {
           progress.update(log.step, fmt::format("loss {:.3f}, {:.0f} tokens/s", log.loss, log.tokens_per_second));
         });
     progress.finish();
@@ -126,7 +128,8 @@ class Demo {
     eval::EvalOptions options;
     options.apply_chat_template = chat != nullptr;
     std::vector<std::string> files;
-    for (const data::Skill& skill : data::skills()) files.push_back((folder_ / "data" / (skill.name + ".test.jsonl")).string());
+    for (const data::Skill& skill : data::skills())
+      files.push_back((folder_ / "data" / (skill.name + ".test.jsonl")).string());
     std::vector<eval::TaskRouting> routings;
     Progress progress("Watching the routers", static_cast<int64_t>(files.size()));
     for (const eval::Task& task : eval::load_tasks(files, {.limit = kRoutedRows})) {
@@ -136,7 +139,8 @@ class Demo {
     progress.finish();
     const eval::TextRouting text = eval::route_text(model, tests_.front().front().ids);
     const OrderedJson routes = eval::routes_json(options_.model, {"molora"}, routings, &text);
-    write_file_atomically(folder_ / "routes.json", routes.dump(1, ' ', false, OrderedJson::error_handler_t::replace) + "\n");
+    write_file_atomically(folder_ / "routes.json",
+                          routes.dump(1, ' ', false, OrderedJson::error_handler_t::replace) + "\n");
     write_file_atomically(folder_ / "routes.html", eval::routes_html(routes));
   }
 
@@ -215,9 +219,10 @@ Json results_json(const Scores& base, const std::vector<Run>& runs) {
 }
 
 int run_demo(const DemoOptions& options, const CommonOptions& common) {
-  fmt::print("Growing a mixture of experts inside {}\n"
-             "The model stays frozen; {} MoLoRA experts of rank 4 sit beside each of its linears, with a router each.\n\n",
-             std::filesystem::path(options.model).filename().string(), 8);
+  fmt::print(
+      "Growing a mixture of experts inside {}\n"
+      "The model stays frozen; {} MoLoRA experts of rank 4 sit beside each of its linears, with a router each.\n\n",
+      std::filesystem::path(options.model).filename().string(), 8);
   Demo demo(options, common);
   const Scores base = demo.evaluate("Testing the base model");
   std::vector<Run> runs{demo.train("molora", 4)};
@@ -231,12 +236,13 @@ int run_demo(const DemoOptions& options, const CommonOptions& common) {
   const Json results = results_json(base, runs);
   write_file_atomically(demo.folder() / "results.json", results.dump(2) + "\n");
   if (options.json) fmt::print("{}\n", results.dump(2));
-  fmt::print("\nWritten: {0}/results.json, the adapter in {0}/molora, and which expert does what in {0}/routes.html\n\n"
-             "Next:\n"
-             "  build/moesaic chat --model {1} --adapter {0}/molora\n"
-             "  build/moesaic inspect {0}/molora\n"
-             "  build/moesaic train recipes/molora_smollm2.yaml dataset_dir={0}/data output_dir=runs/mine max_steps=20\n",
-             options.output_dir, options.model);
+  fmt::print(
+      "\nWritten: {0}/results.json, the adapter in {0}/molora, and which expert does what in {0}/routes.html\n\n"
+      "Next:\n"
+      "  build/moesaic chat --model {1} --adapter {0}/molora\n"
+      "  build/moesaic inspect {0}/molora\n"
+      "  build/moesaic train recipes/molora_smollm2.yaml dataset_dir={0}/data output_dir=runs/mine max_steps=20\n",
+      options.output_dir, options.model);
   return 0;
 }
 
@@ -247,7 +253,9 @@ Runner add_demo(CLI::App& app, CommonOptions& common) {
   app.add_option("--model", options->model, "Base model: GGUF file or Hugging Face folder")->capture_default_str();
   app.add_option("--output_dir", options->output_dir, "Where data, adapters and results go")->capture_default_str();
   app.add_option("--steps", options->steps, "Training steps")->capture_default_str()->check(CLI::PositiveNumber);
-  app.add_option("--batch_size", options->batch_size, "Examples per step")->capture_default_str()->check(CLI::PositiveNumber);
+  app.add_option("--batch_size", options->batch_size, "Examples per step")
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
   app.add_option("--test_rows", options->test_rows, "Test instances per skill")
       ->capture_default_str()
       ->check(CLI::PositiveNumber);

@@ -17,16 +17,17 @@ struct Options {
 };
 
 struct Prompt {
-  std::string text;       // what the user gave
-  OrderedJson messages;   // a whole conversation, or null
+  std::string text;      // what the user gave
+  OrderedJson messages;  // a whole conversation, or null
   std::vector<float> sentence;
 };
 
-/// .jsonl: {"prompt": text} or {"messages": [...]}, with "sentence" a list of numbers if the router needs one; any other
-/// file: a prompt a line.
+/// .jsonl: {"prompt": text} or {"messages": [...]}, with "sentence" a list of numbers if the router needs one; any
+/// other file: a prompt a line.
 std::vector<Prompt> read_prompts(const std::string& path) {
   std::ifstream file(path);
-  MOESAIC_CHECK(file.good() && std::filesystem::is_regular_file(path), DataError, "--prompts {}: can't read this file.", path);
+  MOESAIC_CHECK(file.good() && std::filesystem::is_regular_file(path), DataError, "--prompts {}: can't read this file.",
+                path);
   const bool jsonl = path.size() > 6 && path.substr(path.size() - 6) == ".jsonl";
   std::vector<Prompt> prompts;
   int64_t number = 0;
@@ -157,7 +158,8 @@ Runner add_generate(CLI::App& app, CommonOptions& common) {
   app.add_option("-p,--prompt", options->prompts, "The prompt; may be repeated")
       ->expected(1)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
-  app.add_option("--prompts", options->file, "File of prompts: .jsonl with \"prompt\" or \"messages\", or text, one a line");
+  app.add_option("--prompts", options->file,
+                 "File of prompts: .jsonl with \"prompt\" or \"messages\", or text, one a line");
   app.add_option("--system", options->system, "System message");
   app.add_flag("--raw", options->raw, "Give the model the bare text, without its chat template");
   app.add_flag("--json", options->json, "Print a JSON object per answer");

@@ -59,8 +59,8 @@ OrderedJson inspect_adapter(const fs::path& path, bool list) {
   const formats::AdapterFolder folder = formats::read_adapter_folder(path);
   const adapters::AdapterConfig config =
       adapters::parse_adapter_config(folder.config, (path / "adapter_config.json").string());
-  OrderedJson report = {{"kind", "adapter"}, {"path", path.string()}, {"method", config.method},
-                        {"num_experts", config.num_experts}};
+  OrderedJson report = {
+      {"kind", "adapter"}, {"path", path.string()}, {"method", config.method}, {"num_experts", config.num_experts}};
   if (config.method == "lora" || config.method == "molora") {
     report["lora_rank"] = config.lora_rank;
     report["lora_alpha"] = config.lora_alpha;
@@ -108,16 +108,11 @@ int64_t parameter_count(const models::CausalLM& model) {
 
 OrderedJson model_header(const formats::Checkpoint& checkpoint, const models::CausalLM& model) {
   const models::DecoderConfig& config = model.config();
-  return {{"path", checkpoint.path().string()},
-          {"model_type", config.model_type},
-          {"hidden_size", config.hidden_size},
-          {"intermediate_size", config.intermediate_size},
-          {"num_layers", config.num_layers},
-          {"num_heads", config.num_heads},
-          {"num_kv_heads", config.num_kv_heads},
-          {"head_dim", config.head_dim},
-          {"vocab_size", config.vocab_size},
-          {"max_position", config.max_position},
+  return {{"path", checkpoint.path().string()},     {"model_type", config.model_type},
+          {"hidden_size", config.hidden_size},      {"intermediate_size", config.intermediate_size},
+          {"num_layers", config.num_layers},        {"num_heads", config.num_heads},
+          {"num_kv_heads", config.num_kv_heads},    {"head_dim", config.head_dim},
+          {"vocab_size", config.vocab_size},        {"max_position", config.max_position},
           {"tied_head", config.tie_word_embeddings}};
 }
 
@@ -176,7 +171,8 @@ OrderedJson inspect_method(const Options& options) {
   for (const auto& [pattern, hits] : adapter->matches()) {
     int64_t parameters = 0;
     for (const adapters::AdapterParameter& parameter : adapter->parameters()) {
-      if (("." + parameter.name + ".").find("." + pattern + ".") != std::string::npos) parameters += parameter.tensor.numel();
+      if (("." + parameter.name + ".").find("." + pattern + ".") != std::string::npos)
+        parameters += parameter.tensor.numel();
     }
     patterns.push_back({{"pattern", pattern}, {"sites", hits}, {"trainable_parameters", parameters}});
     sites += hits;
@@ -207,20 +203,22 @@ OrderedJson inspect_path(const fs::path& path, bool list) {
 /// Scalars as "key  value" lines; lists and objects one entry a line.
 void print(const OrderedJson& report) {
   auto text = [](const OrderedJson& value) {
-    return value.is_string() ? value.get<std::string>() : value.is_number_float() ? fmt::format("{:.4f}", value.get<double>())
-                                                                                   : value.dump();
+    return value.is_string()         ? value.get<std::string>()
+           : value.is_number_float() ? fmt::format("{:.4f}", value.get<double>())
+                                     : value.dump();
   };
   for (const auto& [key, value] : report.items()) {
     if (key == "tensor_list") {
       for (const OrderedJson& tensor : value) {
-        std::cout << fmt::format("  {:<70} {:<9} {}\n", tensor["name"].get<std::string>(), tensor["dtype"].get<std::string>(),
+        std::cout << fmt::format("  {:<70} {:<9} {}\n", tensor["name"].get<std::string>(),
+                                 tensor["dtype"].get<std::string>(),
                                  shape_text(tensor["shape"].get<std::vector<int64_t>>()));
       }
     } else if (key == "patterns") {
       std::cout << fmt::format("\n  {:<30} {:>7} {:>14}\n", "target", "sites", "trainable");
       for (const OrderedJson& row : value) {
-        std::cout << fmt::format("  {:<30} {:>7} {:>14}\n", row["pattern"].get<std::string>(), row["sites"].get<int64_t>(),
-                                 row["trainable_parameters"].get<int64_t>());
+        std::cout << fmt::format("  {:<30} {:>7} {:>14}\n", row["pattern"].get<std::string>(),
+                                 row["sites"].get<int64_t>(), row["trainable_parameters"].get<int64_t>());
       }
     } else if (value.is_object() && !value.empty()) {
       std::cout << key << '\n';
@@ -243,7 +241,8 @@ int run(const Options& options) {
                 "inspect: give a file or folder to look into, or --model CONFIG_DIR --method METHOD");
   MOESAIC_CHECK(options.model.empty() || !options.method.empty(), UsageError,
                 "inspect --model: --method is missing. Expected lora, ia3, mov, molora or full.");
-  const OrderedJson report = options.model.empty() ? inspect_path(options.path, options.tensors) : inspect_method(options);
+  const OrderedJson report =
+      options.model.empty() ? inspect_path(options.path, options.tensors) : inspect_method(options);
   if (options.json) {
     std::cout << report.dump(2, ' ', false, OrderedJson::error_handler_t::replace) << '\n';
   } else {
@@ -264,10 +263,15 @@ Runner add_inspect(CLI::App& app, CommonOptions&) {
   app.add_option("--method", options->method, "lora, ia3, mov, molora or full")
       ->check(CLI::IsMember({"lora", "ia3", "mov", "molora", "full"}))
       ->group(group);
-  app.add_option("--num_experts", options->adapter.num_experts, "Experts per site")->capture_default_str()->group(group);
+  app.add_option("--num_experts", options->adapter.num_experts, "Experts per site")
+      ->capture_default_str()
+      ->group(group);
   app.add_option("--lora_rank", options->adapter.lora_rank, "Rank of an expert")->capture_default_str()->group(group);
-  app.add_option("--lora_alpha", options->adapter.lora_alpha, "Scale is alpha / rank")->capture_default_str()->group(group);
-  app.add_option("--lora_target", options->targets, "reference, all-linear, or names separated by commas")->group(group);
+  app.add_option("--lora_alpha", options->adapter.lora_alpha, "Scale is alpha / rank")
+      ->capture_default_str()
+      ->group(group);
+  app.add_option("--lora_target", options->targets, "reference, all-linear, or names separated by commas")
+      ->group(group);
   app.add_option("--router_input", options->adapter.router.input, "token, sentence, layer_input or ffn_product")
       ->capture_default_str()
       ->group(group);

@@ -61,12 +61,14 @@ AdapterFlag parse_adapter_flag(const std::string& flag) {
     } catch (const std::exception&) {
     }
     MOESAIC_CHECK(used > 0 && used == scale.size() && std::isfinite(adapter.scale), UsageError,
-                  "--adapter {}: the scale behind ':' is no number: got '{}'. Expected [NAME=]DIR[:scale].", flag, scale);
+                  "--adapter {}: the scale behind ':' is no number: got '{}'. Expected [NAME=]DIR[:scale].", flag,
+                  scale);
     rest.resize(colon);
   }
   adapter.dir = rest;
   MOESAIC_CHECK(fs::is_directory(adapter.dir), UsageError,
-                "--adapter {}: '{}' is no folder. Expected [NAME=]DIR[:scale], DIR holding adapter_config.json.", flag, rest);
+                "--adapter {}: '{}' is no folder. Expected [NAME=]DIR[:scale], DIR holding adapter_config.json.", flag,
+                rest);
   if (adapter.name.empty()) {
     const fs::path dir = adapter.dir.lexically_normal();
     adapter.name = (dir.has_filename() ? dir : dir.parent_path()).filename().string();
@@ -95,10 +97,11 @@ torch::Tensor LoadedModel::sentence_of(const std::vector<std::vector<int64_t>>& 
   if (!routes_by_sentence()) return {};
   for (size_t i = 0; i < adapters.size(); ++i) {
     const adapters::RouterConfig& router = adapters[i]->config().router;
-    MOESAIC_CHECK(router.input != "sentence" || router.sentence_source == "hidden", UsageError,
-                  "adapter {}: its router reads sentence embeddings from a data column; they can't be made from a prompt. "
-                  "Use data with that column.",
-                  adapter_names[i]);
+    MOESAIC_CHECK(
+        router.input != "sentence" || router.sentence_source == "hidden", UsageError,
+        "adapter {}: its router reads sentence embeddings from a data column; they can't be made from a prompt. "
+        "Use data with that column.",
+        adapter_names[i]);
   }
   return generate::sentence_embeddings(*model, nn::RaggedBatch::from_sequences(prompts, model->device()));
 }
@@ -118,9 +121,10 @@ eval::EvalModel LoadedModel::for_evaluation() const {
 }
 
 LoadedModel load_model(const ModelOptions& options, const CommonOptions& common, bool need_tokenizer) {
-  MOESAIC_CHECK(fs::exists(options.model), UsageError,
-                "--model {}: no such file or folder. Expected a folder with config.json and *.safetensors, or a .gguf file.",
-                options.model);
+  MOESAIC_CHECK(
+      fs::exists(options.model), UsageError,
+      "--model {}: no such file or folder. Expected a folder with config.json and *.safetensors, or a .gguf file.",
+      options.model);
   std::vector<AdapterFlag> flags;
   for (const std::string& flag : options.adapters) flags.push_back(parse_adapter_flag(flag));
   const c10::Device device = parse_device(common.device);

@@ -60,7 +60,8 @@ int fail(ExitCode code, const std::string& message) {
 std::string unknown_word(const CLI::App& app, const std::vector<std::string>& args) {
   auto message = [](const char* what, const std::string& got, const std::vector<std::string>& known) {
     const std::string nearest = nearest_name(got, known);
-    return fmt::format("unknown {} '{}'.{}", what, got, nearest.empty() ? "" : fmt::format(" Did you mean '{}'?", nearest));
+    return fmt::format("unknown {} '{}'.{}", what, got,
+                       nearest.empty() ? "" : fmt::format(" Did you mean '{}'?", nearest));
   };
   if (args[0].empty() || args[0][0] == '-') return "";
   std::vector<std::string> known;
@@ -88,7 +89,8 @@ bool is_out_of_memory(const c10::Error& error) {
 }
 
 int run(int argc, char** argv) {
-  CLI::App app{"Moesaic: train, evaluate and run mixtures of experts inside frozen pretrained language models", "moesaic"};
+  CLI::App app{"Moesaic: train, evaluate and run mixtures of experts inside frozen pretrained language models",
+               "moesaic"};
   app.set_version_flag("--version", fmt::format("moesaic {} (LibTorch {})", kVersion, TORCH_VERSION));
   app.require_subcommand(1);
   std::list<CommonOptions> options;  // a list: addresses stay
@@ -139,15 +141,16 @@ int main(int argc, char** argv) {
     return fail(ExitCode::kOutOfMemory, "out of memory. Try a smaller batch or a shorter cutoff.");
   } catch (const c10::Error& error) {
     if (moesaic::cli::is_out_of_memory(error)) {
-      return fail(ExitCode::kOutOfMemory,
-                  fmt::format("out of memory: {}\nTry a smaller batch or a shorter cutoff.", error.what_without_backtrace()));
+      return fail(ExitCode::kOutOfMemory, fmt::format("out of memory: {}\nTry a smaller batch or a shorter cutoff.",
+                                                      error.what_without_backtrace()));
     }
     return fail(ExitCode::kInternal, fmt::format("{}\nThis is a defect of moesaic, not of your input: please report it "
                                                  "with the command and the output of `moesaic doctor`.",
                                                  error.what()));
   } catch (const std::exception& error) {
-    return fail(ExitCode::kInternal, fmt::format("{}\nThis is a defect of moesaic: please report it with the command and "
-                                                 "the output of `moesaic doctor`.",
-                                                 error.what()));
+    return fail(ExitCode::kInternal,
+                fmt::format("{}\nThis is a defect of moesaic: please report it with the command and "
+                            "the output of `moesaic doctor`.",
+                            error.what()));
   }
 }

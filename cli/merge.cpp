@@ -1,8 +1,8 @@
 // moesaic merge: an adapter with one expert becomes part of its base model.
+#include "moesaic/export/merge.h"
 #include "cli/command.h"
 #include "moesaic/adapters/adapter.h"
 #include "moesaic/base/device.h"
-#include "moesaic/export/merge.h"
 #include "moesaic/models/causal_lm.h"
 
 namespace moesaic::cli {
@@ -34,7 +34,7 @@ int run_merge(const MergeOptions& options, const CommonOptions& common) {
   MOESAIC_CHECK(!fs::exists(fs::path(options.out) / "config.json"), UsageError,
                 "{}: got a folder that holds a model, expected a new one", options.out);
   const std::string weight = "model.layers.0.self_attn.q_proj.weight";
-  const auto dtype = common.dtype != "auto"            ? parse_dtype(common.dtype, torch::kCPU)
+  const auto dtype = common.dtype != "auto"         ? parse_dtype(common.dtype, torch::kCPU)
                      : checkpoint->contains(weight) ? checkpoint->dtype(weight)
                                                     : torch::kFloat32;
 

@@ -20,8 +20,8 @@ struct Options {
 std::string table(const std::vector<eval::TaskRouting>& tasks) {
   size_t width = 4;
   for (const eval::TaskRouting& task : tasks) width = std::max(width, task.name.size());
-  std::string text = fmt::format("{:<{}}  {:>8}  {:>8}  {:>9}  mean probability of each expert\n", "task", width, "tokens",
-                                 "entropy", "max share");
+  std::string text = fmt::format("{:<{}}  {:>8}  {:>8}  {:>9}  mean probability of each expert\n", "task", width,
+                                 "tokens", "entropy", "max share");
   for (const eval::TaskRouting& task : tasks) {
     std::vector<double> mean;
     double entropy = 0, largest = 0;
@@ -34,18 +34,20 @@ std::string table(const std::vector<eval::TaskRouting>& tasks) {
     }
     const double sites = static_cast<double>(task.stats.sites().size());
     for (double& value : mean) value /= sites;
-    text += fmt::format("{:<{}}  {:>8}  {:>8.3f}  {:>9.3f}  {:.3f}\n", task.name, width, task.tokens, entropy / sites, largest,
-                        fmt::join(mean, " "));
+    text += fmt::format("{:<{}}  {:>8}  {:>8.3f}  {:>9.3f}  {:.3f}\n", task.name, width, task.tokens, entropy / sites,
+                        largest, fmt::join(mean, " "));
   }
   return text;
 }
 
 int run(const Options& options, const CommonOptions& common) {
-  MOESAIC_CHECK(!options.model.adapters.empty(), UsageError, "routes: --adapter is missing; a base model has no routers");
+  MOESAIC_CHECK(!options.model.adapters.empty(), UsageError,
+                "routes: --adapter is missing; a base model has no routers");
   const std::vector<eval::Task> tasks = eval::load_tasks(options.tasks, options.task);
   const LoadedModel loaded = load_model(options.model, common);
   const eval::EvalModel model = loaded.for_evaluation();
-  MOESAIC_CHECK(model.routed, UsageError, "routes: the adapter has one expert per site and so no router. Give a mov or molora.");
+  MOESAIC_CHECK(model.routed, UsageError,
+                "routes: the adapter has one expert per site and so no router. Give a mov or molora.");
   std::vector<eval::TaskRouting> routings;
   for (const eval::Task& task : tasks) {
     Progress progress(task.name, static_cast<int64_t>(task.items.size()));
@@ -63,7 +65,8 @@ int run(const Options& options, const CommonOptions& common) {
       eval::routes_json(options.model.model, loaded.adapter_names, routings, text ? &*text : nullptr);
   const std::filesystem::path base = options.output;
   if (base.has_parent_path()) std::filesystem::create_directories(base.parent_path());
-  write_file_atomically(base.string() + ".json", json.dump(1, ' ', false, OrderedJson::error_handler_t::replace) + "\n");
+  write_file_atomically(base.string() + ".json",
+                        json.dump(1, ' ', false, OrderedJson::error_handler_t::replace) + "\n");
   write_file_atomically(base.string() + ".html", eval::routes_html(json));
   std::cout << table(routings) << fmt::format("\nWritten: {0}.json and {0}.html\n", base.string());
   return 0;
@@ -74,7 +77,9 @@ int run(const Options& options, const CommonOptions& common) {
 Runner add_routes(CLI::App& app, CommonOptions& common) {
   auto options = std::make_shared<Options>();
   add_model_options(app, options->model);
-  app.add_option("--tasks", options->tasks, "Task files or folders, comma-separated or repeated")->required()->delimiter(',');
+  app.add_option("--tasks", options->tasks, "Task files or folders, comma-separated or repeated")
+      ->required()
+      ->delimiter(',');
   app.add_option("--limit", options->task.limit, "Questions per task at most; 0 = all")
       ->capture_default_str()
       ->check(CLI::NonNegativeNumber);

@@ -16,7 +16,8 @@ struct Options {
 
 int run(const Options& options, const CommonOptions& common) {
   const int sources = !options.text.empty() + !options.file.empty() + !options.ids.empty();
-  MOESAIC_CHECK(sources == 1, UsageError, "give exactly one of --text TEXT, --ids 1,2,3 and --file FILE; got {}", sources);
+  MOESAIC_CHECK(sources == 1, UsageError, "give exactly one of --text TEXT, --ids 1,2,3 and --file FILE; got {}",
+                sources);
   const std::string text = options.file.empty() ? options.text : read_file(options.file);
   const LoadedModel loaded = load_model(options.model, common, /*need_tokenizer=*/options.ids.empty());
   const std::vector<int64_t> ids = options.ids.empty() ? loaded.tokenizer->encode(text, true) : options.ids;
@@ -26,7 +27,8 @@ int run(const Options& options, const CommonOptions& common) {
   const double sum = std::accumulate(logprobs.begin(), logprobs.end(), 0.0);
   const double perplexity = std::exp(-sum / static_cast<double>(logprobs.size()));
   if (options.json) {
-    std::cout << OrderedJson{{"ids", ids}, {"logprobs", logprobs}, {"sum", sum}, {"perplexity", perplexity}}.dump() << '\n';
+    std::cout << OrderedJson{{"ids", ids}, {"logprobs", logprobs}, {"sum", sum}, {"perplexity", perplexity}}.dump()
+              << '\n';
     return 0;
   }
   std::cout << fmt::format("{:>8}  {:>10}  token\n", "id", "logprob");

@@ -26,7 +26,9 @@ struct TrainOptions {
 class TrainCommand {
  public:
   TrainCommand(const TrainOptions& options, train::RunConfig run)
-      : options_(options), run_(std::move(run)), device_(parse_device(run_.device)),
+      : options_(options),
+        run_(std::move(run)),
+        device_(parse_device(run_.device)),
         dtype_(parse_dtype(run_.dtype, device_)) {}
 
   int execute() {
@@ -103,8 +105,8 @@ class TrainCommand {
     if (!run_.eval_dataset.is_null()) {
       for (auto& config : data::resolve_datasets(run_.eval_dataset, run_.dataset_dir)) validation.push_back(config);
     }
-    mixture_ = std::make_unique<data::Mixture>(std::move(training), renderer_,
-                                               derive_seed(run_.train.seed, "mixture"), run_.mixture_rule);
+    mixture_ = std::make_unique<data::Mixture>(std::move(training), renderer_, derive_seed(run_.train.seed, "mixture"),
+                                               run_.mixture_rule);
     if (!validation.empty()) eval_examples_ = data::load_examples(validation, *renderer_);
     if (run_.train.eval_steps > 0 && eval_examples_.empty()) {
       throw UsageError("eval_steps: got no evaluation data; give val_size or eval_dataset");
@@ -112,9 +114,8 @@ class TrainCommand {
   }
 
   void describe() {
-    fmt::print("model      {} ({}, {} parameters, {} on {})\n", run_.model_name_or_path,
-               model_->config().model_type, format_count(static_cast<double>(base_parameters_)), dtype_name(dtype_),
-               device_.str());
+    fmt::print("model      {} ({}, {} parameters, {} on {})\n", run_.model_name_or_path, model_->config().model_type,
+               format_count(static_cast<double>(base_parameters_)), dtype_name(dtype_), device_.str());
     int64_t trainable = base_parameters_;
     if (!full()) {
       trainable = 0;
@@ -175,17 +176,18 @@ class TrainCommand {
 
   int train_and_finish() {
     std::unique_ptr<Progress> progress;
-    const auto result = train::train(
-        *model_, adapter_.get(), *mixture_, eval_examples_, run_.train, mixture_->epoch_size(),
-        [&](const train::StepLog& log) {
-          if (!progress) progress = std::make_unique<Progress>("train", log.max_steps, log.step - 1);
-          progress->update(log.step, fmt::format("loss {:.4f}, {} tokens/s", log.loss,
-                                                 format_count(log.tokens_per_second)));
-        });
+    const auto result = train::train(*model_, adapter_.get(), *mixture_, eval_examples_, run_.train,
+                                     mixture_->epoch_size(), [&](const train::StepLog& log) {
+                                       if (!progress)
+                                         progress = std::make_unique<Progress>("train", log.max_steps, log.step - 1);
+                                       progress->update(log.step, fmt::format("loss {:.4f}, {} tokens/s", log.loss,
+                                                                              format_count(log.tokens_per_second)));
+                                     });
     if (progress) progress->finish();
     if (result.interrupted) {
       fmt::print(stderr, "stopped after step {}; go on with:\n  moesaic train {}{} --resume auto\n", result.steps,
-                 options_.run, options_.overrides.empty() ? "" : fmt::format(" {}", fmt::join(options_.overrides, " ")));
+                 options_.run,
+                 options_.overrides.empty() ? "" : fmt::format(" {}", fmt::join(options_.overrides, " ")));
       return static_cast<int>(ExitCode::kInterrupted);
     }
     if (full()) write_model();
@@ -216,10 +218,10 @@ class TrainCommand {
     std::string card = fmt::format("---\nlibrary_name: moesaic\nbase_model: {}\ntags: [{}]\n---\n\n",
                                    Json(run_.model_name_or_path).dump(), run_.finetuning_type);
     card += fmt::format("# {} of {}\n\n", run_.finetuning_type, run_.model_name_or_path);
-    card += fmt::format("Trained by moesaic {} for {} steps on {} tokens; mean training loss {:.4f}{}.\n\n", kVersion,
-                        result.steps, result.tokens, result.train_loss,
-                        result.best_eval_loss ? fmt::format(", best evaluation loss {:.4f}", *result.best_eval_loss)
-                                              : "");
+    card +=
+        fmt::format("Trained by moesaic {} for {} steps on {} tokens; mean training loss {:.4f}{}.\n\n", kVersion,
+                    result.steps, result.tokens, result.train_loss,
+                    result.best_eval_loss ? fmt::format(", best evaluation loss {:.4f}", *result.best_eval_loss) : "");
     card += "| data | rows | examples drawn | rate |\n|---|---|---|---|\n";
     for (const auto& count : mixture_->counts()) {
       card += fmt::format("| {} | {} | {} | {:.3f} |\n", count.name, count.rows, count.drawn, count.rate);

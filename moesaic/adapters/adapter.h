@@ -13,28 +13,28 @@ namespace moesaic::adapters {
 /// How a router weighs the experts. The keys are those of a run's `router:` block and of adapter_config.json's
 /// `moesaic.router` block.
 struct RouterConfig {
-  std::string type = "soft";         // soft | top_k
-  int64_t top_k = 0;                 // experts kept when type is top_k
-  std::string topk_mode = "mask";    // mask (reference) | renorm | residual
-  std::string input = "token";       // token | sentence | layer_input | ffn_product
-  int64_t sentence_dim = 0;          // d_e for input `sentence`; 0 = the model's hidden size
+  std::string type = "soft";               // soft | top_k
+  int64_t top_k = 0;                       // experts kept when type is top_k
+  std::string topk_mode = "mask";          // mask (reference) | renorm | residual
+  std::string input = "token";             // token | sentence | layer_input | ffn_product
+  int64_t sentence_dim = 0;                // d_e for input `sentence`; 0 = the model's hidden size
   std::string sentence_source = "hidden";  // hidden (the frozen model's mean-pooled last state) | column
   double init_std = 0.02;
-  double jitter = 0.0;               // multiplicative uniform(1-j, 1+j) on the router's input while training
+  double jitter = 0.0;  // multiplicative uniform(1-j, 1+j) on the router's input while training
   double temperature = 1.0;
 };
 
 /// Everything that defines an adapter. Parsed from a run's keys or from adapter_config.json.
 struct AdapterConfig {
-  std::string method;                        // lora | ia3 | mov | molora
+  std::string method;  // lora | ia3 | mov | molora
   int64_t num_experts = 1;
   int64_t lora_rank = 8;
   double lora_alpha = 16;
   double lora_dropout = 0.0;
   bool use_rslora = false;
-  TargetPattern targets;  // names or dotted suffixes, or one full regex
-  std::vector<std::string> feedforward;      // (IA)^3 and MoV: targets that scale their input
-  TargetPattern exclude;  // same rule, taken away
+  TargetPattern targets;                 // names or dotted suffixes, or one full regex
+  std::vector<std::string> feedforward;  // (IA)^3 and MoV: targets that scale their input
+  TargetPattern exclude;                 // same rule, taken away
   std::map<std::string, int64_t> rank_pattern;
   std::map<std::string, double> alpha_pattern;
   std::vector<int64_t> layers_to_transform;  // empty = all
@@ -43,9 +43,9 @@ struct AdapterConfig {
   std::string k_site = "auto";
   RouterConfig router;
   std::string base_model_name_or_path;
-  std::string base_fingerprint;              // Checkpoint::fingerprint()
+  std::string base_fingerprint;  // Checkpoint::fingerprint()
   std::string base_dtype;
-  Json extra = Json::object();               // PEFT keys we carry but do not use
+  Json extra = Json::object();  // PEFT keys we carry but do not use
 };
 
 /// A trainable tensor and the group it belongs to.
@@ -63,7 +63,8 @@ class Adapter {
  public:
   /// Attaches new parameters (start state of the spec) to `sites`. Throws UsageError when a target matches no site,
   /// with the nearest site name and all hit counts.
-  static std::unique_ptr<Adapter> create(AdapterConfig config, nn::Sites& sites, const torch::Device& device, uint64_t seed);
+  static std::unique_ptr<Adapter> create(AdapterConfig config, nn::Sites& sites, const torch::Device& device,
+                                         uint64_t seed);
   /// Attaches a folder's adapter. Every tensor is claimed once and every target gets one, or DataError lists all
   /// offenders. `scale` multiplies its effect.
   static std::unique_ptr<Adapter> load(const std::filesystem::path& dir, nn::Sites& sites, const torch::Device& device,
@@ -88,8 +89,8 @@ class Adapter {
   AdapterConfig config_;
 };
 
-/// adapter_config.json <-> AdapterConfig. Settings that would change the function and are not implemented (DoRA, biases,
-/// modules_to_save, ...) are refused, all in one message.
+/// adapter_config.json <-> AdapterConfig. Settings that would change the function and are not implemented (DoRA,
+/// biases, modules_to_save, ...) are refused, all in one message.
 AdapterConfig parse_adapter_config(const Json& json, const std::string& where);
 Json adapter_config_json(const AdapterConfig& config);
 /// The keys of a `router:` block.

@@ -19,8 +19,8 @@ void claim_tensors(const std::vector<FileTensor>& expected, const formats::Tenso
       wrong.push_back(fmt::format("{}: got shape [{}], expected [{}]", target.key, fmt::join(it->second.sizes(), ", "),
                                   fmt::join(target.shape, ", ")));
     } else if (!it->second.is_floating_point()) {
-      wrong.push_back(fmt::format("{}: got dtype {}, expected a float type", target.key,
-                                  c10::toString(it->second.scalar_type())));
+      wrong.push_back(
+          fmt::format("{}: got dtype {}, expected a float type", target.key, c10::toString(it->second.scalar_type())));
     }
   }
   for (const auto& [key, tensor] : tensors) {
@@ -30,10 +30,11 @@ void claim_tensors(const std::vector<FileTensor>& expected, const formats::Tenso
     const size_t total = wrong.size();
     const bool cut = total > kListed;
     if (cut) wrong.resize(kListed);
-    throw DataError(fmt::format("the adapter does not fit the model, {} problem{}:\n  {}{}\nWrong base model, or another "
-                                "target_modules?",
-                                total, total == 1 ? "" : "s", fmt::join(wrong, "\n  "),
-                                cut ? fmt::format("\n  ... and {} more", total - kListed) : ""));
+    throw DataError(
+        fmt::format("the adapter does not fit the model, {} problem{}:\n  {}{}\nWrong base model, or another "
+                    "target_modules?",
+                    total, total == 1 ? "" : "s", fmt::join(wrong, "\n  "),
+                    cut ? fmt::format("\n  ... and {} more", total - kListed) : ""));
   }
   torch::NoGradGuard no_grad;
   for (const FileTensor& target : expected) target.assign(tensors.at(target.key).to(torch::kFloat32));

@@ -8,11 +8,11 @@ namespace moesaic::adapters {
 
 /// A parameter as it stands in a file.
 struct FileTensor {
-  std::string key;                                 // without "base_model.model."
-  std::vector<int64_t> shape;                      // in the file
+  std::string key;                                   // without "base_model.model."
+  std::vector<int64_t> shape;                        // in the file
   std::function<void(const torch::Tensor&)> assign;  // takes the file's layout, float32
-  std::function<torch::Tensor()> value;            // the parameter in the file's layout
-  std::function<torch::Tensor()> gradient;         // its gradient in the file's layout
+  std::function<torch::Tensor()> value;              // the parameter in the file's layout
+  std::function<torch::Tensor()> gradient;           // its gradient in the file's layout
 };
 
 /// Throws DataError listing every missing, unexpected and mis-shaped tensor.

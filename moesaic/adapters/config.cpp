@@ -45,8 +45,10 @@ AdapterConfig parse_adapter_config(const Json& json, const std::string& where) {
   for (const char* key : {"modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication"}) {
     refuse(json, key, json.contains(key) && !json[key].is_null() && !json[key].empty(), where, unsupported);
   }
-  MOESAIC_CHECK(unsupported.empty(), ConfigError, "{}: got settings that are not supported here: {}. Train the adapter "
-                "without them, or merge it into its base with PEFT", where, fmt::join(unsupported, "; "));
+  MOESAIC_CHECK(unsupported.empty(), ConfigError,
+                "{}: got settings that are not supported here: {}. Train the adapter "
+                "without them, or merge it into its base with PEFT",
+                where, fmt::join(unsupported, "; "));
 
   config.targets = parse_targets(json, "target_modules", where);
   config.exclude = parse_targets(json, "exclude_modules", where);
@@ -134,7 +136,8 @@ void validate(const AdapterConfig& config, const std::string& where) {
          fmt::format("router.sentence_dim: got {}, expected 0 to 1048576", router.sentence_dim));
   expect(router.init_std >= 0 && std::isfinite(router.init_std),
          fmt::format("router.init_std: got {}, expected a number >= 0", router.init_std));
-  expect(router.jitter >= 0 && router.jitter < 1, fmt::format("router.jitter: got {}, expected 0 to below 1", router.jitter));
+  expect(router.jitter >= 0 && router.jitter < 1,
+         fmt::format("router.jitter: got {}, expected 0 to below 1", router.jitter));
   expect(router.temperature > 0 && std::isfinite(router.temperature),
          fmt::format("router.temperature: got {}, expected a number > 0", router.temperature));
   moe::parse_topk_mode(router.topk_mode);

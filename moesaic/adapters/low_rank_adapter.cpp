@@ -30,9 +30,10 @@ class LowRankAdapter : public Adapter {
       experts->scale = effect * alpha / (config_.use_rslora ? std::sqrt(static_cast<double>(rank)) : rank);
       experts->dropout = config_.lora_dropout;
       const std::vector<int64_t> a_shape{config_.num_experts, rank, site.in};
-      experts->a = device.is_meta()
-                       ? torch::empty(a_shape, options.device(device))
-                       : torch::empty(a_shape, options).normal_(0, 0.02, make_generator(derive_seed(seed, site.name + ".lora_A"))).to(device);
+      experts->a = device.is_meta() ? torch::empty(a_shape, options.device(device))
+                                    : torch::empty(a_shape, options)
+                                          .normal_(0, 0.02, make_generator(derive_seed(seed, site.name + ".lora_A")))
+                                          .to(device);
       experts->b = torch::zeros({config_.num_experts * rank, site.out}, options.device(device));
       experts->router = make_router(config_, site.name, site.layer, site.in, hidden, device, seed);
       moe::LowRankGroup::of(*site.group)->add(experts, trainable);
@@ -91,14 +92,15 @@ class LowRankAdapter : public Adapter {
       auto drop = [stacked](std::vector<int64_t> shape) {
         return stacked ? shape : std::vector<int64_t>(shape.begin() + 1, shape.end());
       };
-      auto to_file_a = [shape = drop(a_shape)](const torch::Tensor& a) { return a.detach().reshape(shape).cpu().contiguous(); };
+      auto to_file_a = [shape = drop(a_shape)](const torch::Tensor& a) {
+        return a.detach().reshape(shape).cpu().contiguous();
+      };
       auto to_file_b = [e, shape = drop(b_shape)](const torch::Tensor& b) {
         return b.detach().view({e->experts, e->rank, -1}).transpose(1, 2).reshape(shape).cpu().contiguous();
       };
-      result.push_back({name + ".lora_A.weight", drop(a_shape),
-                        [e](const torch::Tensor& t) { e->a.copy_(t.view(e->a.sizes())); },
-                        [e, to_file_a] { return to_file_a(e->a); },
-                        [e, to_file_a] { return to_file_a(gradient_or_zeros(e->a)); }});
+      result.push_back(
+          {name + ".lora_A.weight", drop(a_shape), [e](const torch::Tensor& t) { e->a.copy_(t.view(e->a.sizes())); },
+           [e, to_file_a] { return to_file_a(e->a); }, [e, to_file_a] { return to_file_a(gradient_or_zeros(e->a)); }});
       result.push_back({name + ".lora_B.weight", drop(b_shape),
                         [e, b_shape](const torch::Tensor& t) {
                           e->b.copy_(t.reshape(b_shape).transpose(1, 2).reshape(e->b.sizes()));

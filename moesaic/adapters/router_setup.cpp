@@ -27,10 +27,11 @@ moe::Router make_router(const AdapterConfig& config, const std::string& path, in
     width = config.router.sentence_dim > 0 ? config.router.sentence_dim : hidden;
   }
   const auto options = torch::TensorOptions().dtype(torch::kFloat32);
-  router.weight = device.is_meta() ? torch::empty({config.num_experts, width}, options.device(device))
-                                   : torch::empty({config.num_experts, width}, options)
-                                         .normal_(0, config.router.init_std, make_generator(derive_seed(seed, path + ".router")))
-                                         .to(device);
+  router.weight = device.is_meta()
+                      ? torch::empty({config.num_experts, width}, options.device(device))
+                      : torch::empty({config.num_experts, width}, options)
+                            .normal_(0, config.router.init_std, make_generator(derive_seed(seed, path + ".router")))
+                            .to(device);
   return router;
 }
 

@@ -33,8 +33,8 @@ class VectorAdapter : public Adapter {
     for (const nn::ScaleSite* site : usable) {
       if (!is_target(config_, site->name, site->layer)) continue;
       const bool heads = site->heads > 0;
-      torch::Tensor vectors = heads ? torch::ones({e, site->heads, site->width}, options)
-                                    : torch::ones({e, site->width}, options);
+      torch::Tensor vectors =
+          heads ? torch::ones({e, site->heads, site->width}, options) : torch::ones({e, site->width}, options);
       moe::Router router = make_router(config_, site->name, site->layer, site->width, site->hidden, device, seed);
       vectors.set_requires_grad(trainable);
       if (router.defined()) router.weight.set_requires_grad(trainable);
@@ -45,7 +45,8 @@ class VectorAdapter : public Adapter {
   }
 
   ~VectorAdapter() override {
-    for (Attached& a : attached_) std::erase(a.site.slot->adapters, std::static_pointer_cast<nn::ScaleAdapter>(a.experts));
+    for (Attached& a : attached_)
+      std::erase(a.site.slot->adapters, std::static_pointer_cast<nn::ScaleAdapter>(a.experts));
   }
 
   std::vector<AdapterParameter> parameters() override {
@@ -98,13 +99,13 @@ class VectorAdapter : public Adapter {
       const torch::Tensor v = a.experts->vectors;
       std::vector<int64_t> shape = v.sizes().vec();
       if (!mixture()) {
-        shape = a.site.kind == nn::ScaleKind::kFfn ? std::vector<int64_t>{1, v.numel()} : std::vector<int64_t>{v.numel(), 1};
+        shape = a.site.kind == nn::ScaleKind::kFfn ? std::vector<int64_t>{1, v.numel()}
+                                                   : std::vector<int64_t>{v.numel(), 1};
       }
       auto to_file = [shape](const torch::Tensor& t) { return t.detach().reshape(shape).cpu().contiguous(); };
       result.push_back({a.site.name + (mixture() ? ".mov.weight" : ".ia3_l"), shape,
                         [v](const torch::Tensor& t) { torch::Tensor(v).copy_(t.view(v.sizes())); },
-                        [v, to_file] { return to_file(v); },
-                        [v, to_file] { return to_file(gradient_or_zeros(v)); }});
+                        [v, to_file] { return to_file(v); }, [v, to_file] { return to_file(gradient_or_zeros(v)); }});
       if (a.experts->router.defined()) result.push_back(router_file_tensor(a.site.name, a.experts->router.weight));
     }
     return result;

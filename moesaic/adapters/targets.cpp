@@ -12,13 +12,14 @@ std::regex compile(const std::string& pattern) {
   try {
     return std::regex(pattern, std::regex::ECMAScript);
   } catch (const std::regex_error& error) {
-    throw UsageError(fmt::format("target pattern '{}': got a broken regex ({}), expected ECMAScript", pattern,
-                                 error.what()));
+    throw UsageError(
+        fmt::format("target pattern '{}': got a broken regex ({}), expected ECMAScript", pattern, error.what()));
   }
 }
 
 bool is_suffix(const std::string& path, const std::string& name) {
-  return path == name || (path.size() > name.size() && path.ends_with(name) && path[path.size() - name.size() - 1] == '.');
+  return path == name ||
+         (path.size() > name.size() && path.ends_with(name) && path[path.size() - name.size() - 1] == '.');
 }
 
 std::string last_component(const std::string& path) { return path.substr(path.rfind('.') + 1); }
@@ -58,8 +59,8 @@ std::vector<std::pair<std::string, int64_t>> count_matches(const TargetPattern& 
     const TargetPattern single = std::holds_alternative<std::string>(pattern)
                                      ? TargetPattern(name)
                                      : TargetPattern(std::vector<std::string>{name});
-    const int64_t count =
-        std::count_if(paths.begin(), paths.end(), [&](const std::string& path) { return matches_target(single, path); });
+    const int64_t count = std::count_if(paths.begin(), paths.end(),
+                                        [&](const std::string& path) { return matches_target(single, path); });
     counts.emplace_back(name, count);
     if (count == 0) unmatched.push_back(name);
   }

@@ -31,38 +31,22 @@ OrderedJson to_json(const arrow::Array& array, int64_t row, const std::string& w
     return list(*typed.values(), typed.value_offset(row), typed.value_offset(row) + typed.value_length(row));
   };
   switch (array.type_id()) {
-    case arrow::Type::BOOL:
-      return static_cast<const arrow::BooleanArray&>(array).Value(row);
-    case arrow::Type::INT8:
-      return static_cast<const arrow::Int8Array&>(array).Value(row);
-    case arrow::Type::INT16:
-      return static_cast<const arrow::Int16Array&>(array).Value(row);
-    case arrow::Type::INT32:
-      return static_cast<const arrow::Int32Array&>(array).Value(row);
-    case arrow::Type::INT64:
-      return static_cast<const arrow::Int64Array&>(array).Value(row);
-    case arrow::Type::UINT8:
-      return static_cast<const arrow::UInt8Array&>(array).Value(row);
-    case arrow::Type::UINT16:
-      return static_cast<const arrow::UInt16Array&>(array).Value(row);
-    case arrow::Type::UINT32:
-      return static_cast<const arrow::UInt32Array&>(array).Value(row);
-    case arrow::Type::UINT64:
-      return static_cast<const arrow::UInt64Array&>(array).Value(row);
-    case arrow::Type::FLOAT:
-      return static_cast<const arrow::FloatArray&>(array).Value(row);
-    case arrow::Type::DOUBLE:
-      return static_cast<const arrow::DoubleArray&>(array).Value(row);
-    case arrow::Type::STRING:
-      return static_cast<const arrow::StringArray&>(array).GetString(row);
-    case arrow::Type::LARGE_STRING:
-      return static_cast<const arrow::LargeStringArray&>(array).GetString(row);
-    case arrow::Type::LIST:
-      return elements(static_cast<const arrow::ListArray&>(array));
-    case arrow::Type::LARGE_LIST:
-      return elements(static_cast<const arrow::LargeListArray&>(array));
-    case arrow::Type::FIXED_SIZE_LIST:
-      return elements(static_cast<const arrow::FixedSizeListArray&>(array));
+    case arrow::Type::BOOL: return static_cast<const arrow::BooleanArray&>(array).Value(row);
+    case arrow::Type::INT8: return static_cast<const arrow::Int8Array&>(array).Value(row);
+    case arrow::Type::INT16: return static_cast<const arrow::Int16Array&>(array).Value(row);
+    case arrow::Type::INT32: return static_cast<const arrow::Int32Array&>(array).Value(row);
+    case arrow::Type::INT64: return static_cast<const arrow::Int64Array&>(array).Value(row);
+    case arrow::Type::UINT8: return static_cast<const arrow::UInt8Array&>(array).Value(row);
+    case arrow::Type::UINT16: return static_cast<const arrow::UInt16Array&>(array).Value(row);
+    case arrow::Type::UINT32: return static_cast<const arrow::UInt32Array&>(array).Value(row);
+    case arrow::Type::UINT64: return static_cast<const arrow::UInt64Array&>(array).Value(row);
+    case arrow::Type::FLOAT: return static_cast<const arrow::FloatArray&>(array).Value(row);
+    case arrow::Type::DOUBLE: return static_cast<const arrow::DoubleArray&>(array).Value(row);
+    case arrow::Type::STRING: return static_cast<const arrow::StringArray&>(array).GetString(row);
+    case arrow::Type::LARGE_STRING: return static_cast<const arrow::LargeStringArray&>(array).GetString(row);
+    case arrow::Type::LIST: return elements(static_cast<const arrow::ListArray&>(array));
+    case arrow::Type::LARGE_LIST: return elements(static_cast<const arrow::LargeListArray&>(array));
+    case arrow::Type::FIXED_SIZE_LIST: return elements(static_cast<const arrow::FixedSizeListArray&>(array));
     case arrow::Type::STRUCT: {
       const auto& typed = static_cast<const arrow::StructArray&>(array);
       OrderedJson json = OrderedJson::object();
@@ -92,9 +76,12 @@ OrderedJson to_json(const arrow::Array& array, int64_t row, const std::string& w
 
 /// Names of columns and of the fields inside them are UTF-8.
 bool names_are_text(const arrow::FieldVector& fields, int depth = 0) {
-  return depth < kMaxDepth && std::all_of(fields.begin(), fields.end(), [&](const auto& field) {
-           return arrow::util::ValidateUTF8(field->name()) && names_are_text(field->type()->fields(), depth + 1);
-         });
+  return depth < kMaxDepth && std::all_of(
+                                  fields.begin(), fields.end(),
+                                  [&](const auto& field) {
+                                    return arrow::util::ValidateUTF8(field->name()) &&
+                                           names_are_text(field->type()->fields(), depth + 1);
+                                  });
 }
 
 /// Turns Arrow's errors and exceptions into a FormatError with the file's name.
@@ -256,8 +243,10 @@ class IpcFile : public ArrowFile {
     }
     batches_ = static_cast<int64_t>(starts.size()) - 1;
     whole_ = bytes <= kWholeFileBytes;
-    if (!whole_) starts_ = starts;
-    else if (starts.back() > 0) starts_.push_back(starts.back());
+    if (!whole_)
+      starts_ = starts;
+    else if (starts.back() > 0)
+      starts_.push_back(starts.back());
   }
 
  private:

@@ -14,36 +14,36 @@ namespace moesaic::data {
 
 /// One source of a mixture.
 struct DatasetConfig {
-  std::string name;                  // a name in dataset_info.json, or a path
-  std::filesystem::path path;        // resolved file
-  std::string formatting = "auto";   // auto | alpaca | sharegpt | messages | inputs_targets | text | superni
-  Json columns = Json::object();     // LLaMA-Factory's column mapping; also `sentence`: a list of numbers
-  Json tags = Json::object();        // LLaMA-Factory's names of the keys and roles in a conversation
-  double weight = -1;                // relative rate in the mixture; -1 = by the mixture's rule
-  int64_t cap = 0;                   // rows at most, spread evenly over the split; 0 = all
-  std::string split;                 // "train" | "validation" | "" (all)
-  double val_size = 0;               // validation rows: a share below 1, or their number; see order.h RowSubset
-  uint64_t split_seed = 42;          // which rows these are
-  int64_t templates = 1;             // prompt templates of the data set this file is one of; only rule t0 reads it
+  std::string name;                 // a name in dataset_info.json, or a path
+  std::filesystem::path path;       // resolved file
+  std::string formatting = "auto";  // auto | alpaca | sharegpt | messages | inputs_targets | text | superni
+  Json columns = Json::object();    // LLaMA-Factory's column mapping; also `sentence`: a list of numbers
+  Json tags = Json::object();       // LLaMA-Factory's names of the keys and roles in a conversation
+  double weight = -1;               // relative rate in the mixture; -1 = by the mixture's rule
+  int64_t cap = 0;                  // rows at most, spread evenly over the split; 0 = all
+  std::string split;                // "train" | "validation" | "" (all)
+  double val_size = 0;              // validation rows: a share below 1, or their number; see order.h RowSubset
+  uint64_t split_seed = 42;         // which rows these are
+  int64_t templates = 1;            // prompt templates of the data set this file is one of; only rule t0 reads it
 };
 
 /// How rows become examples.
 struct RenderOptions {
-  int64_t cutoff_len = 1024;         // tokens of a whole example; Renderer says what is cut
-  int64_t target_cutoff_len = 0;     // tokens behind the prompt, EOS included; 0 = no separate limit
+  int64_t cutoff_len = 1024;           // tokens of a whole example; Renderer says what is cut
+  int64_t target_cutoff_len = 0;       // tokens behind the prompt, EOS included; 0 = no separate limit
   std::string template_name = "auto";  // auto: the model's chat template, if any; none: raw; else a Jinja file's path
   bool train_on_prompt = false;
-  std::string sentence_column;       // column with a list of numbers for router input `sentence`
+  std::string sentence_column;  // column with a list of numbers for router input `sentence`
 };
 
 /// A row in one form, whatever the file's shape.
 struct Row {
-  OrderedJson messages;              // chat shapes: [{role, content}]; null for raw shapes
-  std::string prompt, target;        // inputs/targets and text (empty prompt)
+  OrderedJson messages;        // chat shapes: [{role, content}]; null for raw shapes
+  std::string prompt, target;  // inputs/targets and text (empty prompt)
   OrderedJson tools;
   std::vector<float> sentence;
   std::string id;
-  std::string where;                 // file and line, for messages
+  std::string where;  // file and line, for messages
 };
 
 /// Renders and tokenises rows. One object serves training, preview and evaluation.
@@ -92,8 +92,8 @@ class RowReader {
   virtual ~RowReader() = default;
   /// The next row; nullopt at the end. Throws DataError with file and line for a damaged row, and goes on behind it.
   virtual std::optional<Row> next() = 0;
-  virtual void seek(int64_t row) = 0;      // the next row to read
-  virtual int64_t count() = 0;             // rows (scans the file once)
+  virtual void seek(int64_t row) = 0;  // the next row to read
+  virtual int64_t count() = 0;         // rows (scans the file once)
   /// Row numbers at which units begin that are cheap to read in any order, and at the end count().
   virtual std::vector<int64_t> blocks() = 0;
   /// The rows' shape: config.formatting, or what `auto` found.
@@ -123,14 +123,15 @@ struct MixtureCount {
   double rate;
 };
 
-/// An endless weighted mixture: draw t picks a dataset by rate with a hash of (seed, t), then that dataset's next row in
-/// the seeded order of its epoch: a permutation of all rows of a text file; of blocks, then of the rows in a block, for
-/// Parquet and Arrow. Both are computed, not stored, so the state is one number per dataset and memory does not grow
-/// with the files. Rows that leave nothing to train on are skipped and counted.
-/// Rates are the datasets' weights when they have them (all or none), otherwise from `mixture_rule`:
+/// An endless weighted mixture: draw t picks a dataset by rate with a hash of (seed, t), then that dataset's next row
+/// in the seeded order of its epoch: a permutation of all rows of a text file; of blocks, then of the rows in a block,
+/// for Parquet and Arrow. Both are computed, not stored, so the state is one number per dataset and memory does not
+/// grow with the files. Rows that leave nothing to train on are skipped and counted. Rates are the datasets' weights
+/// when they have them (all or none), otherwise from `mixture_rule`:
 ///   proportional   rows (after caps)
 ///   equal          1
-///   t0             rows, or 500000 / templates where there are more than 500000 rows (the rule of the T0 mixture, arXiv 2110.08207)
+///   t0             rows, or 500000 / templates where there are more than 500000 rows (the rule of the T0 mixture,
+///   arXiv 2110.08207)
 class Mixture : public ExampleStream {
  public:
   Mixture(std::vector<DatasetConfig> datasets, std::shared_ptr<const Renderer> renderer, uint64_t seed,

@@ -41,7 +41,8 @@ Batch collate(const std::vector<Example>& examples, torch::Device device) {
   batch.labels = torch::tensor(labels, torch::kInt64).to(device);
   batch.label_sequences = torch::tensor(label_sequences, torch::kInt64).to(device);
   if (!sentence.empty()) {
-    batch.sentence = torch::tensor(sentence, torch::kFloat32).view({static_cast<int64_t>(examples.size()), -1}).to(device);
+    batch.sentence =
+        torch::tensor(sentence, torch::kFloat32).view({static_cast<int64_t>(examples.size()), -1}).to(device);
   }
   return batch;
 }

@@ -14,20 +14,20 @@ namespace moesaic::data {
 /// One tokenised example. ids[i] is a target (predicted from ids[0..i)) when mask[i] is 1.
 struct Example {
   std::vector<int64_t> ids;
-  std::vector<uint8_t> mask;       // same length as ids
-  std::vector<float> sentence;     // router input `sentence` from a column; empty otherwise
-  int64_t dataset = 0;             // index in the mixture
-  int64_t targets() const;         // number of ones in mask[1..]
+  std::vector<uint8_t> mask;    // same length as ids
+  std::vector<float> sentence;  // router input `sentence` from a column; empty otherwise
+  int64_t dataset = 0;          // index in the mixture
+  int64_t targets() const;      // number of ones in mask[1..]
 };
 
 /// A ragged batch with its labels.
 struct Batch {
   nn::RaggedBatch tokens;
-  torch::Tensor label_rows;        // [M] int64: rows whose next token is a target
-  torch::Tensor labels;            // [M] int64: that next token
-  torch::Tensor label_sequences;   // [M] int64: sequence of each label row
-  torch::Tensor sentence;          // [B, d_e] float32 or undefined
-  std::vector<int64_t> datasets;   // [B]
+  torch::Tensor label_rows;       // [M] int64: rows whose next token is a target
+  torch::Tensor labels;           // [M] int64: that next token
+  torch::Tensor label_sequences;  // [M] int64: sequence of each label row
+  torch::Tensor sentence;         // [B, d_e] float32 or undefined
+  std::vector<int64_t> datasets;  // [B]
   int64_t num_targets() const { return labels.defined() ? labels.size(0) : 0; }
 };
 

@@ -48,7 +48,7 @@ struct Source {
   // The cursor, and what was drawn.
   int64_t position = 0;  // rows read since the start, over all epochs
   int64_t drawn = 0, skipped = 0, targets = 0;
-  int64_t epoch = -1;    // of `order`
+  int64_t epoch = -1;  // of `order`
   std::optional<EpochOrder> order;
 
   Row next_row() {
@@ -104,10 +104,14 @@ Mixture::Mixture(std::vector<DatasetConfig> datasets, std::shared_ptr<const Rend
     source.blocks = source.reader->blocks();
     source.key = hash_mix(impl_->seed, i + 1);
     double rows = static_cast<double>(source.rows);
-    if (weighted > 0) source.rate = source.config.weight;
-    else if (mixture_rule == "equal") source.rate = 1;
-    else if (mixture_rule == "t0" && rows > kT0Cap) source.rate = kT0Cap / static_cast<double>(source.config.templates);
-    else source.rate = rows;
+    if (weighted > 0)
+      source.rate = source.config.weight;
+    else if (mixture_rule == "equal")
+      source.rate = 1;
+    else if (mixture_rule == "t0" && rows > kT0Cap)
+      source.rate = kT0Cap / static_cast<double>(source.config.templates);
+    else
+      source.rate = rows;
     total += source.rate;
     impl_->cumulative.push_back(total);
     impl_->sources.push_back(std::move(source));
@@ -131,9 +135,10 @@ std::optional<Example> Mixture::next() {
     source.targets += example->targets();
     return example;
   }
-  throw DataError(fmt::format(
-      "dataset {}: none of {} rows leaves anything to train on; is cutoff_len ({}) too small, or are the answers empty?",
-      source.config.name, source.rows, impl_->renderer->options().cutoff_len));
+  throw DataError(
+      fmt::format("dataset {}: none of {} rows leaves anything to train on; is cutoff_len ({}) too small, or are the "
+                  "answers empty?",
+                  source.config.name, source.rows, impl_->renderer->options().cutoff_len));
 }
 
 Json Mixture::state() const {

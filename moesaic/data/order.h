@@ -85,8 +85,10 @@ class RowSubset {
     int64_t low = 0, high = validation_ - 1;
     while (low < high) {
       int64_t middle = (low + high + 1) / 2;
-      if (start(middle) - middle <= i) low = middle;
-      else high = middle - 1;
+      if (start(middle) - middle <= i)
+        low = middle;
+      else
+        high = middle - 1;
     }
     int64_t row = i + low;
     return row < picked(low) ? row : row + 1;
@@ -99,7 +101,8 @@ class RowSubset {
   int64_t start(int64_t stratum) const { return scale(stratum, rows_, validation_); }
   int64_t picked(int64_t stratum) const {
     int64_t begin = start(stratum), length = start(stratum + 1) - begin;
-    return begin + static_cast<int64_t>(hash_mix(seed_, static_cast<uint64_t>(stratum)) % static_cast<uint64_t>(length));
+    return begin +
+           static_cast<int64_t>(hash_mix(seed_, static_cast<uint64_t>(stratum)) % static_cast<uint64_t>(length));
   }
 
   int64_t rows_, validation_;

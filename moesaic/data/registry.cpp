@@ -8,12 +8,12 @@ namespace {
 
 namespace fs = std::filesystem;
 
-const std::vector<std::string> kItemKeys{"name", "weight",  "cap",  "split",    "val_size",
+const std::vector<std::string> kItemKeys{"name",       "weight",  "cap",  "split",    "val_size",
                                          "formatting", "columns", "tags", "templates"};
 // Keys of LLaMA-Factory's registry; those we can't honour are refused below.
-const std::vector<std::string> kInfoKeys{"file_name", "formatting", "columns",      "tags",       "num_samples", "split",
-                                         "ranking",   "hf_hub_url", "ms_hub_url",   "om_hub_url", "script_url",
-                                         "cloud_file_name", "subset", "folder"};
+const std::vector<std::string> kInfoKeys{"file_name",  "formatting",      "columns",    "tags",       "num_samples",
+                                         "split",      "ranking",         "hf_hub_url", "ms_hub_url", "om_hub_url",
+                                         "script_url", "cloud_file_name", "subset",     "folder"};
 const std::vector<std::string> kExtensions{".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".arrow", ".feather"};
 
 void check_keys(const Json& object, const std::vector<std::string>& known, const std::string& where) {
@@ -33,7 +33,8 @@ DatasetConfig from_registry(const std::string& name, const Json& info, const fs:
   check_keys(info, kInfoKeys, where);
   MOESAIC_CHECK(info.contains("file_name"), UsageError,
                 "{}: has no file_name; data sets are read from files only, download it and name the file", where);
-  MOESAIC_CHECK(!get_or<bool>(info, "ranking", false, where), UsageError, "{}: ranking data can't be trained on", where);
+  MOESAIC_CHECK(!get_or<bool>(info, "ranking", false, where), UsageError, "{}: ranking data can't be trained on",
+                where);
   DatasetConfig config;
   config.name = name;
   config.path = dataset_dir / get<std::string>(info, "file_name", where);
@@ -50,7 +51,8 @@ std::vector<fs::path> files_in(const fs::path& folder) {
   std::vector<fs::path> files;
   for (const auto& entry : fs::directory_iterator(folder)) {
     bool known = std::find(kExtensions.begin(), kExtensions.end(), entry.path().extension()) != kExtensions.end();
-    if (entry.is_regular_file() && known && entry.path().filename() != "dataset_info.json") files.push_back(entry.path());
+    if (entry.is_regular_file() && known && entry.path().filename() != "dataset_info.json")
+      files.push_back(entry.path());
   }
   MOESAIC_CHECK(!files.empty(), UsageError, "{}: no data files in this folder; expected {}", folder.string(),
                 fmt::join(kExtensions, ", "));
@@ -97,8 +99,10 @@ std::vector<DatasetConfig> resolve_datasets(const Json& dataset, const fs::path&
     MOESAIC_CHECK(registry.is_object(), DataError, "{}: expected an object of data sets", path.string());
   }
   std::vector<Json> items;
-  if (dataset.is_array()) items.assign(dataset.begin(), dataset.end());
-  else items.push_back(dataset);
+  if (dataset.is_array())
+    items.assign(dataset.begin(), dataset.end());
+  else
+    items.push_back(dataset);
 
   std::vector<DatasetConfig> configs;
   auto add = [&](const std::string& name, const Json& item) {

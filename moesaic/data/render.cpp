@@ -142,7 +142,8 @@ std::vector<int64_t> Renderer::render_prompt(const Row& row) const {
   }
   std::vector<int64_t> ids = tokenizer_->encode(raw(row).prompt, false);
   // A prompt that begins with the BOS token's own text has it already.
-  if (adds_bos_ && (ids.empty() || ids.front() != *tokenizer_->bos_id())) ids.insert(ids.begin(), *tokenizer_->bos_id());
+  if (adds_bos_ && (ids.empty() || ids.front() != *tokenizer_->bos_id()))
+    ids.insert(ids.begin(), *tokenizer_->bos_id());
   return ids;
 }
 

@@ -48,8 +48,10 @@ class FileRowReader : public RowReader {
       int64_t low = 0, high = count();
       while (low < high) {
         int64_t middle = (low + high) / 2;
-        if (subset().at(middle) < border) low = middle + 1;
-        else high = middle;
+        if (subset().at(middle) < border)
+          low = middle + 1;
+        else
+          high = middle;
       }
       if (starts.empty() || low > starts.back()) starts.push_back(low);
     }
@@ -64,7 +66,7 @@ class FileRowReader : public RowReader {
         config_.val_size < 1 ? std::llround(config_.val_size * static_cast<double>(rows)) : config_.val_size);
     MOESAIC_CHECK(config_.split.empty() || validation < rows, DataError,
                   "dataset {}: val_size {} of {} rows leaves none to train on", config_.name, config_.val_size, rows);
-    auto split = config_.split.empty()     ? RowSubset::Split::kAll
+    auto split = config_.split.empty()      ? RowSubset::Split::kAll
                  : config_.split == "train" ? RowSubset::Split::kTrain
                                             : RowSubset::Split::kValidation;
     subset_.emplace(rows, validation, split, config_.cap, config_.split_seed);

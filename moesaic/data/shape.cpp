@@ -216,7 +216,8 @@ Row Shape::sharegpt(const OrderedJson& record, const std::string& where) const {
       OrderedJson calls = parse_ordered_json(content, where + " function call");
       if (!calls.is_array()) calls = OrderedJson::array({calls});
       OrderedJson assistant = turn("assistant", "");
-      for (const OrderedJson& call : calls) assistant["tool_calls"].push_back({{"type", "function"}, {"function", call}});
+      for (const OrderedJson& call : calls)
+        assistant["tool_calls"].push_back({{"type", "function"}, {"function", call}});
       row.messages.push_back(std::move(assistant));
     } else {
       row.messages.push_back(turn(role->second, std::move(content)));

@@ -157,8 +157,10 @@ Question unit_conversion(Chooser& choose) {
 Question day_arithmetic(Chooser& choose) {
   const int today = choose.between(0, 6), shift = choose.between(1, 20);
   const bool ahead = choose.between(0, 1) == 1;
-  static const Texts kAhead{"Today is {}. What day is it in {} days?", "If today is {}, which weekday comes {} days later?"};
-  static const Texts kBack{"Today is {}. What day was it {} days ago?", "If today is {}, which weekday was {} days earlier?"};
+  static const Texts kAhead{"Today is {}. What day is it in {} days?",
+                            "If today is {}, which weekday comes {} days later?"};
+  static const Texts kBack{"Today is {}. What day was it {} days ago?",
+                           "If today is {}, which weekday was {} days earlier?"};
   return {fmt::format("{} {}", kDays[today], ahead ? shift : -shift),
           fmt::format(fmt::runtime(choose.of(ahead ? kAhead : kBack)), kDays[today], shift),
           kDays[(today + (ahead ? shift : 21 - shift)) % 7]};
@@ -262,11 +264,11 @@ std::vector<OrderedJson> generate_skill(const std::string& skill, const std::str
     Question question = entry->make(choose);
     const bool test = hash_text(skill + "/" + question.content, kSplitSeed) % kTestShare == 0;
     if (test != (split == "test") || !seen.insert(question.content).second) continue;
-    rows.push_back({{"messages",
-                     {{{"role", "user"}, {"content", question.question}},
-                      {{"role", "assistant"}, {"content", question.answer}}}},
-                    {"skill", skill},
-                    {"id", fmt::format("{}-{}-{}", skill, split, rows.size())}});
+    rows.push_back(
+        {{"messages",
+          {{{"role", "user"}, {"content", question.question}}, {{"role", "assistant"}, {"content", question.answer}}}},
+         {"skill", skill},
+         {"id", fmt::format("{}-{}-{}", skill, split, rows.size())}});
   }
   return rows;
 }

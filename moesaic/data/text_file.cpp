@@ -45,12 +45,8 @@ class Splitter {
         case Kind::kJsonLines:
           if (c == '\n') emit(on_record);
           break;
-        case Kind::kCsv:
-          step_csv(c, on_record);
-          break;
-        case Kind::kJsonArray:
-          step_array(c, on_record);
-          break;
+        case Kind::kCsv: step_csv(c, on_record); break;
+        case Kind::kJsonArray: step_array(c, on_record); break;
       }
       if (c == '\n') ++line_;
       ++offset_;
@@ -105,9 +101,12 @@ class Splitter {
   template <class OnRecord>
   void step_array(char c, OnRecord&& on_record) {
     if (in_string_) {
-      if (escaped_) escaped_ = false;
-      else if (c == '\\') escaped_ = true;
-      else if (c == '"') in_string_ = false;
+      if (escaped_)
+        escaped_ = false;
+      else if (c == '\\')
+        escaped_ = true;
+      else if (c == '"')
+        in_string_ = false;
     } else if (c == '"') {
       in_string_ = true;
     } else if (c == '{' || c == '[') {
@@ -255,8 +254,10 @@ class TextFile : public RecordFile {
     if (first == '[') {
       start(Kind::kJsonArray, offset, line);
     } else if (first == '{') {
-      if (has_two_objects(offset - 1, line)) start(Kind::kJsonLines, offset - 1, line);
-      else start_task(offset, line);
+      if (has_two_objects(offset - 1, line))
+        start(Kind::kJsonLines, offset - 1, line);
+      else
+        start_task(offset, line);
     } else {
       throw FormatError(fmt::format("{}: got {}, expected a JSON array of rows", path_,
                                     first == 0 ? "an empty file" : fmt::format("'{}' at line {}", first, line)));
@@ -362,11 +363,11 @@ class TextFile : public RecordFile {
   Kind kind_ = Kind::kJsonLines;
   std::vector<std::string> columns_;  // CSV
   OrderedJson header_;
-  Splitter splitter_;                 // how far the file has been scanned
+  Splitter splitter_;  // how far the file has been scanned
   std::vector<Block> blocks_;
   int64_t rows_ = 0;
   bool done_ = false;
-  int64_t block_begin_ = -1;          // the block in memory
+  int64_t block_begin_ = -1;  // the block in memory
   std::string block_bytes_;
   std::vector<Span> spans_;
 };

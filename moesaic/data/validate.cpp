@@ -13,7 +13,8 @@ Validation validate(const DatasetConfig& config, size_t max_problems) {
       std::optional<Row> row = reader->next();
       bool answered = !row->target.empty();
       for (const OrderedJson& message : row->messages) {
-        if (message.at("role") == "assistant") answered |= message.contains("tool_calls") || message.at("content") != "";
+        if (message.at("role") == "assistant")
+          answered |= message.contains("tool_calls") || message.at("content") != "";
       }
       result.unanswered += !answered;
     } catch (const DataError& error) {

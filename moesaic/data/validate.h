@@ -8,7 +8,7 @@
 namespace moesaic::data {
 
 struct Validation {
-  std::string formatting;             // what the file was read as
+  std::string formatting;  // what the file was read as
   int64_t rows = 0;
   int64_t damaged = 0;
   int64_t unanswered = 0;             // rows without an answer; training skips them

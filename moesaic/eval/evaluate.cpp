@@ -49,7 +49,8 @@ class Scores {
   std::map<std::string, std::map<std::string, std::vector<double>>> variants_;
 };
 
-OrderedJson sample_row(size_t index, const Item& item, const std::string& prompt, const std::map<std::string, double>& values) {
+OrderedJson sample_row(size_t index, const Item& item, const std::string& prompt,
+                       const std::map<std::string, double>& values) {
   OrderedJson metrics = OrderedJson::array();
   for (const auto& entry : values) metrics.push_back(entry.first);
   OrderedJson row = {{"doc_id", index},
@@ -70,7 +71,8 @@ std::vector<std::pair<size_t, size_t>> batches(const std::vector<int64_t>& token
   size_t begin = 0;
   int64_t sum = 0;
   for (size_t i = 0; i < tokens.size(); ++i) {
-    const bool full = batch_size > 0 ? static_cast<int64_t>(i - begin) >= batch_size : sum + tokens[i] > kAutoBatchTokens;
+    const bool full =
+        batch_size > 0 ? static_cast<int64_t>(i - begin) >= batch_size : sum + tokens[i] > kAutoBatchTokens;
     if (i > begin && full) {
       result.emplace_back(begin, i);
       begin = i;
@@ -135,7 +137,8 @@ void evaluate_ranked(const EvalModel& model, const Task& task, const EvalOptions
       };
       const Winner best = first_largest(sums);
       result.ties += best.tied;
-      const std::map<std::string, double> values = {{"acc", right(best)}, {"acc_norm", right(first_largest(normalised))}};
+      const std::map<std::string, double> values = {{"acc", right(best)},
+                                                    {"acc_norm", right(first_largest(normalised))}};
       scores.add(item.variant, values);
       OrderedJson row = sample_row(i, item, prompts[i], values);
       row["arguments"] = arguments;
@@ -175,9 +178,9 @@ void evaluate_generated(const EvalModel& model, const Task& task, const EvalOpti
                                                     {"rougeL", rouge_l(answer, item.targets)}};
       scores.add(item.variant, values);
       OrderedJson row = sample_row(i, item, prompts[i], values);
-      row["arguments"] = {{"gen_args_0",
-                           {{"arg_0", prompts[i]},
-                            {"arg_1", {{"until", sampling.stop}, {"max_gen_toks", sampling.max_new_tokens}}}}}};
+      row["arguments"] = {
+          {"gen_args_0",
+           {{"arg_0", prompts[i]}, {"arg_1", {{"until", sampling.stop}, {"max_gen_toks", sampling.max_new_tokens}}}}}};
       row["resps"] = OrderedJson::array({OrderedJson::array({answers[i - begin].text})});
       row["filtered_resps"] = OrderedJson::array({answer});
       result.samples.push_back(std::move(row));
@@ -207,9 +210,10 @@ torch::Tensor sentence_vectors(const EvalModel& model, const std::vector<const I
   if (model.sentence_from_column) {
     std::vector<torch::Tensor> rows;
     for (const Item* item : items) {
-      MOESAIC_CHECK(!item->sentence.empty() && item->sentence.size() == items[0]->sentence.size(), DataError,
-                    "the adapter's router reads sentence vectors, but the task's rows have no \"sentence\" list of numbers "
-                    "(or lists of different lengths)");
+      MOESAIC_CHECK(
+          !item->sentence.empty() && item->sentence.size() == items[0]->sentence.size(), DataError,
+          "the adapter's router reads sentence vectors, but the task's rows have no \"sentence\" list of numbers "
+          "(or lists of different lengths)");
       rows.push_back(torch::tensor(item->sentence));
     }
     return torch::stack(rows).to(model.model.device());
@@ -218,7 +222,8 @@ torch::Tensor sentence_vectors(const EvalModel& model, const std::vector<const I
   return generate::sentence_embeddings(model.model, nn::RaggedBatch::from_sequences(prompts, model.model.device()));
 }
 
-TaskResult evaluate(const EvalModel& model, const Task& task, const EvalOptions& options, const ProgressCallback& progress) {
+TaskResult evaluate(const EvalModel& model, const Task& task, const EvalOptions& options,
+                    const ProgressCallback& progress) {
   const auto start = std::chrono::steady_clock::now();
   TaskResult result;
   result.name = task.name;

@@ -15,16 +15,16 @@ struct EvalModel {
   models::CausalLM& model;
   const tokenizer::Tokenizer& tokenizer;
   const tokenizer::ChatTemplate* chat_template = nullptr;  // nullptr: none
-  bool sentence_from_hidden = false;  // a router reads the frozen model's sentence embedding
-  bool sentence_from_column = false;  // a router reads the items' `sentence`
-  bool routed = false;                // there are routers to watch
+  bool sentence_from_hidden = false;                       // a router reads the frozen model's sentence embedding
+  bool sentence_from_column = false;                       // a router reads the items' `sentence`
+  bool routed = false;                                     // there are routers to watch
 };
 
 struct EvalOptions {
-  int64_t batch_size = 0;              // questions side by side; 0 = as many as fit a fixed number of tokens
-  bool apply_chat_template = false;    // else the bare text of a single user message
-  std::string target_delimiter = " ";  // between prompt and choice; not used with a chat template
-  bool score_eos = false;              // the EOS behind a choice counts (T0's rule; harness: it does not)
+  int64_t batch_size = 0;                  // questions side by side; 0 = as many as fit a fixed number of tokens
+  bool apply_chat_template = false;        // else the bare text of a single user message
+  std::string target_delimiter = " ";      // between prompt and choice; not used with a chat template
+  bool score_eos = false;                  // the EOS behind a choice counts (T0's rule; harness: it does not)
   generate::SamplingOptions generation{};  // for tasks whose answers are generated
 };
 
@@ -33,11 +33,11 @@ struct TaskResult {
   std::string name;
   bool ranked = false;
   int64_t questions = 0, available = 0;
-  std::map<std::string, Mean> metrics;  // acc, acc_norm; or exact_match, f1, rougeL
+  std::map<std::string, Mean> metrics;                          // acc, acc_norm; or exact_match, f1, rougeL
   std::map<std::string, std::map<std::string, Mean>> variants;  // the same per prompt template, when there are any
   std::map<std::string, double> variant_median;                 // median over the templates
-  int64_t ties = 0;                     // questions whose best choices scored equally; the first one counts
-  std::vector<OrderedJson> samples;     // lm-evaluation-harness's sample rows
+  int64_t ties = 0;                  // questions whose best choices scored equally; the first one counts
+  std::vector<OrderedJson> samples;  // lm-evaluation-harness's sample rows
   RoutingStats routing;
   double seconds = 0;
 };

@@ -25,8 +25,9 @@ RankQuestion make_rank_question(const tokenizer::Tokenizer& tokenizer, const std
     if (eos >= 0) ids.push_back(eos);
     if (first == 0) {
       const std::optional<int64_t> start = tokenizer.bos_id() ? tokenizer.bos_id() : tokenizer.eos_id();
-      MOESAIC_CHECK(start.has_value(), DataError,
-                    "rank classification: an empty prompt needs a first token, and the tokenizer names neither BOS nor EOS");
+      MOESAIC_CHECK(
+          start.has_value(), DataError,
+          "rank classification: an empty prompt needs a first token, and the tokenizer names neither BOS nor EOS");
       ids.insert(ids.begin(), *start);
       first = 1;
     }
@@ -54,8 +55,8 @@ std::vector<std::vector<ChoiceScore>> rank(models::CausalLM& model, const std::v
   torch::NoGradGuard no_grad;
   const torch::Device device = model.device();
   auto to_index = [&](const std::vector<int64_t>& values) { return torch::tensor(values, torch::kInt64).to(device); };
-  auto forward = [&](const std::vector<std::vector<int64_t>>& sequences, nn::KvCache& cache, const torch::Tensor& vectors,
-                     const std::vector<int64_t>& of) {
+  auto forward = [&](const std::vector<std::vector<int64_t>>& sequences, nn::KvCache& cache,
+                     const torch::Tensor& vectors, const std::vector<int64_t>& of) {
     std::vector<nn::RoutingRecord> records;
     nn::ForwardContext context;
     context.cache = &cache;
@@ -75,7 +76,8 @@ std::vector<std::vector<ChoiceScore>> rank(models::CausalLM& model, const std::v
     last_rows.push_back((rows += static_cast<int64_t>(questions[q].prompt.size())) - 1);
   }
   nn::KvCache prompt_cache = model.make_cache(static_cast<int64_t>(questions.size()));
-  const torch::Tensor prompt_hidden = forward(prompts, prompt_cache, sentence, order).index_select(0, to_index(last_rows));
+  const torch::Tensor prompt_hidden =
+      forward(prompts, prompt_cache, sentence, order).index_select(0, to_index(last_rows));
 
   // Behind a choice's first token, which the prompt predicts, each token but the last predicts the next.
   std::vector<std::vector<int64_t>> rest;
@@ -101,7 +103,8 @@ std::vector<std::vector<ChoiceScore>> rank(models::CausalLM& model, const std::v
   }
   torch::Tensor greedy;
   const torch::Tensor logprobs =
-      generate::target_logprobs(model, hidden.index_select(0, to_index(source)), to_index(targets), &greedy).to(torch::kCPU);
+      generate::target_logprobs(model, hidden.index_select(0, to_index(source)), to_index(targets), &greedy)
+          .to(torch::kCPU);
   greedy = greedy.to(torch::kCPU);
 
   std::vector<std::vector<ChoiceScore>> scores;

@@ -14,11 +14,10 @@ struct RankQuestion {
   std::vector<int64_t> first_scored;          // per choice: tokens before this one hold none of the choice's text
 };
 
-/// Tokenises prompt + choice jointly, as the text would be read, and scores every token that holds a byte of the choice:
-/// where a tokenizer merges across the border, that token is the choice's. The common beginning becomes the shared
-/// prompt. eos >= 0 is appended to every choice and scored.
-/// A prompt without tokens gets the BOS (else EOS) token, as lm-evaluation-harness does.
-/// Throws DataError when there is neither.
+/// Tokenises prompt + choice jointly, as the text would be read, and scores every token that holds a byte of the
+/// choice: where a tokenizer merges across the border, that token is the choice's. The common beginning becomes the
+/// shared prompt. eos >= 0 is appended to every choice and scored. A prompt without tokens gets the BOS (else EOS)
+/// token, as lm-evaluation-harness does. Throws DataError when there is neither.
 RankQuestion make_rank_question(const tokenizer::Tokenizer& tokenizer, const std::string& prompt,
                                 const std::vector<std::string>& choices, bool add_special_tokens, int64_t eos = -1);
 

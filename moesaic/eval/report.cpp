@@ -47,8 +47,8 @@ OrderedJson null_if_empty(const std::string& text) { return text.empty() ? Order
 
 }  // namespace
 
-OrderedJson results_json(const std::vector<TaskResult>& results, const std::vector<Task>& tasks, const EvalOptions& options,
-                         const RunInfo& info) {
+OrderedJson results_json(const std::vector<TaskResult>& results, const std::vector<Task>& tasks,
+                         const EvalOptions& options, const RunInfo& info) {
   OrderedJson scores = OrderedJson::object(), subtasks = scores, configs = scores, versions = scores, shots = scores,
               higher = scores, samples = scores, variants = scores, ties = scores, routing = scores, hashes = scores;
   for (size_t i = 0; i < results.size(); ++i) {
@@ -84,37 +84,37 @@ OrderedJson results_json(const std::vector<TaskResult>& results, const std::vect
     hashes[name] = hash.hex();
   }
   const double date = std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
-  OrderedJson json = {
-      {"results", scores},
-      {"group_subtasks", subtasks},
-      {"configs", configs},
-      {"versions", versions},
-      {"n-shot", shots},
-      {"higher_is_better", higher},
-      {"n-samples", samples},
-      {"config",
-       {{"model", "moesaic"},
-        {"model_args", OrderedJson::parse(info.model_args.dump())},
-        {"batch_size", info.batch_size},
-        {"device", info.device},
-        {"limit", info.limit > 0 ? OrderedJson(info.limit) : OrderedJson(nullptr)},
-        {"bootstrap_iters", 0},
-        {"gen_kwargs", nullptr},
-        {"random_seed", info.seed},
-        {"numpy_seed", info.seed},
-        {"torch_seed", info.seed},
-        {"fewshot_seed", info.seed}}},
-      {"git_hash", nullptr},
-      {"date", date},
-      {"moesaic_version", info.version},
-      {"task_hashes", hashes},
-      {"model_source", "moesaic"},
-      {"model_name", info.model},
-      {"model_name_sanitized", sanitized(info.model)},
-      {"system_instruction", nullptr},
-      {"chat_template", null_if_empty(info.chat_template)},
-      {"chat_template_sha", info.chat_template.empty() ? OrderedJson(nullptr) : OrderedJson(sha256_hex(info.chat_template))},
-      {"total_evaluation_time_seconds", fmt::format("{:.3f}", info.seconds)}};
+  OrderedJson json = {{"results", scores},
+                      {"group_subtasks", subtasks},
+                      {"configs", configs},
+                      {"versions", versions},
+                      {"n-shot", shots},
+                      {"higher_is_better", higher},
+                      {"n-samples", samples},
+                      {"config",
+                       {{"model", "moesaic"},
+                        {"model_args", OrderedJson::parse(info.model_args.dump())},
+                        {"batch_size", info.batch_size},
+                        {"device", info.device},
+                        {"limit", info.limit > 0 ? OrderedJson(info.limit) : OrderedJson(nullptr)},
+                        {"bootstrap_iters", 0},
+                        {"gen_kwargs", nullptr},
+                        {"random_seed", info.seed},
+                        {"numpy_seed", info.seed},
+                        {"torch_seed", info.seed},
+                        {"fewshot_seed", info.seed}}},
+                      {"git_hash", nullptr},
+                      {"date", date},
+                      {"moesaic_version", info.version},
+                      {"task_hashes", hashes},
+                      {"model_source", "moesaic"},
+                      {"model_name", info.model},
+                      {"model_name_sanitized", sanitized(info.model)},
+                      {"system_instruction", nullptr},
+                      {"chat_template", null_if_empty(info.chat_template)},
+                      {"chat_template_sha",
+                       info.chat_template.empty() ? OrderedJson(nullptr) : OrderedJson(sha256_hex(info.chat_template))},
+                      {"total_evaluation_time_seconds", fmt::format("{:.3f}", info.seconds)}};
   if (!variants.empty()) json["variants"] = variants;
   if (!ties.empty()) json["ties"] = ties;
   if (!routing.empty()) json["routing"] = routing;
@@ -147,17 +147,21 @@ std::string results_table(const std::vector<TaskResult>& results) {
   size_t width = 5;
   for (const TaskResult& result : results) width = std::max(width, result.name.size());
   const std::string rule = fmt::format("|{:-<{}}|{:->8}|{:-<22}|{:->8}|{:->9}|\n", "", width + 2, "", "", "", "");
-  std::string table = fmt::format("| {:<{}} | {:>6} | {:<20} | {:>6} | {:>7} |\n", "task", width, "n", "metric", "value", "stderr");
+  std::string table =
+      fmt::format("| {:<{}} | {:>6} | {:<20} | {:>6} | {:>7} |\n", "task", width, "n", "metric", "value", "stderr");
   table += rule;
   for (const TaskResult& result : results) {
     std::string name = result.name, count = std::to_string(result.questions);
     auto line = [&](const std::string& metric, double value, const std::string& error) {
-      table += fmt::format("| {:<{}} | {:>6} | {:<20} | {:>6.4f} | {:>7} |\n", name, width, count, metric, value, error);
+      table +=
+          fmt::format("| {:<{}} | {:>6} | {:<20} | {:>6.4f} | {:>7} |\n", name, width, count, metric, value, error);
       name = count = "";
     };
-    for (const auto& [metric, mean] : result.metrics) line(metric, mean.value, fmt::format("{:.4f}", mean.standard_error));
+    for (const auto& [metric, mean] : result.metrics)
+      line(metric, mean.value, fmt::format("{:.4f}", mean.standard_error));
     for (const auto& [metric, value] : result.variant_median) line(metric + " (median)", value, "");
-    if (result.ties > 0) table += fmt::format("| {:<{}} | {:>6} | {:<20} | {:>6} | {:>7} |\n", "", width, "", "ties", result.ties, "");
+    if (result.ties > 0)
+      table += fmt::format("| {:<{}} | {:>6} | {:<20} | {:>6} | {:>7} |\n", "", width, "", "ties", result.ties, "");
   }
   return table;
 }

@@ -20,8 +20,8 @@ struct RunInfo {
 /// results.<task>: "alias", "acc,none", "acc_stderr,none", "acc_norm,none", ... and the blocks beside it that the
 /// harness writes (configs, versions, n-shot, higher_is_better, n-samples, config, ...). Ours beside them: `variants`
 /// (scores per prompt template; their median is "<metric>_template_median,none"), `ties` and `routing`.
-OrderedJson results_json(const std::vector<TaskResult>& results, const std::vector<Task>& tasks, const EvalOptions& options,
-                         const RunInfo& info);
+OrderedJson results_json(const std::vector<TaskResult>& results, const std::vector<Task>& tasks,
+                         const EvalOptions& options, const RunInfo& info);
 
 /// Writes <dir>/<model with / as __>/results_<time>.json and, with `samples`, samples_<task>_<time>.jsonl beside it.
 /// Returns the results file.

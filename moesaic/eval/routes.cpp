@@ -81,7 +81,8 @@ OrderedJson routes_json(const std::string& model, const std::vector<std::string>
   for (const TaskRouting& task : tasks) {
     names.push_back(task.name);
     by_task[task.name] = {{"questions", task.questions}, {"tokens", task.tokens}, {"sites", task.stats.json()}};
-    for (const auto& [name, site] : task.stats.sites()) sites[name] = {{"layer", site.layer}, {"experts", site.experts()}};
+    for (const auto& [name, site] : task.stats.sites())
+      sites[name] = {{"layer", site.layer}, {"experts", site.experts()}};
     std::vector<double> row;
     for (const TaskRouting& other : tasks) row.push_back(rounded(routing_similarity(task.stats, other.stats)));
     cosine.push_back(row);

@@ -16,7 +16,7 @@ TaskRouting route_task(const EvalModel& model, const Task& task, const EvalOptio
 
 /// Probabilities of every token of one text at every site. Per-head routers: the mean over heads.
 struct TextRouting {
-  std::vector<std::string> tokens;                              // their text
+  std::vector<std::string> tokens;                               // their text
   std::map<std::string, std::vector<std::vector<float>>> probs;  // site -> [tokens][E]
 };
 TextRouting route_text(const EvalModel& model, const std::vector<int64_t>& ids);
@@ -26,8 +26,8 @@ TextRouting route_text(const EvalModel& model, const std::vector<int64_t>& ids);
 OrderedJson routes_json(const std::string& model, const std::vector<std::string>& adapters,
                         const std::vector<TaskRouting>& tasks, const TextRouting* text = nullptr);
 
-/// A page that shows routes_json(): heat maps task x expert per layer, entropy by layer, the similarity of tasks and the
-/// experts of each token. Needs nothing from outside.
+/// A page that shows routes_json(): heat maps task x expert per layer, entropy by layer, the similarity of tasks and
+/// the experts of each token. Needs nothing from outside.
 std::string routes_html(const OrderedJson& routes);
 
 }  // namespace moesaic::eval

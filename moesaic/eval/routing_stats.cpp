@@ -41,9 +41,12 @@ OrderedJson RoutingStats::json() const {
       deviation.push_back(std::sqrt(std::max(0.0, site.prob_square_sum[e] / static_cast<double>(site.rows) - m * m)));
       share.push_back(static_cast<double>(site.top1[e]) / static_cast<double>(site.rows));
     }
-    result[name] = {{"layer", site.layer},   {"rows", site.rows},
-                    {"mean_prob", mean},     {"prob_std", deviation},
-                    {"top1_share", share},   {"entropy", site.entropy()},
+    result[name] = {{"layer", site.layer},
+                    {"rows", site.rows},
+                    {"mean_prob", mean},
+                    {"prob_std", deviation},
+                    {"top1_share", share},
+                    {"entropy", site.entropy()},
                     {"max_share", *std::max_element(share.begin(), share.end())}};
   }
   return result;

@@ -12,11 +12,11 @@ namespace moesaic::eval {
 /// Sums over the rows one site has routed. E experts.
 struct SiteRouting {
   int64_t layer = 0;
-  int64_t rows = 0;               // rows routed; a per-head router has several per token
-  std::vector<double> prob_sum;   // [E] sum of p
+  int64_t rows = 0;                     // rows routed; a per-head router has several per token
+  std::vector<double> prob_sum;         // [E] sum of p
   std::vector<double> prob_square_sum;  // [E] sum of p^2
-  std::vector<int64_t> top1;      // [E] rows where the expert was the most probable (first on ties)
-  double entropy_sum = 0;         // sum of -sum_e p_e ln p_e, nats
+  std::vector<int64_t> top1;            // [E] rows where the expert was the most probable (first on ties)
+  double entropy_sum = 0;               // sum of -sum_e p_e ln p_e, nats
 
   int64_t experts() const { return static_cast<int64_t>(prob_sum.size()); }
   double mean_prob(int64_t expert) const { return prob_sum[expert] / static_cast<double>(rows); }

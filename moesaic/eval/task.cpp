@@ -39,12 +39,13 @@ std::string text_at(const OrderedJson& row, const char* key, const std::string& 
 }
 
 /// A text, or a non-empty list of texts.
-std::vector<std::string> texts_at(const OrderedJson& row, const char* key, const std::string& where, RowErrors& errors) {
+std::vector<std::string> texts_at(const OrderedJson& row, const char* key, const std::string& where,
+                                  RowErrors& errors) {
   if (row.is_object() && row.contains(key)) {
     const OrderedJson& value = row[key];
     if (value.is_string()) return {value.get<std::string>()};
-    const bool texts =
-        value.is_array() && !value.empty() && std::all_of(value.begin(), value.end(), [](const auto& v) { return v.is_string(); });
+    const bool texts = value.is_array() && !value.empty() &&
+                       std::all_of(value.begin(), value.end(), [](const auto& v) { return v.is_string(); });
     if (texts) return value.get<std::vector<std::string>>();
   }
   errors.add(fmt::format("{}: \"{}\" is missing, or neither a text nor a list of texts", where, key));
@@ -61,7 +62,9 @@ std::vector<float> sentence_at(const OrderedJson& row, const std::string& where,
   return {};
 }
 
-bool is_p3(const OrderedJson& row) { return row.is_object() && row.contains("inputs") && row.contains("answer_choices"); }
+bool is_p3(const OrderedJson& row) {
+  return row.is_object() && row.contains("inputs") && row.contains("answer_choices");
+}
 bool is_multiple_choice(const OrderedJson& row) {
   return row.is_object() && row.contains("query") && row.contains("choices") && row.contains("gold");
 }
@@ -142,7 +145,8 @@ std::vector<Item> superni_items(const OrderedJson& file, const std::string& path
   if (options.num_fewshot > 0) {
     const OrderedJson examples = file.value("Positive Examples", OrderedJson::array());
     MOESAIC_CHECK(static_cast<int64_t>(examples.size()) >= options.num_fewshot, DataError,
-                  "{}: --num_fewshot {}, but the task has {} positive examples", path, options.num_fewshot, examples.size());
+                  "{}: --num_fewshot {}, but the task has {} positive examples", path, options.num_fewshot,
+                  examples.size());
     for (int64_t i = 0; i < options.num_fewshot; ++i) {
       const std::string where = fmt::format("positive example {}", i);
       const std::vector<std::string> output = texts_at(examples[i], "output", where, errors);
@@ -198,16 +202,18 @@ std::vector<Item> training_rows(const fs::path& path, int64_t& available, int64_
     Item item;
     if (row->messages.is_array() && !row->messages.empty()) {
       const OrderedJson answer = row->messages.back();
-      MOESAIC_CHECK(answer.value("role", "") == "assistant" && answer.contains("content") && answer["content"].is_string(),
-                    DataError, "{}: the last message is no answer of the assistant, so there is nothing to compare with",
-                    row->where);
+      MOESAIC_CHECK(
+          answer.value("role", "") == "assistant" && answer.contains("content") && answer["content"].is_string(),
+          DataError, "{}: the last message is no answer of the assistant, so there is nothing to compare with",
+          row->where);
       item.targets = {strip(answer["content"].get<std::string>())};
       item.doc = {{"messages", row->messages}};
       item.messages = row->messages;
       item.messages.erase(item.messages.size() - 1);
     } else {
       MOESAIC_CHECK(!row->prompt.empty(), DataError,
-                    "{}: a row of plain text has no question. Expected a prompt and an answer, or messages.", row->where);
+                    "{}: a row of plain text has no question. Expected a prompt and an answer, or messages.",
+                    row->where);
       item.targets = {strip(row->target)};
       item.doc = {{"prompt", row->prompt}, {"target", row->target}};
       item.messages = user_turn(row->prompt);

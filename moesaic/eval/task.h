@@ -10,12 +10,12 @@ namespace moesaic::eval {
 
 /// One question.
 struct Item {
-  OrderedJson doc;                    // the file's record, for the sample log
-  OrderedJson messages;               // the conversation before the answer: [{role, content}]
-  std::vector<std::string> choices;   // empty: the answer is generated
-  std::vector<std::string> targets;   // accepted answers, at least one; a choice is right when it is one of them
-  std::string variant;                // prompt template of the row ("" = none): scored apart as well
-  std::vector<float> sentence;        // router input `sentence`, when the file has it
+  OrderedJson doc;                   // the file's record, for the sample log
+  OrderedJson messages;              // the conversation before the answer: [{role, content}]
+  std::vector<std::string> choices;  // empty: the answer is generated
+  std::vector<std::string> targets;  // accepted answers, at least one; a choice is right when it is one of them
+  std::string variant;               // prompt template of the row ("" = none): scored apart as well
+  std::vector<float> sentence;       // router input `sentence`, when the file has it
 };
 
 /// One file of questions, all of one kind.
@@ -42,7 +42,8 @@ struct TaskOptions {
 ///   {examples[{input, target}]}                        BIG-bench Hard: generation
 ///   anything that training reads (messages, alpaca, ...): generation of the last answer
 ///
-/// Throws UsageError for a missing path, DataError with file and place for damaged rows, all of a file's in one message.
+/// Throws UsageError for a missing path, DataError with file and place for damaged rows, all of a file's in one
+/// message.
 std::vector<Task> load_tasks(const std::vector<std::string>& paths, const TaskOptions& options);
 
 }  // namespace moesaic::eval

@@ -50,13 +50,15 @@ void merge_adapter(formats::ModelFolder& model, const std::filesystem::path& ada
   torch::NoGradGuard no_grad;
   const auto folder = formats::read_adapter_folder(adapter_dir);
   const auto config = adapters::parse_adapter_config(folder.config, (adapter_dir / "adapter_config.json").string());
-  MOESAIC_CHECK(config.num_experts == 1, UsageError,
-                "{}: {} with {} experts can't be merged: its router mixes the experts anew for every token, so no single "
-                "weight equals it\nhint: use it with --adapter, or `moesaic export --format peft` for its experts one "
-                "by one",
-                adapter_dir.string(), config.method, config.num_experts);
+  MOESAIC_CHECK(
+      config.num_experts == 1, UsageError,
+      "{}: {} with {} experts can't be merged: its router mixes the experts anew for every token, so no single "
+      "weight equals it\nhint: use it with --adapter, or `moesaic export --format peft` for its experts one "
+      "by one",
+      adapter_dir.string(), config.method, config.num_experts);
   MOESAIC_CHECK(config.k_site != "post_qk_norm", UsageError,
-                "{}: its key scales act behind the per-head norm and can't be folded into a linear", adapter_dir.string());
+                "{}: its key scales act behind the per-head norm and can't be folded into a linear",
+                adapter_dir.string());
 
   std::vector<std::string> wrong;
   Claims claims(folder.tensors);
@@ -89,7 +91,8 @@ void merge_adapter(formats::ModelFolder& model, const std::filesystem::path& ada
     if (!weight.defined()) continue;
     const double rank = static_cast<double>(adapters::pattern_value(config.rank_pattern, site, config.lora_rank));
     const double alpha = adapters::pattern_value(config.alpha_pattern, site, config.lora_alpha);
-    model.tensors[site + ".weight"] = torch::addmm(weight, b, a, 1.0, alpha / (config.use_rslora ? std::sqrt(rank) : rank));
+    model.tensors[site + ".weight"] =
+        torch::addmm(weight, b, a, 1.0, alpha / (config.use_rslora ? std::sqrt(rank) : rank));
   }
 
   for (const char* suffix : {".ia3_l", ".mov.weight"}) {

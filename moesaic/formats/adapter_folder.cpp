@@ -49,10 +49,11 @@ AdapterFolder parse_adapter(std::string_view config_text, Bytes tensors, const s
       unprefixed.push_back(name);
     }
   }
-  MOESAIC_CHECK(unprefixed.empty(), FormatError, "{}/{}: every name must begin with '{}', got {}: {}{}", where,
-                kTensorsName, kPrefix, unprefixed.size(),
-                fmt::join(unprefixed.begin(), unprefixed.begin() + std::min<ptrdiff_t>(5, std::ssize(unprefixed)), ", "),
-                unprefixed.size() > 5 ? ", ..." : "");
+  MOESAIC_CHECK(
+      unprefixed.empty(), FormatError, "{}/{}: every name must begin with '{}', got {}: {}{}", where, kTensorsName,
+      kPrefix, unprefixed.size(),
+      fmt::join(unprefixed.begin(), unprefixed.begin() + std::min<ptrdiff_t>(5, std::ssize(unprefixed)), ", "),
+      unprefixed.size() > 5 ? ", ..." : "");
   return adapter;
 }
 

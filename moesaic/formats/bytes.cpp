@@ -16,7 +16,7 @@ Bytes Bytes::map(const std::filesystem::path& path) {
   const std::string where = path.string();
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   MOESAIC_CHECK(fd >= 0, DataError, "{}: can't be opened: {}", where, std::strerror(errno));
-  struct stat status {};
+  struct stat status{};
   const bool regular = ::fstat(fd, &status) == 0 && S_ISREG(status.st_mode);
   const auto size = regular ? static_cast<size_t>(status.st_size) : 0;
   void* address = size > 0 ? ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, fd, 0) : MAP_FAILED;

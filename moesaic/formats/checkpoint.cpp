@@ -50,12 +50,14 @@ bool is_plain_shard_name(const std::string& name) {
 
 /// The name a language model alone would have, or "" for a tensor that is not the language model's.
 std::string language_model_name(const std::string& name) {
-  constexpr std::pair<std::string_view, std::string_view> kPrefixes[] = {
-      {"language_model.model.", "model."}, {"language_model.lm_head.", "lm_head."}, {"model.language_model.", "model."}};
+  constexpr std::pair<std::string_view, std::string_view> kPrefixes[] = {{"language_model.model.", "model."},
+                                                                         {"language_model.lm_head.", "lm_head."},
+                                                                         {"model.language_model.", "model."}};
   for (const auto& [prefix, replacement] : kPrefixes) {
     if (name.starts_with(prefix)) return std::string(replacement) + name.substr(prefix.size());
   }
-  for (const char* prefix : {"vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."}) {
+  for (const char* prefix :
+       {"vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."}) {
     if (name.starts_with(prefix)) return "";
   }
   return name;
@@ -169,9 +171,10 @@ class FolderCheckpoint : public Checkpoint {
       const bool pickle = is_there(path_ / "pytorch_model.bin") || is_there(path_ / "pytorch_model.bin.index.json");
       throw DataError(fmt::format(
           "{}: has no {} and no {}.{}", path_.string(), kSingleName, kIndexName,
-          pickle ? " pytorch_model.bin is a pickle, which is not read: load the folder with transformers and save it with"
-                   " save_pretrained(..., safe_serialization=True)."
-                 : ""));
+          pickle
+              ? " pytorch_model.bin is a pickle, which is not read: load the folder with transformers and save it with"
+                " save_pretrained(..., safe_serialization=True)."
+              : ""));
     }
     MOESAIC_CHECK(!tensors_.empty(), FormatError, "{}: the weights hold no tensor", path_.string());
   }

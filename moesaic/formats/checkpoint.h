@@ -39,7 +39,8 @@ class Checkpoint {
   virtual void read_into(const std::string& name, at::Tensor destination) const = 0;
   /// tokenizer.json's text: the file, or made from GGUF metadata. nullopt when there is none.
   virtual std::optional<std::string> tokenizer_json() const = 0;
-  /// tokenizer_config.json (bos_token, eos_token, add_bos_token, chat_template, ...); GGUF metadata is translated to it.
+  /// tokenizer_config.json (bos_token, eos_token, add_bos_token, chat_template, ...); GGUF metadata is translated to
+  /// it.
   virtual Json tokenizer_config() const = 0;
   /// The chat template (chat_template.jinja, or tokenizer_config.json's, or GGUF's). nullopt when there is none.
   virtual std::optional<std::string> chat_template() const = 0;

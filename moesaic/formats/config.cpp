@@ -21,7 +21,8 @@ Json take(Json& json, const char* key) {
 /// The language model's part of a multi-modal config.
 Json take_text_config(Json& whole) {
   Json text = std::move(whole["text_config"]);
-  for (const char* key : {"bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype", "torch_dtype"}) {
+  for (const char* key :
+       {"bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype", "torch_dtype"}) {
     if (is_set(whole, key) && !is_set(text, key)) text[key] = whole[key];
   }
   if (!is_set(text, "model_type") && whole.value("model_type", Json()) == "gemma3") text["model_type"] = "gemma3_text";
@@ -29,12 +30,18 @@ Json take_text_config(Json& whole) {
 }
 
 void fill_gemma3_defaults(Json& config, const std::string& where) {
-  const Json defaults = {{"vocab_size", 262208},       {"hidden_size", 2304},
-                         {"intermediate_size", 9216},  {"num_hidden_layers", 26},
-                         {"num_attention_heads", 8},   {"num_key_value_heads", 4},
-                         {"head_dim", 256},            {"hidden_activation", "gelu_pytorch_tanh"},
-                         {"rms_norm_eps", 1e-6},       {"max_position_embeddings", 131072},
-                         {"sliding_window", 4096},     {"query_pre_attn_scalar", 256},
+  const Json defaults = {{"vocab_size", 262208},
+                         {"hidden_size", 2304},
+                         {"intermediate_size", 9216},
+                         {"num_hidden_layers", 26},
+                         {"num_attention_heads", 8},
+                         {"num_key_value_heads", 4},
+                         {"head_dim", 256},
+                         {"hidden_activation", "gelu_pytorch_tanh"},
+                         {"rms_norm_eps", 1e-6},
+                         {"max_position_embeddings", 131072},
+                         {"sliding_window", 4096},
+                         {"query_pre_attn_scalar", 256},
                          {"tie_word_embeddings", true}};
   for (const auto& [key, value] : defaults.items()) {
     if (!is_set(config, key.c_str())) config[key] = value;
@@ -42,9 +49,10 @@ void fill_gemma3_defaults(Json& config, const std::string& where) {
   if (is_set(config, "layer_types")) return;
   const int64_t layers = get<int64_t>(config, "num_hidden_layers", where);
   const int64_t pattern = get_or<int64_t>(config, "sliding_window_pattern", 6, where);
-  MOESAIC_CHECK(layers > 0 && layers <= kMaxLayers && pattern > 0, ConfigError,
-                "{}: got num_hidden_layers {} and sliding_window_pattern {}, expected 1 to {} layers and a pattern above 0",
-                where, layers, pattern, kMaxLayers);
+  MOESAIC_CHECK(
+      layers > 0 && layers <= kMaxLayers && pattern > 0, ConfigError,
+      "{}: got num_hidden_layers {} and sliding_window_pattern {}, expected 1 to {} layers and a pattern above 0",
+      where, layers, pattern, kMaxLayers);
   Json types = Json::array();
   for (int64_t i = 0; i < layers; ++i) types.push_back((i + 1) % pattern == 0 ? "full_attention" : "sliding_attention");
   config["layer_types"] = std::move(types);
@@ -65,7 +73,8 @@ void complete_rope(Json& rope, const Json& theta, const Json& config) {
 
 void check_rope(const Json& rope, const std::string& name, std::vector<std::string>& errors) {
   const Json& type = rope["rope_type"];
-  const bool known = std::any_of(std::begin(kRopeTypes), std::end(kRopeTypes), [&](const char* t) { return type == t; });
+  const bool known =
+      std::any_of(std::begin(kRopeTypes), std::end(kRopeTypes), [&](const char* t) { return type == t; });
   if (!known) {
     errors.push_back(fmt::format("{}.rope_type: got {}, expected one of {}", name, type.dump().substr(0, 60),
                                  fmt::join(kRopeTypes, ", ")));
@@ -87,7 +96,8 @@ void normalise_rope(Json& config, const std::string& where) {
   Json local_theta = take(config, "rope_local_base_freq"), rope = take(config, "rope_parameters");
   for (const auto* object : {&scaling, &rope}) {
     MOESAIC_CHECK(object->is_null() || object->is_object(), ConfigError,
-                  "{}: rope_scaling / rope_parameters: got {}, expected an object", where, object->dump().substr(0, 80));
+                  "{}: rope_scaling / rope_parameters: got {}, expected an object", where,
+                  object->dump().substr(0, 80));
   }
   std::vector<std::string> errors;
   if (config.value("model_type", Json()) == "gemma3_text") {

@@ -16,16 +16,35 @@ constexpr int kMaxArrayDepth = 4;
 constexpr size_t kMaxListedErrors = 10;
 
 enum ValueType : uint32_t {
-  kUint8, kInt8, kUint16, kInt16, kUint32, kInt32, kFloat32, kBool, kString, kArray, kUint64, kInt64, kFloat64,
+  kUint8,
+  kInt8,
+  kUint16,
+  kInt16,
+  kUint32,
+  kInt32,
+  kFloat32,
+  kBool,
+  kString,
+  kArray,
+  kUint64,
+  kInt64,
+  kFloat64,
 };
 
 /// Bytes of a value of fixed size; 0 for strings, arrays and unknown types.
 size_t value_bytes(uint32_t type) {
   switch (type) {
-    case kUint8: case kInt8: case kBool: return 1;
-    case kUint16: case kInt16: return 2;
-    case kUint32: case kInt32: case kFloat32: return 4;
-    case kUint64: case kInt64: case kFloat64: return 8;
+    case kUint8:
+    case kInt8:
+    case kBool: return 1;
+    case kUint16:
+    case kInt16: return 2;
+    case kUint32:
+    case kInt32:
+    case kFloat32: return 4;
+    case kUint64:
+    case kInt64:
+    case kFloat64: return 8;
     default: return 0;
   }
 }
@@ -85,8 +104,9 @@ class Reader {
   size_t left() const { return bytes_.size - offset_; }
 
   const uint8_t* take(uint64_t size, const char* what) {
-    MOESAIC_CHECK(size <= left(), FormatError, "{}: {} at byte {} needs {} bytes, but only {} are left: the file is truncated",
-                  bytes_.where, what, offset_, size, left());
+    MOESAIC_CHECK(size <= left(), FormatError,
+                  "{}: {} at byte {} needs {} bytes, but only {} are left: the file is truncated", bytes_.where, what,
+                  offset_, size, left());
     const uint8_t* data = bytes_.data + offset_;
     offset_ += size;
     return data;
@@ -111,8 +131,9 @@ class Reader {
     return check_count(value, what, min_bytes);
   }
   uint64_t check_count(uint64_t value, const char* what, uint64_t min_bytes) const {
-    MOESAIC_CHECK(value <= left() / min_bytes, FormatError, "{}: says it has {} {}, but the {} bytes left hold at most {}",
-                  bytes_.where, value, what, left(), left() / min_bytes);
+    MOESAIC_CHECK(value <= left() / min_bytes, FormatError,
+                  "{}: says it has {} {}, but the {} bytes left hold at most {}", bytes_.where, value, what, left(),
+                  left() / min_bytes);
     return value;
   }
 

@@ -13,8 +13,19 @@ namespace moesaic::formats {
 
 /// ggml's tensor types that can be read.
 enum class GgmlType : uint32_t {
-  kF32 = 0, kF16 = 1, kQ4_0 = 2, kQ4_1 = 3, kQ5_0 = 6, kQ5_1 = 7, kQ8_0 = 8,
-  kQ2_K = 10, kQ3_K = 11, kQ4_K = 12, kQ5_K = 13, kQ6_K = 14, kBF16 = 30,
+  kF32 = 0,
+  kF16 = 1,
+  kQ4_0 = 2,
+  kQ4_1 = 3,
+  kQ5_0 = 6,
+  kQ5_1 = 7,
+  kQ8_0 = 8,
+  kQ2_K = 10,
+  kQ3_K = 11,
+  kQ4_K = 12,
+  kQ5_K = 13,
+  kQ6_K = 14,
+  kBF16 = 30,
 };
 
 /// How a type packs its elements: `bytes` hold `elements`, which lie in one row.
@@ -33,8 +44,8 @@ void dequantize(GgmlType type, const uint8_t* blocks, int64_t count, float* out)
 struct GgufArray {
   uint32_t type = 0;  // GGUF value type of the elements
   uint64_t count = 0;
-  const uint8_t* data = nullptr;           // numbers, little-endian and unaligned
-  std::vector<std::string_view> strings;   // when the elements are strings
+  const uint8_t* data = nullptr;          // numbers, little-endian and unaligned
+  std::vector<std::string_view> strings;  // when the elements are strings
 };
 
 /// Strings are views of the file.
@@ -48,7 +59,8 @@ struct GgufTensor {
   std::string_view bytes;
 };
 
-/// A parsed GGUF file; every count, length and offset is checked before use, and nothing is allocated on a count's word.
+/// A parsed GGUF file; every count, length and offset is checked before use, and nothing is allocated on a count's
+/// word.
 class GgufFile {
  public:
   /// Throws FormatError.

@@ -28,9 +28,9 @@ constexpr NamePair kTopNames[] = {
     {"output.weight", "lm_head.weight"},
 };
 constexpr NamePair kLayerNames[] = {
-    {"attn_norm", "input_layernorm"},     {"attn_q", "self_attn.q_proj"},      {"attn_k", "self_attn.k_proj"},
-    {"attn_v", "self_attn.v_proj"},       {"attn_output", "self_attn.o_proj"}, {"attn_q_norm", "self_attn.q_norm"},
-    {"attn_k_norm", "self_attn.k_norm"},  {"ffn_gate", "mlp.gate_proj"},       {"ffn_up", "mlp.up_proj"},
+    {"attn_norm", "input_layernorm"},    {"attn_q", "self_attn.q_proj"},      {"attn_k", "self_attn.k_proj"},
+    {"attn_v", "self_attn.v_proj"},      {"attn_output", "self_attn.o_proj"}, {"attn_q_norm", "self_attn.q_norm"},
+    {"attn_k_norm", "self_attn.k_norm"}, {"ffn_gate", "mlp.gate_proj"},       {"ffn_up", "mlp.up_proj"},
     {"ffn_down", "mlp.down_proj"},
 };
 constexpr NamePair kPlainNorms[] = {{"ffn_norm", "post_attention_layernorm"}};
@@ -88,8 +88,8 @@ class Metadata {
  private:
   std::optional<int64_t> checked(std::optional<uint64_t> value, const char* name) const {
     if (!value) return std::nullopt;
-    MOESAIC_CHECK(*value <= kMaxSize, FormatError, "{}: metadata '{}': got {}, expected at most {}", file_.bytes().where,
-                  key(name), *value, kMaxSize);
+    MOESAIC_CHECK(*value <= kMaxSize, FormatError, "{}: metadata '{}': got {}, expected at most {}",
+                  file_.bytes().where, key(name), *value, kMaxSize);
     return static_cast<int64_t>(*value);
   }
 
@@ -99,7 +99,8 @@ class Metadata {
 };
 
 /// What llama3's rope scaling divides each frequency by (transformers: modeling_rope_utils, "llama3").
-std::vector<double> llama3_factors(size_t count, double theta, double factor, double low, double high, double original) {
+std::vector<double> llama3_factors(size_t count, double theta, double factor, double low, double high,
+                                   double original) {
   std::vector<double> factors(count);
   for (size_t i = 0; i < count; ++i) {
     const double wavelength =
@@ -154,8 +155,9 @@ class GgufCheckpoint : public Checkpoint {
     const bool plain = ggml_type_info(stored.type).elements == 1;
     const bool aligned = reinterpret_cast<uintptr_t>(stored.bytes.data()) % c10::elementSize(dtype) == 0;
     if (plain && aligned && heads_of(name) == 0 && !offset_norm(name)) {
-      return at::from_blob(const_cast<char*>(stored.bytes.data()), stored.shape, [owner = file_.bytes().owner](void*) {},
-                           at::TensorOptions().dtype(dtype));
+      return at::from_blob(
+          const_cast<char*>(stored.bytes.data()), stored.shape, [owner = file_.bytes().owner](void*) {},
+          at::TensorOptions().dtype(dtype));
     }
     at::Tensor loaded = at::empty(stored.shape, dtype);
     read_into(name, loaded);
@@ -297,7 +299,8 @@ class GgufCheckpoint : public Checkpoint {
                                  .value_or(metadata.find_size("rope.dimension_count").value_or(hidden / heads_));
     const int64_t rotated = metadata.find_size("rope.dimension_count").value_or(head_dim);
     MOESAIC_CHECK(rotated == head_dim, DataError,
-                  "{}: {} of each head's {} sizes are rotated (rope.dimension_count); expected all", where, rotated, head_dim);
+                  "{}: {} of each head's {} sizes are rotated (rope.dimension_count); expected all", where, rotated,
+                  head_dim);
     config["num_key_value_heads"] = kv_heads_;
     config["head_dim"] = head_dim;
     config["tie_word_embeddings"] = !tensors_.contains("lm_head.weight");
@@ -307,7 +310,8 @@ class GgufCheckpoint : public Checkpoint {
     MOESAIC_CHECK(embedding != tensors_.end() && embedding->second->shape.size() == 2, FormatError,
                   "{}: has no matrix token_embd.weight", where);
     config["vocab_size"] = embedding->second->shape[0];
-    for (const auto& [key, gguf] : {std::pair{"bos_token_id", "bos"}, {"eos_token_id", "eos"}, {"pad_token_id", "padding"}}) {
+    for (const auto& [key, gguf] :
+         {std::pair{"bos_token_id", "bos"}, {"eos_token_id", "eos"}, {"pad_token_id", "padding"}}) {
       if (const auto id = file_.find_uint(fmt::format("tokenizer.ggml.{}_token_id", gguf))) config[key] = *id;
     }
 

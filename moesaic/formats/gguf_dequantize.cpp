@@ -87,7 +87,8 @@ void q2_k_block(const uint8_t* block, float* y) {
   }
 }
 
-/// high bits[32], q[64] of 2 bits, scales[12] (16 of 6 bits), d: per 16 elements y = d (scale - 32) (q - 4 unless high).
+/// high bits[32], q[64] of 2 bits, scales[12] (16 of 6 bits), d: per 16 elements y = d (scale - 32) (q - 4 unless
+/// high).
 void q3_k_block(const uint8_t* block, float* y) {
   const uint8_t *high = block, *q = block + 32, *scales = block + 96;
   const float d = half_at(block + 108);

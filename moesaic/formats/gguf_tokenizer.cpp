@@ -9,7 +9,7 @@
 namespace moesaic::formats {
 namespace {
 
-constexpr size_t kMaxTokenBytes = 1024;  // deriving merges takes time proportional to its square
+constexpr size_t kMaxTokenBytes = 1024;                  // deriving merges takes time proportional to its square
 constexpr std::string_view kSpaceMark = "\xE2\x96\x81";  // U+2581, SentencePiece's space
 
 constexpr const char* kPreKey = "tokenizer.ggml.pre";
@@ -22,10 +22,9 @@ constexpr const char* kLlama3Split =
     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
 constexpr const char* kQwen2Split =
     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
-constexpr const char* kTekkenSplit =
-    R"([^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|)"
-    R"([^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|)"
-    R"(\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
+constexpr const char* kTekkenSplit = R"([^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|)"
+                                     R"([^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|)"
+                                     R"(\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
 constexpr const char* kDeepseekV3Split =
     R"([!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|)"
     R"( ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
@@ -43,14 +42,19 @@ struct PreTokenizer {
 const std::vector<PreTokenizer>& pre_tokenizers() {
   static const std::vector<PreTokenizer> kAll = {
       {.names = {"gpt-2", "gpt2", "default", "phi-2", "mpt", "olmo", "jais", "trillion"}, .splits = {}},
-      {.names = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}, .splits = {}, .digits = true},
+      {.names = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"},
+       .splits = {},
+       .digits = true},
       {.names = {"llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"},
-       .splits = {kLlama3Split}, .ignore_merges = true, .add_bos = true},
+       .splits = {kLlama3Split},
+       .ignore_merges = true,
+       .add_bos = true},
       {.names = {"dbrx", "smaug-bpe"}, .splits = {kLlama3Split}},
       {.names = {"qwen2"}, .splits = {kQwen2Split}, .nfc = true},
       {.names = {"deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan"}, .splits = {kQwen2Split}},
       {.names = {"tekken"}, .splits = {kTekkenSplit}, .ignore_merges = true, .add_bos = true},
-      {.names = {"deepseek-v3", "hunyuan-dense"}, .splits = {R"(\p{N}{1,3})", "[一-龥぀-ゟ゠-ヿ]+", kDeepseekV3Split}},
+      {.names = {"deepseek-v3", "hunyuan-dense"},
+       .splits = {R"(\p{N}{1,3})", "[一-龥぀-ゟ゠-ヿ]+", kDeepseekV3Split}},
       {.names = {"deepseek-coder"},
        .splits = {R"([\r\n])", R"(\s?\p{L}+)", R"(\s?\p{P}+)", "[一-龥ࠀ-一가-퟿]+", R"(\p{N})"}},
   };
@@ -60,7 +64,8 @@ const std::vector<PreTokenizer>& pre_tokenizers() {
 /// The file's pre-tokenizer. Old files name none: then the architecture's own.
 const PreTokenizer& find_pre_tokenizer(const GgufFile& file) {
   std::string name = file.find_string(kPreKey).value_or("");
-  if (name.empty()) name = file.find_string("general.architecture").value_or("").starts_with("qwen") ? "qwen2" : "gpt-2";
+  if (name.empty())
+    name = file.find_string("general.architecture").value_or("").starts_with("qwen") ? "qwen2" : "gpt-2";
   std::vector<const char*> known;
   for (const auto& pre : pre_tokenizers()) {
     for (const char* candidate : pre.names) {
@@ -68,9 +73,10 @@ const PreTokenizer& find_pre_tokenizer(const GgufFile& file) {
       known.push_back(candidate);
     }
   }
-  throw DataError(fmt::format("{}: {}: got '{}', expected one of {}. A folder with the model's own tokenizer.json can be "
-                              "used instead.",
-                              file.bytes().where, kPreKey, name.substr(0, 80), fmt::join(known, ", ")));
+  throw DataError(
+      fmt::format("{}: {}: got '{}', expected one of {}. A folder with the model's own tokenizer.json can be "
+                  "used instead.",
+                  file.bytes().where, kPreKey, name.substr(0, 80), fmt::join(known, ", ")));
 }
 
 std::string utf8(uint32_t point) {  // below U+0800
@@ -118,7 +124,7 @@ bool is_spelled(std::string_view text) {
 /// Tokens, types and special ids, checked against each other.
 struct Vocabulary {
   std::vector<std::string> tokens;
-  std::vector<double> types;  // empty or one per token
+  std::vector<double> types;                         // empty or one per token
   std::unordered_map<std::string_view, size_t> ids;  // the last id of a token that stands twice
 
   bool is(size_t id, double type) const { return !types.empty() && types[id] == type; }
@@ -130,8 +136,8 @@ Vocabulary read_vocabulary(const GgufFile& file) {
   vocabulary.tokens.assign(tokens.begin(), tokens.end());
   vocabulary.types = file.numbers("tokenizer.ggml.token_type");
   MOESAIC_CHECK(vocabulary.types.empty() || vocabulary.types.size() == tokens.size(), FormatError,
-                "{}: tokenizer.ggml.token_type has {} entries, expected {}", file.bytes().where, vocabulary.types.size(),
-                tokens.size());
+                "{}: tokenizer.ggml.token_type has {} entries, expected {}", file.bytes().where,
+                vocabulary.types.size(), tokens.size());
   for (size_t id = 0; id < tokens.size(); ++id) {
     MOESAIC_CHECK(tokens[id].size() <= kMaxTokenBytes, FormatError, "{}: token {} has {} bytes, expected at most {}",
                   file.bytes().where, id, tokens[id].size(), kMaxTokenBytes);
@@ -149,8 +155,8 @@ std::optional<std::string> special_token(const GgufFile& file, const char* name)
   const auto id = file.find_uint(key);
   if (!id) return std::nullopt;
   const auto tokens = file.strings("tokenizer.ggml.tokens");
-  MOESAIC_CHECK(*id < tokens.size(), FormatError, "{}: {}: got {}, but there are {} tokens", file.bytes().where, key, *id,
-                tokens.size());
+  MOESAIC_CHECK(*id < tokens.size(), FormatError, "{}: {}: got {}, but there are {} tokens", file.bytes().where, key,
+                *id, tokens.size());
   return std::string(tokens[*id]);
 }
 
@@ -184,8 +190,8 @@ std::vector<std::pair<std::string, std::string>> read_merges(const GgufFile& fil
   return merges;
 }
 
-/// SentencePiece stores no merges. Each way to cut a piece in two pieces is one; the best piece's come first, and of one
-/// piece those with the longer left part (transformers: generate_merges).
+/// SentencePiece stores no merges. Each way to cut a piece in two pieces is one; the best piece's come first, and of
+/// one piece those with the longer left part (transformers: generate_merges).
 std::vector<std::pair<std::string, std::string>> derive_merges(const Vocabulary& vocabulary,
                                                                const std::vector<double>& scores) {
   struct Merge {
@@ -302,21 +308,34 @@ Json added_tokens(const GgufFile& file, const Vocabulary& vocabulary) {
     const std::string& token = vocabulary.tokens[id];
     const bool is_special = vocabulary.is(id, kControl) || special.contains(token);
     if (token.empty() || vocabulary.ids.at(token) != id || !(is_special || vocabulary.is(id, kUserDefined))) continue;
-    added.push_back({{"id", id}, {"content", token}, {"single_word", false}, {"lstrip", false}, {"rstrip", false},
-                     {"normalized", false}, {"special", is_special}});
+    added.push_back({{"id", id},
+                     {"content", token},
+                     {"single_word", false},
+                     {"lstrip", false},
+                     {"rstrip", false},
+                     {"normalized", false},
+                     {"special", is_special}});
   }
   return added;
 }
 
 Json bpe_model(const Json& unk_token, bool fuse_unk, bool byte_fallback, bool ignore_merges) {
-  return {{"type", "BPE"}, {"dropout", nullptr}, {"unk_token", unk_token}, {"continuing_subword_prefix", nullptr},
-          {"end_of_word_suffix", nullptr}, {"fuse_unk", fuse_unk}, {"byte_fallback", byte_fallback},
+  return {{"type", "BPE"},
+          {"dropout", nullptr},
+          {"unk_token", unk_token},
+          {"continuing_subword_prefix", nullptr},
+          {"end_of_word_suffix", nullptr},
+          {"fuse_unk", fuse_unk},
+          {"byte_fallback", byte_fallback},
           {"ignore_merges", ignore_merges}};
 }
 
 Json shell(const GgufFile& file, const Vocabulary& vocabulary) {
-  return {{"version", "1.0"}, {"truncation", nullptr}, {"padding", nullptr},
-          {"added_tokens", added_tokens(file, vocabulary)}, {"post_processor", post_processor(file, vocabulary)}};
+  return {{"version", "1.0"},
+          {"truncation", nullptr},
+          {"padding", nullptr},
+          {"added_tokens", added_tokens(file, vocabulary)},
+          {"post_processor", post_processor(file, vocabulary)}};
 }
 
 std::string byte_level_json(const GgufFile& file) {
@@ -372,11 +391,14 @@ std::string sentencepiece_json(const GgufFile& file) {
   Json decoders = {replace(kSpaceMark, " "), {{"type", "ByteFallback"}}, {{"type", "Fuse"}}};
   if (gemma) {
     json["normalizer"] = replace(" ", kSpaceMark);
-    json["pre_tokenizer"] = {{"type", "Split"}, {"pattern", {{"String", " "}}}, {"behavior", "MergedWithPrevious"}, {"invert", false}};
+    json["pre_tokenizer"] = {
+        {"type", "Split"}, {"pattern", {{"String", " "}}}, {"behavior", "MergedWithPrevious"}, {"invert", false}};
   } else {
     json["normalizer"] = nullptr;
-    json["pre_tokenizer"] = {{"type", "Metaspace"}, {"replacement", kSpaceMark},
-                             {"prepend_scheme", prefix ? "first" : "never"}, {"split", false}};
+    json["pre_tokenizer"] = {{"type", "Metaspace"},
+                             {"replacement", kSpaceMark},
+                             {"prepend_scheme", prefix ? "first" : "never"},
+                             {"split", false}};
   }
   if (prefix) decoders.push_back({{"type", "Strip"}, {"content", " "}, {"start", 1}, {"stop", 0}});
   json["decoder"] = {{"type", "Sequence"}, {"decoders", decoders}};

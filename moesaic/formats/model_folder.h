@@ -13,13 +13,13 @@ namespace moesaic::formats {
 
 /// What goes into a model folder.
 struct ModelFolder {
-  Json config;                               // config.json; `dtype` is set from `dtype` below
-  TensorMap tensors;                         // Hugging Face names
-  at::ScalarType dtype = at::kFloat;         // floating tensors are converted to it on writing
+  Json config;                        // config.json; `dtype` is set from `dtype` below
+  TensorMap tensors;                  // Hugging Face names
+  at::ScalarType dtype = at::kFloat;  // floating tensors are converted to it on writing
   std::optional<std::string> tokenizer_json;
   Json tokenizer_config = Json::object();
   std::optional<std::string> chat_template;
-  Json generation_config = Json::object();   // left out when empty
+  Json generation_config = Json::object();  // left out when empty
   size_t max_shard_bytes = size_t{5} << 30;
 };
 

@@ -23,9 +23,8 @@ struct DtypeName {
   at::ScalarType dtype;
 };
 constexpr DtypeName kDtypes[] = {
-    {"F64", at::kDouble}, {"F32", at::kFloat}, {"F16", at::kHalf},  {"BF16", at::kBFloat16},
-    {"I64", at::kLong},   {"I32", at::kInt},   {"I16", at::kShort}, {"I8", at::kChar},
-    {"U8", at::kByte},    {"BOOL", at::kBool},
+    {"F64", at::kDouble}, {"F32", at::kFloat}, {"F16", at::kHalf}, {"BF16", at::kBFloat16}, {"I64", at::kLong},
+    {"I32", at::kInt},    {"I16", at::kShort}, {"I8", at::kChar},  {"U8", at::kByte},       {"BOOL", at::kBool},
 };
 
 const DtypeName* find_dtype(const std::string& name) {
@@ -71,7 +70,8 @@ std::string parse_entry(const Json& json, size_t data_size, Entry& entry) {
   entry.dtype = known->dtype;
   size_t bytes = c10::elementSize(known->dtype);
   for (const auto& size : *shape) {
-    if (!size.is_number_unsigned()) return fmt::format("has a size that is not a natural number: {}", size.dump().substr(0, 40));
+    if (!size.is_number_unsigned())
+      return fmt::format("has a size that is not a natural number: {}", size.dump().substr(0, 40));
     const auto value = size.get<uint64_t>();
     if (value > uint64_t{INT64_MAX} || __builtin_mul_overflow(bytes, value, &bytes)) {
       return fmt::format("has a shape whose bytes overflow: {}", shape->dump().substr(0, 80));
@@ -86,8 +86,8 @@ std::string parse_entry(const Json& json, size_t data_size, Entry& entry) {
     return fmt::format("has data_offsets [{}, {}] outside of the file's {} data bytes", begin, end, data_size);
   }
   if (end - begin != bytes) {
-    return fmt::format("has {} bytes (data_offsets [{}, {}]), but {} {} needs {}", end - begin, begin, end,
-                       known->name, shape->dump(), bytes);
+    return fmt::format("has {} bytes (data_offsets [{}, {}]), but {} {} needs {}", end - begin, begin, end, known->name,
+                       shape->dump(), bytes);
   }
   entry.begin = begin;
   entry.end = end;
@@ -268,9 +268,8 @@ void save_safetensors(const std::filesystem::path& path, const TensorMap& tensor
 
   std::vector<const TensorMap::value_type*> order;
   for (const auto& item : tensors) order.push_back(&item);
-  std::stable_sort(order.begin(), order.end(), [](const auto* a, const auto* b) {
-    return a->second.element_size() > b->second.element_size();
-  });
+  std::stable_sort(order.begin(), order.end(),
+                   [](const auto* a, const auto* b) { return a->second.element_size() > b->second.element_size(); });
 
   metadata.emplace("format", "pt");
   OrderedJson header;

@@ -40,9 +40,9 @@ class SafetensorsFile {
   std::shared_ptr<const Impl> impl_;
 };
 
-/// Writes `tensors` (widest element type first, then by name) to a temporary file, fsyncs, renames. Tensors that share storage, shape and strides
-/// with an earlier name are an error unless the caller removed them first (tied weights are stored once).
-/// `metadata` gets {"format": "pt"} when it has no format.
+/// Writes `tensors` (widest element type first, then by name) to a temporary file, fsyncs, renames. Tensors that share
+/// storage, shape and strides with an earlier name are an error unless the caller removed them first (tied weights are
+/// stored once). `metadata` gets {"format": "pt"} when it has no format.
 void save_safetensors(const std::filesystem::path& path, const TensorMap& tensors,
                       std::map<std::string, std::string> metadata = {});
 

@@ -15,7 +15,8 @@ std::shared_ptr<const tokenizer::Tokenizer> borrow(const tokenizer::Tokenizer& t
 /// One answer in the making.
 class Answer {
  public:
-  Answer(int64_t index, std::vector<int64_t> prompt, const tokenizer::Tokenizer& tokenizer, const SamplingOptions& options)
+  Answer(int64_t index, std::vector<int64_t> prompt, const tokenizer::Tokenizer& tokenizer,
+         const SamplingOptions& options)
       : index_(index),
         seen_(std::move(prompt)),
         options_(options),
@@ -111,7 +112,8 @@ void decode(models::CausalLM& model, std::vector<Answer*> live, nn::KvCache& cac
       if (sentence.defined()) sentence = sentence.index_select(0, to_index(kept, sentence.device()));
       live = next;
     }
-    logits = last_logits(model, nn::RaggedBatch::from_sequences(tokens, model.device()), cache, sentence, routing, sequences);
+    logits = last_logits(model, nn::RaggedBatch::from_sequences(tokens, model.device()), cache, sentence, routing,
+                         sequences);
   }
 }
 
@@ -119,8 +121,8 @@ void check_prompt(const std::vector<int64_t>& prompt, size_t index, int64_t voca
   MOESAIC_CHECK(!prompt.empty(), UsageError, "prompt {}: it has no tokens. Give at least one word.", index);
   for (int64_t id : prompt) {
     MOESAIC_CHECK(id >= 0 && id < vocab_size, DataError,
-                  "prompt {}: token id {} is outside the model's vocabulary of {}. A tokenizer of another model?", index, id,
-                  vocab_size);
+                  "prompt {}: token id {} is outside the model's vocabulary of {}. A tokenizer of another model?",
+                  index, id, vocab_size);
   }
 }
 
@@ -128,7 +130,8 @@ void check_prompt(const std::vector<int64_t>& prompt, size_t index, int64_t voca
 
 std::vector<Generation> generate(models::CausalLM& model, const tokenizer::Tokenizer& tokenizer,
                                  const std::vector<std::vector<int64_t>>& prompts, const SamplingOptions& options,
-                                 const StreamCallback& stream, const torch::Tensor& sentence, const RoutingCallback& routing) {
+                                 const StreamCallback& stream, const torch::Tensor& sentence,
+                                 const RoutingCallback& routing) {
   validate(options);
   if (prompts.empty()) return {};
   torch::NoGradGuard no_grad;
@@ -154,12 +157,13 @@ Session::Session(models::CausalLM& model, const tokenizer::Tokenizer& tokenizer)
     : model_(model), tokenizer_(tokenizer), cache_(std::make_unique<nn::KvCache>(model.make_cache(1))) {}
 Session::~Session() = default;
 
-Generation Session::answer(const std::vector<int64_t>& prompt, const SamplingOptions& options, const StreamCallback& stream,
-                           const torch::Tensor& sentence) {
+Generation Session::answer(const std::vector<int64_t>& prompt, const SamplingOptions& options,
+                           const StreamCallback& stream, const torch::Tensor& sentence) {
   validate(options);
   check_prompt(prompt, 0, model_.config().vocab_size);
   torch::NoGradGuard no_grad;
-  const bool same_sentence = sentence.defined() == sentence_.defined() && (!sentence.defined() || sentence.equal(sentence_));
+  const bool same_sentence =
+      sentence.defined() == sentence_.defined() && (!sentence.defined() || sentence.equal(sentence_));
   reused_ = 0;
   if (same_sentence) {
     const auto differ = std::mismatch(prompt.begin(), prompt.end(), seen_.begin(), seen_.end()).first;

@@ -10,8 +10,8 @@ namespace moesaic::generate {
 
 struct SamplingOptions {
   int64_t max_new_tokens = 256;
-  double temperature = 0.0;         // 0 = greedy
-  int64_t top_k = 0;                // 0 = off
+  double temperature = 0.0;  // 0 = greedy
+  int64_t top_k = 0;         // 0 = off
   double top_p = 1.0;
   double min_p = 0.0;
   double repetition_penalty = 1.0;  // transformers' definition, over prompt and answer
@@ -21,9 +21,9 @@ struct SamplingOptions {
 };
 
 struct Generation {
-  std::vector<int64_t> ids;     // without the prompt; EOS included when it ended the answer
-  std::string text;             // without EOS and stop string
-  std::string finish_reason;    // stop | length
+  std::vector<int64_t> ids;   // without the prompt; EOS included when it ended the answer
+  std::string text;           // without EOS and stop string
+  std::string finish_reason;  // stop | length
 };
 
 /// Called with each new piece of text of sequence `index`. Return false to stop that sequence.

@@ -87,11 +87,13 @@ void validate(const SamplingOptions& options) {
 int64_t Sampler::next(std::span<float> logits, const std::vector<int64_t>& seen) {
   if (options_.repetition_penalty != 1.0) apply_repetition_penalty(logits, seen, options_.repetition_penalty);
   auto best = std::max_element(logits.begin(), logits.end());
-  const bool finite = std::isfinite(*best) && std::none_of(logits.begin(), logits.end(), [](float z) { return std::isnan(z); });
-  MOESAIC_CHECK(finite, DataError,
-                "generation: the model's logits are not finite after {} tokens. Damaged weights, or --dtype too narrow for "
-                "this model?",
-                seen.size());
+  const bool finite =
+      std::isfinite(*best) && std::none_of(logits.begin(), logits.end(), [](float z) { return std::isnan(z); });
+  MOESAIC_CHECK(
+      finite, DataError,
+      "generation: the model's logits are not finite after {} tokens. Damaged weights, or --dtype too narrow for "
+      "this model?",
+      seen.size());
   if (options_.temperature == 0) return best - logits.begin();
   for (float& logit : logits) logit = static_cast<float>(logit / options_.temperature);
   if (options_.top_k > 0) apply_top_k(logits, options_.top_k);

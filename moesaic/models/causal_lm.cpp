@@ -22,21 +22,21 @@ nn::DecoderLayerConfig layer_config(const DecoderConfig& config, int64_t layer) 
   const bool sliding =
       config.sliding_window > 0 && (config.layer_is_sliding.empty() || config.layer_is_sliding[layer] != 0);
   nn::DecoderLayerConfig result;
-  result.attention = {.hidden_size = config.hidden_size,
-                      .heads = config.num_heads,
-                      .kv_heads = config.num_kv_heads,
-                      .head_dim = config.head_dim,
-                      .qkv_bias = config.qkv_bias,
-                      .o_bias = config.o_bias,
-                      .qk_norm = config.qk_norm,
-                      .norm_eps = config.rms_norm_eps,
-                      .norm_offset = config.norm_plus_one ? 1.0 : 0.0,
-                      .options = {.scale = config.query_scale > 0
-                                               ? config.query_scale
-                                               : 1.0 / std::sqrt(static_cast<double>(config.head_dim)),
-                                  .softcap = config.attention_softcap,
-                                  .window = sliding ? config.sliding_window : 0},
-                      .local_rope = sliding && config.rope_local.has_value()};
+  result.attention = {
+      .hidden_size = config.hidden_size,
+      .heads = config.num_heads,
+      .kv_heads = config.num_kv_heads,
+      .head_dim = config.head_dim,
+      .qkv_bias = config.qkv_bias,
+      .o_bias = config.o_bias,
+      .qk_norm = config.qk_norm,
+      .norm_eps = config.rms_norm_eps,
+      .norm_offset = config.norm_plus_one ? 1.0 : 0.0,
+      .options = {.scale = config.query_scale > 0 ? config.query_scale
+                                                  : 1.0 / std::sqrt(static_cast<double>(config.head_dim)),
+                  .softcap = config.attention_softcap,
+                  .window = sliding ? config.sliding_window : 0},
+      .local_rope = sliding && config.rope_local.has_value()};
   result.intermediate_size = config.intermediate_size;
   result.mlp_bias = config.mlp_bias;
   result.activation = config.activation;
@@ -66,8 +66,8 @@ void check_tensors(const formats::Checkpoint& checkpoint, const CausalLM& model,
     if (!checkpoint.contains(item.key())) {
       missing.push_back(item.key());
     } else if (const auto shape = checkpoint.shape(item.key()); item.value().sizes() != at::IntArrayRef(shape)) {
-      misshapen.push_back(fmt::format("{}: got {}, expected {}", item.key(), shape_text(shape),
-                                      shape_text(item.value().sizes())));
+      misshapen.push_back(
+          fmt::format("{}: got {}, expected {}", item.key(), shape_text(shape), shape_text(item.value().sizes())));
     }
   }
   for (const std::string& name : checkpoint.names()) {
@@ -87,7 +87,7 @@ struct CausalLM::Impl {
   std::vector<nn::DecoderLayer> layers;
   nn::RmsNorm norm{nullptr};
   std::unique_ptr<nn::Rope> rope, rope_local;
-  double embedding_scale = 1.0;                // in the weights' precision
+  double embedding_scale = 1.0;               // in the weights' precision
   torch::Tensor head_quantized, head_scales;  // int8 [V, d], float32 [V]
 };
 
@@ -152,7 +152,8 @@ std::shared_ptr<CausalLM> CausalLM::load(const formats::Checkpoint& checkpoint, 
   }
   read(*impl.norm, "model.norm.");
   if (!impl.lm_head.is_empty()) read(*impl.lm_head, "lm_head.");
-  if (options.quantize_int8) std::tie(impl.head_quantized, impl.head_scales) = nn::quantize_rows_int8(model->head_weight());
+  if (options.quantize_int8)
+    std::tie(impl.head_quantized, impl.head_scales) = nn::quantize_rows_int8(model->head_weight());
   return model;
 }
 
@@ -168,8 +169,8 @@ void CausalLM::prepare(const nn::RaggedBatch& batch, nn::ForwardContext& context
   }
   const auto [least, most] = batch.tokens.aminmax();
   for (const int64_t id : {least.item<int64_t>(), most.item<int64_t>()}) {
-    MOESAIC_CHECK(id >= 0 && id < config_.vocab_size, DataError, "token id: got {}, expected 0 to {} (the vocabulary)", id,
-                  config_.vocab_size - 1);
+    MOESAIC_CHECK(id >= 0 && id < config_.vocab_size, DataError, "token id: got {}, expected 0 to {} (the vocabulary)",
+                  id, config_.vocab_size - 1);
   }
   std::vector<int64_t> positions, segments, lengths;
   for (int64_t b = 0; b < count; ++b) {

@@ -1,4 +1,5 @@
-// Decoder-only language models. One DecoderConfig describes every family; models/<family>.cpp fills it from config.json.
+// Decoder-only language models. One DecoderConfig describes every family; models/<family>.cpp fills it from
+// config.json.
 #pragma once
 #include <memory>
 #include <optional>
@@ -26,17 +27,17 @@ struct DecoderConfig {
   double rms_norm_eps = 1e-6;
   Activation activation = Activation::kSilu;
   bool qkv_bias = false, o_bias = false, mlp_bias = false;
-  bool qk_norm = false;            // per-head RMSNorm on queries and keys (qwen3, gemma3)
+  bool qk_norm = false;  // per-head RMSNorm on queries and keys (qwen3, gemma3)
   bool tie_word_embeddings = false;
-  bool norm_plus_one = false;      // RMSNorm multiplies by (1 + weight) (gemma)
-  bool pre_post_norms = false;     // norms before and after both halves of a layer (gemma3)
-  double embedding_scale = 1.0;    // gemma: sqrt(d), rounded to the weights' dtype
-  double query_scale = 0.0;        // attention scale; 0 = 1/sqrt(head_dim)
+  bool norm_plus_one = false;                           // RMSNorm multiplies by (1 + weight) (gemma)
+  bool pre_post_norms = false;                          // norms before and after both halves of a layer (gemma3)
+  double embedding_scale = 1.0;                         // gemma: sqrt(d), rounded to the weights' dtype
+  double query_scale = 0.0;                             // attention scale; 0 = 1/sqrt(head_dim)
   double attention_softcap = 0.0, final_softcap = 0.0;  // 0 = off
-  int64_t sliding_window = 0;      // 0 = none
-  std::vector<uint8_t> layer_is_sliding;  // per layer; empty = all layers sliding when sliding_window > 0
-  RopeConfig rope;                 // global layers
-  std::optional<RopeConfig> rope_local;  // sliding layers, when they have their own base (gemma3)
+  int64_t sliding_window = 0;                           // 0 = none
+  std::vector<uint8_t> layer_is_sliding;                // per layer; empty = all layers sliding when sliding_window > 0
+  RopeConfig rope;                                      // global layers
+  std::optional<RopeConfig> rope_local;                 // sliding layers, when they have their own base (gemma3)
   std::vector<int64_t> eos_ids;
   int64_t bos_id = -1;
 };

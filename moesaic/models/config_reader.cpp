@@ -93,11 +93,10 @@ DecoderConfig read_common(ConfigReader& reader, const FamilyDefaults& defaults) 
   config.intermediate_size = reader.size("intermediate_size", defaults.intermediate_size, 4 * kMaxWidth);
   config.num_layers = reader.size("num_hidden_layers", defaults.num_layers, kMaxLayers);
   config.num_heads = reader.size("num_attention_heads", defaults.num_heads, kMaxHeads);
-  config.num_kv_heads =
-      reader.size("num_key_value_heads", defaults.num_kv_heads.value_or(config.num_heads), kMaxHeads);
+  config.num_kv_heads = reader.size("num_key_value_heads", defaults.num_kv_heads.value_or(config.num_heads), kMaxHeads);
   if (config.num_heads % config.num_kv_heads != 0) {
-    reader.error("num_key_value_heads",
-                 fmt::format("got {}, expected a divisor of num_attention_heads {}", config.num_kv_heads, config.num_heads));
+    reader.error("num_key_value_heads", fmt::format("got {}, expected a divisor of num_attention_heads {}",
+                                                    config.num_kv_heads, config.num_heads));
   }
   const int64_t derived = config.hidden_size / config.num_heads;
   if (!reader.has("head_dim") && !defaults.head_dim && (derived * config.num_heads != config.hidden_size)) {
@@ -106,7 +105,8 @@ DecoderConfig read_common(ConfigReader& reader, const FamilyDefaults& defaults) 
   }
   config.head_dim = reader.size("head_dim", defaults.head_dim.value_or(std::max<int64_t>(derived, 1)), kMaxWidth);
   if (config.head_dim % 2 != 0) {
-    reader.error("head_dim", fmt::format("got {}, expected an even number (rotary positions pair them)", config.head_dim));
+    reader.error("head_dim",
+                 fmt::format("got {}, expected an even number (rotary positions pair them)", config.head_dim));
   }
   config.max_position = reader.size("max_position_embeddings", defaults.max_position, kMaxPosition);
   config.rms_norm_eps = reader.positive("rms_norm_eps", 1e-6);
@@ -118,7 +118,8 @@ DecoderConfig read_common(ConfigReader& reader, const FamilyDefaults& defaults) 
     reader.error(defaults.activation_key, fmt::format("got \"{}\", expected silu or gelu_pytorch_tanh", activation));
   }
   config.eos_ids = reader.ids("eos_token_id", defaults.eos_ids);
-  const auto bos = reader.ids("bos_token_id", defaults.bos_id >= 0 ? std::vector{defaults.bos_id} : std::vector<int64_t>{});
+  const auto bos =
+      reader.ids("bos_token_id", defaults.bos_id >= 0 ? std::vector{defaults.bos_id} : std::vector<int64_t>{});
   config.bos_id = bos.empty() ? -1 : bos.front();
   return config;
 }
@@ -146,7 +147,8 @@ RopeConfig read_rope(ConfigReader& reader, const Json& rope, const std::string& 
     const Json& type = rope.at(type_key);
     const std::vector<std::string> known{"default", "linear", "dynamic", "llama3", "yarn"};
     if (!type.is_string() || std::find(known.begin(), known.end(), type.get<std::string>()) == known.end()) {
-      reader.error(name + "." + type_key, fmt::format("got {}, expected one of {}", shown(type), fmt::join(known, ", ")));
+      reader.error(name + "." + type_key,
+                   fmt::format("got {}, expected one of {}", shown(type), fmt::join(known, ", ")));
       return result;
     }
     result.type = type.get<std::string>();
@@ -206,7 +208,8 @@ RopeConfig read_rope(ConfigReader& reader, const Json& rope, const std::string& 
 
 RopeConfig read_flat_rope(ConfigReader& reader, const DecoderConfig& config) {
   const double theta = reader.positive("rope_theta", 10'000.0);
-  if (reader.has("rope_scaling")) return read_rope(reader, reader.json().at("rope_scaling"), "rope_scaling", theta, config);
+  if (reader.has("rope_scaling"))
+    return read_rope(reader, reader.json().at("rope_scaling"), "rope_scaling", theta, config);
   if (reader.has("rope_parameters")) {
     return read_rope(reader, reader.json().at("rope_parameters"), "rope_parameters", theta, config);
   }

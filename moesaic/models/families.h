@@ -1,5 +1,5 @@
-// One function per family: config.json's words to a DecoderConfig. Defaults are those of the family's configuration class
-// in transformers 5.
+// One function per family: config.json's words to a DecoderConfig. Defaults are those of the family's configuration
+// class in transformers 5.
 #pragma once
 #include "moesaic/models/config_reader.h"
 

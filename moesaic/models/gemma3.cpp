@@ -21,10 +21,18 @@ RopeConfig read_kind(ConfigReader& reader, const char* kind, double theta, const
 }  // namespace
 
 DecoderConfig parse_gemma3(ConfigReader& reader) {
-  DecoderConfig config = read_common(reader, {.vocab_size = 262'208, .hidden_size = 2304, .intermediate_size = 9216,
-                                              .num_layers = 26, .num_heads = 8, .num_kv_heads = 4, .head_dim = 256,
-                                              .max_position = 131'072, .tie_word_embeddings = true, .eos_ids = {1},
-                                              .bos_id = 2, .activation_key = "hidden_activation",
+  DecoderConfig config = read_common(reader, {.vocab_size = 262'208,
+                                              .hidden_size = 2304,
+                                              .intermediate_size = 9216,
+                                              .num_layers = 26,
+                                              .num_heads = 8,
+                                              .num_kv_heads = 4,
+                                              .head_dim = 256,
+                                              .max_position = 131'072,
+                                              .tie_word_embeddings = true,
+                                              .eos_ids = {1},
+                                              .bos_id = 2,
+                                              .activation_key = "hidden_activation",
                                               .activation = "gelu_pytorch_tanh"});
   config.qkv_bias = config.o_bias = reader.flag("attention_bias", false);
   config.qk_norm = true;

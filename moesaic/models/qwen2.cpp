@@ -5,7 +5,8 @@ namespace moesaic::models {
 
 void read_qwen_windows(ConfigReader& reader, DecoderConfig& config) {
   int64_t window = 0;
-  if (reader.flag("use_sliding_window", false) && (!reader.mentions("sliding_window") || reader.has("sliding_window"))) {
+  if (reader.flag("use_sliding_window", false) &&
+      (!reader.mentions("sliding_window") || reader.has("sliding_window"))) {
     window = reader.size("sliding_window", 4096, int64_t{1} << 30);
   }
   int64_t first_sliding = 28;
@@ -16,18 +17,21 @@ void read_qwen_windows(ConfigReader& reader, DecoderConfig& config) {
   }
   const auto sliding = read_layer_types(reader, config, [&](int64_t i) { return window > 0 && i >= first_sliding; });
   if (std::find(sliding.begin(), sliding.end(), 1) == sliding.end()) return;
-  if (window == 0) reader.error("layer_types", "has sliding_attention, but use_sliding_window is off or there is no sliding_window");
+  if (window == 0)
+    reader.error("layer_types", "has sliding_attention, but use_sliding_window is off or there is no sliding_window");
   config.sliding_window = window;
   config.layer_is_sliding = sliding;
 }
 
 DecoderConfig parse_qwen2(ConfigReader& reader) {
-  DecoderConfig config = read_common(reader, {.vocab_size = 151'936, .hidden_size = 4096, .intermediate_size = 22'016,
-                                              .num_layers = 32, .num_heads = 32,
-                                              .num_kv_heads = reader.mentions("num_key_value_heads")
-                                                                  ? std::nullopt
-                                                                  : std::optional<int64_t>(32),
-                                              .max_position = 32'768});
+  DecoderConfig config = read_common(
+      reader, {.vocab_size = 151'936,
+               .hidden_size = 4096,
+               .intermediate_size = 22'016,
+               .num_layers = 32,
+               .num_heads = 32,
+               .num_kv_heads = reader.mentions("num_key_value_heads") ? std::nullopt : std::optional<int64_t>(32),
+               .max_position = 32'768});
   config.qkv_bias = true;
   config.rope = read_flat_rope(reader, config);
   read_qwen_windows(reader, config);

@@ -4,12 +4,15 @@
 namespace moesaic::models {
 
 DecoderConfig parse_qwen3(ConfigReader& reader) {
-  DecoderConfig config = read_common(reader, {.vocab_size = 151'936, .hidden_size = 4096, .intermediate_size = 22'016,
-                                              .num_layers = 32, .num_heads = 32,
-                                              .num_kv_heads = reader.mentions("num_key_value_heads")
-                                                                  ? std::nullopt
-                                                                  : std::optional<int64_t>(32),
-                                              .head_dim = 128, .max_position = 32'768});
+  DecoderConfig config = read_common(
+      reader, {.vocab_size = 151'936,
+               .hidden_size = 4096,
+               .intermediate_size = 22'016,
+               .num_layers = 32,
+               .num_heads = 32,
+               .num_kv_heads = reader.mentions("num_key_value_heads") ? std::nullopt : std::optional<int64_t>(32),
+               .head_dim = 128,
+               .max_position = 32'768});
   config.qkv_bias = config.o_bias = reader.flag("attention_bias", false);
   config.qk_norm = true;
   config.rope = read_flat_rope(reader, config);

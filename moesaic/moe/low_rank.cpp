@@ -13,10 +13,10 @@ using torch::autograd::variable_list;
 
 /// What `JointLinear` needs of a group for one call.
 struct JointWeights {
-  torch::Tensor weight;   // [O, in], frozen
-  torch::Tensor bias;     // [O] or undefined
-  torch::Tensor down;     // [K, in], float32: every A, then the router weights
-  int64_t rank_rows;      // rows of `down` that are A's
+  torch::Tensor weight;            // [O, in], frozen
+  torch::Tensor bias;              // [O] or undefined
+  torch::Tensor down;              // [K, in], float32: every A, then the router weights
+  int64_t rank_rows;               // rows of `down` that are A's
   std::vector<int64_t> leaf_rows;  // rows of each leaf, in order
 };
 
@@ -34,9 +34,9 @@ struct JointLinear : torch::autograd::Function<JointLinear> {
       logits = c.narrow(1, joint->rank_rows, router_rows);
     } else {
       u = at::linear(x, joint->down.narrow(0, 0, joint->rank_rows).to(x.scalar_type()));
-      logits = router_rows == 0 ? torch::empty({x.size(0), 0}, joint->down.options())
-                                : at::linear(x.to(joint->down.scalar_type()),
-                                             joint->down.narrow(0, joint->rank_rows, router_rows));
+      logits = router_rows == 0
+                   ? torch::empty({x.size(0), 0}, joint->down.options())
+                   : at::linear(x.to(joint->down.scalar_type()), joint->down.narrow(0, joint->rank_rows, router_rows));
     }
     ctx->save_for_backward({x});
     ctx->saved_data["weight"] = joint->weight;

@@ -16,14 +16,14 @@ namespace moesaic::moe {
 /// Leaves are float32 whatever the base's dtype; B lies as [E*r, out] because its gradient h^T dy is far faster on CPUs
 /// than PEFT's dy^T h (docs/methods.md).
 struct LowRankExperts {
-  int64_t index;      // linear in the group
-  int64_t experts;    // E
-  int64_t rank;       // r
-  double scale;       // alpha / r (or alpha / sqrt(r)), times the effect asked for when loading
+  int64_t index;    // linear in the group
+  int64_t experts;  // E
+  int64_t rank;     // r
+  double scale;     // alpha / r (or alpha / sqrt(r)), times the effect asked for when loading
   double dropout = 0.0;
-  torch::Tensor a;    // [E, r, in]
-  torch::Tensor b;    // [E*r, out]
-  Router router;      // weight [E, in]
+  torch::Tensor a;  // [E, r, in]
+  torch::Tensor b;  // [E*r, out]
+  Router router;    // weight [E, in]
 
   int64_t width() const { return experts * rank; }
 };

@@ -67,8 +67,7 @@ RouterInput parse_router_input(const std::string& name) {
   if (name == "sentence") return RouterInput::kSentence;
   if (name == "layer_input") return RouterInput::kLayerInput;
   if (name == "ffn_product") return RouterInput::kFfnProduct;
-  throw UsageError(
-      fmt::format("router.input: got '{}', expected token, sentence, layer_input or ffn_product", name));
+  throw UsageError(fmt::format("router.input: got '{}', expected token, sentence, layer_input or ffn_product", name));
 }
 
 }  // namespace moesaic::moe

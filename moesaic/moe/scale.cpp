@@ -24,8 +24,8 @@ struct MovFfn : torch::autograd::Function<MovFfn> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const variable_list saved = ctx->get_saved_variables();
     const torch::Tensor &act = saved[0], &up = saved[1], &router = saved[2], &vectors = saved[3], &s = saved[4];
-    const torch::Tensor gu = grads[0] * up;        // gradient of act * m, [N, f]
-    const torch::Tensor gm = gu * act;             // gradient of m
+    const torch::Tensor gu = grads[0] * up;  // gradient of act * m, [N, f]
+    const torch::Tensor gm = gu * act;       // gradient of m
     const torch::Tensor glogits = softmax_backward(at::mm(gm, vectors.t()), s);
     const torch::Tensor gvectors = at::mm(s.t(), gm);
     const torch::Tensor grouter = at::mm(glogits.t(), act);

@@ -44,7 +44,8 @@ torch::Tensor shared_heads(const torch::Tensor& x, int64_t group) {
 torch::Tensor plain_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
                               const AttentionOptions& options) {
   const int64_t kv_heads = k.size(1), group = q.size(1) / kv_heads;
-  torch::Tensor scores = at::matmul(grouped_queries(q, kv_heads), shared_heads(k, group).transpose(2, 3)) * options.scale;
+  torch::Tensor scores =
+      at::matmul(grouped_queries(q, kv_heads), shared_heads(k, group).transpose(2, 3)) * options.scale;
   if (options.softcap > 0) scores = at::tanh(scores / options.softcap) * options.softcap;
   scores = scores + visibility_mask(q.size(0), k.size(0), options.window, scores.options().requires_grad(false));
   const auto wide = q.scalar_type() == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
@@ -145,7 +146,8 @@ torch::Tensor cuda_flash_attention(const torch::Tensor& q, const torch::Tensor& 
 }
 
 /// One new position per sequence, float32 on the CPU: a task per sequence and KV head.
-torch::Tensor decode_attention(const torch::Tensor& q, const std::vector<std::pair<torch::Tensor, torch::Tensor>>& cached,
+torch::Tensor decode_attention(const torch::Tensor& q,
+                               const std::vector<std::pair<torch::Tensor, torch::Tensor>>& cached,
                                const AttentionOptions& options) {
   const int64_t heads = q.size(1), k = q.size(2), kv_heads = cached.front().first.size(1), group = heads / kv_heads;
   torch::Tensor out = at::empty(q.sizes(), q.options());
@@ -162,9 +164,9 @@ torch::Tensor decode_attention(const torch::Tensor& q, const std::vector<std::pa
       const int64_t start = (total - length) * kv_heads * k + head * k;
       scores.resize(group * length);
       const int64_t row = (b * heads + head * group) * k;
-      kernels().attend(q_data + row, keys.data_ptr<float>() + start, values.data_ptr<float>() + start,
-                       kv_heads * k, length, group, k, static_cast<float>(options.scale),
-                       static_cast<float>(options.softcap), scores.data(), out_data + row);
+      kernels().attend(q_data + row, keys.data_ptr<float>() + start, values.data_ptr<float>() + start, kv_heads * k,
+                       length, group, k, static_cast<float>(options.scale), static_cast<float>(options.softcap),
+                       scores.data(), out_data + row);
     }
   });
   return out;
@@ -202,7 +204,8 @@ torch::Tensor cached_attention(const torch::Tensor& q, const torch::Tensor& k, c
   }
   if (fresh) return ragged_attention(q, k, v, offsets, options);
   const bool single = q.size(0) == batch;
-  if (single && q.is_cpu() && q.scalar_type() == torch::kFloat32) return decode_attention(q.contiguous(), cached, options);
+  if (single && q.is_cpu() && q.scalar_type() == torch::kFloat32)
+    return decode_attention(q.contiguous(), cached, options);
   std::vector<torch::Tensor> parts;
   for (int64_t b = 0; b < batch; ++b) {
     const torch::Tensor rows = q.slice(0, offsets[b], offsets[b + 1]);
@@ -219,8 +222,10 @@ torch::Tensor apply_slot(const ScaleSlot& slot, torch::Tensor y, ForwardContext&
   return y;
 }
 
-SelfAttentionImpl::SelfAttentionImpl(const SelfAttentionConfig& config, int64_t layer, const torch::TensorOptions& options)
-    : config_(config), layer_(layer),
+SelfAttentionImpl::SelfAttentionImpl(const SelfAttentionConfig& config, int64_t layer,
+                                     const torch::TensorOptions& options)
+    : config_(config),
+      layer_(layer),
       qkv_(config.hidden_size,
            {config.heads * config.head_dim, config.kv_heads * config.head_dim, config.kv_heads * config.head_dim},
            config.qkv_bias, options),
@@ -248,9 +253,8 @@ torch::Tensor SelfAttentionImpl::forward(const torch::Tensor& x, ForwardContext&
   const RotaryTables& tables = config_.local_rope ? context.rope_local : context.rope;
   q = apply_rope(q, tables);
   k = apply_rope(k, tables);
-  const torch::Tensor mixed = context.cache
-                                  ? cached_attention(q, k, v, layer_, context, config_.options)
-                                  : ragged_attention(q, k, v, context.offsets, config_.options);
+  const torch::Tensor mixed = context.cache ? cached_attention(q, k, v, layer_, context, config_.options)
+                                            : ragged_attention(q, k, v, context.offsets, config_.options);
   return apply_slot(o_slot_, o_.forward(mixed.reshape({rows, config_.heads * k_width}), context), context);
 }
 

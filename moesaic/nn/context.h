@@ -28,12 +28,12 @@ struct RotaryTables {
 
 /// What one router decided at one site in one forward pass.
 struct RoutingRecord {
-  std::string site;       // module path, e.g. "model.layers.0.self_attn.q_proj"
+  std::string site;  // module path, e.g. "model.layers.0.self_attn.q_proj"
   int64_t layer;
-  torch::Tensor logits;   // [M, E] float32; M = N, N*H (per head, head-minor) or B (sentence router)
-  torch::Tensor probs;    // [M, E] float32, the softmax over all experts, before top-k
-  torch::Tensor weights;  // [M, E] float32, what mixes the experts, after top-k
-  int64_t rows_per_token; // 1, or H for a per-head router; 0 for one row per sequence
+  torch::Tensor logits;    // [M, E] float32; M = N, N*H (per head, head-minor) or B (sentence router)
+  torch::Tensor probs;     // [M, E] float32, the softmax over all experts, before top-k
+  torch::Tensor weights;   // [M, E] float32, what mixes the experts, after top-k
+  int64_t rows_per_token;  // 1, or H for a per-head router; 0 for one row per sequence
 };
 
 /// Carried through one forward pass. Filled by the model; read by attention, caches and adapters.

@@ -2,7 +2,8 @@
 
 namespace moesaic::nn {
 
-DecoderLayerImpl::DecoderLayerImpl(const DecoderLayerConfig& config, int64_t layer, const torch::TensorOptions& options) {
+DecoderLayerImpl::DecoderLayerImpl(const DecoderLayerConfig& config, int64_t layer,
+                                   const torch::TensorOptions& options) {
   const SelfAttentionConfig& attention = config.attention;
   auto norm = [&](const char* name) {
     return register_module(name, RmsNorm(attention.hidden_size, attention.norm_eps, attention.norm_offset, options));

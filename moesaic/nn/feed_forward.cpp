@@ -63,7 +63,9 @@ torch::Tensor gated_linear_unit(const torch::Tensor& gate_up, GluKind kind) {
 
 FeedForwardImpl::FeedForwardImpl(int64_t hidden_size, int64_t intermediate_size, bool bias, GluKind kind, int64_t layer,
                                  const torch::TensorOptions& options)
-    : kind_(kind), layer_(layer), gate_up_(hidden_size, {intermediate_size, intermediate_size}, bias, options),
+    : kind_(kind),
+      layer_(layer),
+      gate_up_(hidden_size, {intermediate_size, intermediate_size}, bias, options),
       down_(intermediate_size, {hidden_size}, bias, options) {
   register_module("gate_proj", gate_up_.members()[0]);
   register_module("up_proj", gate_up_.members()[1]);

@@ -32,7 +32,7 @@ struct FeedForwardImpl : torch::nn::Module {
   GluKind kind_;
   int64_t layer_;
   LinearGroup gate_up_, down_;
-  ScaleSlot branch_slot_;                       // act(gate)
+  ScaleSlot branch_slot_;                      // act(gate)
   ScaleSlot gate_slot_, up_slot_, down_slot_;  // outputs of the linears
 };
 TORCH_MODULE(FeedForward);

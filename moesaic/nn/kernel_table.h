@@ -1,5 +1,5 @@
-// The CPU kernels' raw interface: one table of functions per instruction set. Includes nothing but fixed-width integers:
-// see CMakeLists.txt.
+// The CPU kernels' raw interface: one table of functions per instruction set. Includes nothing but fixed-width
+// integers: see CMakeLists.txt.
 #pragma once
 #include <cstdint>
 
@@ -10,7 +10,8 @@ enum class GluKind { kSilu, kGeluTanh };
 /// Every function works on the rows or columns [begin, end) it is given, so that the caller can split the work over
 /// threads. All tensors are float32 and contiguous along their last axis unless said.
 struct KernelTable {
-  /// y[m, o] = x[m] . w[o] + bias[o] for o in [begin, end). x: [rows, in], w: [out, in], y: [rows, out]; bias may be null.
+  /// y[m, o] = x[m] . w[o] + bias[o] for o in [begin, end). x: [rows, in], w: [out, in], y: [rows, out]; bias may be
+  /// null.
   void (*gemv_f32)(const float* x, int64_t rows, const float* w, const float* bias, float* y, int64_t in, int64_t out,
                    int64_t begin, int64_t end);
   /// The same with bfloat16 weights (their raw bits).
@@ -46,7 +47,8 @@ struct KernelTable {
                float sign, int64_t heads, int64_t k, int64_t begin, int64_t end);
 
   /// One query position of `group` heads that share one KV head: out = softmax(scale q K^T) V, scores soft-capped when
-  /// softcap > 0. q, out: [group, k]; keys, values: [length] rows of k, `stride` apart; scores: scratch [group, length].
+  /// softcap > 0. q, out: [group, k]; keys, values: [length] rows of k, `stride` apart; scores: scratch [group,
+  /// length].
   void (*attend)(const float* q, const float* keys, const float* values, int64_t stride, int64_t length, int64_t group,
                  int64_t k, float scale, float softcap, float* scores, float* out);
 };

@@ -7,7 +7,7 @@
 namespace moesaic::nn {
 namespace {
 
-constexpr int64_t kGemvRows = 4;         // more rows: MKL's GEMM is faster
+constexpr int64_t kGemvRows = 4;          // more rows: MKL's GEMM is faster
 constexpr int64_t kGemvGrain = 32 << 10;  // weights per task; less is not worth waking a thread
 constexpr int64_t kDequantizeRows = 512;  // rows of an int8 matrix made float32 at a time
 
@@ -30,7 +30,7 @@ const KernelTable& kernels() {
 #if defined(__x86_64__)
   static const KernelTable& table =
       kAvx2Kernels.gemv_f32 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? kAvx2Kernels
-                                                                                              : kGenericKernels;
+                                                                                               : kGenericKernels;
   return table;
 #else
   return kGenericKernels;
@@ -40,8 +40,8 @@ const KernelTable& kernels() {
 torch::Tensor linear_rows(const torch::Tensor& x, const torch::Tensor& weight, const torch::Tensor& bias) {
   const int64_t rows = x.size(0), in = x.size(1), out = weight.size(0);
   const auto dtype = x.scalar_type();
-  const bool few = rows > 0 && rows <= kGemvRows && x.is_cpu() && weight.is_contiguous() && weight.scalar_type() == dtype &&
-                   (dtype == torch::kFloat32 || dtype == torch::kBFloat16);
+  const bool few = rows > 0 && rows <= kGemvRows && x.is_cpu() && weight.is_contiguous() &&
+                   weight.scalar_type() == dtype && (dtype == torch::kFloat32 || dtype == torch::kBFloat16);
   if (!few || wants_gradient(x, weight)) return at::linear(x, weight, bias);
 
   const torch::Tensor input = x.to(torch::kFloat32).contiguous();
@@ -67,8 +67,9 @@ torch::Tensor linear_rows(const torch::Tensor& x, const torch::Tensor& weight, c
 
 torch::Tensor linear_rows_int8(const torch::Tensor& x, const torch::Tensor& quantized, const torch::Tensor& scales,
                                const torch::Tensor& bias) {
-  MOESAIC_CHECK(!(torch::GradMode::is_enabled() && x.requires_grad()), UsageError,
-                "int8 weights are for decoding only: a gradient was asked for. Hint: load the model without --quantize");
+  MOESAIC_CHECK(
+      !(torch::GradMode::is_enabled() && x.requires_grad()), UsageError,
+      "int8 weights are for decoding only: a gradient was asked for. Hint: load the model without --quantize");
   const int64_t rows = x.size(0), in = x.size(1), out = quantized.size(0);
   if (!x.is_cpu()) return at::linear(x, (quantized.to(torch::kFloat32) * scales.unsqueeze(1)).to(x.dtype()), bias);
 

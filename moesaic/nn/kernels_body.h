@@ -359,7 +359,8 @@ void attend(const float* q, const float* keys, const float* values, int64_t stri
     const float* key = keys + j * stride;
     for (int64_t h = 0; h < group; ++h) {
       Floats dots{};
-      for_pieces(k, [&](int64_t i, int64_t count) { dots += load_piece(q + h * k + i, count) * load_piece(key + i, count); });
+      for_pieces(
+          k, [&](int64_t i, int64_t count) { dots += load_piece(q + h * k + i, count) * load_piece(key + i, count); });
       scores[h * length + j] = sum(dots) * scale;
     }
   }
@@ -385,7 +386,8 @@ void attend(const float* q, const float* keys, const float* values, int64_t stri
       for (int64_t l = 0; l < count; ++l) total += p[l];
     });
     const float norm = 1.0f / total;
-    for_pieces(length, [&](int64_t i, int64_t count) { store_piece(row + i, load_piece(row + i, count) * norm, count); });
+    for_pieces(length,
+               [&](int64_t i, int64_t count) { store_piece(row + i, load_piece(row + i, count) * norm, count); });
   }
   for_pieces(group * k, [&](int64_t i, int64_t count) { store_piece(out + i, Floats{}, count); });
   for (int64_t j = 0; j < length; ++j) {
@@ -403,9 +405,8 @@ void attend(const float* q, const float* keys, const float* values, int64_t stri
 }  // namespace
 
 extern const KernelTable MOESAIC_KERNELS = {
-    gemv_f32,        gemv_bf16, quantize_int16,    gemv_int8, quantize_int8,
-    dequantize_int8, rms_norm,  rms_norm_backward, glu,       glu_backward,
-    rope,            attend,
+    gemv_f32,          gemv_bf16, quantize_int16, gemv_int8, quantize_int8, dequantize_int8, rms_norm,
+    rms_norm_backward, glu,       glu_backward,   rope,      attend,
 };
 
 }  // namespace moesaic::nn

@@ -21,8 +21,12 @@ torch::Tensor grown(const torch::Tensor& buffer, int64_t used, int64_t needed, i
 
 KvCache::KvCache(int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t batch_size,
                  const torch::TensorOptions& options)
-    : kv_heads_(kv_heads), head_dim_(head_dim), options_(options.requires_grad(false)), lengths_(batch_size, 0),
-      keys_(layers, std::vector<torch::Tensor>(batch_size)), values_(keys_) {}
+    : kv_heads_(kv_heads),
+      head_dim_(head_dim),
+      options_(options.requires_grad(false)),
+      lengths_(batch_size, 0),
+      keys_(layers, std::vector<torch::Tensor>(batch_size)),
+      values_(keys_) {}
 
 std::pair<torch::Tensor, torch::Tensor> KvCache::append(int64_t layer, int64_t b, const torch::Tensor& k,
                                                         const torch::Tensor& v) {
@@ -53,7 +57,8 @@ KvCache KvCache::select(const std::vector<int64_t>& rows) const {
   KvCache chosen(static_cast<int64_t>(keys_.size()), kv_heads_, head_dim_, static_cast<int64_t>(rows.size()), options_);
   for (size_t i = 0; i < rows.size(); ++i) {
     const int64_t b = rows[i];
-    MOESAIC_CHECK(b >= 0 && b < batch_size(), ShapeError, "KV cache: got row {}, expected 0 to {}", b, batch_size() - 1);
+    MOESAIC_CHECK(b >= 0 && b < batch_size(), ShapeError, "KV cache: got row {}, expected 0 to {}", b,
+                  batch_size() - 1);
     chosen.lengths_[i] = lengths_[b];
     for (size_t layer = 0; layer < keys_.size(); ++layer) {
       if (lengths_[b] == 0) continue;

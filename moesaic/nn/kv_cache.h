@@ -16,7 +16,8 @@ class KvCache {
   int64_t length(int64_t b) const { return lengths_[b]; }
   /// Stores rows k, v [S, H_kv, k] behind sequence b's tokens at `layer`; returns views of all its keys and values,
   /// [length + S, H_kv, k] each.
-  std::pair<torch::Tensor, torch::Tensor> append(int64_t layer, int64_t b, const torch::Tensor& k, const torch::Tensor& v);
+  std::pair<torch::Tensor, torch::Tensor> append(int64_t layer, int64_t b, const torch::Tensor& k,
+                                                 const torch::Tensor& v);
   /// Called once per forward pass, after the last layer: sequence b grew by counts[b].
   void commit(const std::vector<int64_t>& counts);
   /// Drops everything of sequence b behind its first `length` tokens.

@@ -71,7 +71,8 @@ torch::Tensor rms_norm(const torch::Tensor& x, const torch::Tensor& weight, doub
                      weight.is_contiguous();
   if (fused) {
     const bool grad = torch::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad());
-    return grad ? FusedRmsNorm::apply(x, weight, eps, offset) : fused_forward(x.contiguous(), weight, eps, offset).first;
+    return grad ? FusedRmsNorm::apply(x, weight, eps, offset)
+                : fused_forward(x.contiguous(), weight, eps, offset).first;
   }
   const auto wide = x.scalar_type() == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
   const torch::Tensor x_wide = x.to(wide);

@@ -97,7 +97,8 @@ struct RopeFunction : torch::autograd::Function<RopeFunction> {
 }  // namespace
 
 Rope::Rope(RopeConfig config, int64_t head_dim) : config_(std::move(config)), head_dim_(head_dim) {
-  MOESAIC_CHECK(head_dim > 0 && head_dim % 2 == 0, ConfigError, "rope: got head_dim {}, expected an even number", head_dim);
+  MOESAIC_CHECK(head_dim > 0 && head_dim % 2 == 0, ConfigError, "rope: got head_dim {}, expected an even number",
+                head_dim);
   const torch::Tensor base = base_frequencies(config_.theta, head_dim);
   if (config_.type == "default" || config_.type == "dynamic") {
     inverse_frequencies_ = base;
@@ -131,7 +132,8 @@ RotaryTables Rope::tables(const torch::Tensor& positions, const std::vector<int6
   if (config_.type == "dynamic") {
     std::vector<torch::Tensor> parts;
     for (size_t b = 0; b < lengths.size(); ++b) {
-      parts.push_back(column.slice(0, offsets[b], offsets[b + 1]) * inverse_frequencies(lengths[b]).to(column.device()));
+      parts.push_back(column.slice(0, offsets[b], offsets[b + 1]) *
+                      inverse_frequencies(lengths[b]).to(column.device()));
     }
     angles = at::cat(parts);
   } else {

@@ -14,16 +14,16 @@ struct RopeConfig {
   std::string type = "default";  // default | linear | dynamic | llama3 | yarn
   double theta = 10000.0;
   double factor = 1.0;
-  int64_t original_max_position = 0;                               // dynamic, llama3, yarn
-  double low_freq_factor = 1.0, high_freq_factor = 4.0;            // llama3
-  double beta_fast = 32.0, beta_slow = 1.0, attention_factor = -1; // yarn; -1 = derived
-  double mscale = 0.0, mscale_all_dim = 0.0;                       // yarn
-  bool truncate = true;                                            // yarn
+  int64_t original_max_position = 0;                                // dynamic, llama3, yarn
+  double low_freq_factor = 1.0, high_freq_factor = 4.0;             // llama3
+  double beta_fast = 32.0, beta_slow = 1.0, attention_factor = -1;  // yarn; -1 = derived
+  double mscale = 0.0, mscale_all_dim = 0.0;                        // yarn
+  bool truncate = true;                                             // yarn
 };
 
 /// Frequencies of a RopeConfig for heads of width k.
-/// Sources: Su et al., "RoFormer", 2021; linear and dynamic (NTK-aware) scaling as transformers computes them; llama3 as
-/// in Meta's reference code; Peng et al., "YaRN", 2023.
+/// Sources: Su et al., "RoFormer", 2021; linear and dynamic (NTK-aware) scaling as transformers computes them; llama3
+/// as in Meta's reference code; Peng et al., "YaRN", 2023.
 class Rope {
  public:
   /// head_dim must be even.
@@ -33,8 +33,8 @@ class Rope {
   torch::Tensor inverse_frequencies(int64_t length) const;
   /// What cos and sin are multiplied by (yarn; otherwise 1).
   double attention_factor() const { return attention_factor_; }
-  /// cos and sin for the ragged rows. positions: [N] int64; lengths: tokens of each sequence, cached ones included. With
-  /// `dynamic` every sequence has the frequencies of its own length, so neighbours never matter.
+  /// cos and sin for the ragged rows. positions: [N] int64; lengths: tokens of each sequence, cached ones included.
+  /// With `dynamic` every sequence has the frequencies of its own length, so neighbours never matter.
   RotaryTables tables(const torch::Tensor& positions, const std::vector<int64_t>& offsets,
                       const std::vector<int64_t>& lengths) const;
 

@@ -77,9 +77,9 @@ struct ScaleSite {
   int64_t layer;
   ScaleKind kind;
   ScaleSlot* slot;
-  int64_t heads;  // H (KV heads for k and v), or 0 for a flat site
-  int64_t width;  // k (per head) or the flat width
-  int64_t hidden; // d, the width of layer_input
+  int64_t heads;   // H (KV heads for k and v), or 0 for a flat site
+  int64_t width;   // k (per head) or the flat width
+  int64_t hidden;  // d, the width of layer_input
 };
 
 /// Every site of a model, in layer order.

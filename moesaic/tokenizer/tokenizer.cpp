@@ -26,16 +26,16 @@ std::optional<std::string> token_text(const Json& token) {
   return std::nullopt;
 }
 
-/// The tokens of the configuration, in the order transformers adds them: added_tokens_decoder by id, then the named ones.
+/// The tokens of the configuration, in the order transformers adds them: added_tokens_decoder by id, then the named
+/// ones.
 Json configured_tokens(const Json& config, const std::map<std::string, std::string>& special_tokens,
                        const std::string& where) {
   Json tokens = Json::array();
   if (auto decoder = config.find("added_tokens_decoder"); decoder != config.end() && decoder->is_object()) {
     std::map<int64_t, Json> by_id;
     for (const auto& [key, token] : decoder->items()) {
-      const bool is_id = !key.empty() && key.size() < 10 && std::all_of(key.begin(), key.end(), [](unsigned char c) {
-        return c >= '0' && c <= '9';
-      });
+      const bool is_id = !key.empty() && key.size() < 10 &&
+                         std::all_of(key.begin(), key.end(), [](unsigned char c) { return c >= '0' && c <= '9'; });
       MOESAIC_CHECK(is_id && token_text(token), FormatError,
                     "{}: added_tokens_decoder['{}'] is {}, expected an id with {{\"content\": text, ...}}", where, key,
                     token.dump().substr(0, 80));
@@ -92,12 +92,12 @@ Tokenizer::Tokenizer(std::string_view tokenizer_json, const Json& config, const 
     impl_->special_tokens[name] = *text;
   }
   const std::string tokens = configured_tokens(config, impl_->special_tokens, where).dump();
-  MOESAIC_CHECK(bridge_tokenizer_add_tokens(impl_->bridge.get(), tokens.data(), tokens.size(), error.out()), FormatError,
-                "{}: cannot add the tokens of tokenizer_config.json: {}", where, error.str());
+  MOESAIC_CHECK(bridge_tokenizer_add_tokens(impl_->bridge.get(), tokens.data(), tokens.size(), error.out()),
+                FormatError, "{}: cannot add the tokens of tokenizer_config.json: {}", where, error.str());
 
   impl_->vocab_size = static_cast<int64_t>(bridge_tokenizer_vocab_size(impl_->bridge.get()));
-  impl_->special_texts =
-      Json::parse(OwnedText(bridge_tokenizer_special_tokens(impl_->bridge.get())).str()).get<std::vector<std::string>>();
+  impl_->special_texts = Json::parse(OwnedText(bridge_tokenizer_special_tokens(impl_->bridge.get())).str())
+                             .get<std::vector<std::string>>();
 }
 
 Tokenizer::~Tokenizer() = default;
@@ -105,10 +105,11 @@ Tokenizer::~Tokenizer() = default;
 std::shared_ptr<Tokenizer> Tokenizer::open(const formats::Checkpoint& checkpoint) {
   const std::string where = checkpoint.path().string();
   const auto json = checkpoint.tokenizer_json();
-  MOESAIC_CHECK(json, DataError,
-                "{}: no tokenizer found, expected tokenizer.json beside the weights. Save it there with the tokenizer's "
-                "save_pretrained.",
-                where);
+  MOESAIC_CHECK(
+      json, DataError,
+      "{}: no tokenizer found, expected tokenizer.json beside the weights. Save it there with the tokenizer's "
+      "save_pretrained.",
+      where);
   return std::make_shared<Tokenizer>(*json, checkpoint.tokenizer_config(), where);
 }
 

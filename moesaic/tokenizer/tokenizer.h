@@ -76,8 +76,9 @@ class StreamDecoder {
 
   std::shared_ptr<const Tokenizer> tokenizer_;
   bool skip_special_tokens_;
-  std::vector<int64_t> ids_;  // the window that is decoded again: context, then ids that wait for the rest of a character
-  size_t read_ = 0;           // ids of the window whose text was already returned
+  std::vector<int64_t>
+      ids_;          // the window that is decoded again: context, then ids that wait for the rest of a character
+  size_t read_ = 0;  // ids of the window whose text was already returned
 };
 
 /// A rendered conversation and the byte ranges a model is trained to produce. The template writes BOS itself, so the

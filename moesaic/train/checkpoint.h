@@ -13,8 +13,8 @@ namespace moesaic::train {
 
 /// What a run needs beside its weights to go on exactly.
 struct TrainerCheckpoint {
-  Json state;                   // trainer_state.json
-  formats::TensorMap tensors;   // optimizer.safetensors: the optimizer's state and the random generators'
+  Json state;                  // trainer_state.json
+  formats::TensorMap tensors;  // optimizer.safetensors: the optimizer's state and the random generators'
 };
 
 /// A complete checkpoint folder of a run.

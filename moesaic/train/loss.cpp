@@ -13,9 +13,9 @@ int64_t cross_entropy_chunk_bytes(torch::Device device) {
 namespace {
 
 struct LossAndGradients {
-  torch::Tensor loss;            // scalar
-  torch::Tensor hidden_gradient; // [M, d] or undefined
-  torch::Tensor weight_gradient; // [V, d] or undefined
+  torch::Tensor loss;             // scalar
+  torch::Tensor hidden_gradient;  // [M, d] or undefined
+  torch::Tensor weight_gradient;  // [V, d] or undefined
 };
 
 LossAndGradients compute(const torch::Tensor& hidden, const torch::Tensor& weight, const torch::Tensor& labels,
@@ -83,7 +83,8 @@ class ChunkedCrossEntropy : public torch::autograd::Function<ChunkedCrossEntropy
   static torch::Tensor forward(torch::autograd::AutogradContext* context, const torch::Tensor& hidden,
                                const torch::Tensor& weight, const torch::Tensor& labels,
                                const torch::Tensor& row_weights, double softcap) {
-    const auto result = compute(hidden, weight, labels, row_weights, softcap, hidden.requires_grad(), weight.requires_grad());
+    const auto result =
+        compute(hidden, weight, labels, row_weights, softcap, hidden.requires_grad(), weight.requires_grad());
     context->save_for_backward({result.hidden_gradient, result.weight_gradient});
     context->saved_data["weight_dtype"] = weight.scalar_type();
     return result.loss;
@@ -104,8 +105,8 @@ class ChunkedCrossEntropy : public torch::autograd::Function<ChunkedCrossEntropy
 
 }  // namespace
 
-torch::Tensor chunked_cross_entropy(const torch::Tensor& hidden, const torch::Tensor& weight, const torch::Tensor& labels,
-                                    const torch::Tensor& row_weights, double softcap) {
+torch::Tensor chunked_cross_entropy(const torch::Tensor& hidden, const torch::Tensor& weight,
+                                    const torch::Tensor& labels, const torch::Tensor& row_weights, double softcap) {
   MOESAIC_CHECK(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1), ShapeError,
                 "cross entropy: hidden [{}] and head [{}] must be [M, d] and [V, d]", fmt::join(hidden.sizes(), ", "),
                 fmt::join(weight.sizes(), ", "));

@@ -11,8 +11,8 @@ namespace moesaic::train {
 /// forward pass and no logits are kept. Logits of a low-precision head are rounded to its dtype by the product, as in
 /// transformers; softmax, loss and the head's gradient are float32. Returns a float32 scalar (float64 for float64
 /// input). softcap 0 = off. M = 0 gives 0.
-torch::Tensor chunked_cross_entropy(const torch::Tensor& hidden, const torch::Tensor& weight, const torch::Tensor& labels,
-                                    const torch::Tensor& row_weights, double softcap);
+torch::Tensor chunked_cross_entropy(const torch::Tensor& hidden, const torch::Tensor& weight,
+                                    const torch::Tensor& labels, const torch::Tensor& row_weights, double softcap);
 
 /// Bytes of one chunk's logits on `device`, the most that the loss allocates beside its gradients: for estimates.
 int64_t cross_entropy_chunk_bytes(torch::Device device);

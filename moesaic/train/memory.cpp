@@ -17,11 +17,11 @@ int64_t resident_bytes() {
 
 /// Experts at one site, as far as memory goes.
 struct LayerExperts {
-  int64_t ranks = 0;       // sum of E*r over the low-rank sites of the layer
-  int64_t routed = 0;      // sum of E over those with a router
+  int64_t ranks = 0;                                           // sum of E*r over the low-rank sites of the layer
+  int64_t routed = 0;                                          // sum of E over those with a router
   bool qkv = false, o = false, gate_up = false, down = false;  // groups with low-rank experts
-  int64_t head_scales = 0, branch_scales = 0;  // scaled activations
-  int64_t scale_routed = 0;                    // numbers of routing weights per row
+  int64_t head_scales = 0, branch_scales = 0;                  // scaled activations
+  int64_t scale_routed = 0;                                    // numbers of routing weights per row
 };
 
 bool ends_with_any(const std::string& name, std::initializer_list<const char*> suffixes) {
@@ -62,16 +62,16 @@ std::vector<LayerExperts> experts_by_layer(models::CausalLM& model, adapters::Ad
 /// Numbers per row that the backward pass of one layer needs.
 int64_t saved_per_row(const models::DecoderConfig& c, const LayerExperts& e, bool full) {
   const int64_t q = c.num_heads * c.head_dim, kv = c.num_kv_heads * c.head_dim;
-  int64_t n = 2 * c.hidden_size;              // inputs of the two norms
-  n += 2 * q + 2 * kv + c.num_heads;          // rotated queries and keys, values, attention output, log-sum-exp
-  n += 2 * c.intermediate_size;               // gate and up
-  if (e.qkv || full) n += c.hidden_size;      // normed input
+  int64_t n = 2 * c.hidden_size;          // inputs of the two norms
+  n += 2 * q + 2 * kv + c.num_heads;      // rotated queries and keys, values, attention output, log-sum-exp
+  n += 2 * c.intermediate_size;           // gate and up
+  if (e.qkv || full) n += c.hidden_size;  // normed input
   if (e.gate_up || full) n += c.hidden_size;
   if (e.down || full) n += c.intermediate_size;
   if (c.pre_post_norms) n += 2 * c.hidden_size;
-  n += 2 * e.ranks + 2 * e.routed;            // x A^T with the logits, gated ranks, routing weights
-  n += e.head_scales * (q + 2 * kv) / 2;      // unscaled keys or values, views of the whole projection
-  n += e.branch_scales * c.intermediate_size; // act(gate)
+  n += 2 * e.ranks + 2 * e.routed;             // x A^T with the logits, gated ranks, routing weights
+  n += e.head_scales * (q + 2 * kv) / 2;       // unscaled keys or values, views of the whole projection
+  n += e.branch_scales * c.intermediate_size;  // act(gate)
   n += e.scale_routed;
   return n;
 }

@@ -13,10 +13,10 @@ namespace moesaic::train {
 /// A trainable tensor and how it is updated.
 struct OptimizedTensor {
   std::string name;
-  torch::Tensor tensor;        // leaf; its .grad() is read by step()
+  torch::Tensor tensor;  // leaf; its .grad() is read by step()
   double learning_rate = 0;
-  double weight_decay = 0;     // decoupled: p -= learning rate * weight decay * p
-  bool may_factor = false;     // Adafactor may keep row and column means of its second moment (whole weight matrices)
+  double weight_decay = 0;  // decoupled: p -= learning rate * weight decay * p
+  bool may_factor = false;  // Adafactor may keep row and column means of its second moment (whole weight matrices)
 };
 
 class Optimizer {
@@ -43,7 +43,7 @@ struct AdamWOptions {
 std::unique_ptr<Optimizer> make_adamw(std::vector<OptimizedTensor> tensors, const AdamWOptions& options);
 
 struct AdafactorOptions {
-  int64_t initial_step = 0;         // updates made before the first one; T5's pretraining had 1.1 million
+  int64_t initial_step = 0;  // updates made before the first one; T5's pretraining had 1.1 million
   double decay_exponent = 0.8;
   double clipping_threshold = 1.0;  // of the update's root mean square
   double epsilon1 = 1e-30;          // added to g^2

@@ -21,10 +21,11 @@ void restore_slots(const formats::TensorMap& state, const formats::TensorMap& sl
   for (const auto& [name, tensor] : state) {
     if (!slots.contains(name)) wrong.push_back(fmt::format("unexpected {}", name));
   }
-  MOESAIC_CHECK(wrong.empty(), DataError,
-                "optimizer state does not fit this run:\n  {}\nhint: resume with the adapter and optimizer settings the "
-                "checkpoint was made with",
-                fmt::join(wrong, "\n  "));
+  MOESAIC_CHECK(
+      wrong.empty(), DataError,
+      "optimizer state does not fit this run:\n  {}\nhint: resume with the adapter and optimizer settings the "
+      "checkpoint was made with",
+      fmt::join(wrong, "\n  "));
   torch::NoGradGuard no_grad;
   for (const auto& [name, slot] : slots) slot.copy_(state.at(name));
 }

@@ -12,19 +12,19 @@ namespace moesaic::train {
 /// A run, parsed.
 struct RunConfig {
   std::string model_name_or_path;
-  std::string init = "pretrained";      // pretrained | random (from config.json alone)
-  std::string finetuning_type;          // lora | ia3 | mov | molora | full
-  std::string adapter_name_or_path;     // start from this adapter's numbers
-  adapters::AdapterConfig adapter;      // targets are empty when `target_preset` names them
-  std::string target_preset;            // reference | all-linear | ""
-  Json dataset, eval_dataset;           // as data::resolve_datasets takes them
+  std::string init = "pretrained";   // pretrained | random (from config.json alone)
+  std::string finetuning_type;       // lora | ia3 | mov | molora | full
+  std::string adapter_name_or_path;  // start from this adapter's numbers
+  adapters::AdapterConfig adapter;   // targets are empty when `target_preset` names them
+  std::string target_preset;         // reference | all-linear | ""
+  Json dataset, eval_dataset;        // as data::resolve_datasets takes them
   std::string dataset_dir;
   double val_size = 0;
   std::string mixture_rule;
   data::RenderOptions render;
   std::string device, dtype;
   TrainConfig train;
-  Json resolved;                        // every key with its value: what run.yaml of the output folder holds
+  Json resolved;  // every key with its value: what run.yaml of the output folder holds
 };
 
 /// Every key of a run with its default, by LLaMA-Factory's names where it has one.

@@ -23,7 +23,7 @@ class StopSignal {
  public:
   StopSignal() {
     requested_ = 0;
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_handler = [](int) { requested_ = 1; };
     action.sa_flags = SA_RESETHAND | SA_RESTART;
     sigaction(SIGINT, &action, &previous_interrupt_);
@@ -39,7 +39,7 @@ class StopSignal {
 
  private:
   static inline volatile std::sig_atomic_t requested_ = 0;
-  struct sigaction previous_interrupt_ {}, previous_terminate_ {};
+  struct sigaction previous_interrupt_{}, previous_terminate_{};
 };
 
 /// The examples of one micro-batch and the weight of each label's loss in the step.
@@ -184,8 +184,13 @@ class Trainer {
   Trainer(models::CausalLM& model, adapters::Adapter* adapter, data::ExampleStream& stream,
           const std::vector<data::Example>& eval_examples, const TrainConfig& config, int64_t epoch_size,
           const std::function<void(const StepLog&)>& on_log)
-      : model_(model), adapter_(adapter), reader_(stream, config), eval_examples_(eval_examples), config_(config),
-        epoch_size_(epoch_size), on_log_(on_log) {
+      : model_(model),
+        adapter_(adapter),
+        reader_(stream, config),
+        eval_examples_(eval_examples),
+        config_(config),
+        epoch_size_(epoch_size),
+        on_log_(on_log) {
     check_config(config, epoch_size);
     const int64_t per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps;
     max_steps_ = config.max_steps > 0
@@ -234,11 +239,12 @@ class Trainer {
       if (config_.eval_steps > 0 && !eval_examples_.empty() &&
           (step_ % config_.eval_steps == 0 || step_ == max_steps_)) {
         improved = evaluate();
-        stopped_early = config_.early_stopping_patience > 0 && evaluations_since_best_ >= config_.early_stopping_patience;
+        stopped_early =
+            config_.early_stopping_patience > 0 && evaluations_since_best_ >= config_.early_stopping_patience;
       }
       result.interrupted = stop.requested() && step_ < max_steps_;
-      const bool due = config_.save_steps > 0 && (step_ % config_.save_steps == 0 || step_ == max_steps_ ||
-                                                  stopped_early || improved);
+      const bool due = config_.save_steps > 0 &&
+                       (step_ % config_.save_steps == 0 || step_ == max_steps_ || stopped_early || improved);
       if (due || result.interrupted) save(improved);
       if (result.interrupted) break;
     }
@@ -269,10 +275,11 @@ class Trainer {
     if (config_.overwrite_output_dir) {
       remove_checkpoints(config_.output_dir);
     } else if (config_.resume_from_checkpoint == "none" && !checkpoints.empty()) {
-      throw UsageError(fmt::format("output_dir {}: got a folder with {} of an earlier run, expected none\nhint: go on "
-                                   "with --resume auto, start anew with overwrite_output_dir=true, or choose another "
-                                   "output_dir",
-                                   config_.output_dir.string(), checkpoints.back().path.filename().string()));
+      throw UsageError(
+          fmt::format("output_dir {}: got a folder with {} of an earlier run, expected none\nhint: go on "
+                      "with --resume auto, start anew with overwrite_output_dir=true, or choose another "
+                      "output_dir",
+                      config_.output_dir.string(), checkpoints.back().path.filename().string()));
     }
   }
 
@@ -314,7 +321,8 @@ class Trainer {
     for (const auto& batch : batches) {
       const data::Batch collated = data::collate(batch.examples, model_.device());
       const auto share = static_cast<double>(batch.tokens) / static_cast<double>(tokens);
-      const auto parts = batch_loss(collated, batch, row_weights(collated, batch, targets, sequences), share, logs_routing);
+      const auto parts =
+          batch_loss(collated, batch, row_weights(collated, batch, targets, sequences), share, logs_routing);
       const auto total = parts.second.defined() ? parts.first + parts.second : parts.first;
       if (total.requires_grad()) total.backward();
       loss = loss.defined() ? loss + parts.first.detach() : parts.first.detach();
@@ -386,9 +394,8 @@ class Trainer {
     if (config_.gradient_checkpointing) {
       hidden = model_.run_layers(hidden, 0, first_trained_layer_, context);
       for (int64_t layer = first_trained_layer_; layer < layers; ++layer) {
-        const auto result = run_layer_checkpointed(model_, layer, hidden, context, [this](const auto& layer_records) {
-          return routing_loss(layer_records);
-        });
+        const auto result = run_layer_checkpointed(
+            model_, layer, hidden, context, [this](const auto& layer_records) { return routing_loss(layer_records); });
         hidden = result.hidden;
         aux = aux.defined() ? aux + result.routing_loss : result.routing_loss;
       }
@@ -398,8 +405,8 @@ class Trainer {
     }
     if (logs_routing) routing_.add(records);
     hidden = model_.final_norm(hidden.index_select(0, collated.label_rows));
-    const auto loss = chunked_cross_entropy(hidden, model_.head_weight(), collated.labels, weights,
-                                            model_.config().final_softcap);
+    const auto loss =
+        chunked_cross_entropy(hidden, model_.head_weight(), collated.labels, weights, model_.config().final_softcap);
     if (!has_aux || records.empty()) return {loss, torch::Tensor()};
     return {loss, aux * (share / static_cast<double>(records.size()))};
   }
@@ -465,9 +472,10 @@ class Trainer {
       stats["split"] = "train";
       router_log_->write(stats);
       if (const auto [share, site] = routing_.largest_share(); share > 0.9 && !warned_of_collapse_) {
-        spdlog::warn("step {}: one expert has {:.0f} % of the weight at {}: the router collapsed; try a lower "
-                     "router_learning_rate or moe_aux_loss_coef",
-                     log.step, 100 * share, site);
+        spdlog::warn(
+            "step {}: one expert has {:.0f} % of the weight at {}: the router collapsed; try a lower "
+            "router_learning_rate or moe_aux_loss_coef",
+            log.step, 100 * share, site);
         warned_of_collapse_ = true;
       }
     }

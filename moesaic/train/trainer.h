@@ -13,24 +13,24 @@ namespace moesaic::train {
 
 /// The training keys of a run (interfaces: LLaMA-Factory's names).
 struct TrainConfig {
-  std::filesystem::path output_dir;             // empty = write nothing
-  bool overwrite_output_dir = false;            // delete an earlier run's checkpoints there
-  int64_t per_device_train_batch_size = 8;      // examples per micro-batch
-  int64_t max_batch_tokens = 0;                 // 0 = off; else micro-batches are filled up to so many tokens instead
+  std::filesystem::path output_dir;         // empty = write nothing
+  bool overwrite_output_dir = false;        // delete an earlier run's checkpoints there
+  int64_t per_device_train_batch_size = 8;  // examples per micro-batch
+  int64_t max_batch_tokens = 0;             // 0 = off; else micro-batches are filled up to so many tokens instead
   int64_t gradient_accumulation_steps = 1;
   double learning_rate = 3e-4;
-  double router_learning_rate = 0;              // 0 = learning_rate
-  std::string optim = "adamw";                  // adamw | adafactor
+  double router_learning_rate = 0;  // 0 = learning_rate
+  std::string optim = "adamw";      // adamw | adafactor
   double weight_decay = 0.0, adam_beta1 = 0.9, adam_beta2 = 0.999, adam_epsilon = 1e-8;
   int64_t adafactor_initial_step = 0;
-  std::string lr_scheduler_type = "linear";     // constant | linear | cosine | inverse_sqrt
+  std::string lr_scheduler_type = "linear";  // constant | linear | cosine | inverse_sqrt
   double warmup_ratio = 0.0;
   int64_t warmup_steps = 0;
-  double max_grad_norm = 1.0;                   // 0 = off
+  double max_grad_norm = 1.0;  // 0 = off
   int64_t max_steps = -1;
   double num_train_epochs = 3;
   bool gradient_checkpointing = false;
-  std::string loss_normalization = "tokens";    // tokens | sequences
+  std::string loss_normalization = "tokens";  // tokens | sequences
   double moe_aux_loss_coef = 0.0, router_z_loss_coef = 0.0;
   int64_t logging_steps = 10, save_steps = 500, eval_steps = 0, save_total_limit = 2;
   int64_t early_stopping_patience = 0;          // evaluations without improvement; 0 = off
@@ -41,17 +41,17 @@ struct TrainConfig {
 
 struct StepLog {
   int64_t step, max_steps;
-  double loss;            // of this step; the logs hold the mean since the last log
+  double loss;  // of this step; the logs hold the mean since the last log
   double learning_rate, grad_norm;
   double tokens_per_second;
-  double aux_loss;        // what the routers added to the loss, coefficients included
-  int64_t tokens;         // seen so far, prompts included
+  double aux_loss;  // what the routers added to the loss, coefficients included
+  int64_t tokens;   // seen so far, prompts included
   double seconds, eta;
 };
 
 struct TrainResult {
   int64_t steps;
-  double train_loss;      // mean over the steps of this call
+  double train_loss;  // mean over the steps of this call
   std::optional<double> best_eval_loss;
   bool interrupted = false;
   double seconds = 0;
@@ -61,7 +61,8 @@ struct TrainResult {
 /// Trains `adapter` (or, when it is null, every weight of `model`: full fine-tuning) on `stream`.
 ///
 ///   loss of a step = sum_t w_t CE_t + c_aux mean_sites(balance) + c_z mean_sites(z)
-///   tokens: w_t = 1 / targets of the whole step;  sequences: w_t = 1 / (targets of its sequence * sequences of the step)
+///   tokens: w_t = 1 / targets of the whole step;  sequences: w_t = 1 / (targets of its sequence * sequences of the
+///   step)
 ///
 /// All micro-batches of a step are read before the first is run, so N x 1 examples equal 1 x N; a last partial step is
 /// normalised by its own targets. (A balance loss is the token-weighted mean of the micro-batches'.)

@@ -97,7 +97,9 @@ TEST_P(EveryMethod, StartsAsTheBase) {
 
 TEST_P(EveryMethod, DetachesWhenDestroyed) {
   ToySites toy;
-  { auto adapter = Adapter::create(config_of(GetParam(), toy.sites), toy.sites, torch::kCPU, 1); }
+  {
+    auto adapter = Adapter::create(config_of(GetParam(), toy.sites), toy.sites, torch::kCPU, 1);
+  }
   for (const auto& group : toy.groups) EXPECT_EQ(group.adapter, nullptr);
   for (const auto& slot : toy.slots) EXPECT_TRUE(slot.empty());
 }
@@ -248,8 +250,11 @@ TEST(AdapterConfigJson, RoundTrip) {
 }
 
 TEST(AdapterConfigJson, WhatIsNotImplementedIsRefusedAllAtOnce) {
-  const Json json = {{"peft_type", "LORA"},     {"target_modules", {"q_proj"}}, {"use_dora", true},
-                     {"bias", "all"},           {"modules_to_save", {"lm_head"}}};
+  const Json json = {{"peft_type", "LORA"},
+                     {"target_modules", {"q_proj"}},
+                     {"use_dora", true},
+                     {"bias", "all"},
+                     {"modules_to_save", {"lm_head"}}};
   const std::string message = message_of([&] { parse_adapter_config(json, "adapter_config.json"); });
   for (const char* key : {"use_dora", "bias", "modules_to_save"}) EXPECT_THAT(message, HasSubstr(key));
   EXPECT_THROW(parse_adapter_config({{"peft_type", "PROMPT_TUNING"}}, "x"), ConfigError);

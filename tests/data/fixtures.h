@@ -61,8 +61,13 @@ inline std::shared_ptr<tokenizer::Tokenizer> word_tokenizer() {
   })");
   int id = 0;
   for (const char* token : {"<s>", "</s>", "<|user|>", "<|bot|>", "<|end|>", "<unk>"}) {
-    json["added_tokens"].push_back({{"id", id}, {"content", token}, {"single_word", false}, {"lstrip", false},
-                                    {"rstrip", false}, {"normalized", false}, {"special", true}});
+    json["added_tokens"].push_back({{"id", id},
+                                    {"content", token},
+                                    {"single_word", false},
+                                    {"lstrip", false},
+                                    {"rstrip", false},
+                                    {"normalized", false},
+                                    {"special", true}});
     json["model"]["vocab"][token] = id++;
   }
   for (int word = 0; word < 90; ++word) json["model"]["vocab"][fmt::format("w{}", word)] = 10 + word;

@@ -136,12 +136,13 @@ TEST_F(MixtureTest, DrawsAtTheRatesAndReportsIt) {
   EXPECT_EQ(counts[0].drawn + counts[1].drawn, 4000);
   EXPECT_NEAR(static_cast<double>(counts[0].drawn), 3000, 110);  // binomial: four standard deviations
   EXPECT_EQ(counts[0].rows, 10);
-  EXPECT_EQ(counts[0].targets, 2 * counts[0].drawn);             // w0 and EOS
+  EXPECT_EQ(counts[0].targets, 2 * counts[0].drawn);  // w0 and EOS
   EXPECT_EQ(counts[0].skipped, 0);
 }
 
 TEST_F(MixtureTest, SkipsEmptyAnswersAndCountsThem) {
-  auto stream = mixture({dataset("a.jsonl", "{\"inputs\":\"w1\",\"targets\":\"\"}\n{\"inputs\":\"w2\",\"targets\":\"w0\"}\n")});
+  auto stream =
+      mixture({dataset("a.jsonl", "{\"inputs\":\"w1\",\"targets\":\"\"}\n{\"inputs\":\"w2\",\"targets\":\"w0\"}\n")});
   for (int i = 0; i < 5; ++i) EXPECT_EQ(word(*stream->next()), 2);
   EXPECT_GE(stream->counts()[0].skipped, 4);
   auto empty = mixture({dataset("b.jsonl", "{\"inputs\":\"w1\",\"targets\":\" \"}\n")});

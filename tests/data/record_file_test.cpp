@@ -34,14 +34,16 @@ class RecordFileTest : public FolderTest {
 TEST_F(RecordFileTest, JsonLines) {
   EXPECT_THAT(records("a.jsonl", "{\"a\":1}\n{\"b\":\"x\\ny\"}\n"), ElementsAre(R"({"a":1})", R"({"b":"x\ny"})"));
   // Blank lines, Windows line breaks, a byte-order mark, no line break at the end.
-  EXPECT_THAT(records("b.jsonl", "\xEF\xBB\xBF{\"a\":1}\r\n\r\n  \n{\"a\":2}"), ElementsAre(R"({"a":1})", R"({"a":2})"));
+  EXPECT_THAT(records("b.jsonl", "\xEF\xBB\xBF{\"a\":1}\r\n\r\n  \n{\"a\":2}"),
+              ElementsAre(R"({"a":1})", R"({"a":2})"));
   EXPECT_THAT(records("c.jsonl", ""), ElementsAre());
   EXPECT_EQ(RecordFile::open(write("d.jsonl", "\n{}\n\n{}"))->where(1), (folder_ / "d.jsonl").string() + " line 4");
 }
 
 TEST_F(RecordFileTest, JsonArray) {
   EXPECT_THAT(records("a.json", R"( [ {"a": "],[\"{"} , {"b": [1, {"c": 2}]}
-   ] )"), ElementsAre(R"({"a":"],[\"{"})", R"({"b":[1,{"c":2}]})"));
+   ] )"),
+              ElementsAre(R"({"a":"],[\"{"})", R"({"b":[1,{"c":2}]})"));
   EXPECT_THAT(records("b.json", "[]"), ElementsAre());
   EXPECT_EQ(RecordFile::open(write("c.json", "[\n{},\n\n{}\n]"))->where(1), (folder_ / "c.json").string() + " line 4");
 }
@@ -56,7 +58,8 @@ TEST_F(RecordFileTest, TaskFile) {
   EXPECT_THAT(records("a.json", text), ElementsAre(R"({"id":1})", R"({"id":2})"));
   EXPECT_EQ(RecordFile::open(folder_ / "a.json")->header().at("Definition").dump(), R"(["Add."])");
   EXPECT_THAT(reading("b.json", R"({"a": 1})"), ThrowsMessage<DataError>(HasSubstr("expected an array of rows")));
-  EXPECT_THAT(reading("c.json", R"({"Definition": "x", "Instances": 3})"), ThrowsMessage<DataError>(HasSubstr("array")));
+  EXPECT_THAT(reading("c.json", R"({"Definition": "x", "Instances": 3})"),
+              ThrowsMessage<DataError>(HasSubstr("array")));
 }
 
 TEST_F(RecordFileTest, Csv) {
@@ -104,7 +107,8 @@ TEST_F(RecordFileTest, AnyRowInAnyOrderOverManyBlocks) {
     std::string text = name == "a.json" ? "[" : name == "a.csv" ? "n,pad\n" : "";
     for (int i = 0; i < 5000; ++i) {
       std::string pad(static_cast<size_t>(i % 7 * i % 2000), 'x');
-      text += name == "a.csv" ? fmt::format("{},\"{}\n\"\n", i, pad) : fmt::format(R"({{"n":"{}","pad":"{}"}})", i, pad);
+      text +=
+          name == "a.csv" ? fmt::format("{},\"{}\n\"\n", i, pad) : fmt::format(R"({{"n":"{}","pad":"{}"}})", i, pad);
       if (name == "a.jsonl") text += "\n";
       if (name == "a.json") text += i == 4999 ? "]" : ",\n";
     }
@@ -118,12 +122,14 @@ TEST_F(RecordFileTest, AnyRowInAnyOrderOverManyBlocks) {
 
 TEST_F(RecordFileTest, UnknownEndingAndMissingFile) {
   EXPECT_THAT(reading("a.txt", "x"), ThrowsMessage<UsageError>(HasSubstr("got '.txt'")));
-  EXPECT_THAT([&] { RecordFile::open(folder_ / "none.jsonl"); }, ThrowsMessage<DataError>(HasSubstr("no such data file")));
+  EXPECT_THAT([&] { RecordFile::open(folder_ / "none.jsonl"); },
+              ThrowsMessage<DataError>(HasSubstr("no such data file")));
 }
 
 // --- Arrow and Parquet ---------------------------------------------------------------------------------------------
 
-std::shared_ptr<arrow::Array> from_json(const std::shared_ptr<arrow::DataType>& type, const std::vector<std::string>& v) {
+std::shared_ptr<arrow::Array> from_json(const std::shared_ptr<arrow::DataType>& type,
+                                        const std::vector<std::string>& v) {
   auto builder = arrow::MakeBuilder(type).ValueOrDie();
   auto& strings = dynamic_cast<arrow::StringBuilder&>(*builder);
   for (const std::string& text : v) EXPECT_TRUE(strings.Append(text).ok());
@@ -147,8 +153,8 @@ std::shared_ptr<arrow::Table> table(int64_t rows, size_t pad = 0) {
   }
   auto schema = arrow::schema({arrow::field("inputs", arrow::utf8()), arrow::field("n", arrow::int64()),
                                arrow::field("turns", arrow::list(turn_type))});
-  return arrow::Table::Make(schema, {inputs.Finish().ValueOrDie(), numbers.Finish().ValueOrDie(),
-                                     turns.Finish().ValueOrDie()});
+  return arrow::Table::Make(schema,
+                            {inputs.Finish().ValueOrDie(), numbers.Finish().ValueOrDie(), turns.Finish().ValueOrDie()});
 }
 
 void write_parquet(const std::filesystem::path& path, const arrow::Table& table, int64_t rows_per_group) {

@@ -88,7 +88,8 @@ TEST(Renderer, UntrainedTurnsAreNotTargets) {
 
 TEST(Renderer, ATemplateThatNeverEndsATurnGetsEos) {
   auto tokenizer = word_tokenizer();
-  auto open = std::make_shared<tokenizer::ChatTemplate>("{% for m in messages %}{{ m.content }} {% endfor %}", *tokenizer);
+  auto open =
+      std::make_shared<tokenizer::ChatTemplate>("{% for m in messages %}{{ m.content }} {% endfor %}", *tokenizer);
   auto example = Renderer(tokenizer, open, {}).render(chat({{"user", "w0"}, {"assistant", "w1"}}));
   EXPECT_EQ(example->ids.back(), kEos);
   EXPECT_EQ(example->mask.back(), 1);
@@ -96,7 +97,8 @@ TEST(Renderer, ATemplateThatNeverEndsATurnGetsEos) {
 
 TEST(Renderer, EveryUncutExampleEndsInATargetThatStops) {
   // Also where the answer's last word is the EOS token's own text: masks go by place, never by id.
-  for (const Row& row : {pair("w0", "w1"), pair("w0", "w1 </s>"), chat({{"user", "w0"}, {"assistant", "w1 <|end|>"}})}) {
+  for (const Row& row :
+       {pair("w0", "w1"), pair("w0", "w1 </s>"), chat({{"user", "w0"}, {"assistant", "w1 <|end|>"}})}) {
     for (const Renderer& r : {renderer(), raw_renderer()}) {
       auto example = r.render(row);
       EXPECT_EQ(example->mask.back(), 1);

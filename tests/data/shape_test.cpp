@@ -32,11 +32,12 @@ std::string error_of(const char* record, DatasetConfig config = {}) {
 TEST(Shape, Alpaca) {
   EXPECT_EQ(messages_of(R"({"instruction": "Add.", "input": "1 2", "output": "3"})"),
             R"([{"role":"user","content":"Add.\n1 2"},{"role":"assistant","content":"3"}])");
-  EXPECT_EQ(messages_of(R"({"instruction": "Hi", "input": "", "output": "Hello", "system": "Be kind.",
+  EXPECT_EQ(
+      messages_of(R"({"instruction": "Hi", "input": "", "output": "Hello", "system": "Be kind.",
                             "history": [["a", "b"], ["c", "d"]]})"),
-            R"([{"role":"system","content":"Be kind."},{"role":"user","content":"a"},{"role":"assistant","content":"b"},)"
-            R"({"role":"user","content":"c"},{"role":"assistant","content":"d"},{"role":"user","content":"Hi"},)"
-            R"({"role":"assistant","content":"Hello"}])");
+      R"([{"role":"system","content":"Be kind."},{"role":"user","content":"a"},{"role":"assistant","content":"b"},)"
+      R"({"role":"user","content":"c"},{"role":"assistant","content":"d"},{"role":"user","content":"Hi"},)"
+      R"({"role":"assistant","content":"Hello"}])");
   // CSV has no lists: history is JSON text there.
   EXPECT_EQ(row_of(R"({"instruction": "x", "output": "y", "history": "[[\"a\",\"b\"]]"})").messages.size(), 4u);
 }
@@ -51,22 +52,25 @@ TEST(Shape, AlpacaWithOtherColumns) {
 }
 
 TEST(Shape, ShareGpt) {
-  EXPECT_EQ(messages_of(R"({"system": "S", "conversations": [{"from": "human", "value": "a"},
+  EXPECT_EQ(
+      messages_of(R"({"system": "S", "conversations": [{"from": "human", "value": "a"},
                             {"from": "function_call", "value": "{\"name\": \"f\", \"arguments\": {\"x\": 1}}"},
                             {"from": "observation", "value": "o"}, {"from": "gpt", "value": "b"}]})"),
-            R"([{"role":"system","content":"S"},{"role":"user","content":"a"},)"
-            R"({"role":"assistant","content":"","tool_calls":[{"type":"function","function":{"name":"f","arguments":{"x":1}}}]},)"
-            R"({"role":"tool","content":"o"},{"role":"assistant","content":"b"}])");
+      R"([{"role":"system","content":"S"},{"role":"user","content":"a"},)"
+      R"({"role":"assistant","content":"","tool_calls":[{"type":"function","function":{"name":"f","arguments":{"x":1}}}]},)"
+      R"({"role":"tool","content":"o"},{"role":"assistant","content":"b"}])");
   // LLaMA-Factory's way to name OpenAI's keys.
   DatasetConfig config;
   config.formatting = "sharegpt";
   config.columns = {{"messages", "messages"}};
-  config.tags = {{"role_tag", "role"}, {"content_tag", "content"}, {"user_tag", "user"}, {"assistant_tag", "assistant"}};
-  EXPECT_EQ(messages_of(R"({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})",
-                        config),
-            R"([{"role":"user","content":"a"},{"role":"assistant","content":"b"}])");
-  EXPECT_EQ(row_of(R"({"conversations": [{"from": "gpt", "value": "b"}], "tools": "[{\"name\": \"f\"}]"})").tools.dump(),
-            R"([{"name":"f"}])");
+  config.tags = {
+      {"role_tag", "role"}, {"content_tag", "content"}, {"user_tag", "user"}, {"assistant_tag", "assistant"}};
+  EXPECT_EQ(
+      messages_of(R"({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})", config),
+      R"([{"role":"user","content":"a"},{"role":"assistant","content":"b"}])");
+  EXPECT_EQ(
+      row_of(R"({"conversations": [{"from": "gpt", "value": "b"}], "tools": "[{\"name\": \"f\"}]"})").tools.dump(),
+      R"([{"name":"f"}])");
 }
 
 TEST(Shape, Messages) {
@@ -91,8 +95,7 @@ TEST(Shape, InputsTargetsAndText) {
 TEST(Shape, SuperNaturalInstructions) {
   OrderedJson header = OrderedJson::parse(R"({"Definition": ["Negate."]})");
   Row row = row_of(R"({"id": "task1-x", "input": "yes", "output": ["no", "nope"]})", {}, header);
-  EXPECT_EQ(row.messages.dump(),
-            R"([{"role":"user","content":"Negate.\n\nyes"},{"role":"assistant","content":"no"}])");
+  EXPECT_EQ(row.messages.dump(), R"([{"role":"user","content":"Negate.\n\nyes"},{"role":"assistant","content":"no"}])");
   EXPECT_EQ(row.id, "task1-x");
   EXPECT_THAT([&] { row_of(R"({"input": "yes", "output": []})", {}, header); },
               ThrowsMessage<DataError>(HasSubstr("'output' is array [], expected a list of strings")));
@@ -107,7 +110,8 @@ TEST(Shape, SentenceColumn) {
 }
 
 TEST(Shape, WrongRowsSayWhatIsWrong) {
-  EXPECT_THAT(error_of(R"({"question": "a"})"), HasSubstr("f line 1: got the keys question, expected one of: messages"));
+  EXPECT_THAT(error_of(R"({"question": "a"})"),
+              HasSubstr("f line 1: got the keys question, expected one of: messages"));
   EXPECT_THAT(error_of("[1]"), HasSubstr("got array [1], expected an object"));
   EXPECT_THAT(error_of(R"({"instruction": "a"})"), HasSubstr("'output' is missing; got the keys instruction"));
   EXPECT_THAT(error_of(R"({"inputs": 3, "targets": "b"})"), HasSubstr("'inputs' is number 3, expected a string"));

@@ -72,7 +72,8 @@ TEST(Skills, AQuestionKeepsItsSplitInEveryWording) {
       for (char c : text) number += std::isdigit(static_cast<unsigned char>(c)) ? std::string(1, c) : "";
       bool back = text.find("ago") != std::string::npos || text.find("earlier") != std::string::npos;
       for (const char* day : {"Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"}) {
-        if (text.find(day) != std::string::npos) contents.insert(fmt::format("{} {} {}", day, back ? "-" : "+", number));
+        if (text.find(day) != std::string::npos)
+          contents.insert(fmt::format("{} {} {}", day, back ? "-" : "+", number));
       }
     }
     EXPECT_EQ(static_cast<int64_t>(contents.size()), count);  // all different, whatever the wording
@@ -115,7 +116,8 @@ TEST(Skills, AnswersAreRight) {
     ++checked;
   }
   for (const OrderedJson& row : generate_skill("count_word", "train", 60, 3)) {
-    std::string list = between(question(row), " in this list: ", ""), word = between(question(row), "the word \"", "\"");
+    std::string list = between(question(row), " in this list: ", ""),
+                word = between(question(row), "the word \"", "\"");
     if (list.empty()) continue;
     int count = 0;
     std::stringstream words(list);
@@ -147,7 +149,8 @@ TEST(Skills, Errors) {
   EXPECT_THAT([] { generate_skill("maxmum", "train", 1, 1); }, ThrowsMessage<UsageError>(HasSubstr("known: reverse")));
   EXPECT_THROW(generate_skill("maximum", "dev", 1, 1), UsageError);
   EXPECT_THROW(generate_skill("minimum", "train", 1, 1), UsageError);
-  EXPECT_THAT([] { generate_skill("day_arithmetic", "test", 1000, 1); }, ThrowsMessage<UsageError>(HasSubstr("only about")));
+  EXPECT_THAT([] { generate_skill("day_arithmetic", "test", 1000, 1); },
+              ThrowsMessage<UsageError>(HasSubstr("only about")));
 }
 
 }  // namespace

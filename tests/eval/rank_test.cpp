@@ -84,7 +84,8 @@ TEST(FirstLargest, TiesGoToTheFirstAndAreReported) {
   EXPECT_FALSE(first_largest({-1, -1, 0}).tied);  // the tie was not for the first place
 }
 
-Item question(const std::string& prompt, std::vector<std::string> choices, const std::string& target, const std::string& variant = "") {
+Item question(const std::string& prompt, std::vector<std::string> choices, const std::string& target,
+              const std::string& variant = "") {
   Item item;
   item.doc = {{"inputs", prompt}};
   item.messages = OrderedJson::array();
@@ -194,12 +195,14 @@ TEST(ResultsJson, HasTheHarnessShape) {
   const OrderedJson json = results_json(results, tasks, {}, {.version = "1", .model = "a/b", .limit = 7});
   const double acc = json["results"]["words"]["acc,none"];
   EXPECT_NEAR(acc, results[0].metrics.at("acc").value, 1e-12);
-  for (const char* key : {"alias", "acc_stderr,none", "acc_norm,none", "acc_norm_stderr,none", "acc_template_median,none"}) {
+  for (const char* key :
+       {"alias", "acc_stderr,none", "acc_norm,none", "acc_norm_stderr,none", "acc_template_median,none"}) {
     EXPECT_TRUE(json["results"]["words"].contains(key)) << key;
   }
-  for (const char* key : {"group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "config",
-                          "git_hash", "date", "task_hashes", "model_source", "model_name", "model_name_sanitized",
-                          "chat_template", "chat_template_sha", "system_instruction", "total_evaluation_time_seconds"}) {
+  for (const char* key :
+       {"group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "config", "git_hash",
+        "date", "task_hashes", "model_source", "model_name", "model_name_sanitized", "chat_template",
+        "chat_template_sha", "system_instruction", "total_evaluation_time_seconds"}) {
     EXPECT_TRUE(json.contains(key)) << key;
   }
   EXPECT_EQ(json["model_name_sanitized"], "a__b");
@@ -207,8 +210,8 @@ TEST(ResultsJson, HasTheHarnessShape) {
   EXPECT_EQ(json["configs"]["words"]["output_type"], "multiple_choice");
   EXPECT_EQ(json["variants"]["words"].size(), 2u);
   const OrderedJson& sample = results[0].samples[0];
-  for (const char* key : {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "filter", "metrics", "doc_hash",
-                          "prompt_hash", "target_hash", "acc", "acc_norm"}) {
+  for (const char* key : {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "filter", "metrics",
+                          "doc_hash", "prompt_hash", "target_hash", "acc", "acc_norm"}) {
     EXPECT_TRUE(sample.contains(key)) << key;
   }
   EXPECT_EQ(sample["arguments"]["gen_args_0"], OrderedJson::parse(R"({"arg_0": "w3", "arg_1": " w5"})"));

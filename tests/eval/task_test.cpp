@@ -36,11 +36,11 @@ std::string error_of(const std::vector<std::string>& paths, const TaskOptions& o
 }
 
 TEST_F(TaskFiles, P3RowsAreRankedByTemplate) {
-  const std::string path = write("rte.jsonl",
-                                 R"({"template": "t1", "inputs": "Is it?", "answer_choices": ["Yes", "No"], "target": " No\n"})"
-                                 "\n\n"
-                                 R"({"template": "t2", "inputs": "So?", "answer_choices": ["A", "B", "C"], "target": "C"})"
-                                 "\n");
+  const std::string path =
+      write("rte.jsonl", R"({"template": "t1", "inputs": "Is it?", "answer_choices": ["Yes", "No"], "target": " No\n"})"
+                         "\n\n"
+                         R"({"template": "t2", "inputs": "So?", "answer_choices": ["A", "B", "C"], "target": "C"})"
+                         "\n");
   const std::vector<Task> tasks = load_tasks({path}, {});
   ASSERT_EQ(tasks.size(), 1u);
   EXPECT_EQ(tasks[0].name, "rte");
@@ -61,20 +61,20 @@ TEST_F(TaskFiles, LimitKeepsTheFirstRowsAndCountsAll) {
 }
 
 TEST_F(TaskFiles, EveryDamagedRowIsNamedInOneMessage) {
-  const std::string error = error_of({write("bad.jsonl",
-                                            R"({"inputs": "q", "answer_choices": ["a"], "target": "z"})"
-                                            "\n"
-                                            R"({"inputs": 3, "answer_choices": ["a"], "target": "a"})"
-                                            "\n")});
+  const std::string error = error_of({write("bad.jsonl", R"({"inputs": "q", "answer_choices": ["a"], "target": "z"})"
+                                                         "\n"
+                                                         R"({"inputs": 3, "answer_choices": ["a"], "target": "a"})"
+                                                         "\n")});
   EXPECT_THAT(error, HasSubstr("bad.jsonl: 2 damaged rows"));
   EXPECT_THAT(error, HasSubstr("line 1: the target is none of the answer choices"));
   EXPECT_THAT(error, HasSubstr("line 2: \"inputs\" is missing or no text"));
 }
 
 std::string superni(int instances, const std::function<std::string(int)>& output) {
-  OrderedJson file = {{"Definition", {"Say it."}},
-                      {"Positive Examples", {{{"input", "ex1"}, {"output", "out1"}}, {{"input", "ex2"}, {"output", "out2"}}}},
-                      {"Instances", OrderedJson::array()}};
+  OrderedJson file = {
+      {"Definition", {"Say it."}},
+      {"Positive Examples", {{{"input", "ex1"}, {"output", "out1"}}, {{"input", "ex2"}, {"output", "out2"}}}},
+      {"Instances", OrderedJson::array()}};
   for (int i = 0; i < instances; ++i) {
     file["Instances"].push_back({{"id", i}, {"input", fmt::format("in{}", i)}, {"output", {output(i)}}});
   }
@@ -105,10 +105,11 @@ TEST_F(TaskFiles, SuperNiExamplesStandBeforeTheInput) {
 }
 
 TEST_F(TaskFiles, MessagesAskForTheLastAnswer) {
-  const Task task = load_tasks(
-      {write("chat.jsonl", R"({"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]})"
-                           "\n")},
-      {})[0];
+  const Task task =
+      load_tasks({write("chat.jsonl",
+                        R"({"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]})"
+                        "\n")},
+                 {})[0];
   EXPECT_FALSE(task.ranked());
   EXPECT_THAT(task.items[0].targets, ElementsAre("2"));
   EXPECT_EQ(task.items[0].messages.size(), 1u);
@@ -134,7 +135,8 @@ TEST(SharedData, RealTasksLoad) {
   EXPECT_EQ(superni.size(), 14u);
   // index.tsv names a closed label set for 10 of them
   EXPECT_EQ(std::count_if(superni.begin(), superni.end(), [](const Task& task) { return task.ranked(); }), 10);
-  for (const Task& task : load_tasks({(data / "p3_rendered/eval").string()}, {})) EXPECT_TRUE(task.ranked()) << task.name;
+  for (const Task& task : load_tasks({(data / "p3_rendered/eval").string()}, {}))
+    EXPECT_TRUE(task.ranked()) << task.name;
 }
 
 }  // namespace

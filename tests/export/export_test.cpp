@@ -20,10 +20,19 @@ class Export : public testing::Test {
   Export() {
     std::string name = (fs::temp_directory_path() / "moesaic-export-XXXXXX").string();
     folder_ = mkdtemp(name.data());
-    config_ = {{"architectures", {"Qwen2ForCausalLM"}}, {"model_type", "qwen2"}, {"vocab_size", 29}, {"hidden_size", 12},
-               {"intermediate_size", 20}, {"num_hidden_layers", 2}, {"num_attention_heads", 3},
-               {"num_key_value_heads", 1}, {"max_position_embeddings", 64}, {"rms_norm_eps", 1e-6},
-               {"tie_word_embeddings", false}, {"rope_theta", 10000.0}, {"hidden_act", "silu"}};
+    config_ = {{"architectures", {"Qwen2ForCausalLM"}},
+               {"model_type", "qwen2"},
+               {"vocab_size", 29},
+               {"hidden_size", 12},
+               {"intermediate_size", 20},
+               {"num_hidden_layers", 2},
+               {"num_attention_heads", 3},
+               {"num_key_value_heads", 1},
+               {"max_position_embeddings", 64},
+               {"rms_norm_eps", 1e-6},
+               {"tie_word_embeddings", false},
+               {"rope_theta", 10000.0},
+               {"hidden_act", "silu"}};
     models::CausalLM model(models::parse_decoder_config(config_, "test"), torch::dtype(torch::kFloat32));
     torch::manual_seed(3);
     torch::NoGradGuard no_grad;
@@ -124,7 +133,8 @@ TEST_F(Export, EveryExpertBecomesAnAdapterOfItsOwn) {
   for (const auto& [method, type, targets] :
        {std::tuple("molora", "LORA", kAllLinear), std::tuple("mov", "IA3", kScaled)}) {
     const bool scales = std::string(method) == "mov";
-    const auto source = make_adapter(method, 3, targets, scales ? std::vector<std::string>{"down_proj"} : std::vector<std::string>{});
+    const auto source =
+        make_adapter(method, 3, targets, scales ? std::vector<std::string>{"down_proj"} : std::vector<std::string>{});
     const fs::path out = folder_ / (std::string("peft-") + method);
     const auto written = export_peft(source, out);
     ASSERT_EQ(written.size(), 3u);
@@ -139,9 +149,11 @@ TEST_F(Export, EveryExpertBecomesAnAdapterOfItsOwn) {
       if (scales) {
         EXPECT_EQ(expert.tensors.at(down + "ia3_l").sizes(), (std::vector<int64_t>{1, 20}));
         EXPECT_EQ(expert.tensors.at("model.layers.0.self_attn.v_proj.ia3_l").sizes(), (std::vector<int64_t>{4, 1}));
-        EXPECT_TRUE(torch::equal(expert.tensors.at(down + "ia3_l").flatten(), original.tensors.at(down + "mov.weight")[e]));
+        EXPECT_TRUE(
+            torch::equal(expert.tensors.at(down + "ia3_l").flatten(), original.tensors.at(down + "mov.weight")[e]));
       } else {
-        EXPECT_TRUE(torch::equal(expert.tensors.at(down + "lora_B.weight"), original.tensors.at(down + "lora_B.weight")[e]));
+        EXPECT_TRUE(
+            torch::equal(expert.tensors.at(down + "lora_B.weight"), original.tensors.at(down + "lora_B.weight")[e]));
       }
       // It loads as an ordinary adapter: every tensor claimed, every target served.
       EXPECT_GT((logits(base(), written[e]) - logits(base())).abs().max().item<double>(), 1e-3);

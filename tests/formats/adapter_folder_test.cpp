@@ -44,7 +44,8 @@ TEST(AdapterFolder, WhatIsMissingIsExplained) {
   EXPECT_ERROR(read_adapter_folder(folder.path()), DataError, "no adapter_model.safetensors");
   write_file(folder / "adapter_model.bin", "x");
   EXPECT_ERROR(read_adapter_folder(folder.path()), DataError, "pickle", "save_file");
-  save_safetensors(folder / "adapter_model.safetensors", {{"a", torch::ones({1})}, {"base_model.model.b", torch::ones({1})}});
+  save_safetensors(folder / "adapter_model.safetensors",
+                   {{"a", torch::ones({1})}, {"base_model.model.b", torch::ones({1})}});
   EXPECT_ERROR(read_adapter_folder(folder.path()), FormatError, "base_model.model.", "got 1: a");
   write_file(folder / "adapter_config.json", "[]");
   EXPECT_ERROR(read_adapter_folder(folder.path()), FormatError, "adapter_config.json");

@@ -24,8 +24,10 @@ TensorMap two_tensors() {
 }
 
 /// Two shards and their index; the text of the index may be replaced.
-void write_shards(const std::filesystem::path& dir, const std::string& index =
-    R"({"metadata": {"total_size": 56}, "weight_map": {"model.embed_tokens.weight": "model-00001-of-00002.safetensors",
+void write_shards(
+    const std::filesystem::path& dir,
+    const std::string& index =
+        R"({"metadata": {"total_size": 56}, "weight_map": {"model.embed_tokens.weight": "model-00001-of-00002.safetensors",
         "model.norm.weight": "model-00002-of-00002.safetensors"}})") {
   write_file(dir / "config.json", kConfig);
   save_safetensors(dir / "model-00001-of-00002.safetensors", {{kEmbedding, two_tensors()[kEmbedding]}});
@@ -142,16 +144,16 @@ TEST(Checkpoint, MultiModalPrefixesAreTakenOff) {
   write_file(folder / "config.json",
              R"({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "num_hidden_layers": 1}})");
   save_safetensors(folder / "model.safetensors", {{"language_model.model.embed_tokens.weight", torch::ones({2, 2})},
-                                                   {"language_model.lm_head.weight", torch::ones({2, 2})},
-                                                   {"vision_tower.x.weight", torch::ones({2})},
-                                                   {"multi_modal_projector.y", torch::ones({2})}});
+                                                  {"language_model.lm_head.weight", torch::ones({2, 2})},
+                                                  {"vision_tower.x.weight", torch::ones({2})},
+                                                  {"multi_modal_projector.y", torch::ones({2})}});
   EXPECT_THAT(Checkpoint::open(folder.path())->names(), testing::ElementsAre("lm_head.weight", kEmbedding));
   save_safetensors(folder / "model.safetensors", {{"model.language_model.norm.weight", torch::ones({2})},
-                                                   {"model.vision_tower.x.weight", torch::ones({2})},
-                                                   {"lm_head.weight", torch::ones({2, 2})}});
+                                                  {"model.vision_tower.x.weight", torch::ones({2})},
+                                                  {"lm_head.weight", torch::ones({2, 2})}});
   EXPECT_THAT(Checkpoint::open(folder.path())->names(), testing::ElementsAre("lm_head.weight", kNorm));
   save_safetensors(folder / "model.safetensors", {{"model.language_model.norm.weight", torch::ones({2})},
-                                                   {"language_model.model.norm.weight", torch::ones({2})}});
+                                                  {"language_model.model.norm.weight", torch::ones({2})}});
   EXPECT_ERROR(Checkpoint::open(folder.path()), FormatError, "two tensors", kNorm);
 }
 
@@ -159,8 +161,8 @@ TEST(Checkpoint, AModelSavedWithoutItsHeadGetsItsPrefix) {
   TemporaryFolder folder;
   write_file(folder / "config.json", kConfig);
   save_safetensors(folder / "model.safetensors", {{"embed_tokens.weight", torch::ones({2, 2})},
-                                                   {"layers.0.self_attn.rotary_emb.inv_freq", torch::ones({2})},
-                                                   {"norm.weight", torch::ones({2})}});
+                                                  {"layers.0.self_attn.rotary_emb.inv_freq", torch::ones({2})},
+                                                  {"norm.weight", torch::ones({2})}});
   EXPECT_THAT(Checkpoint::open(folder.path())->names(), testing::ElementsAre(kEmbedding, kNorm));
 }
 

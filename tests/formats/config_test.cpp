@@ -18,7 +18,8 @@ TEST(Config, Transformers4BecomesTransformers5) {
   EXPECT_EQ(config, parse_json(R"({"model_type": "llama", "dtype": "bfloat16", "max_position_embeddings": 131072,
       "hidden_size": 8,
       "rope_parameters": {"rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                          "original_max_position_embeddings": 8192, "rope_type": "llama3"}})", ""));
+                          "original_max_position_embeddings": 8192, "rope_type": "llama3"}})",
+                               ""));
 }
 
 TEST(Config, Transformers5StaysAsItIs) {
@@ -34,8 +35,11 @@ TEST(Config, DefaultsOfRope) {
   EXPECT_EQ(normalise(R"({"model_type": "qwen2", "rope_theta": 1e6, "max_position_embeddings": 32768,
                           "rope_scaling": {"type": "yarn", "factor": 4}})")["rope_parameters"],
             parse_json(R"({"rope_type": "yarn", "rope_theta": 1e6, "factor": 4,
-                           "original_max_position_embeddings": 32768})", ""));
-  EXPECT_EQ(normalise(R"({"rope_parameters": {"rope_type": "default"}, "rope_theta": 7.0})")["rope_parameters"]["rope_theta"], 7.0);
+                           "original_max_position_embeddings": 32768})",
+                       ""));
+  EXPECT_EQ(
+      normalise(R"({"rope_parameters": {"rope_type": "default"}, "rope_theta": 7.0})")["rope_parameters"]["rope_theta"],
+      7.0);
 }
 
 TEST(Config, Gemma3HasTwoRopes) {
@@ -43,9 +47,11 @@ TEST(Config, Gemma3HasTwoRopes) {
       "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "num_hidden_layers": 4, "sliding_window_pattern": 2})");
   EXPECT_EQ(config["rope_parameters"], parse_json(R"({
       "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-      "sliding_attention": {"rope_type": "default", "rope_theta": 5e3}})", ""));
+      "sliding_attention": {"rope_type": "default", "rope_theta": 5e3}})",
+                                                  ""));
   EXPECT_EQ(config["layer_types"], parse_json(R"(["sliding_attention", "full_attention",
-                                                   "sliding_attention", "full_attention"])", ""));
+                                                   "sliding_attention", "full_attention"])",
+                                              ""));
   EXPECT_FALSE(config.contains("rope_local_base_freq"));
 }
 
@@ -73,7 +79,8 @@ TEST(Config, ImpossibleValuesAreNamed) {
   EXPECT_ERROR(normalise("[1]"), ConfigError, "not a JSON object");
   EXPECT_ERROR(normalise(R"({"rope_theta": NaN})"), FormatError, "config.json");
   EXPECT_ERROR(normalise(R"({"rope_theta": 1e999})"), FormatError, "config.json");
-  EXPECT_ERROR(normalise(R"({"model_type": "gemma3_text", "num_hidden_layers": 1000000000})"), ConfigError, "1000000000");
+  EXPECT_ERROR(normalise(R"({"model_type": "gemma3_text", "num_hidden_layers": 1000000000})"), ConfigError,
+               "1000000000");
   EXPECT_ERROR(normalise(R"({"model_type": "gemma3_text", "rope_parameters": {"full_attention": 3}})"), ConfigError,
                "full_attention");
   Json nan = {{"rope_theta", std::nan("")}};

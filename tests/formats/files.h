@@ -50,8 +50,8 @@ inline std::string safetensors_bytes(const std::string& header, const std::strin
 class GgufBuilder {
  public:
   uint32_t version = 3;
-  uint64_t alignment = 32;                    // of the data; the metadata says so only when asked
-  std::optional<uint64_t> tensors, values;    // counts other than the true ones
+  uint64_t alignment = 32;                  // of the data; the metadata says so only when asked
+  std::optional<uint64_t> tensors, values;  // counts other than the true ones
 
   GgufBuilder& value(const std::string& key, uint32_t type, const std::string& payload) {
     metadata_ += text(key) + raw(type) + payload;
@@ -75,9 +75,10 @@ class GgufBuilder {
   }
 
   /// `dims`: contiguous first, as GGUF stores them. Without an offset the tensor is put behind the last.
-  GgufBuilder& tensor(const std::string& name, const std::vector<uint64_t>& dims, uint32_t type, const std::string& data,
-                      std::optional<uint64_t> offset = std::nullopt) {
-    rows_ += text(name) + raw<uint32_t>(dims.size()) + raw_all(dims) + raw(type) + raw<uint64_t>(offset.value_or(data_.size()));
+  GgufBuilder& tensor(const std::string& name, const std::vector<uint64_t>& dims, uint32_t type,
+                      const std::string& data, std::optional<uint64_t> offset = std::nullopt) {
+    rows_ += text(name) + raw<uint32_t>(dims.size()) + raw_all(dims) + raw(type) +
+             raw<uint64_t>(offset.value_or(data_.size()));
     data_ += data;
     data_.resize((data_.size() + alignment - 1) / alignment * alignment);
     ++tensor_count_;
@@ -88,8 +89,8 @@ class GgufBuilder {
   }
 
   std::string build() const {
-    std::string file = "GGUF" + raw(version) + raw(tensors.value_or(tensor_count_)) + raw(values.value_or(value_count_)) +
-                       metadata_ + rows_;
+    std::string file = "GGUF" + raw(version) + raw(tensors.value_or(tensor_count_)) +
+                       raw(values.value_or(value_count_)) + metadata_ + rows_;
     file.resize((file.size() + alignment - 1) / alignment * alignment);
     return file + data_;
   }
@@ -105,14 +106,14 @@ class GgufBuilder {
 }  // namespace moesaic::formats::test
 
 /// `statement` throws `Type` with all of the given pieces in its message.
-#define EXPECT_ERROR(statement, Type, ...)                                             \
-  do {                                                                                 \
-    try {                                                                              \
-      statement;                                                                       \
-      ADD_FAILURE() << "nothing was thrown by " #statement;                            \
-    } catch (const Type& error) {                                                      \
-      for (const std::string& piece : std::vector<std::string>{__VA_ARGS__}) {         \
-        EXPECT_THAT(error.what(), ::testing::HasSubstr(piece));                        \
-      }                                                                                \
-    }                                                                                  \
+#define EXPECT_ERROR(statement, Type, ...)                                     \
+  do {                                                                         \
+    try {                                                                      \
+      statement;                                                               \
+      ADD_FAILURE() << "nothing was thrown by " #statement;                    \
+    } catch (const Type& error) {                                              \
+      for (const std::string& piece : std::vector<std::string>{__VA_ARGS__}) { \
+        EXPECT_THAT(error.what(), ::testing::HasSubstr(piece));                \
+      }                                                                        \
+    }                                                                          \
   } while (0)

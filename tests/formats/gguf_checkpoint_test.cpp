@@ -19,9 +19,14 @@ using test::raw_all;
 /// Metadata every model has: width 8, 2 heads of 4, 1 key-value head, 1 layer.
 GgufBuilder metadata(const std::string& arch) {
   GgufBuilder builder;
-  builder.string("general.architecture", arch).u32(arch + ".embedding_length", 8).u32(arch + ".feed_forward_length", 4)
-      .u32(arch + ".block_count", 1).u32(arch + ".attention.head_count", 2).u32(arch + ".attention.head_count_kv", 1)
-      .u32(arch + ".context_length", 64).f32(arch + ".attention.layer_norm_rms_epsilon", 0.125f);
+  builder.string("general.architecture", arch)
+      .u32(arch + ".embedding_length", 8)
+      .u32(arch + ".feed_forward_length", 4)
+      .u32(arch + ".block_count", 1)
+      .u32(arch + ".attention.head_count", 2)
+      .u32(arch + ".attention.head_count_kv", 1)
+      .u32(arch + ".context_length", 64)
+      .f32(arch + ".attention.layer_norm_rms_epsilon", 0.125f);
   return builder;
 }
 
@@ -31,7 +36,9 @@ std::vector<float> count_from(float first, size_t count) {
   return values;
 }
 
-GgufBuilder& add_embedding(GgufBuilder& builder) { return builder.tensor("token_embd.weight", {8, 3}, count_from(0, 24)); }
+GgufBuilder& add_embedding(GgufBuilder& builder) {
+  return builder.tensor("token_embd.weight", {8, 3}, count_from(0, 24));
+}
 
 std::shared_ptr<Checkpoint> open(GgufBuilder builder) {
   add_embedding(builder);
@@ -46,18 +53,19 @@ TEST(GgufCheckpoint, LlamaConfigAndNames) {
   }
   builder.tensor("output_norm.weight", {8}, count_from(0, 8)).tensor("output.weight", {8, 3}, count_from(0, 24));
   const auto checkpoint = open(builder);
-  EXPECT_THAT(checkpoint->names(),
-              testing::UnorderedElementsAre(
-                  "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight",
-                  "model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.v_proj.weight",
-                  "model.layers.0.self_attn.o_proj.weight", "model.layers.0.post_attention_layernorm.weight",
-                  "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight",
-                  "model.layers.0.mlp.down_proj.weight"));
+  EXPECT_THAT(
+      checkpoint->names(),
+      testing::UnorderedElementsAre(
+          "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight",
+          "model.layers.0.self_attn.v_proj.weight", "model.layers.0.self_attn.o_proj.weight",
+          "model.layers.0.post_attention_layernorm.weight", "model.layers.0.mlp.gate_proj.weight",
+          "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"));
   EXPECT_EQ(checkpoint->config(), parse_json(R"({"model_type": "llama", "architectures": ["LlamaForCausalLM"],
       "hidden_size": 8, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2,
       "num_key_value_heads": 1, "head_dim": 4, "max_position_embeddings": 64, "rms_norm_eps": 0.125, "vocab_size": 3,
       "hidden_act": "silu", "attention_bias": false, "mlp_bias": false, "tie_word_embeddings": false,
-      "dtype": "float32", "eos_token_id": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}})", ""));
+      "dtype": "float32", "eos_token_id": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}})",
+                                             ""));
   EXPECT_EQ(checkpoint->generation_config()["eos_token_id"], 2);
   EXPECT_EQ(checkpoint->tokenizer_json(), std::nullopt);
 }
@@ -65,9 +73,10 @@ TEST(GgufCheckpoint, LlamaConfigAndNames) {
 // llama.cpp stores the two halves of a head interleaved: stored row 2i is row i of the model, row 2i+1 is row i+2.
 TEST(GgufCheckpoint, LlamaQueryAndKeyRowsComeBackInOrder) {
   GgufBuilder builder = metadata("llama");
-  builder.tensor("blk.0.attn_q.weight", {1, 8}, {0, 2, 1, 3, 4, 6, 5, 7})   // 2 heads
+  builder
+      .tensor("blk.0.attn_q.weight", {1, 8}, {0, 2, 1, 3, 4, 6, 5, 7})  // 2 heads
       .tensor("blk.0.attn_q.bias", {8}, {0, 2, 1, 3, 4, 6, 5, 7})
-      .tensor("blk.0.attn_k.weight", {1, 4}, {0, 2, 1, 3})                  // 1 head
+      .tensor("blk.0.attn_k.weight", {1, 4}, {0, 2, 1, 3})  // 1 head
       .tensor("blk.0.attn_v.weight", {1, 4}, {0, 1, 2, 3});
   const auto checkpoint = open(builder);
   const std::string layer = "model.layers.0.self_attn.";
@@ -88,10 +97,13 @@ TEST(GgufCheckpoint, LlamaQueryAndKeyRowsComeBackInOrder) {
 TEST(GgufCheckpoint, QwenRowsAreLeftAlone) {
   for (const char* arch : {"qwen2", "qwen3"}) {
     GgufBuilder builder = metadata(arch);
-    builder.tensor("blk.0.attn_q.weight", {1, 8}, count_from(0, 8)).tensor("blk.0.attn_q_norm.weight", {4}, {1, 2, 3, 4});
+    builder.tensor("blk.0.attn_q.weight", {1, 8}, count_from(0, 8))
+        .tensor("blk.0.attn_q_norm.weight", {4}, {1, 2, 3, 4});
     const auto checkpoint = open(builder);
-    EXPECT_TRUE(at::equal(checkpoint->tensor("model.layers.0.self_attn.q_proj.weight").flatten(), torch::arange(8, at::kFloat)));
-    EXPECT_TRUE(at::equal(checkpoint->tensor("model.layers.0.self_attn.q_norm.weight"), torch::tensor({1.f, 2.f, 3.f, 4.f})));
+    EXPECT_TRUE(at::equal(checkpoint->tensor("model.layers.0.self_attn.q_proj.weight").flatten(),
+                          torch::arange(8, at::kFloat)));
+    EXPECT_TRUE(
+        at::equal(checkpoint->tensor("model.layers.0.self_attn.q_norm.weight"), torch::tensor({1.f, 2.f, 3.f, 4.f})));
     EXPECT_EQ(checkpoint->config()["model_type"], arch);
     EXPECT_EQ(checkpoint->config()["tie_word_embeddings"], true);
   }
@@ -99,16 +111,24 @@ TEST(GgufCheckpoint, QwenRowsAreLeftAlone) {
 
 TEST(GgufCheckpoint, GemmaNormsLoseTheirOne) {
   GgufBuilder builder = metadata("gemma3");
-  builder.u32("gemma3.attention.key_length", 6).u32("gemma3.attention.sliding_window", 512)
-      .f32("gemma3.rope.freq_base", 1e6f).string("gemma3.rope.scaling.type", "linear").f32("gemma3.rope.scaling.factor", 8.f)
-      .tensor("output_norm.weight", {2}, {1.5f, 0.25f}).tensor("blk.0.post_attention_norm.weight", {2}, {3, 1})
-      .tensor("blk.0.ffn_norm.weight", {2}, {1, 1}).tensor("blk.0.post_ffw_norm.weight", {2}, {1, 1})
-      .tensor("blk.0.attn_q_norm.weight", {2}, {2, 0}).tensor("blk.0.attn_q.weight", {1, 8}, count_from(0, 8));
+  builder.u32("gemma3.attention.key_length", 6)
+      .u32("gemma3.attention.sliding_window", 512)
+      .f32("gemma3.rope.freq_base", 1e6f)
+      .string("gemma3.rope.scaling.type", "linear")
+      .f32("gemma3.rope.scaling.factor", 8.f)
+      .tensor("output_norm.weight", {2}, {1.5f, 0.25f})
+      .tensor("blk.0.post_attention_norm.weight", {2}, {3, 1})
+      .tensor("blk.0.ffn_norm.weight", {2}, {1, 1})
+      .tensor("blk.0.post_ffw_norm.weight", {2}, {1, 1})
+      .tensor("blk.0.attn_q_norm.weight", {2}, {2, 0})
+      .tensor("blk.0.attn_q.weight", {1, 8}, count_from(0, 8));
   const auto checkpoint = open(builder);
   EXPECT_TRUE(at::equal(checkpoint->tensor("model.norm.weight"), torch::tensor({0.5f, -0.75f})));
   EXPECT_TRUE(at::equal(checkpoint->tensor("model.layers.0.self_attn.q_norm.weight"), torch::tensor({1.f, -1.f})));
-  EXPECT_TRUE(at::equal(checkpoint->tensor("model.layers.0.post_attention_layernorm.weight"), torch::tensor({2.f, 0.f})));
-  EXPECT_TRUE(at::equal(checkpoint->tensor("model.layers.0.self_attn.q_proj.weight").flatten(), torch::arange(8, at::kFloat)));
+  EXPECT_TRUE(
+      at::equal(checkpoint->tensor("model.layers.0.post_attention_layernorm.weight"), torch::tensor({2.f, 0.f})));
+  EXPECT_TRUE(
+      at::equal(checkpoint->tensor("model.layers.0.self_attn.q_proj.weight").flatten(), torch::arange(8, at::kFloat)));
   EXPECT_TRUE(checkpoint->contains("model.layers.0.pre_feedforward_layernorm.weight"));
   EXPECT_TRUE(checkpoint->contains("model.layers.0.post_feedforward_layernorm.weight"));
   at::Tensor half = torch::zeros({2}, at::kBFloat16);
@@ -122,7 +142,8 @@ TEST(GgufCheckpoint, GemmaNormsLoseTheirOne) {
   EXPECT_EQ(config["sliding_window"], 512);
   EXPECT_EQ(config["rope_parameters"], parse_json(R"({
       "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-      "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}})", ""));
+      "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}})",
+                                                  ""));
   EXPECT_EQ(config["layer_types"], parse_json(R"(["sliding_attention"])", ""));
 }
 
@@ -165,7 +186,9 @@ TEST(GgufCheckpoint, Llama3ScalingIsFoundAgain) {
     for (int i = 0; i < 32; ++i) {
       const double wavelength = 2 * std::numbers::pi * std::pow(500000.0, i / 32.0);
       const double smooth = (original / wavelength - 1) / (4 - 1);
-      values.push_back(static_cast<float>(wavelength < original / 4 ? 1 : wavelength > original ? 8 : 1 / ((1 - smooth) / 8 + smooth)));
+      values.push_back(static_cast<float>(wavelength < original / 4 ? 1
+                                          : wavelength > original   ? 8
+                                                                    : 1 / ((1 - smooth) / 8 + smooth)));
     }
     return values;
   };
@@ -173,7 +196,8 @@ TEST(GgufCheckpoint, Llama3ScalingIsFoundAgain) {
   builder.f32("llama.rope.freq_base", 500000.f).tensor("rope_freqs.weight", {32}, factors(8192));
   const auto checkpoint = open(builder);
   EXPECT_EQ(checkpoint->config()["rope_parameters"], parse_json(R"({"rope_type": "llama3", "rope_theta": 500000.0,
-      "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192})", ""));
+      "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192})",
+                                                                ""));
   EXPECT_FALSE(checkpoint->contains("rope_freqs.weight"));
 
   GgufBuilder other = metadata("llama");
@@ -184,13 +208,19 @@ TEST(GgufCheckpoint, Llama3ScalingIsFoundAgain) {
 TEST(GgufCheckpoint, RopeScalings) {
   EXPECT_EQ(open(metadata("llama").f32("llama.rope.scale_linear", 4.f))->config()["rope_parameters"],
             parse_json(R"({"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0})", ""));
-  EXPECT_EQ(open(metadata("qwen2").string("qwen2.rope.scaling.type", "yarn").f32("qwen2.rope.scaling.factor", 4.f)
-                     .u32("qwen2.rope.scaling.original_context_length", 32))->config()["rope_parameters"],
+  EXPECT_EQ(open(metadata("qwen2")
+                     .string("qwen2.rope.scaling.type", "yarn")
+                     .f32("qwen2.rope.scaling.factor", 4.f)
+                     .u32("qwen2.rope.scaling.original_context_length", 32))
+                ->config()["rope_parameters"],
             parse_json(R"({"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0,
-                           "original_max_position_embeddings": 32})", ""));
-  EXPECT_EQ(open(metadata("llama").string("llama.rope.scaling.type", "none"))->config()["rope_parameters"]["rope_type"], "default");
-  EXPECT_ERROR(open(metadata("llama").string("llama.rope.scaling.type", "longrope").f32("llama.rope.scaling.factor", 2.f)),
-               DataError, "longrope");
+                           "original_max_position_embeddings": 32})",
+                       ""));
+  EXPECT_EQ(open(metadata("llama").string("llama.rope.scaling.type", "none"))->config()["rope_parameters"]["rope_type"],
+            "default");
+  EXPECT_ERROR(
+      open(metadata("llama").string("llama.rope.scaling.type", "longrope").f32("llama.rope.scaling.factor", 2.f)),
+      DataError, "longrope");
 }
 
 TEST(GgufCheckpoint, WhatIsNotSupportedIsRefused) {
@@ -198,10 +228,11 @@ TEST(GgufCheckpoint, WhatIsNotSupportedIsRefused) {
   EXPECT_ERROR(open(GgufBuilder()), DataError, "general.architecture");
   EXPECT_ERROR(open(metadata("llama").string("general.type", "adapter")), DataError, "'adapter'");
   EXPECT_ERROR(open(metadata("llama").u32("llama.expert_count", 8)), DataError, "mixture of experts");
-  EXPECT_ERROR(open(metadata("llama").u32("llama.rope.dimension_count", 2).u32("llama.attention.key_length", 4)), DataError,
-               "2 of each head's 4", "rotated");
-  EXPECT_ERROR(open(metadata("llama").tensor("blk.0.ffn_gate_exps.weight", {1}, {1}).tensor("blk.x.attn_q.weight", {1}, {1})),
-               DataError, "blk.0.ffn_gate_exps.weight", "blk.x.attn_q.weight");
+  EXPECT_ERROR(open(metadata("llama").u32("llama.rope.dimension_count", 2).u32("llama.attention.key_length", 4)),
+               DataError, "2 of each head's 4", "rotated");
+  EXPECT_ERROR(
+      open(metadata("llama").tensor("blk.0.ffn_gate_exps.weight", {1}, {1}).tensor("blk.x.attn_q.weight", {1}, {1})),
+      DataError, "blk.0.ffn_gate_exps.weight", "blk.x.attn_q.weight");
   EXPECT_ERROR(open(GgufBuilder().string("general.architecture", "llama")), FormatError, "llama.embedding_length",
                "llama.block_count", "llama.attention.layer_norm_rms_epsilon");
   EXPECT_ERROR(open_gguf(metadata("llama").bytes()), FormatError, "token_embd.weight");
@@ -211,11 +242,12 @@ TEST(GgufCheckpoint, ImpossibleMetadataIsRefused) {
   const auto with = [](const char* key, const std::string& payload, uint32_t type) {
     GgufBuilder builder;
     builder.string("general.architecture", "llama");
-    for (const char* name : {"embedding_length", "feed_forward_length", "block_count", "context_length",
-                             "attention.head_count"}) {
+    for (const char* name :
+         {"embedding_length", "feed_forward_length", "block_count", "context_length", "attention.head_count"}) {
       if (std::string_view(key) != name) builder.u32(std::string("llama.") + name, 8);
     }
-    if (std::string_view(key) != "attention.layer_norm_rms_epsilon") builder.f32("llama.attention.layer_norm_rms_epsilon", 1e-5f);
+    if (std::string_view(key) != "attention.layer_norm_rms_epsilon")
+      builder.f32("llama.attention.layer_norm_rms_epsilon", 1e-5f);
     return builder.value(std::string("llama.") + key, type, payload);
   };
   EXPECT_ERROR(open(with("attention.head_count", raw<uint32_t>(0), 4)), FormatError, "head_count 0");
@@ -226,8 +258,8 @@ TEST(GgufCheckpoint, ImpossibleMetadataIsRefused) {
   EXPECT_ERROR(open(with("attention.layer_norm_rms_epsilon", raw(std::nanf("")), 6)), FormatError, "finite");
   EXPECT_ERROR(open(with("rope.freq_base", raw(INFINITY), 6)), FormatError, "finite");
   EXPECT_ERROR(open(with("rope.freq_base", raw(-1.f), 6)), ConfigError, "rope_theta");
-  EXPECT_ERROR(open(metadata("llama").tensor("blk.0.attn_q.weight", {1, 6}, count_from(0, 6))), FormatError,
-               "q_proj", "6 rows", "multiple of 2 x 2");
+  EXPECT_ERROR(open(metadata("llama").tensor("blk.0.attn_q.weight", {1, 6}, count_from(0, 6))), FormatError, "q_proj",
+               "6 rows", "multiple of 2 x 2");
 }
 
 }  // namespace

@@ -18,10 +18,20 @@ using test::raw;
 
 TEST(Gguf, ReadsMetadataOfEveryType) {
   GgufBuilder builder;
-  builder.value("u8", 0, raw<uint8_t>(200)).value("i8", 1, raw<int8_t>(-5)).value("u16", 2, raw<uint16_t>(60000))
-      .value("i16", 3, raw<int16_t>(7)).u32("u32", 4'000'000'000u).value("i32", 5, raw<int32_t>(9)).f32("f32", 0.5f)
-      .boolean("yes", true).string("s", "text").value("u64", 10, raw<uint64_t>(uint64_t{1} << 40))
-      .value("i64", 11, raw<int64_t>(-3)).value("f64", 12, raw(0.25)).strings("list", {"a", "ü"}).i32s("numbers", {1, -2})
+  builder.value("u8", 0, raw<uint8_t>(200))
+      .value("i8", 1, raw<int8_t>(-5))
+      .value("u16", 2, raw<uint16_t>(60000))
+      .value("i16", 3, raw<int16_t>(7))
+      .u32("u32", 4'000'000'000u)
+      .value("i32", 5, raw<int32_t>(9))
+      .f32("f32", 0.5f)
+      .boolean("yes", true)
+      .string("s", "text")
+      .value("u64", 10, raw<uint64_t>(uint64_t{1} << 40))
+      .value("i64", 11, raw<int64_t>(-3))
+      .value("f64", 12, raw(0.25))
+      .strings("list", {"a", "ü"})
+      .i32s("numbers", {1, -2})
       .value("nested", 9, raw<uint32_t>(9) + raw<uint64_t>(1) + raw<uint32_t>(0) + raw<uint64_t>(2) + "ab");
   const GgufFile file(builder.bytes());
   EXPECT_EQ(file.find_uint("u8"), 200u);
@@ -71,15 +81,16 @@ TEST(Gguf, AlignmentOfTheFileIsUsed) {
 
 TEST(Gguf, DequantisesBitForBitAsTheGgufPackage) {
   const SafetensorsFile golden(MOESAIC_SOURCE_DIR "/tests/formats/golden/dequantize.safetensors");
-  for (const auto type : {GgmlType::kF16, GgmlType::kBF16, GgmlType::kQ4_0, GgmlType::kQ4_1, GgmlType::kQ5_0,
-                          GgmlType::kQ5_1, GgmlType::kQ8_0, GgmlType::kQ2_K, GgmlType::kQ3_K, GgmlType::kQ4_K,
-                          GgmlType::kQ5_K, GgmlType::kQ6_K}) {
+  for (const auto type :
+       {GgmlType::kF16, GgmlType::kBF16, GgmlType::kQ4_0, GgmlType::kQ4_1, GgmlType::kQ5_0, GgmlType::kQ5_1,
+        GgmlType::kQ8_0, GgmlType::kQ2_K, GgmlType::kQ3_K, GgmlType::kQ4_K, GgmlType::kQ5_K, GgmlType::kQ6_K}) {
     const std::string name = ggml_type_info(type).name;
     const at::Tensor blocks = golden.tensor(name + ".blocks"), expected = golden.tensor(name + ".values");
     ASSERT_EQ(blocks.numel() / ggml_type_info(type).bytes * ggml_type_info(type).elements, expected.numel()) << name;
     at::Tensor values = torch::empty_like(expected);
     dequantize(type, blocks.data_ptr<uint8_t>(), expected.numel(), values.data_ptr<float>());
-    EXPECT_TRUE(at::equal(values, expected)) << name << ": largest error " << (values - expected).abs().max().item<float>();
+    EXPECT_TRUE(at::equal(values, expected))
+        << name << ": largest error " << (values - expected).abs().max().item<float>();
   }
 }
 
@@ -199,7 +210,8 @@ TEST(Gguf, NumbersThatAreNotFiniteAreRefused) {
 }
 
 TEST(Gguf, StringsThatAreNotUtf8AreRefused) {
-  for (const std::string& wrong : {"\x80", "\xc0\x80", "\xe2\x96", "\xed\xa0\x80", "\xf5\x80\x80\x80", "\xe0\x80\x80"}) {
+  for (const std::string& wrong :
+       {"\x80", "\xc0\x80", "\xe2\x96", "\xed\xa0\x80", "\xf5\x80\x80\x80", "\xe0\x80\x80"}) {
     const GgufFile file(GgufBuilder().string("s", wrong).strings("list", {"fine", wrong}).bytes());
     EXPECT_ERROR(file.find_string("s"), FormatError, "UTF-8");
     EXPECT_ERROR(file.strings("list"), FormatError, "string 1 is not valid UTF-8");

@@ -13,21 +13,26 @@ using test::GgufBuilder;
 /// A byte-level vocabulary: "Ġ" spells the space.
 GgufBuilder byte_level(const std::string& pre) {
   GgufBuilder builder;
-  builder.string("general.architecture", "llama").string("tokenizer.ggml.model", "gpt2")
+  builder.string("general.architecture", "llama")
+      .string("tokenizer.ggml.model", "gpt2")
       .strings("tokenizer.ggml.tokens", {"<|end|>", "a", "b", "ab", "Ġ", "<think>"})
       .i32s("tokenizer.ggml.token_type", {3, 1, 1, 1, 1, 4})
-      .strings("tokenizer.ggml.merges", {"a b"}).u32("tokenizer.ggml.eos_token_id", 0);
+      .strings("tokenizer.ggml.merges", {"a b"})
+      .u32("tokenizer.ggml.eos_token_id", 0);
   if (!pre.empty()) builder.string("tokenizer.ggml.pre", pre);
   return builder;
 }
 
 GgufBuilder sentencepiece(const std::string& arch) {
   GgufBuilder builder;
-  builder.string("general.architecture", arch).string("tokenizer.ggml.model", "llama")
+  builder.string("general.architecture", arch)
+      .string("tokenizer.ggml.model", "llama")
       .strings("tokenizer.ggml.tokens", {"<unk>", "<s>", "</s>", "<0x0A>", "▁", "a", "b", "ab", "▁a", "▁ab"})
       .i32s("tokenizer.ggml.token_type", {2, 3, 3, 6, 1, 1, 1, 1, 1, 1})
       .f32s("tokenizer.ggml.scores", {0, 0, 0, 0, -5, -6, -7, -2, -1, -3})
-      .u32("tokenizer.ggml.bos_token_id", 1).u32("tokenizer.ggml.eos_token_id", 2).u32("tokenizer.ggml.unknown_token_id", 0);
+      .u32("tokenizer.ggml.bos_token_id", 1)
+      .u32("tokenizer.ggml.eos_token_id", 2)
+      .u32("tokenizer.ggml.unknown_token_id", 0);
   return builder;
 }
 
@@ -47,7 +52,8 @@ TEST(GgufTokenizer, ByteLevel) {
   EXPECT_TRUE(json["post_processor"].is_null());
   ASSERT_EQ(json["added_tokens"].size(), 2u);
   EXPECT_EQ(json["added_tokens"][0], parse_json(R"({"id": 0, "content": "<|end|>", "single_word": false,
-      "lstrip": false, "rstrip": false, "normalized": false, "special": true})", ""));
+      "lstrip": false, "rstrip": false, "normalized": false, "special": true})",
+                                                ""));
   EXPECT_EQ(json["added_tokens"][1]["content"], "<think>");
   EXPECT_EQ(json["added_tokens"][1]["special"], false);
 }
@@ -73,8 +79,10 @@ TEST(GgufTokenizer, PreTokenizers) {
 
 TEST(GgufTokenizer, TokensThatAreNotSpelledInBytesAreRespelled) {
   GgufBuilder builder;
-  builder.string("tokenizer.ggml.model", "gpt2").string("tokenizer.ggml.pre", "gpt-2")
-      .strings("tokenizer.ggml.tokens", {"a b", "<｜x｜>", "\n"}).i32s("tokenizer.ggml.token_type", {1, 3, 4});
+  builder.string("tokenizer.ggml.model", "gpt2")
+      .string("tokenizer.ggml.pre", "gpt-2")
+      .strings("tokenizer.ggml.tokens", {"a b", "<｜x｜>", "\n"})
+      .i32s("tokenizer.ggml.token_type", {1, 3, 4});
   const Json vocab = tokenizer_of(builder)["model"]["vocab"];
   EXPECT_EQ(vocab, parse_json(R"({"aĠb": 0, "<｜x｜>": 1, "\n": 2})", "")) << "added tokens are matched as they are";
 }
@@ -90,7 +98,8 @@ TEST(GgufTokenizer, SentencePieceMergesFollowTheScores) {
   EXPECT_EQ(json["post_processor"]["single"][0]["SpecialToken"]["id"], "<s>") << "BOS unless the file says no";
   EXPECT_EQ(json["post_processor"]["special_tokens"]["<s>"]["ids"], parse_json("[1]", ""));
 
-  const Json bare = tokenizer_of(sentencepiece("llama").boolean("tokenizer.ggml.add_space_prefix", false)
+  const Json bare = tokenizer_of(sentencepiece("llama")
+                                     .boolean("tokenizer.ggml.add_space_prefix", false)
                                      .boolean("tokenizer.ggml.add_bos_token", false));
   EXPECT_EQ(bare["pre_tokenizer"]["prepend_scheme"], "never");
   EXPECT_EQ(bare["decoder"]["decoders"].size(), 3u);
@@ -107,8 +116,10 @@ TEST(GgufTokenizer, GemmaMergesFollowTheVocabulary) {
 }
 
 TEST(GgufTokenizer, ConfigNamesTheSpecialTokens) {
-  const Json config = gguf_tokenizer_config(GgufFile(
-      sentencepiece("llama").boolean("tokenizer.ggml.add_eos_token", true).string("tokenizer.chat_template", "T").bytes()));
+  const Json config = gguf_tokenizer_config(GgufFile(sentencepiece("llama")
+                                                         .boolean("tokenizer.ggml.add_eos_token", true)
+                                                         .string("tokenizer.chat_template", "T")
+                                                         .bytes()));
   EXPECT_EQ(config["bos_token"], "<s>");
   EXPECT_EQ(config["eos_token"], "</s>");
   EXPECT_EQ(config["unk_token"], "<unk>");
@@ -124,20 +135,25 @@ TEST(GgufTokenizer, DamagedVocabularies) {
     return GgufBuilder().string("tokenizer.ggml.model", model).string("tokenizer.ggml.pre", "gpt-2");
   };
   EXPECT_ERROR(tokenizer_of(with("bert").strings("tokenizer.ggml.tokens", {"a"})), DataError, "'bert'");
-  EXPECT_ERROR(tokenizer_of(with("gpt2").strings("tokenizer.ggml.tokens", {"a"}).i32s("tokenizer.ggml.token_type", {1, 1})),
-               FormatError, "token_type has 2 entries, expected 1");
+  EXPECT_ERROR(
+      tokenizer_of(with("gpt2").strings("tokenizer.ggml.tokens", {"a"}).i32s("tokenizer.ggml.token_type", {1, 1})),
+      FormatError, "token_type has 2 entries, expected 1");
   EXPECT_ERROR(tokenizer_of(with("gpt2").strings("tokenizer.ggml.tokens", {"a", std::string(2000, 'x')})), FormatError,
                "token 1 has 2000 bytes");
   EXPECT_ERROR(tokenizer_of(with("gpt2").strings("tokenizer.ggml.tokens", {"a"}).u32("tokenizer.ggml.bos_token_id", 7)),
                FormatError, "bos_token_id: got 7");
-  EXPECT_ERROR(tokenizer_of(with("gpt2").strings("tokenizer.ggml.tokens", {"a"}).strings("tokenizer.ggml.merges", {"a"})),
-               FormatError, "two tokens");
-  EXPECT_ERROR(tokenizer_of(with("gpt2").strings("tokenizer.ggml.tokens", {"a"}).strings("tokenizer.ggml.merges", {"a b"})),
-               FormatError, "lacks", "'b'");
+  EXPECT_ERROR(
+      tokenizer_of(with("gpt2").strings("tokenizer.ggml.tokens", {"a"}).strings("tokenizer.ggml.merges", {"a"})),
+      FormatError, "two tokens");
+  EXPECT_ERROR(
+      tokenizer_of(with("gpt2").strings("tokenizer.ggml.tokens", {"a"}).strings("tokenizer.ggml.merges", {"a b"})),
+      FormatError, "lacks", "'b'");
   EXPECT_ERROR(tokenizer_of(with("gpt2").strings("tokenizer.ggml.tokens", {"\xff"})), FormatError, "UTF-8");
   EXPECT_ERROR(tokenizer_of(with("llama").strings("tokenizer.ggml.tokens", {"a"})), FormatError, "scores");
-  EXPECT_ERROR(tokenizer_of(with("llama").strings("tokenizer.ggml.tokens", {"a"}).f32s("tokenizer.ggml.scores", {std::nanf("")})),
-               FormatError, "scores");
+  EXPECT_ERROR(
+      tokenizer_of(
+          with("llama").strings("tokenizer.ggml.tokens", {"a"}).f32s("tokenizer.ggml.scores", {std::nanf("")})),
+      FormatError, "scores");
   // A token that stands twice keeps its last id, as in Python's dict.
   EXPECT_EQ(tokenizer_of(with("gpt2").strings("tokenizer.ggml.tokens", {"a", "a"}))["model"]["vocab"],
             parse_json(R"({"a": 1})", ""));

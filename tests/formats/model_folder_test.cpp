@@ -14,7 +14,8 @@ using test::TemporaryFolder;
 
 ModelFolder tiny() {
   ModelFolder model;
-  model.config = {{"model_type", "llama"}, {"tie_word_embeddings", true},
+  model.config = {{"model_type", "llama"},
+                  {"tie_word_embeddings", true},
                   {"rope_parameters", {{"rope_type", "linear"}, {"rope_theta", 9e3}, {"factor", 2.0}}}};
   const at::Tensor embedding = torch::arange(8, at::kFloat).reshape({4, 2});
   model.tensors = {{"model.embed_tokens.weight", embedding},

@@ -15,7 +15,9 @@ using test::raw_all;
 using test::safetensors_bytes;
 using test::TemporaryFolder;
 
-SafetensorsFile parse(const std::string& bytes) { return SafetensorsFile(Bytes::from_string(bytes, "test.safetensors")); }
+SafetensorsFile parse(const std::string& bytes) {
+  return SafetensorsFile(Bytes::from_string(bytes, "test.safetensors"));
+}
 
 TEST(Safetensors, ReadsAFileWrittenByHand) {
   const std::string header =
@@ -35,8 +37,8 @@ TEST(Safetensors, EveryDtypeAndShapeSurvivesARoundTrip) {
   TemporaryFolder folder;
   torch::manual_seed(1);
   TensorMap tensors;
-  for (const auto dtype : {at::kDouble, at::kFloat, at::kHalf, at::kBFloat16, at::kLong, at::kInt, at::kShort, at::kChar,
-                           at::kByte, at::kBool}) {
+  for (const auto dtype : {at::kDouble, at::kFloat, at::kHalf, at::kBFloat16, at::kLong, at::kInt, at::kShort,
+                           at::kChar, at::kByte, at::kBool}) {
     tensors[c10::toString(dtype)] = (torch::rand({3, 5}) * 2).to(dtype);
   }
   tensors["scalar"] = torch::tensor(2.5f);
@@ -129,11 +131,16 @@ std::vector<Damaged> damaged_files() {
       {"shape overflows",
        one_tensor(R"({"dtype":"F32","shape":[4294967296,4294967296,4294967296],"data_offsets":[0,8]})", 8),
        {"overflow"}},
-      {"17 dimensions", one_tensor(R"({"dtype":"F32","shape":[1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,2],"data_offsets":[0,8]})", 8),
+      {"17 dimensions",
+       one_tensor(R"({"dtype":"F32","shape":[1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,2],"data_offsets":[0,8]})", 8),
        {"at most 16"}},
-      {"wrong byte count", one_tensor(R"({"dtype":"F32","shape":[3],"data_offsets":[0,8]})", 8), {"8 bytes", "needs 12"}},
+      {"wrong byte count",
+       one_tensor(R"({"dtype":"F32","shape":[3],"data_offsets":[0,8]})", 8),
+       {"8 bytes", "needs 12"}},
       {"begin after end", one_tensor(R"({"dtype":"F32","shape":[2],"data_offsets":[8,0]})", 8), {"[8, 0]", "outside"}},
-      {"end after the file", one_tensor(R"({"dtype":"F32","shape":[2],"data_offsets":[8,16]})", 8), {"[8, 16]", "outside"}},
+      {"end after the file",
+       one_tensor(R"({"dtype":"F32","shape":[2],"data_offsets":[8,16]})", 8),
+       {"[8, 16]", "outside"}},
       {"offsets of 2^64-1",
        one_tensor(R"({"dtype":"F32","shape":[2],"data_offsets":[18446744073709551607,18446744073709551615]})", 8),
        {"outside"}},

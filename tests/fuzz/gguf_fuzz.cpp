@@ -13,7 +13,8 @@ extern "C" int LLVMFuzzerInitialize(int*, char***) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace moesaic;
   try {
-    const auto checkpoint = formats::open_gguf(formats::Bytes::from_string({reinterpret_cast<const char*>(data), size}, "fuzz"));
+    const auto checkpoint =
+        formats::open_gguf(formats::Bytes::from_string({reinterpret_cast<const char*>(data), size}, "fuzz"));
     for (const auto& name : checkpoint->names()) {
       at::Tensor read = at::empty(checkpoint->shape(name), at::kFloat);
       checkpoint->read_into(name, read);

@@ -70,10 +70,11 @@ TEST_F(Generate, EosEndsOneSequenceAndTheOthersGoOn) {
 
 TEST_F(Generate, StreamedPiecesMakeTheText) {
   std::vector<std::string> streamed(prompts_.size());
-  const auto answers = generate(*model_, *tokenizer_, prompts_, {.max_new_tokens = 6}, [&](int64_t i, const std::string& piece) {
-    streamed[i] += piece;
-    return true;
-  });
+  const auto answers =
+      generate(*model_, *tokenizer_, prompts_, {.max_new_tokens = 6}, [&](int64_t i, const std::string& piece) {
+        streamed[i] += piece;
+        return true;
+      });
   for (size_t i = 0; i < prompts_.size(); ++i) {
     EXPECT_EQ(streamed[i], answers[i].text);
     EXPECT_EQ(answers[i].text, tokenizer_->decode(answers[i].ids, true));
@@ -88,11 +89,11 @@ TEST_F(Generate, AStopStringEndsTheAnswerAndIsCutFromIt) {
   const std::string stop = through.substr(before.size() - 1);
   const size_t at = plain.text.find(stop);
   std::string streamed;
-  const Generation stopped =
-      generate(*model_, *tokenizer_, {prompts_[2]}, {.max_new_tokens = 8, .stop = {stop}}, [&](int64_t, const std::string& piece) {
-        streamed += piece;
-        return true;
-      })[0];
+  const Generation stopped = generate(*model_, *tokenizer_, {prompts_[2]}, {.max_new_tokens = 8, .stop = {stop}},
+                                      [&](int64_t, const std::string& piece) {
+                                        streamed += piece;
+                                        return true;
+                                      })[0];
   EXPECT_EQ(stopped.text, plain.text.substr(0, at));
   EXPECT_EQ(streamed, stopped.text);
   EXPECT_EQ(stopped.finish_reason, "stop");

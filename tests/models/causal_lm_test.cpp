@@ -18,7 +18,8 @@ using test::relative_error;
 using test::tiny_configs;
 using testing::HasSubstr;
 
-const std::vector<std::vector<int64_t>> kSequences{{3, 1, 4, 1, 5, 9, 2, 6}, {52}, {2, 7, 1, 8, 2, 8, 1, 8, 2, 8, 4, 0}};
+const std::vector<std::vector<int64_t>> kSequences{
+    {3, 1, 4, 1, 5, 9, 2, 6}, {52}, {2, 7, 1, 8, 2, 8, 1, 8, 2, 8, 4, 0}};
 
 /// The message of the Error that `f` throws.
 template <class Type>
@@ -113,7 +114,8 @@ TEST(CausalLM, CachedEqualsFullForTokensChunksAndBatches) {
   for (const auto& [name, config] : tiny_configs()) {
     auto model = random_model(config);
     const auto full = logits_of(*model, sequences).view({2, 8, -1});
-    for (const std::vector<int64_t>& chunks : std::vector<std::vector<int64_t>>{{1, 1, 1, 1, 1, 1, 1, 1}, {5, 1, 2}, {3, 4, 1}}) {
+    for (const std::vector<int64_t>& chunks :
+         std::vector<std::vector<int64_t>>{{1, 1, 1, 1, 1, 1, 1, 1}, {5, 1, 2}, {3, 4, 1}}) {
       nn::KvCache cache = model->make_cache(2);
       int64_t done = 0;
       for (int64_t count : chunks) {
@@ -210,7 +212,8 @@ TEST(CausalLM, ScaleSitesActOnWhatTheirNameSaysCachedToo) {
           << name << " " << site.name;
       nn::KvCache cache = adapted->make_cache(1);
       logits_of(*adapted, {{1, 2, 3}}, &cache);
-      EXPECT_LT(relative_error(logits_of(*adapted, {{4}}, &cache), logits_of(*scaled, {{1, 2, 3, 4}}).narrow(0, 3, 1)), 1e-5)
+      EXPECT_LT(relative_error(logits_of(*adapted, {{4}}, &cache), logits_of(*scaled, {{1, 2, 3, 4}}).narrow(0, 3, 1)),
+                1e-5)
           << name << " " << site.name;
       site.slot->adapters.clear();
     }
@@ -276,7 +279,8 @@ TEST(CausalLMLoad, ATiedHeadThatDiffersIsAHeadOfItsOwn) {
   EXPECT_TRUE(tied->config().tie_word_embeddings);
   EXPECT_TRUE(torch::equal(logits_of(*tied, kSequences), logits_of(*model, kSequences)));
   checkpoint.tensors["lm_head.weight"] = embedding * 2;
-  EXPECT_LT(relative_error(logits_of(*CausalLM::load(checkpoint, {}), kSequences), logits_of(*model, kSequences) * 2), 1e-6);
+  EXPECT_LT(relative_error(logits_of(*CausalLM::load(checkpoint, {}), kSequences), logits_of(*model, kSequences) * 2),
+            1e-6);
 }
 
 TEST(CausalLMLoad, Int8StaysNearFloat) {

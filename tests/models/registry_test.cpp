@@ -43,8 +43,8 @@ TEST(ParseDecoderConfig, DefaultsAreThoseOfTransformers) {
   EXPECT_EQ(qwen2.sliding_window, 0);
   EXPECT_TRUE(qwen2.eos_ids.empty());
 
-  const auto qwen3 = parse({{"model_type", "qwen3"}, {"hidden_size", 1024}, {"num_attention_heads", 16},
-                            {"num_key_value_heads", 8}});
+  const auto qwen3 =
+      parse({{"model_type", "qwen3"}, {"hidden_size", 1024}, {"num_attention_heads", 16}, {"num_key_value_heads", 8}});
   EXPECT_EQ(qwen3.head_dim, 128);
   EXPECT_TRUE(qwen3.qk_norm);
 
@@ -61,7 +61,10 @@ TEST(ParseDecoderConfig, DefaultsAreThoseOfTransformers) {
 }
 
 TEST(ParseDecoderConfig, ReadsRopeAsTransformers4And5WriteIt) {
-  const Json rope{{"rope_type", "llama3"}, {"factor", 8.0}, {"low_freq_factor", 1.0}, {"high_freq_factor", 4.0},
+  const Json rope{{"rope_type", "llama3"},
+                  {"factor", 8.0},
+                  {"low_freq_factor", 1.0},
+                  {"high_freq_factor", 4.0},
                   {"original_max_position_embeddings", 8192}};
   Json with_theta = rope;
   with_theta["rope_theta"] = 5e5;
@@ -76,20 +79,27 @@ TEST(ParseDecoderConfig, ReadsRopeAsTransformers4And5WriteIt) {
   const auto old = parse({{"model_type", "llama"}, {"rope_scaling", {{"type", "linear"}, {"factor", 2}}}});
   EXPECT_EQ(old.rope.type, "linear");
   const auto gemma = parse({{"model_type", "gemma3_text"},
-                            {"rope_parameters", {{"full_attention", {{"rope_type", "linear"}, {"factor", 8.0}, {"rope_theta", 2e6}}},
-                                                 {"sliding_attention", {{"rope_type", "default"}, {"rope_theta", 3e4}}}}}});
+                            {"rope_parameters",
+                             {{"full_attention", {{"rope_type", "linear"}, {"factor", 8.0}, {"rope_theta", 2e6}}},
+                              {"sliding_attention", {{"rope_type", "default"}, {"rope_theta", 3e4}}}}}});
   EXPECT_EQ(gemma.rope.type, "linear");
   EXPECT_EQ(gemma.rope.theta, 2e6);
   EXPECT_EQ(gemma.rope_local->theta, 3e4);
 }
 
 TEST(ParseDecoderConfig, QwenWindowsStartAtMaxWindowLayers) {
-  const auto config = parse({{"model_type", "qwen2"}, {"num_hidden_layers", 3}, {"use_sliding_window", true},
-                             {"sliding_window", 9}, {"max_window_layers", 2}});
+  const auto config = parse({{"model_type", "qwen2"},
+                             {"num_hidden_layers", 3},
+                             {"use_sliding_window", true},
+                             {"sliding_window", 9},
+                             {"max_window_layers", 2}});
   EXPECT_EQ(config.sliding_window, 9);
   EXPECT_EQ(config.layer_is_sliding, (std::vector<uint8_t>{0, 0, 1}));
-  const auto listed = parse({{"model_type", "qwen3"}, {"num_hidden_layers", 2}, {"use_sliding_window", true},
-                             {"sliding_window", 9}, {"layer_types", {"sliding_attention", "full_attention"}}});
+  const auto listed = parse({{"model_type", "qwen3"},
+                             {"num_hidden_layers", 2},
+                             {"use_sliding_window", true},
+                             {"sliding_window", 9},
+                             {"layer_types", {"sliding_attention", "full_attention"}}});
   EXPECT_EQ(listed.layer_is_sliding, (std::vector<uint8_t>{1, 0}));
 }
 
@@ -126,7 +136,8 @@ TEST(ParseDecoderConfig, ListsEveryImpossibleValue) {
 
 TEST(ParseDecoderConfig, RefusesWhatWouldComputeNonsense) {
   EXPECT_THAT(message({{"model_type", "llama"}, {"head_dim", 7}}), HasSubstr("even"));
-  EXPECT_THAT(message({{"model_type", "llama"}, {"hidden_size", 100}}), HasSubstr("multiple of num_attention_heads 32"));
+  EXPECT_THAT(message({{"model_type", "llama"}, {"hidden_size", 100}}),
+              HasSubstr("multiple of num_attention_heads 32"));
   EXPECT_THAT(message({{"model_type", "gemma3_text"}, {"use_bidirectional_attention", true}}), HasSubstr("causal"));
   EXPECT_THAT(message({{"model_type", "gemma3_text"}, {"sliding_window", nullptr}}), HasSubstr("sliding_window"));
   EXPECT_THAT(message({{"model_type", "qwen2"}, {"layer_types", {"full_attention"}}}), HasSubstr("a list of 32 names"));
@@ -134,7 +145,8 @@ TEST(ParseDecoderConfig, RefusesWhatWouldComputeNonsense) {
               HasSubstr("partial_rotary_factor"));
   EXPECT_THAT(message({{"model_type", "llama"}, {"rope_scaling", {{"rope_type", "linear"}}}}), HasSubstr("factor"));
   EXPECT_THAT(message({{"model_type", "llama"},
-                       {"rope_scaling", {{"rope_type", "llama3"}, {"factor", 8}, {"low_freq_factor", 4}, {"high_freq_factor", 4}}}}),
+                       {"rope_scaling",
+                        {{"rope_type", "llama3"}, {"factor", 8}, {"low_freq_factor", 4}, {"high_freq_factor", 4}}}}),
               HasSubstr("more than low_freq_factor"));
 }
 

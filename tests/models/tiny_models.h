@@ -15,24 +15,34 @@ inline std::vector<std::pair<std::string, Json>> tiny_configs() {
     config.update(changes);
     return config;
   };
-  const Json base{{"vocab_size", 53},         {"hidden_size", 24},          {"intermediate_size", 37},
-                  {"num_hidden_layers", 2},   {"num_attention_heads", 4},   {"num_key_value_heads", 2},
-                  {"max_position_embeddings", 64}};
+  const Json base{
+      {"vocab_size", 53},         {"hidden_size", 24},        {"intermediate_size", 37},      {"num_hidden_layers", 2},
+      {"num_attention_heads", 4}, {"num_key_value_heads", 2}, {"max_position_embeddings", 64}};
   return {
       {"llama", with(base, {{"model_type", "llama"}})},
-      {"llama mqa, biases, tied",
-       with(base, {{"model_type", "llama"}, {"num_key_value_heads", 1}, {"attention_bias", true}, {"mlp_bias", true},
-                   {"tie_word_embeddings", true}})},
-      {"llama yarn", with(base, {{"model_type", "llama"},
-                                 {"rope_scaling", {{"rope_type", "yarn"}, {"factor", 4.0},
-                                                   {"original_max_position_embeddings", 16}}}})},
+      {"llama mqa, biases, tied", with(base, {{"model_type", "llama"},
+                                              {"num_key_value_heads", 1},
+                                              {"attention_bias", true},
+                                              {"mlp_bias", true},
+                                              {"tie_word_embeddings", true}})},
+      {"llama yarn",
+       with(base,
+            {{"model_type", "llama"},
+             {"rope_scaling", {{"rope_type", "yarn"}, {"factor", 4.0}, {"original_max_position_embeddings", 16}}}})},
       {"mistral", with(base, {{"model_type", "mistral"}, {"sliding_window", 4}})},
-      {"qwen2", with(base, {{"model_type", "qwen2"}, {"use_sliding_window", true}, {"sliding_window", 3},
-                            {"max_window_layers", 1}, {"tie_word_embeddings", true}})},
+      {"qwen2", with(base, {{"model_type", "qwen2"},
+                            {"use_sliding_window", true},
+                            {"sliding_window", 3},
+                            {"max_window_layers", 1},
+                            {"tie_word_embeddings", true}})},
       {"qwen3", with(base, {{"model_type", "qwen3"}, {"head_dim", 10}})},
-      {"gemma3", with(base, {{"model_type", "gemma3_text"}, {"head_dim", 8}, {"sliding_window", 4},
-                             {"sliding_window_pattern", 2}, {"query_pre_attn_scalar", 12},
-                             {"attn_logit_softcapping", 6.0}, {"final_logit_softcapping", 4.0}})},
+      {"gemma3", with(base, {{"model_type", "gemma3_text"},
+                             {"head_dim", 8},
+                             {"sliding_window", 4},
+                             {"sliding_window_pattern", 2},
+                             {"query_pre_attn_scalar", 12},
+                             {"attn_logit_softcapping", 6.0},
+                             {"final_logit_softcapping", 4.0}})},
   };
 }
 
@@ -79,7 +89,9 @@ class MemoryCheckpoint : public formats::Checkpoint {
   std::vector<int64_t> shape(const std::string& name) const override { return tensors.at(name).sizes().vec(); }
   at::ScalarType dtype(const std::string& name) const override { return tensors.at(name).scalar_type(); }
   at::Tensor tensor(const std::string& name) const override { return tensors.at(name); }
-  void read_into(const std::string& name, at::Tensor destination) const override { destination.copy_(tensors.at(name)); }
+  void read_into(const std::string& name, at::Tensor destination) const override {
+    destination.copy_(tensors.at(name));
+  }
   std::optional<std::string> tokenizer_json() const override { return std::nullopt; }
   Json tokenizer_config() const override { return Json::object(); }
   std::optional<std::string> chat_template() const override { return std::nullopt; }

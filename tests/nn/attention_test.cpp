@@ -76,7 +76,8 @@ TEST(RaggedAttention, EqualsTheDefinitionForwardAndBackward) {
     const auto d_out = torch::randn_like(out);
     out.backward(d_out);
     expected.backward(d_out.to(torch::kFloat64));
-    for (int i = 0; i < 3; ++i) EXPECT_LT(relative_error(x[i].grad(), exact[i].grad()), 3e-6) << c.name << " input " << i;
+    for (int i = 0; i < 3; ++i)
+      EXPECT_LT(relative_error(x[i].grad(), exact[i].grad()), 3e-6) << c.name << " input " << i;
     torch::NoGradGuard no_grad;
     EXPECT_LT(relative_error(ragged_attention(x[0], x[1], x[2], kOffsets, c.options), expected), 1e-6) << c.name;
   }
@@ -86,9 +87,8 @@ TEST(RaggedAttention, GradientCheckInDouble) {
   torch::manual_seed(1);
   for (const Case& c : kCases) {
     auto x = inputs(c, 6, torch::kFloat64);
-    expect_gradients_match(
-        [&](const auto& in) { return ragged_attention(in[0], in[1], in[2], {0, 4, 6}, c.options); },
-        {leaf(x[0]), leaf(x[1]), leaf(x[2])});
+    expect_gradients_match([&](const auto& in) { return ragged_attention(in[0], in[1], in[2], {0, 4, 6}, c.options); },
+                           {leaf(x[0]), leaf(x[1]), leaf(x[2])});
   }
 }
 
@@ -116,7 +116,8 @@ TEST(RaggedAttention, NeighboursDoNotMatter) {
   const auto all = ragged_attention(x[0], x[1], x[2], kOffsets, c.options);
   for (size_t b = 0; b + 1 < kOffsets.size(); ++b) {
     auto rows = [&](const torch::Tensor& t) { return t.slice(0, kOffsets[b], kOffsets[b + 1]); };
-    const auto alone = ragged_attention(rows(x[0]), rows(x[1]), rows(x[2]), {0, kOffsets[b + 1] - kOffsets[b]}, c.options);
+    const auto alone =
+        ragged_attention(rows(x[0]), rows(x[1]), rows(x[2]), {0, kOffsets[b + 1] - kOffsets[b]}, c.options);
     EXPECT_TRUE(torch::equal(alone, rows(all))) << b;
   }
 }

@@ -50,7 +50,8 @@ TEST(GatedLinearUnit, LargeInputsSaturate) {
 
 TEST(GatedLinearUnit, GradientCheckInDouble) {
   for (GluKind kind : {GluKind::kSilu, GluKind::kGeluTanh}) {
-    expect_gradients_match([&](const auto& in) { return gated_linear_unit(in[0], kind); }, {leaf(torch::randn({3, 8}))});
+    expect_gradients_match([&](const auto& in) { return gated_linear_unit(in[0], kind); },
+                           {leaf(torch::randn({3, 8}))});
   }
 }
 
@@ -86,8 +87,8 @@ TEST(FeedForward, EverySlotActsWhereItSays) {
   for (const ScaleSite& site : sites.scales) {
     site.slot->adapters = {std::make_shared<Doubling>()};
     const bool output = site.kind == ScaleKind::kOutput;
-    const auto expected = reference(site.name == "mlp.gate_proj" ? 2 : 1, output ? 1 : 2, site.name == "mlp.up_proj" ? 2 : 1,
-                                    output && site.name == "mlp.down_proj" ? 2 : 1);
+    const auto expected = reference(site.name == "mlp.gate_proj" ? 2 : 1, output ? 1 : 2,
+                                    site.name == "mlp.up_proj" ? 2 : 1, output && site.name == "mlp.down_proj" ? 2 : 1);
     EXPECT_LT(relative_error(ffn->forward(x, context), expected), 1e-5) << site.name;
     site.slot->adapters.clear();
   }

@@ -69,7 +69,8 @@ TEST(LinearRowsInt8, DoesNotOverflowOnTheLargestValues) {
   // Every product is 127 * 32767: 10,000 of them would pass 2^31 in a 32-bit lane.
   const int64_t in = 10'000;
   const auto [q, scales] = quantize_rows_int8(torch::ones({4, in}));
-  EXPECT_LT(relative_error(linear_rows_int8(torch::ones({1, in}), q, scales, {}), torch::full({1, 4}, double(in))), 1e-5);
+  EXPECT_LT(relative_error(linear_rows_int8(torch::ones({1, in}), q, scales, {}), torch::full({1, 4}, double(in))),
+            1e-5);
 }
 
 TEST(LinearRowsInt8, RefusesGradients) {
@@ -89,10 +90,11 @@ TEST(Kernels, AttendEqualsSoftmaxOnEveryInstructionSet) {
     for (auto [length, k] : std::vector<std::pair<int64_t, int64_t>>{{1, 2}, {7, 10}, {8, 64}, {131, 20}}) {
       for (float softcap : {0.0f, 3.0f}) {
         const int64_t group = 3, stride = 2 * k;  // two KV heads, the second is read
-        const auto q = torch::randn({group, k}), keys = torch::randn({length, 2, k}), values = torch::randn({length, 2, k});
+        const auto q = torch::randn({group, k}), keys = torch::randn({length, 2, k}),
+                   values = torch::randn({length, 2, k});
         auto out = torch::empty({group, k}), scratch = torch::empty({group, length});
-        table->attend(q.data_ptr<float>(), keys.data_ptr<float>() + k, values.data_ptr<float>() + k, stride, length, group,
-                      k, 0.7f, softcap, scratch.data_ptr<float>(), out.data_ptr<float>());
+        table->attend(q.data_ptr<float>(), keys.data_ptr<float>() + k, values.data_ptr<float>() + k, stride, length,
+                      group, k, 0.7f, softcap, scratch.data_ptr<float>(), out.data_ptr<float>());
         auto scores = at::matmul(q.to(torch::kFloat64), keys.select(1, 1).to(torch::kFloat64).t()) * 0.7;
         if (softcap > 0) scores = at::tanh(scores / softcap) * softcap;
         const auto expected = at::matmul(at::softmax(scores, -1), values.select(1, 1).to(torch::kFloat64));

@@ -23,8 +23,9 @@ class Session {
     if (op == "encode") return encode(job);
     if (op == "decode") return decode(job);
     if (op == "render") {
-      return {{"text", template_->render(job.at("messages"), job.value("prompt", false), job.value("tools", OrderedJson()),
-                                         job.value("extra", OrderedJson::object()))}};
+      return {
+          {"text", template_->render(job.at("messages"), job.value("prompt", false), job.value("tools", OrderedJson()),
+                                     job.value("extra", OrderedJson::object()))}};
     }
     if (op == "train") return train(job);
     throw moesaic::UsageError("unknown op " + op);
@@ -37,7 +38,8 @@ class Session {
                                              Json::parse(job.value("config", OrderedJson::object()).dump()), "test");
     if (job.contains("template")) template_ = std::make_unique<ChatTemplate>(job["template"], *tokenizer_);
     const auto id = [](std::optional<int64_t> id) { return id ? OrderedJson(*id) : OrderedJson(); };
-    return {{"bos_id", id(tokenizer_->bos_id())}, {"eos_id", id(tokenizer_->eos_id())},
+    return {{"bos_id", id(tokenizer_->bos_id())},
+            {"eos_id", id(tokenizer_->eos_id())},
             {"vocab_size", tokenizer_->vocab_size()}};
   }
 

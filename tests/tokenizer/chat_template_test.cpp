@@ -126,8 +126,9 @@ TEST(RenderForTraining, FindsTurnsThatLoseTheirReasoning) {
 
 TEST(RenderForTraining, ATurnTheTemplateDoesNotShowIsAnError) {
   const char* last_only = "{{ messages[-1].content }}";
-  EXPECT_THAT([&] { trained(last_only, R"([{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}])"); },
-              ThrowsMessage<DataError>(HasSubstr("message 0")));
+  EXPECT_THAT(
+      [&] { trained(last_only, R"([{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}])"); },
+      ThrowsMessage<DataError>(HasSubstr("message 0")));
 }
 
 }  // namespace

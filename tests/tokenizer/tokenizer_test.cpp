@@ -16,10 +16,16 @@ using testing::ThrowsMessage;
 TEST(Tokenizer, EncodesWithByteOffsets) {
   const auto tokenizer = tiny_tokenizer();
   // "ab", ' ', é as its two bytes (each with the whole character's range), 'b'
-  const Encoding encoding = tokenizer->encode_with_offsets("ab \xC3\xA9" "b", false);
+  const Encoding encoding = tokenizer->encode_with_offsets(
+      "ab \xC3\xA9"
+      "b",
+      false);
   EXPECT_THAT(encoding.ids, ElementsAre(7, 4, 5, 6, 3));
   EXPECT_THAT(encoding.offsets, ElementsAre(Pair(0, 2), Pair(2, 3), Pair(3, 5), Pair(3, 5), Pair(5, 6)));
-  EXPECT_EQ(tokenizer->encode("ab \xC3\xA9" "b", false), encoding.ids);
+  EXPECT_EQ(tokenizer->encode("ab \xC3\xA9"
+                              "b",
+                              false),
+            encoding.ids);
 }
 
 TEST(Tokenizer, SpecialTokensAreAddedOnRequestAndFoundInTheText) {
@@ -54,9 +60,10 @@ TEST(Tokenizer, KnowsItsVocabulary) {
 }
 
 TEST(Tokenizer, ConfiguredTokensAreAddedBehindTheVocabulary) {
-  const Json config = {{"eos_token", "<end>"},
-                       {"added_tokens_decoder", {{"12", {{"content", "<late>"}, {"special", false}}},
-                                                 {"9", {{"content", "<early>"}, {"special", true}}}}}};
+  const Json config = {
+      {"eos_token", "<end>"},
+      {"added_tokens_decoder",
+       {{"12", {{"content", "<late>"}, {"special", false}}}, {"9", {{"content", "<early>"}, {"special", true}}}}}};
   const Tokenizer tokenizer(kTinyJson, config, "test");
   EXPECT_EQ(tokenizer.vocab_size(), 12);
   EXPECT_THAT(tokenizer.encode("<early>a<late><end>", false), ElementsAre(9, 2, 10, 11));
@@ -67,7 +74,8 @@ TEST(Tokenizer, ConfiguredTokensAreAddedBehindTheVocabulary) {
 
 TEST(Tokenizer, RefusesWhatDoesNotFit) {
   const auto open = [](std::string json, Json config) { return [=] { Tokenizer(json, config, "folder/x"); }; };
-  EXPECT_THAT(open("{\"model\": ", {}), ThrowsMessage<FormatError>(HasSubstr("folder/x: tokenizer.json is not usable")));
+  EXPECT_THAT(open("{\"model\": ", {}),
+              ThrowsMessage<FormatError>(HasSubstr("folder/x: tokenizer.json is not usable")));
   EXPECT_THAT(open("", {}), ThrowsMessage<FormatError>(HasSubstr("not usable")));
   EXPECT_THAT(open(std::string(100000, '['), {}), ThrowsMessage<FormatError>(HasSubstr("not usable")));
   EXPECT_THAT(open(kTinyJson, {{"bos_token", 7}}), ThrowsMessage<FormatError>(HasSubstr("bos_token is 7")));
@@ -75,7 +83,8 @@ TEST(Tokenizer, RefusesWhatDoesNotFit) {
               ThrowsMessage<FormatError>(HasSubstr("added_tokens_decoder['x']")));
 
   const auto tokenizer = tiny_tokenizer();
-  EXPECT_THAT([&] { tokenizer->encode("ab\xC3", false); }, ThrowsMessage<DataError>(HasSubstr("not valid UTF-8 at byte 2")));
+  EXPECT_THAT([&] { tokenizer->encode("ab\xC3", false); },
+              ThrowsMessage<DataError>(HasSubstr("not valid UTF-8 at byte 2")));
   EXPECT_THAT([&] { tokenizer->decode({2, -1}, false); }, ThrowsMessage<DataError>(HasSubstr("id -1 at position 1")));
 }
 
@@ -101,8 +110,7 @@ TEST(StreamDecoder, DoesNotWaitForeverForBytesThatAreNoCharacter) {
 TEST(LossMask, TrainsTokensWhoseLastByteLiesInARange) {
   // ranges   ....[2    6)..[8 9)
   const RenderedChat chat{"0123456789", {{2, 6}, {8, 9}}};
-  const Encoding encoding{{1, 2, 3, 4, 5, 6, 7, 8},
-                          {{0, 0}, {0, 2}, {1, 3}, {3, 6}, {3, 7}, {6, 8}, {7, 9}, {9, 10}}};
+  const Encoding encoding{{1, 2, 3, 4, 5, 6, 7, 8}, {{0, 0}, {0, 2}, {1, 3}, {3, 6}, {3, 7}, {6, 8}, {7, 9}, {9, 10}}};
   EXPECT_THAT(loss_mask(encoding, chat), ElementsAre(0, 0, 1, 1, 0, 0, 1, 0));
   EXPECT_THAT(loss_mask({{1, 2}, {{2, 2}, {4, 4}}}, chat), ElementsAre(0, 0));  // nothing of the text
 }

@@ -28,9 +28,8 @@ std::vector<int64_t> steps(const fs::path& dir) {
 
 TEST(Checkpoint, RoundTrip) {
   TemporaryFolder folder;
-  const auto path = write_checkpoint(folder.path(), 12, example(12), [](const fs::path& dir) {
-    write_file_atomically(dir / "weights.txt", "w");
-  });
+  const auto path = write_checkpoint(folder.path(), 12, example(12),
+                                     [](const fs::path& dir) { write_file_atomically(dir / "weights.txt", "w"); });
   EXPECT_EQ(path.filename(), "checkpoint-12");
   EXPECT_EQ(read_file(path / "weights.txt"), "w");
   const auto loaded = read_checkpoint(path);
@@ -41,7 +40,7 @@ TEST(Checkpoint, RoundTrip) {
 TEST(Checkpoint, ListsInOrderOfStepsAndCleansUp) {
   TemporaryFolder folder;
   for (int64_t step : {100, 20, 3}) write_checkpoint(folder.path(), step, example(step), write_nothing);
-  fs::create_directories(folder.path() / "checkpoint-7");            // no trainer_state.json
+  fs::create_directories(folder.path() / "checkpoint-7");  // no trainer_state.json
   fs::create_directories(folder.path() / "checkpoint-x");
   fs::create_directories(folder.path() / ".unfinished-checkpoint-200");
   fs::create_directories(folder.path() / ".discarded-checkpoint-1");

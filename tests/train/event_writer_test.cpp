@@ -20,7 +20,7 @@ T read(const std::string& bytes, size_t at) {
 uint32_t masked(uint32_t crc) { return ((crc >> 15) | (crc << 17)) + 0xA282EAD8u; }
 
 TEST(Crc32c, CheckValues) {
-  EXPECT_EQ(crc32c("123456789"), 0xE3069283u);  // the check value of CRC-32C
+  EXPECT_EQ(crc32c("123456789"), 0xE3069283u);            // the check value of CRC-32C
   EXPECT_EQ(crc32c(std::string(32, '\0')), 0x8A9136AAu);  // RFC 3720, B.4
   EXPECT_EQ(crc32c(""), 0u);
 }

@@ -27,9 +27,7 @@ Problem random_problem(int64_t rows, int64_t width, int64_t vocabulary, torch::D
           torch::randint(vocabulary, {rows}, torch::kInt64), torch::rand({rows})};
 }
 
-double largest_difference(const torch::Tensor& a, const torch::Tensor& b) {
-  return (a - b).abs().max().item<double>();
-}
+double largest_difference(const torch::Tensor& a, const torch::Tensor& b) { return (a - b).abs().max().item<double>(); }
 
 TEST(ChunkedCrossEntropy, TwoLogitsByHand) {
   // z = (0, ln 3): softmax = (1/4, 3/4). label 0: loss ln 4; d/dz = (-3/4, 3/4); W = I, so d/dhidden = d/dz.
@@ -97,8 +95,8 @@ TEST(ChunkedCrossEntropy, BFloat16HeadGivesFloat32Loss) {
 
 TEST(ChunkedCrossEntropy, NoRowsGiveZero) {
   auto hidden = torch::zeros({0, 4}).requires_grad_(true);
-  const auto loss = chunked_cross_entropy(hidden, torch::randn({9, 4}), torch::zeros({0}, torch::kInt64),
-                                          torch::zeros({0}), 0);
+  const auto loss =
+      chunked_cross_entropy(hidden, torch::randn({9, 4}), torch::zeros({0}, torch::kInt64), torch::zeros({0}), 0);
   EXPECT_EQ(loss.item<float>(), 0.0f);
 }
 

@@ -20,12 +20,12 @@ TEST(ScheduleFactor, AllWarmUpLinearly) {
 
 TEST(ScheduleFactor, Values) {
   EXPECT_DOUBLE_EQ(schedule_factor("constant", 9, 4, 10), 1.0);
-  EXPECT_DOUBLE_EQ(schedule_factor("linear", 7, 4, 10), 0.5);     // 3 of 6 steps left
-  EXPECT_DOUBLE_EQ(schedule_factor("linear", 12, 4, 10), 0.0);    // beyond the end
-  EXPECT_DOUBLE_EQ(schedule_factor("cosine", 7, 4, 10), 0.5);     // half-way
-  EXPECT_NEAR(schedule_factor("cosine", 6, 4, 10), 0.75, 1e-12);  // (1 + cos(pi/3)) / 2
-  EXPECT_DOUBLE_EQ(schedule_factor("inverse_sqrt", 16, 4, 99), 0.5);                 // sqrt(4 / 16)
-  EXPECT_DOUBLE_EQ(schedule_factor("inverse_sqrt", 30000, 0, 99), 0.5);              // sqrt(10000 / 40000)
+  EXPECT_DOUBLE_EQ(schedule_factor("linear", 7, 4, 10), 0.5);            // 3 of 6 steps left
+  EXPECT_DOUBLE_EQ(schedule_factor("linear", 12, 4, 10), 0.0);           // beyond the end
+  EXPECT_DOUBLE_EQ(schedule_factor("cosine", 7, 4, 10), 0.5);            // half-way
+  EXPECT_NEAR(schedule_factor("cosine", 6, 4, 10), 0.75, 1e-12);         // (1 + cos(pi/3)) / 2
+  EXPECT_DOUBLE_EQ(schedule_factor("inverse_sqrt", 16, 4, 99), 0.5);     // sqrt(4 / 16)
+  EXPECT_DOUBLE_EQ(schedule_factor("inverse_sqrt", 30000, 0, 99), 0.5);  // sqrt(10000 / 40000)
 }
 
 TEST(ScheduleFactor, UnknownNameSaysTheNearest) {

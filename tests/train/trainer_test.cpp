@@ -257,16 +257,17 @@ TEST_P(Resume, TenStepsEqualFiveAndFiveBitForBit) {
   EXPECT_THAT(steps, testing::ElementsAre(3, 6, 9, 10));
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Runs, Resume,
-    testing::Values(ResumeCase{"adamw with dropout", [](TrainConfig&) {}, 0.3},
-                    ResumeCase{"adafactor", [](TrainConfig& c) { c.optim = "adafactor"; }},
-                    ResumeCase{"token limit", [](TrainConfig& c) { c.max_batch_tokens = 40; }},
-                    ResumeCase{"evaluations and accumulation", [](TrainConfig& c) {
-                                 c.eval_steps = 2;
-                                 c.gradient_accumulation_steps = 2;
-                                 c.gradient_checkpointing = true;
-                               }, 0.3}));
+INSTANTIATE_TEST_SUITE_P(Runs, Resume,
+                         testing::Values(ResumeCase{"adamw with dropout", [](TrainConfig&) {}, 0.3},
+                                         ResumeCase{"adafactor", [](TrainConfig& c) { c.optim = "adafactor"; }},
+                                         ResumeCase{"token limit", [](TrainConfig& c) { c.max_batch_tokens = 40; }},
+                                         ResumeCase{"evaluations and accumulation",
+                                                    [](TrainConfig& c) {
+                                                      c.eval_steps = 2;
+                                                      c.gradient_accumulation_steps = 2;
+                                                      c.gradient_checkpointing = true;
+                                                    },
+                                                    0.3}));
 
 TEST(Trainer, InterruptSavesAndGoesOn) {
   TemporaryFolder folder, other;
