@@ -65,6 +65,30 @@ TEST(ZLoss, IsTheMeanSquaredLogSumExp) {
   EXPECT_NEAR(z_loss({"site", 0, logits, logits.softmax(-1), logits.softmax(-1), 1}).item<double>(), expected, 1e-6);
 }
 
+TEST(Router, TemperatureDividesTheLogits) {
+  RouterOptions options;
+  options.temperature = 2.0;
+  const Router router{torch::tensor({{1.0, 2.0}, {3.0, 4.0}}), options, "site", 0};
+  // u W^T = (1 - 2, 3 - 4)
+  EXPECT_TRUE(router.logits(torch::tensor({{1.0, -1.0}}), {}).equal(torch::tensor({{-0.5, -0.5}})));
+}
+
+TEST(Router, JitterScalesTheInputToBothSidesAndOnlyInTraining) {
+  RouterOptions options;
+  options.jitter = 0.25;
+  const Router router{torch::ones({1, 1}), options, "site", 0};
+  const auto input = torch::ones({1000, 1});
+  nn::ForwardContext context;
+  EXPECT_TRUE(router.logits(input, context).equal(input));
+  context.training = true;
+  const auto factors = router.logits(input, context);
+  EXPECT_GE(factors.min().item<float>(), 0.75f);
+  EXPECT_LE(factors.max().item<float>(), 1.25f);
+  // 1000 draws of uniform(0.75, 1.25): that none lies in an outer tenth has a chance of 0.9^1000.
+  EXPECT_LT(factors.min().item<float>(), 0.8f);
+  EXPECT_GT(factors.max().item<float>(), 1.2f);
+}
+
 TEST(Router, SentenceInputNeedsSentenceVectors) {
   Router router{torch::zeros({2, 4}), {RouterInput::kSentence}, "site", 0};
   nn::ForwardContext context;

@@ -61,6 +61,7 @@ TEST_F(ScaleTest, MovOnTheFfnRoutesByTheActivatedBranchAlone) {
   std::vector<nn::RoutingRecord> routing;
   context.routing = &routing;
   expect_same(mov.forward_ffn(act, up, context), expected, {act, up, router, vectors});
+  EXPECT_EQ(routing.size(), 1u);
 }
 
 TEST_F(ScaleTest, FfnProductRoutesByTheProduct) {
@@ -119,6 +120,23 @@ TEST_F(ScaleTest, EffectInterpolatesTowardsTheIdentity) {
   const auto y = torch::ones({2, 1, 4});
   ScaleExperts half(torch::full({1, 1, 4}, 3.0), {}, 0.5);
   EXPECT_TRUE(half.forward(y, context).equal(torch::full({2, 1, 4}, 2.0)));  // 1 + 0.5 (3 - 1)
+  // Equal vectors, so that the router's weights do not matter.
+  const auto act = torch::ones({2, 4}), up = torch::full({2, 4}, 5.0);
+  ScaleExperts mov(torch::full({3, 4}, 3.0), {torch::randn({3, 4}), {}, "ffn", 0}, 0.5);
+  EXPECT_TRUE(mov.forward_ffn(act, up, context).allclose(torch::full({2, 4}, 10.0), 1e-6));
+}
+
+TEST_F(ScaleTest, TemperatureFlattensTheRouter) {
+  RouterOptions options;
+  options.temperature = 2.5;
+  const auto y = random({7, 3, 8}), heads_router = random({4, 8}), heads = random({4, 3, 8});
+  ScaleExperts mov(heads, {heads_router, options, "k", 0}, 1.0);
+  const auto p = (at::linear(y, heads_router) / 2.5).softmax(-1);
+  expect_same(mov.forward(y, context), y * torch::einsum("nhe,ehk->nhk", {p, heads}), {y, heads_router, heads});
+  const auto act = random({9, 16}), up = random({9, 16}), router = random({5, 16}), vectors = random({5, 16});
+  ScaleExperts ffn(vectors, {router, options, "ffn", 0}, 1.0);
+  const auto expected = act * (at::linear(act, router) / 2.5).softmax(-1).mm(vectors) * up;
+  expect_same(ffn.forward_ffn(act, up, context), expected, {act, up, router, vectors});
 }
 
 TEST_F(ScaleTest, GradientsAgreeWithFiniteDifferencesInDouble) {
