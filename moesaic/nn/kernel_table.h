@@ -17,16 +17,22 @@ struct KernelTable {
   /// The same with bfloat16 weights (their raw bits).
   void (*gemv_bf16)(const float* x, int64_t rows, const uint16_t* w, const float* bias, float* y, int64_t in,
                     int64_t out, int64_t begin, int64_t end);
-  /// q[m] = round(x[m] / x_scales[m]), x_scales[m] = max |x[m]| / 32767, for m in [begin, end). x, q: [rows, in].
-  void (*quantize_int16)(const float* x, int16_t* q, float* x_scales, int64_t in, int64_t begin, int64_t end);
+  /// q[m] = round(x[m] / x_scales[m]), x_scales[m] = max |x[m]| / 32767, for m in [begin, end). x: [rows, in]; q: [rows,
+  /// q_stride], zero behind `in`.
+  void (*quantize_int16)(const float* x, int16_t* q, int64_t q_stride, float* x_scales, int64_t in, int64_t begin,
+                         int64_t end);
   /// y[m, o] = scales[o] x_scales[m] (x[m] . w[o]) + bias[o], products of integers: int16 rows (their rounding is far
   /// below that of the weights) times int8 weights in [-127, 127].
-  void (*gemv_int8)(const int16_t* x, const float* x_scales, int64_t rows, const int8_t* w, const float* scales,
-                    const float* bias, float* y, int64_t in, int64_t out, int64_t begin, int64_t end);
+  /// x: [rows, x_stride] with an even x_stride, zero behind `in`.
+  void (*gemv_int8)(const int16_t* x, int64_t x_stride, const float* x_scales, int64_t rows, const int8_t* w,
+                    const float* scales, const float* bias, float* y, int64_t in, int64_t out, int64_t begin,
+                    int64_t end);
+  /// The same for many rows.
+  void (*gemm_int8)(const int16_t* x, int64_t x_stride, const float* x_scales, int64_t rows, const int8_t* w,
+                    const float* scales, const float* bias, float* y, int64_t in, int64_t out, int64_t begin,
+                    int64_t end);
   /// q[o] = round(w[o] / scales[o]), scales[o] = max |w[o]| / 127, for o in [begin, end). w, q: [out, in].
   void (*quantize_int8)(const float* w, int8_t* q, float* scales, int64_t in, int64_t begin, int64_t end);
-  /// w[o, i] = scales[o] q[o, i] for o in [begin, end): w's first row is row `begin`.
-  void (*dequantize_int8)(const int8_t* q, const float* scales, float* w, int64_t in, int64_t begin, int64_t end);
 
   /// y = x rstd (weight + offset), rstd = 1 / sqrt(mean(x^2) + eps). x, y: [rows, d]; rstd: [rows].
   void (*rms_norm)(const float* x, const float* weight, float offset, float eps, float* y, float* rstd, int64_t d,

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t kGemvRows = 4;          // more rows: MKL's GEMM is faster
 constexpr int64_t kGemvGrain = 32 << 10;  // weights per task; less is not worth waking a thread
-constexpr int64_t kDequantizeRows = 512;  // rows of an int8 matrix made float32 at a time
+constexpr int64_t kGemmColumns = 64;      // output columns per task of an int8 GEMM
 
 bool wants_gradient(const torch::Tensor& x, const torch::Tensor& weight) {
   return torch::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad());
@@ -79,29 +79,26 @@ torch::Tensor linear_rows_int8(const torch::Tensor& x, const torch::Tensor& quan
   const float* scale_data = scales.data_ptr<float>();
   const KernelTable& table = kernels();
   torch::Tensor y = torch::empty({rows, out}, torch::kFloat32);
+  const float* x_data = input.data_ptr<float>();
+  const float* bias_data = data_or_null(offset);
+  float* y_data = y.data_ptr<float>();
+  const int64_t stride = in + in % 2;
+  std::vector<int16_t> x_int16(rows * stride);
+  std::vector<float> x_scales(rows);
+  at::parallel_for(0, rows, std::max<int64_t>(kGemvGrain / in, 1), [&](int64_t begin, int64_t end) {
+    table.quantize_int16(x_data, x_int16.data(), stride, x_scales.data(), in, begin, end);
+  });
   if (rows <= kGemvRows) {
-    std::vector<int16_t> x_int16(rows * in);
-    std::vector<float> x_scales(rows);
-    table.quantize_int16(input.data_ptr<float>(), x_int16.data(), x_scales.data(), in, 0, rows);
-    const float* bias_data = data_or_null(offset);
-    float* y_data = y.data_ptr<float>();
     for_columns(in, out, [&](int64_t begin, int64_t end) {
-      table.gemv_int8(x_int16.data(), x_scales.data(), rows, q, scale_data, bias_data, y_data, in, out, begin, end);
+      table.gemv_int8(x_int16.data(), stride, x_scales.data(), rows, q, scale_data, bias_data, y_data, in, out, begin,
+                      end);
     });
-    return y.to(x.dtype());
-  }
-  torch::NoGradGuard no_grad;
-  torch::Tensor block = torch::empty({std::min(out, kDequantizeRows), in}, torch::kFloat32);
-  float* block_data = block.data_ptr<float>();
-  for (int64_t first = 0; first < out; first += kDequantizeRows) {
-    const int64_t count = std::min(kDequantizeRows, out - first);
-    at::parallel_for(0, count, 32, [&](int64_t begin, int64_t end) {
-      table.dequantize_int8(q, scale_data, block_data + begin * in, in, first + begin, first + end);
+  } else {
+    at::parallel_for(0, out, kGemmColumns, [&](int64_t begin, int64_t end) {
+      table.gemm_int8(x_int16.data(), stride, x_scales.data(), rows, q, scale_data, bias_data, y_data, in, out, begin,
+                      end);
     });
-    torch::Tensor columns = y.narrow(1, first, count);
-    at::mm_out(columns, input, block.narrow(0, 0, count).t());
   }
-  if (offset.defined()) y += offset;
   return y.to(x.dtype());
 }
 

@@ -13,7 +13,6 @@ typedef float Floats __attribute__((vector_size(32)));
 typedef int32_t Ints __attribute__((vector_size(32)));
 typedef uint32_t Words __attribute__((vector_size(32)));
 typedef uint16_t Halves __attribute__((vector_size(16)));
-typedef int8_t Bytes __attribute__((vector_size(8)));
 constexpr int64_t kLanes = 8;
 
 inline Floats load(const float* p) {
@@ -26,11 +25,6 @@ inline Floats load(const uint16_t* p) {  // bfloat16: the upper half of a float
   __builtin_memcpy(&h, p, sizeof h);
   return reinterpret_cast<Floats>(__builtin_convertvector(h, Words) << 16);
 }
-inline Floats load(const int8_t* p) {
-  Bytes b;
-  __builtin_memcpy(&b, p, sizeof b);
-  return __builtin_convertvector(__builtin_convertvector(b, Ints), Floats);
-}
 inline float load_one(const float* p) { return *p; }
 inline float load_one(const uint16_t* p) {
   uint32_t bits = static_cast<uint32_t>(*p) << 16;
@@ -38,13 +32,16 @@ inline float load_one(const uint16_t* p) {
   __builtin_memcpy(&value, &bits, sizeof value);
   return value;
 }
-inline float load_one(const int8_t* p) { return static_cast<float>(*p); }
 inline void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
 inline Floats splat(float value) { return Floats{} + value; }
 inline Floats select(Ints mask, Floats yes, Floats no) {
   return reinterpret_cast<Floats>((mask & reinterpret_cast<Ints>(yes)) | (~mask & reinterpret_cast<Ints>(no)));
 }
-inline float sum(Floats v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+inline float sum(Floats v) {
+  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+  return v[0] + v[1];
+}
 inline float max(Floats v) {
   float best = v[0];
   for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
@@ -92,45 +89,39 @@ inline void store_piece(float* p, Floats v, int64_t count) {
 
 // GEMV ---------------------------------------------------------------------------------------------------------------
 
-/// y[m, o] for M rows of x and R rows of w: every weight is loaded once for all M rows.
-template <int M, int R, class W>
-inline void dot_block(const float* x, const W* w, int64_t in, const float* bias, float* y, int64_t out) {
-  Floats acc[M][R] = {};
+/// M rows of x times one row of w, which is read once. One weight row at a time: a single stream from memory is faster
+/// than several side by side.
+template <int M, class W>
+inline void dot_row(const float* x, const W* w, int64_t in, const float* bias, float* y, int64_t out) {
+  constexpr int kChains = 4;
+  Floats acc[M][kChains] = {};
   int64_t i = 0;
-  for (; i + kLanes <= in; i += kLanes) {
-    Floats xs[M];
-    for (int m = 0; m < M; ++m) xs[m] = load(x + m * in + i);
-    for (int r = 0; r < R; ++r) {
-      Floats ws = load(w + r * in + i);
-      for (int m = 0; m < M; ++m) acc[m][r] += xs[m] * ws;
+  for (; i + kChains * kLanes <= in; i += kChains * kLanes) {
+    for (int c = 0; c < kChains; ++c) {
+      const Floats ws = load(w + i + c * kLanes);
+      for (int m = 0; m < M; ++m) acc[m][c] += load(x + m * in + i + c * kLanes) * ws;
     }
+  }
+  for (; i + kLanes <= in; i += kLanes) {
+    const Floats ws = load(w + i);
+    for (int m = 0; m < M; ++m) acc[m][0] += load(x + m * in + i) * ws;
   }
   for (int m = 0; m < M; ++m) {
-    for (int r = 0; r < R; ++r) {
-      float total = sum(acc[m][r]);
-      for (int64_t j = i; j < in; ++j) total += x[m * in + j] * load_one(w + r * in + j);
-      y[m * out + r] = bias ? total + bias[r] : total;
-    }
+    float total = sum((acc[m][0] + acc[m][1]) + (acc[m][2] + acc[m][3]));
+    for (int64_t j = i; j < in; ++j) total += x[m * in + j] * load_one(w + j);
+    y[m * out] = bias ? total + *bias : total;
   }
 }
-
-template <int R, class W>
-inline void dot_rows(const float* x, int64_t rows, const W* w, int64_t in, const float* bias, float* y, int64_t out) {
-  int64_t m = 0;
-  for (; m + 2 <= rows; m += 2) dot_block<2, R>(x + m * in, w, in, bias, y + m * out, out);
-  if (m < rows) dot_block<1, R>(x + m * in, w, in, bias, y + m * out, out);
-}
-
-constexpr int kRowBlock = 4;  // weight rows in flight
 
 template <class W>
 inline void gemv(const float* x, int64_t rows, const W* w, const float* bias, float* y, int64_t in, int64_t out,
                  int64_t begin, int64_t end) {
-  int64_t o = begin;
-  for (; o + kRowBlock <= end; o += kRowBlock) {
-    dot_rows<kRowBlock>(x, rows, w + o * in, in, bias ? bias + o : nullptr, y + o, out);
+  for (int64_t o = begin; o < end; ++o) {
+    const float* offset = bias ? bias + o : nullptr;
+    int64_t m = 0;
+    for (; m + 2 <= rows; m += 2) dot_row<2>(x + m * in, w + o * in, in, offset, y + m * out + o, out);
+    if (m < rows) dot_row<1>(x + m * in, w + o * in, in, offset, y + m * out + o, out);
   }
-  for (; o < end; ++o) dot_rows<1>(x, rows, w + o * in, in, bias ? bias + o : nullptr, y + o, out);
 }
 
 void gemv_f32(const float* x, int64_t rows, const float* w, const float* bias, float* y, int64_t in, int64_t out,
@@ -169,69 +160,137 @@ inline float quantize(const float* x, Q* q, int64_t size, float limit) {
   return scale;
 }
 
-void quantize_int16(const float* x, int16_t* q, float* x_scales, int64_t in, int64_t begin, int64_t end) {
-  for (int64_t m = begin; m < end; ++m) x_scales[m] = quantize(x + m * in, q + m * in, in, 32767.0f);
+void quantize_int16(const float* x, int16_t* q, int64_t q_stride, float* x_scales, int64_t in, int64_t begin,
+                    int64_t end) {
+  for (int64_t m = begin; m < end; ++m) {
+    int16_t* row = q + m * q_stride;
+    x_scales[m] = quantize(x + m * in, row, in, 32767.0f);
+    for (int64_t i = in; i < q_stride; ++i) row[i] = 0;
+  }
 }
 void quantize_int8(const float* w, int8_t* q, float* scales, int64_t in, int64_t begin, int64_t end) {
   for (int64_t o = begin; o < end; ++o) scales[o] = quantize(w + o * in, q + o * in, in, 127.0f);
 }
 
-/// The dot products of one int16 row with R rows of int8 weights. 256 steps of 16 products stay below 2^31 in each of
-/// the 8 lanes (2 * 127 * 32767 a step), so the sums move to float that often.
-template <int R>
-inline void dot_int8(const int16_t* x, const int8_t* w, int64_t in, float* sums) {
-  int64_t i = 0;
-  for (int r = 0; r < R; ++r) sums[r] = 0;
+// Products of int16 activations with int8 weights, exact in int32 for kDepth terms: kDepth 127 32767 < 2^31.
+constexpr int64_t kDepth = 512;
+
 #ifdef __AVX2__
-  constexpr int64_t kStep = 16, kSteps = 256;
-  constexpr int64_t kPrefetch = 2048;  // bytes ahead; +40 % when the weights come from memory
+inline __m256i load_int16(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+/// 16 int8 as int16.
+inline __m256i load_wide(const int8_t* p) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Ints add_pairs(Ints acc, __m256i a, __m256i b) {
+  return acc + reinterpret_cast<Ints>(_mm256_madd_epi16(a, b));
+}
+#endif
+
+/// The dot product of an int16 row with an int8 row.
+inline float dot_int8(const int16_t* x, const int8_t* w, int64_t in) {
+  Floats total{};
+  int64_t i = 0;
+#ifdef __AVX2__
+  constexpr int kChains = 4, kStep = 16 * kChains;
+  constexpr int64_t kPrefetch = 2048;  // bytes ahead; +15 % when the weights come from memory
   while (i + kStep <= in) {
-    __m256i acc[R];
-    for (int r = 0; r < R; ++r) acc[r] = _mm256_setzero_si256();
-    const int64_t stop = i + kStep * kSteps < in ? i + kStep * kSteps : in;
+    Ints acc[kChains] = {};
+    const int64_t stop = i + kDepth < in ? i + kDepth : in;
     for (; i + kStep <= stop; i += kStep) {
-      const __m256i xs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
-      for (int r = 0; r < R; ++r) {
-        if (i % 64 == 0) __builtin_prefetch(w + r * in + i + kPrefetch);
-        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + r * in + i));
-        acc[r] = _mm256_add_epi32(acc[r], _mm256_madd_epi16(_mm256_cvtepi8_epi16(bytes), xs));
-      }
+      __builtin_prefetch(w + i + kPrefetch);
+      for (int c = 0; c < kChains; ++c) acc[c] = add_pairs(acc[c], load_wide(w + i + 16 * c), load_int16(x + i + 16 * c));
     }
-    for (int r = 0; r < R; ++r) sums[r] += sum(_mm256_cvtepi32_ps(acc[r]));
+    total += __builtin_convertvector((acc[0] + acc[1]) + (acc[2] + acc[3]), Floats);
   }
 #endif
-  for (int r = 0; r < R; ++r) {
-    int64_t rest = 0;
-    for (int64_t j = i; j < in; ++j) rest += static_cast<int64_t>(x[j]) * w[r * in + j];
-    sums[r] += static_cast<float>(rest);
-  }
+  int64_t rest = 0;
+  for (; i < in; ++i) rest += static_cast<int64_t>(x[i]) * w[i];
+  return sum(total) + static_cast<float>(rest);
 }
 
-void gemv_int8(const int16_t* x, const float* x_scales, int64_t rows, const int8_t* w, const float* scales,
-               const float* bias, float* y, int64_t in, int64_t out, int64_t begin, int64_t end) {
-  for (int64_t o = begin; o < end; o += kRowBlock) {
-    const int64_t count = end - o < kRowBlock ? end - o : kRowBlock;
+void gemv_int8(const int16_t* x, int64_t x_stride, const float* x_scales, int64_t rows, const int8_t* w,
+               const float* scales, const float* bias, float* y, int64_t in, int64_t out, int64_t begin, int64_t end) {
+  for (int64_t o = begin; o < end; ++o) {
     for (int64_t m = 0; m < rows; ++m) {
-      float sums[kRowBlock];
-      if (count == kRowBlock) {
-        dot_int8<kRowBlock>(x + m * in, w + o * in, in, sums);
-      } else {
-        for (int64_t r = 0; r < count; ++r) dot_int8<1>(x + m * in, w + (o + r) * in, in, sums + r);
-      }
-      for (int64_t r = 0; r < count; ++r) {
-        y[m * out + o + r] = sums[r] * scales[o + r] * x_scales[m] + (bias ? bias[o + r] : 0.0f);
-      }
+      y[m * out + o] = dot_int8(x + m * x_stride, w + o * in, in) * scales[o] * x_scales[m] + (bias ? bias[o] : 0.0f);
     }
   }
 }
 
-void dequantize_int8(const int8_t* q, const float* scales, float* w, int64_t in, int64_t begin, int64_t end) {
-  for (int64_t o = begin; o < end; ++o) {
-    const int8_t* source = q + o * in;
-    float* target = w + (o - begin) * in;
+constexpr int kTileRows = 6, kTileColumns = 2 * kLanes;
+
+/// `columns` rows of w at depth [k, k + depth) as int16, pairs of depth side by side: panel [depth / 2, kTileColumns, 2],
+/// zero where w ends. depth is even.
+inline void pack_panel(const int8_t* w, int64_t in, int64_t columns, int64_t k, int64_t depth, int16_t* panel) {
+  uint16_t pairs[kDepth / 2 * kTileColumns];
+  const int64_t whole = (in - k < depth ? in - k : depth) / 2;
+  for (int64_t c = 0; c < kTileColumns; ++c) {
+    const int8_t* row = w + c * in + k;
     int64_t i = 0;
-    for (; i + kLanes <= in; i += kLanes) store(target + i, load(source + i) * scales[o]);
-    for (; i < in; ++i) target[i] = load_one(source + i) * scales[o];
+    if (c < columns) {
+      for (; i < whole; ++i) __builtin_memcpy(pairs + i * kTileColumns + c, row + 2 * i, 2);
+      if (2 * i < depth) pairs[i++ * kTileColumns + c] = static_cast<uint8_t>(row[2 * whole]);
+    }
+    for (; i < depth / 2; ++i) pairs[i * kTileColumns + c] = 0;
+  }
+  const int8_t* bytes = reinterpret_cast<const int8_t*>(pairs);
+  for (int64_t i = 0; i < depth * kTileColumns; ++i) panel[i] = bytes[i];
+}
+
+/// R rows of x (`x_stride` apart) times a panel: sums [R, kTileColumns].
+template <int R>
+inline void tile_int8(const int16_t* x, int64_t x_stride, const int16_t* panel, int64_t depth, float* sums) {
+  Ints acc[R][2] = {};
+  for (int64_t k = 0; k < depth; k += 2) {
+    const int16_t* pairs = panel + k * kTileColumns;
+    for (int r = 0; r < R; ++r) {
+#ifdef __AVX2__
+      int32_t pair;
+      __builtin_memcpy(&pair, x + r * x_stride + k, sizeof pair);
+      const __m256i xs = _mm256_set1_epi32(pair);
+      for (int half = 0; half < 2; ++half) acc[r][half] = add_pairs(acc[r][half], load_int16(pairs + 16 * half), xs);
+#else
+      for (int c = 0; c < kTileColumns; ++c) {
+        acc[r][c / kLanes][c % kLanes] += x[r * x_stride + k] * pairs[2 * c] + x[r * x_stride + k + 1] * pairs[2 * c + 1];
+      }
+#endif
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int half = 0; half < 2; ++half) {
+      store(sums + r * kTileColumns + half * kLanes, __builtin_convertvector(acc[r][half], Floats));
+    }
+  }
+}
+
+void gemm_int8(const int16_t* x, int64_t x_stride, const float* x_scales, int64_t rows, const int8_t* w,
+               const float* scales, const float* bias, float* y, int64_t in, int64_t out, int64_t begin, int64_t end) {
+  int16_t panel[kDepth * kTileColumns];
+  float sums[kTileRows * kTileColumns];
+  for (int64_t o = begin; o < end; o += kTileColumns) {
+    const int64_t columns = end - o < kTileColumns ? end - o : kTileColumns;
+    for (int64_t k = 0; k < in; k += kDepth) {
+      const int64_t left = (in - k + 1) / 2 * 2, depth = left < kDepth ? left : kDepth;
+      pack_panel(w + o * in, in, columns, k, depth, panel);
+      for (int64_t m = 0; m < rows; m += kTileRows) {
+        const int64_t count = rows - m < kTileRows ? rows - m : kTileRows;
+        const int16_t* tile = x + m * x_stride + k;
+        if (count == kTileRows) {
+          tile_int8<kTileRows>(tile, x_stride, panel, depth, sums);
+        } else {
+          for (int64_t r = 0; r < count; ++r) {
+            tile_int8<1>(tile + r * x_stride, x_stride, panel, depth, sums + r * kTileColumns);
+          }
+        }
+        for (int64_t r = 0; r < count; ++r) {
+          float* target = y + (m + r) * out + o;
+          for (int64_t c = 0; c < columns; ++c) {
+            const float product = sums[r * kTileColumns + c] * scales[o + c] * x_scales[m + r];
+            target[c] = product + (k > 0 ? target[c] : bias ? bias[o + c] : 0.0f);
+          }
+        }
+      }
+    }
   }
 }
 
@@ -355,8 +414,13 @@ void rope(const float* x, int64_t x_stride, float* y, int64_t y_stride, const fl
 
 void attend(const float* q, const float* keys, const float* values, int64_t stride, int64_t length, int64_t group,
             int64_t k, float scale, float softcap, float* scores, float* out) {
+  constexpr int64_t kAhead = 8;  // rows to prefetch ahead: they are too far apart for the processor to foresee
+  auto prefetch = [&](const float* row) {
+    for (int64_t i = 0; i < k; i += 2 * kLanes) __builtin_prefetch(row + kAhead * stride + i);
+  };
   for (int64_t j = 0; j < length; ++j) {
     const float* key = keys + j * stride;
+    prefetch(key);
     for (int64_t h = 0; h < group; ++h) {
       Floats dots{};
       for_pieces(
@@ -392,6 +456,7 @@ void attend(const float* q, const float* keys, const float* values, int64_t stri
   for_pieces(group * k, [&](int64_t i, int64_t count) { store_piece(out + i, Floats{}, count); });
   for (int64_t j = 0; j < length; ++j) {
     const float* value = values + j * stride;
+    prefetch(value);
     for (int64_t h = 0; h < group; ++h) {
       const float p = scores[h * length + j];
       float* target = out + h * k;
@@ -405,7 +470,7 @@ void attend(const float* q, const float* keys, const float* values, int64_t stri
 }  // namespace
 
 extern const KernelTable MOESAIC_KERNELS = {
-    gemv_f32,          gemv_bf16, quantize_int16, gemv_int8, quantize_int8, dequantize_int8, rms_norm,
+    gemv_f32,          gemv_bf16, quantize_int16, gemv_int8, gemm_int8, quantize_int8, rms_norm,
     rms_norm_backward, glu,       glu_backward,   rope,      attend,
 };
 
