@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "moesaic/base/check.h"
+#include "moesaic/generate/sampling.h"
 #include "moesaic/generate/sentence.h"
 #include "tests/generate/tiny_model.h"
 
@@ -28,6 +29,17 @@ Ids greedy_by_full_passes(models::CausalLM& model, Ids ids, int64_t tokens) {
   }
   return answer;
 }
+
+/// Scales an activation by the number its sequence has as its sentence.
+struct SentenceScale : nn::ScaleAdapter {
+  torch::Tensor forward(const torch::Tensor& y, nn::ForwardContext& context) override {
+    const torch::Tensor factors = context.sentence.index_select(0, context.segments);  // [N, 1]
+    return y * (y.dim() == 3 ? factors.unsqueeze(-1) : factors);
+  }
+  torch::Tensor forward_ffn(const torch::Tensor& act, const torch::Tensor& up, nn::ForwardContext& context) override {
+    return forward(act, context) * up;
+  }
+};
 
 class Generate : public ::testing::Test {
  protected:
@@ -106,6 +118,65 @@ TEST_F(Generate, TheCallbackCanStopItsSequence) {
   EXPECT_LE(answers[1].ids.size(), 2u);
   EXPECT_EQ(answers[1].finish_reason, "stop");
   EXPECT_EQ(answers[0].ids.size(), 6u);
+}
+
+TEST_F(Generate, ThePenaltySeesPromptAndAnswer) {
+  const SamplingOptions options{.max_new_tokens = 8, .repetition_penalty = 5.0};
+  for (const Ids& prompt : prompts_) {
+    Ids seen = prompt;
+    for (int64_t i = 0; i < options.max_new_tokens; ++i) {
+      torch::Tensor logits = full_logits(*model_, seen)[-1].contiguous();
+      apply_repetition_penalty({logits.data_ptr<float>(), static_cast<size_t>(logits.numel())}, seen, 5.0);
+      seen.push_back(logits.argmax().item<int64_t>());
+    }
+    EXPECT_EQ(generate(*model_, *tokenizer_, {prompt}, options)[0].ids, Ids(seen.begin() + prompt.size(), seen.end()));
+  }
+}
+
+TEST_F(Generate, SentencesAndRoutingFollowTheAnswersThatGoOn) {
+  for (const nn::ScaleSite& site : model_->sites().scales) {
+    site.slot->adapters.push_back(std::make_shared<SentenceScale>());
+  }
+  const torch::Tensor sentence = torch::tensor({{1.0f}, {-2.0f}, {3.0f}});
+  SamplingOptions options{.max_new_tokens = 8};
+  options.eos_ids = {
+      generate(*model_, *tokenizer_, {prompts_[0]}, options, nullptr, sentence.slice(0, 0, 1))[0].ids[1]};
+  std::vector<Ids> numbers;
+  const auto together = generate(*model_, *tokenizer_, prompts_, options, nullptr, sentence,
+                                 [&](const auto&, const Ids& sequences) { numbers.push_back(sequences); });
+  for (int64_t i = 0; i < 3; ++i) {
+    const auto alone = generate(*model_, *tokenizer_, {prompts_[i]}, options, nullptr, sentence.slice(0, i, i + 1));
+    EXPECT_EQ(together[i].ids, alone[0].ids) << i;
+    // Every token of an answer but the last is run through the model, and the prompt once before.
+    const auto runs =
+        std::count_if(numbers.begin(), numbers.end(), [&](const Ids& n) { return std::count(n.begin(), n.end(), i); });
+    EXPECT_EQ(runs, static_cast<int64_t>(together[i].ids.size())) << i;
+  }
+  EXPECT_LT(together[0].ids.size(), together[2].ids.size()) << "the first must end before the last";
+
+  // A session's cache belongs to the sentence it was made with.
+  Session session(*model_, *tokenizer_);
+  session.answer(prompts_[2], options, nullptr, sentence.slice(0, 0, 1));
+  EXPECT_EQ(session.answer(prompts_[2], options, nullptr, sentence.slice(0, 2, 3)).ids, together[2].ids);
+  EXPECT_EQ(session.reused(), 0);
+
+  // The embeddings that sentence routers read are the frozen model's: without a sentence these adapters cannot run.
+  EXPECT_NO_THROW(sentence_embeddings(*model_, nn::RaggedBatch::from_sequences(prompts_)));
+}
+
+TEST_F(Generate, AStopStringMayEndInTheLastHalfCharacter) {
+  // Every id is the first byte of a character that never goes on: decoded as U+FFFD when the answer ends.
+  Json vocab = Json::object();
+  for (int64_t i = 0; i < testing::kTinyVocab; ++i) vocab[fmt::format("<0x{:02X}>", 0xC3 + i)] = i;
+  const Json file = {
+      {"version", "1.0"},
+      {"added_tokens", Json::array()},
+      {"decoder", {{"type", "ByteFallback"}}},
+      {"model", {{"type", "BPE"}, {"byte_fallback", true}, {"merges", Json::array()}, {"vocab", vocab}}}};
+  const tokenizer::Tokenizer bytes(file.dump(), Json::object(), "bytes");
+  const Generation answer = generate(*model_, bytes, {prompts_[0]}, {.max_new_tokens = 1, .stop = {"\xEF\xBF\xBD"}})[0];
+  EXPECT_EQ(answer.text, "");
+  EXPECT_EQ(answer.finish_reason, "stop");
 }
 
 TEST_F(Generate, BadPromptsAreRefused) {

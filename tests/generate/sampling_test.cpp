@@ -57,6 +57,12 @@ TEST(TopP, KeepsTheSmallestSetThatReachesP) {
   EXPECT_THAT(kept(logits), ElementsAre(false, true, false, false));
 }
 
+TEST(TopP, StopsWhenPIsReachedAndPrefersTheFirstOfEquals) {
+  std::vector<float> logits(4, 0.0f);  // 0.25 each, exactly
+  apply_top_p(logits, 0.5);
+  EXPECT_THAT(kept(logits), ElementsAre(true, true, false, false));
+}
+
 TEST(MinP, IsRelativeToTheMostProbable) {
   std::vector<float> logits = logits_of({0.5, 0.24, 0.26});
   apply_min_p(logits, 0.5);  // 0.5 * 0.5 = 0.25
@@ -96,6 +102,16 @@ TEST(Sampler, FiltersInTransformersOrder) {
     std::vector<float> logits = logits_of({0.1, 0.4, 0.2, 0.3});
     const int64_t token = sampler.next(logits, {});
     EXPECT_TRUE(token == 1 || token == 3) << token;
+  }
+}
+
+TEST(Sampler, FiltersWhatTheTemperatureLeaves) {
+  // At temperature 0.5 probabilities are squared: 0.25, 0.09, 0.04 of 0.38. The first has 0.66 of them and is enough
+  // for top_p 0.6; its 0.5 at temperature 1 would not be.
+  Sampler sampler({.temperature = 0.5, .top_p = 0.6}, 1);
+  for (int i = 0; i < 100; ++i) {
+    std::vector<float> logits = logits_of({0.3, 0.5, 0.2});
+    EXPECT_EQ(sampler.next(logits, {}), 1);
   }
 }
 

@@ -38,6 +38,13 @@ TEST(StopStrings, AStopMayBeginInsideAFailedOne) {
   EXPECT_TRUE(stops.found());
 }
 
+TEST(StopStrings, HoldsTheLongestBeginningOfAnyStop) {
+  StopStrings stops({"<x", "ab<y"});
+  EXPECT_EQ(stops.push("ab<"), "");  // "<" alone may begin the first
+  EXPECT_EQ(stops.push("y"), "");
+  EXPECT_TRUE(stops.found());
+}
+
 TEST(StopStrings, NoStopsNothingHeld) {
   StopStrings stops({});
   EXPECT_EQ(stops.push("text"), "text");

@@ -124,6 +124,13 @@ TEST(RenderForTraining, FindsTurnsThatLoseTheirReasoning) {
               ElementsAre("one<eos>", "(so) two<eos>"));
 }
 
+TEST(RenderForTraining, ATurnNeverEndsInsideACharacter) {
+  // The sign behind a turn is é in the last one and è before; both begin with the same byte.
+  const char* source = "{% for m in messages %}{{ m.content }}{% if loop.last %}é{% else %}è{% endif %}{% endfor %}";
+  EXPECT_THAT(trained(source, R"([{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}])"),
+              ElementsAre("a"));
+}
+
 TEST(RenderForTraining, ATurnTheTemplateDoesNotShowIsAnError) {
   const char* last_only = "{{ messages[-1].content }}";
   EXPECT_THAT(

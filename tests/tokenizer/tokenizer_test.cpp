@@ -100,6 +100,18 @@ TEST(StreamDecoder, HoldsHalfACharacterBack) {
   EXPECT_EQ(stream.push(3), "b");
 }
 
+TEST(StreamDecoder, KeepsTheBlankThatADecoderStripsFromTheFirstToken) {
+  const auto tokenizer = std::make_shared<Tokenizer>(
+      R"({"version": "1.0", "added_tokens": [],
+          "decoder": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true},
+          "model": {"type": "WordLevel", "vocab": {"▁a": 0, "▁b": 1}, "unk_token": "▁a"}})",
+      Json::object(), "metaspace");
+  StreamDecoder stream(tokenizer);
+  EXPECT_EQ(stream.push(0), "a");
+  EXPECT_EQ(stream.push(1), " b");
+  EXPECT_EQ(stream.push(1), " b");
+}
+
 TEST(StreamDecoder, DoesNotWaitForeverForBytesThatAreNoCharacter) {
   StreamDecoder stream(tiny_tokenizer());
   std::string text;
