@@ -195,19 +195,22 @@ torch::Tensor cached_attention(const torch::Tensor& q, const torch::Tensor& k, c
                                const ForwardContext& context, const AttentionOptions& options) {
   const std::vector<int64_t>& offsets = context.offsets;
   const int64_t batch = static_cast<int64_t>(offsets.size()) - 1;
-  bool fresh = true;  // nothing cached yet
-  std::vector<std::pair<torch::Tensor, torch::Tensor>> cached;
+  bool fresh = true;   // nothing cached yet
+  bool single = true;  // one row per sequence
+  std::vector<std::pair<torch::Tensor, torch::Tensor>> cached(batch);
   for (int64_t b = 0; b < batch; ++b) {
     auto rows = [&](const torch::Tensor& x) { return x.slice(0, offsets[b], offsets[b + 1]); };
-    fresh = fresh && context.cache->length(b) == 0;
-    cached.push_back(context.cache->append(layer, b, rows(k), rows(v)));
+    const int64_t count = offsets[b + 1] - offsets[b];
+    fresh = fresh && count > 0 && context.cache->length(b) == 0;
+    single = single && count == 1;
+    if (count > 0) cached[b] = context.cache->append(layer, b, rows(k), rows(v));
   }
   if (fresh) return ragged_attention(q, k, v, offsets, options);
-  const bool single = q.size(0) == batch;
   if (single && q.is_cpu() && q.scalar_type() == torch::kFloat32)
     return decode_attention(q.contiguous(), cached, options);
   std::vector<torch::Tensor> parts;
   for (int64_t b = 0; b < batch; ++b) {
+    if (offsets[b] == offsets[b + 1]) continue;
     const torch::Tensor rows = q.slice(0, offsets[b], offsets[b + 1]);
     const auto& [keys, values] = cached[b];
     parts.push_back(options.softcap == 0 ? fused_attention(rows, keys, values, options)

@@ -24,8 +24,8 @@ struct AttentionOptions {
 torch::Tensor ragged_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
                                const std::vector<int64_t>& offsets, const AttentionOptions& options);
 
-/// The same with `context.cache`: appends k and v behind the cached rows of `layer` and attends to all of them. No
-/// gradient.
+/// The same with `context.cache`: appends k and v behind the cached rows of `layer` and attends to all of them. A
+/// sequence may have no new row. No gradient.
 torch::Tensor cached_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v, int64_t layer,
                                const ForwardContext& context, const AttentionOptions& options);
 

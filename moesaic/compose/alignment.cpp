@@ -1,0 +1,155 @@
+#include "moesaic/compose/alignment.h"
+
+#include "moesaic/base/check.h"
+
+namespace moesaic::compose {
+namespace {
+
+constexpr size_t kLongestChunk = 32;  // characters
+
+/// Unicode's White_Space property.
+bool is_white_space(char32_t c) {
+  return (c >= 0x09 && c <= 0x0D) || c == 0x20 || c == 0x85 || c == 0xA0 || c == 0x1680 ||
+         (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
+}
+
+/// The character at text[at] and its bytes. A byte that begins no character counts as one.
+std::pair<char32_t, size_t> character_at(std::string_view text, size_t at) {
+  const auto first = static_cast<unsigned char>(text[at]);
+  const size_t length = first < 0x80 ? 1 : first >= 0xF0 ? 4 : first >= 0xE0 ? 3 : first >= 0xC0 ? 2 : 1;
+  if (length == 1 || at + length > text.size()) return {first < 0x80 ? first : 0xFFFD, 1};
+  char32_t c = first & (0xFF >> (length + 1));
+  for (size_t i = 1; i < length; ++i) c = c << 6 | (static_cast<unsigned char>(text[at + i]) & 0x3F);
+  return {c, length};
+}
+
+/// Removes from a normalizer or pre-tokenizer what puts a blank in front of a text. Returns true when it is to be
+/// dropped as a whole. `words`: an earlier step has cut the text into words, each of which needs its mark.
+bool drop_prefix(Json& step, bool& words) {
+  if (!step.is_object()) return false;
+  const std::string type = step.value("type", "");
+  if (type == "Prepend") return true;
+  if (type == "WhitespaceSplit" || type == "Whitespace") words = true;
+  if (type == "ByteLevel") step["add_prefix_space"] = false;
+  if (type == "Metaspace" && !words) {
+    step["prepend_scheme"] = "never";
+    step.erase("add_prefix_space");
+  }
+  for (const char* list : {"normalizers", "pretokenizers"}) {
+    if (!step.contains(list) || !step[list].is_array()) continue;
+    Json kept = Json::array();
+    for (Json& part : step[list]) {
+      if (!drop_prefix(part, words)) kept.push_back(part);
+    }
+    step[list] = kept;
+  }
+  return false;
+}
+
+/// The tokenizer for text in the middle of a text.
+std::shared_ptr<const tokenizer::Tokenizer> continuation_of(std::shared_ptr<const tokenizer::Tokenizer> tokenizer) {
+  const Json original = parse_json(tokenizer->json(), "tokenizer.json");
+  Json json = original;
+  bool words = false;
+  for (const char* part : {"normalizer", "pre_tokenizer"}) {
+    if (json.contains(part) && drop_prefix(json[part], words)) json[part] = nullptr;
+  }
+  if (json == original) return tokenizer;
+  return std::make_shared<tokenizer::Tokenizer>(json.dump(), tokenizer->config(), "tokenizer.json");
+}
+
+}  // namespace
+
+bool same_tokenizer(const tokenizer::Tokenizer& a, const tokenizer::Tokenizer& b) {
+  if (a.json() == b.json()) return true;
+  const Json x = parse_json(a.json(), "tokenizer.json"), y = parse_json(b.json(), "tokenizer.json");
+  for (const char* part : {"model", "normalizer", "pre_tokenizer", "added_tokens"}) {
+    if (x.value(part, Json()) != y.value(part, Json())) return false;
+  }
+  return true;
+}
+
+size_t closed_chunk(std::string_view text) {
+  bool word = false;
+  size_t at = 0;
+  for (size_t characters = 1; at < text.size(); ++characters) {
+    const auto [c, bytes] = character_at(text, at);
+    const bool blank = is_white_space(c);
+    if (blank && word) return at;
+    word = word || !blank;
+    at += bytes;
+    if (characters == kLongestChunk) return at;
+  }
+  return 0;
+}
+
+Alignment::Alignment(std::shared_ptr<const tokenizer::Tokenizer> anchor,
+                     std::shared_ptr<const tokenizer::Tokenizer> augmenting, const std::string& rule,
+                     const std::string& policy)
+    : by_word_(rule == "word"), policy_(policy) {
+  MOESAIC_CHECK(rule == "word" || rule == "token", ConfigError, "align: got '{}', expected word or token", rule);
+  MOESAIC_CHECK(policy == "causal" || policy == "prefix" || policy == "full", ConfigError,
+                "mask: got '{}', expected causal, prefix or full", policy);
+  MOESAIC_CHECK((anchor == nullptr) == (augmenting == nullptr), ConfigError,
+                "one of two composed models has no tokenizer; expected both or none");
+  if (anchor == nullptr || same_tokenizer(*anchor, *augmenting)) return;
+  anchor_ = std::move(anchor);
+  augmenting_ = std::move(augmenting);
+  continuation_ = continuation_of(augmenting_);
+  const auto start = augmenting_->bos_id() ? augmenting_->bos_id() : augmenting_->eos_id();
+  if (start) start_ = {*start};
+  for (const std::string& text : anchor_->special_texts()) {
+    const auto id = anchor_->token_to_id(text);
+    if (!id) continue;
+    is_special_.resize(std::max<size_t>(is_special_.size(), *id + 1), 0);
+    is_special_[*id] = 1;
+  }
+}
+
+Aligner::Aligner(std::shared_ptr<const Alignment> alignment) : alignment_(std::move(alignment)) {
+  if (!alignment_->passes_ids()) decoder_.emplace(alignment_->anchor_);
+}
+
+/// Commits the first `bytes` of the open text.
+void Aligner::close(size_t bytes, std::vector<int64_t>& ids) {
+  const auto& tokenizer = at_start_ ? *alignment_->augmenting_ : *alignment_->continuation_;
+  for (const int64_t id : tokenizer.encode(std::string_view(open_).substr(0, bytes), /*add_special_tokens=*/false)) {
+    ids.push_back(id);
+  }
+  open_.erase(0, bytes);
+  at_start_ = false;
+}
+
+std::vector<int64_t> Aligner::read(int64_t id, bool border) {
+  if (frozen_) return {};
+  frozen_ = border && alignment_->policy_ == "prefix";
+  if (alignment_->passes_ids()) return {id};
+  std::vector<int64_t> ids;
+  if (history_.size() == 1) ids = alignment_->start_;
+  open_ += decoder_->push(id);
+  const bool special =
+      id >= 0 && id < std::ssize(alignment_->is_special_) && alignment_->is_special_[static_cast<size_t>(id)];
+  if (alignment_->by_word_) {
+    while (const size_t bytes = closed_chunk(open_)) close(bytes, ids);
+  }
+  if (!open_.empty() && (border || special || !alignment_->by_word_)) close(open_.size(), ids);
+  return ids;
+}
+
+std::vector<int64_t> Aligner::push(int64_t id, bool border) {
+  history_.emplace_back(id, border);
+  std::vector<int64_t> ids = read(id, border);
+  counts_.push_back(committed() + std::ssize(ids));
+  return ids;
+}
+
+void Aligner::truncate(int64_t tokens) {
+  MOESAIC_CHECK(tokens >= 0 && tokens <= this->tokens(), ShapeError, "aligner: cannot cut {} tokens to {}",
+                this->tokens(), tokens);
+  if (tokens == this->tokens()) return;
+  const std::vector<std::pair<int64_t, bool>> kept(history_.begin(), history_.begin() + tokens);
+  *this = Aligner(alignment_);
+  for (const auto& [id, border] : kept) push(id, border);
+}
+
+}  // namespace moesaic::compose

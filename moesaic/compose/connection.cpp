@@ -1,0 +1,134 @@
+#include "moesaic/compose/connection.h"
+
+#include "moesaic/nn/attention.h"
+#include "moesaic/nn/kernels.h"
+#include "moesaic/nn/rope.h"
+
+namespace moesaic::compose {
+namespace {
+
+constexpr double kNormEpsilon = 1e-6;
+
+torch::nn::Linear make_linear(int64_t in, int64_t out, bool bias, const torch::TensorOptions& options) {
+  torch::nn::Linear linear(torch::nn::LinearOptions(in, out).bias(bias));
+  linear->to(options.device(), options.dtype().toScalarType());
+  return linear;
+}
+
+torch::Tensor project(const torch::nn::Linear& linear, const torch::Tensor& x) {
+  return nn::linear_rows(x, linear->weight, linear->bias);
+}
+
+std::vector<int64_t> lengths(const std::vector<int64_t>& offsets) {
+  std::vector<int64_t> result(offsets.size() - 1);
+  for (size_t b = 0; b < result.size(); ++b) result[b] = offsets[b + 1] - offsets[b];
+  return result;
+}
+
+/// True when both sides have the same rows and c(t) = t + 1: ordinary causal attention.
+bool is_causal_square(const KeysValues& keys_values, const Visibility& seen) {
+  if (keys_values.offsets != seen.query_offsets) return false;
+  for (size_t b = 0; b + 1 < seen.query_offsets.size(); ++b) {
+    for (int64_t n = seen.query_offsets[b]; n < seen.query_offsets[b + 1]; ++n) {
+      if (seen.visible[n] != n - seen.query_offsets[b] + 1) return false;
+    }
+  }
+  return true;
+}
+
+/// One sequence's queries [T, H, k], of which each sees at least one key [S, H, k].
+torch::Tensor attend(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+                     std::span<const int64_t> visible) {
+  auto heads_first = [](const torch::Tensor& x) { return x.transpose(0, 1).unsqueeze(0); };  // [1, H, T, k]
+  std::optional<torch::Tensor> mask;
+  const int64_t keys = k.size(0);
+  if (visible.front() < keys) {  // counts do not decrease
+    const torch::Tensor counts = torch::tensor(c10::IntArrayRef(visible.data(), visible.size()), torch::kInt64);
+    mask = (torch::arange(keys, torch::kInt64).unsqueeze(0) < counts.unsqueeze(1)).to(q.device());
+  }
+  return at::scaled_dot_product_attention(heads_first(q), heads_first(k), heads_first(v), mask)
+      .squeeze(0)
+      .transpose(0, 1);
+}
+
+}  // namespace
+
+torch::Tensor prefix_attention(const torch::Tensor& q, const KeysValues& keys_values, const Visibility& seen) {
+  if (keys_values.cached.empty() && is_causal_square(keys_values, seen)) {
+    const double scale = 1.0 / std::sqrt(static_cast<double>(q.size(2)));
+    return nn::ragged_attention(q, keys_values.k, keys_values.v, seen.query_offsets, {.scale = scale});
+  }
+  const std::vector<int64_t> rows = lengths(seen.query_offsets);
+  const std::vector<torch::Tensor> queries = q.split_with_sizes(rows);
+  auto sequences = keys_values.cached;
+  if (sequences.empty()) {
+    const auto k = keys_values.k.split_with_sizes(lengths(keys_values.offsets));
+    const auto v = keys_values.v.split_with_sizes(lengths(keys_values.offsets));
+    for (size_t b = 0; b < k.size(); ++b) sequences.emplace_back(k[b], v[b]);
+  }
+  std::vector<torch::Tensor> parts;
+  for (size_t b = 0; b < rows.size(); ++b) {
+    const std::span<const int64_t> visible(seen.visible.data() + seen.query_offsets[b], static_cast<size_t>(rows[b]));
+    const int64_t blind = std::upper_bound(visible.begin(), visible.end(), 0) - visible.begin();
+    if (blind > 0) parts.push_back(torch::zeros({blind, q.size(1), q.size(2)}, q.options().requires_grad(false)));
+    if (blind == rows[b]) continue;
+    // What no query sees takes no part, so that its presence cannot change a result.
+    const auto& [k, v] = sequences[b];
+    parts.push_back(attend(queries[b].slice(0, blind), k.slice(0, 0, visible.back()), v.slice(0, 0, visible.back()),
+                           visible.subspan(static_cast<size_t>(blind))));
+  }
+  return at::cat(parts);
+}
+
+ConnectionImpl::ConnectionImpl(const ConnectionConfig& config, int64_t augmenting_width, int64_t anchor_width,
+                               const torch::TensorOptions& options)
+    : config_(config), heads_(config.num_heads), head_dim_(anchor_width / config.num_heads) {
+  proj_ = register_module("proj", make_linear(augmenting_width, anchor_width, /*bias=*/true, options));
+  auto square = [&](const char* name) {
+    return register_module(name, make_linear(anchor_width, anchor_width, config.attention_bias, options));
+  };
+  q_proj_ = square("q_proj");
+  k_proj_ = square("k_proj");
+  v_proj_ = square("v_proj");
+  o_proj_ = square("o_proj");
+  if (config.norm == "post") {
+    norm_ = register_module("norm", nn::RmsNorm(anchor_width, kNormEpsilon, /*offset=*/1.0, options));
+    norm_->weight.set_requires_grad(true);
+  }
+}
+
+void ConnectionImpl::initialize(at::Generator generator) {
+  torch::NoGradGuard no_grad;
+  for (torch::nn::Linear* linear : {&proj_, &q_proj_, &k_proj_, &v_proj_, &o_proj_}) {
+    torch::Tensor& weight = (*linear)->weight;
+    const double deviation = 1.0 / std::sqrt(static_cast<double>(weight.size(1)));
+    weight.copy_(torch::empty(weight.sizes(), torch::kFloat32).normal_(0.0, deviation, generator));
+    if ((*linear)->bias.defined()) (*linear)->bias.zero_();
+  }
+  if (config_.output_init == "zero") o_proj_->weight.zero_();
+  if (!norm_.is_empty()) norm_->weight.zero_();
+}
+
+std::pair<torch::Tensor, torch::Tensor> ConnectionImpl::keys_values(const torch::Tensor& states,
+                                                                    const nn::RotaryTables& rope) {
+  const torch::Tensor p = project(proj_, states.to(proj_->weight.dtype()));
+  torch::Tensor k = project(k_proj_, p).view({-1, heads_, head_dim_});
+  if (config_.cross_position == "rope") k = nn::apply_rope(k, rope);
+  return {k, project(v_proj_, p).view({-1, heads_, head_dim_})};
+}
+
+torch::Tensor ConnectionImpl::forward(const torch::Tensor& h, const nn::RotaryTables& rope,
+                                      const KeysValues& keys_values, const Visibility& seen) {
+  const int64_t rows = h.size(0);
+  torch::Tensor q = project(q_proj_, h.to(q_proj_->weight.dtype())).view({rows, heads_, head_dim_});
+  if (config_.cross_position == "rope") q = nn::apply_rope(q, rope);
+  torch::Tensor y = project(o_proj_, prefix_attention(q, keys_values, seen).reshape({rows, heads_ * head_dim_}));
+  if (!norm_.is_empty()) y = norm_->forward(y);
+  if (std::find(seen.visible.begin(), seen.visible.end(), 0) != seen.visible.end()) {
+    const torch::Tensor counts = torch::tensor(seen.visible, torch::kInt64).to(y.device());
+    y = y.masked_fill((counts == 0).unsqueeze(1), 0.0);
+  }
+  return y.to(h.dtype());
+}
+
+}  // namespace moesaic::compose

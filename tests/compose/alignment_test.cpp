@@ -1,0 +1,259 @@
+#include "moesaic/compose/alignment.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <random>
+
+#include "moesaic/formats/checkpoint.h"
+#include "tests/compose/tokenizers.h"
+
+namespace moesaic::compose {
+namespace {
+
+using test::golden_tokenizer;
+using ::testing::ElementsAre;
+using tokenizer::Tokenizer;
+using Ids = std::vector<int64_t>;
+using TokenizerPtr = std::shared_ptr<const Tokenizer>;
+
+std::shared_ptr<const Alignment> alignment(TokenizerPtr anchor, TokenizerPtr augmenting,
+                                           const std::string& rule = "word", const std::string& policy = "causal") {
+  return std::make_shared<Alignment>(std::move(anchor), std::move(augmenting), rule, policy);
+}
+
+/// What a sequence commits, step by step.
+struct Reading {
+  Ids ids;
+  Ids counts;  // c(t)
+};
+Reading read(std::shared_ptr<const Alignment> how, const Ids& anchor_ids, const std::vector<size_t>& borders = {}) {
+  Aligner aligner(std::move(how));
+  Reading reading;
+  for (size_t i = 0; i < anchor_ids.size(); ++i) {
+    const bool border = std::find(borders.begin(), borders.end(), i + 1) != borders.end();
+    for (const int64_t id : aligner.push(anchor_ids[i], border)) reading.ids.push_back(id);
+    reading.counts.push_back(aligner.committed());
+  }
+  return reading;
+}
+
+/// The text of each prefix as far as its characters are complete.
+std::vector<std::string> complete_texts(const TokenizerPtr& anchor, const Ids& ids) {
+  tokenizer::StreamDecoder decoder(anchor);
+  std::vector<std::string> texts;
+  std::string text;
+  for (const int64_t id : ids) texts.push_back(text += decoder.push(id));
+  return texts;
+}
+
+/// Random text out of pieces that meet badly.
+std::string random_text(uint64_t seed) {
+  static const std::vector<std::string> pieces{"un", "til", " ",      "  ",  "\n", "'ll",  "123",
+                                               "é",  "ß",   "ий",     "人",  "รุ่ง", "👍🏽", "👨‍👩‍👧",
+                                               ".",  ", ",  " tomor", "row", "\t", "🇨🇭",   "x"};
+  std::mt19937_64 random(seed);
+  std::string text;
+  for (size_t i = 0, n = 1 + random() % 24; i < n; ++i) text += pieces[random() % pieces.size()];
+  return text;
+}
+
+std::vector<std::string> all_texts() {
+  std::vector<std::string> texts = test::hard_texts();
+  for (uint64_t seed = 0; seed < 150; ++seed) texts.push_back(random_text(seed));
+  return texts;
+}
+
+TEST(ClosedChunk, BlanksThenWordUntilTheNextBlank) {
+  EXPECT_EQ(closed_chunk("until"), 0u);
+  EXPECT_EQ(closed_chunk("until "), 5u);
+  EXPECT_EQ(closed_chunk("  until\nx"), 7u);
+  EXPECT_EQ(closed_chunk("   "), 0u);                       // the word behind the blanks is still to come
+  EXPECT_EQ(closed_chunk("\xC2\xA0word\xE3\x80\x80"), 6u);  // no-break space, ideographic space
+  EXPECT_EQ(closed_chunk(std::string(31, 'a')), 0u);
+  EXPECT_EQ(closed_chunk(std::string(32, 'a')), 32u);  // cut for ever, whatever follows
+  std::string thai;
+  for (int i = 0; i < 40; ++i) thai += "\xE0\xB8\x81";
+  EXPECT_EQ(closed_chunk(thai), 96u);  // 32 characters of 3 bytes
+}
+
+TEST(Alignment, SameTokenizerPassesIdsThrough) {
+  const TokenizerPtr a = golden_tokenizer("gpt2"), b = golden_tokenizer("gpt2", "");
+  EXPECT_TRUE(same_tokenizer(*a, *b));
+  EXPECT_FALSE(same_tokenizer(*a, *golden_tokenizer("llama3")));
+  const Ids ids{0, 17, 5, 99};
+  const Reading reading = read(alignment(a, b), ids);
+  EXPECT_EQ(reading.ids, ids);
+  EXPECT_THAT(reading.counts, ElementsAre(1, 2, 3, 4));
+}
+
+TEST(Alignment, WordsAreCommittedOnceTheirEndIsKnown) {
+  const TokenizerPtr anchor = golden_tokenizer("gpt2"), aug = golden_tokenizer("llama3");
+  const auto how = alignment(anchor, aug);
+  // " ships" is spelt in pieces by neither or either; only its last piece and the blank behind it decide.
+  const Ids text = anchor->encode("ships that", false);
+  const Reading open = read(how, text);
+  const Ids ships = aug->encode("ships", false), that = aug->encode(" that", false);
+  Ids expected{0};  // BOS
+  expected.insert(expected.end(), ships.begin(), ships.end());
+  EXPECT_EQ(open.ids, expected) << "' that' may go on";
+  EXPECT_EQ(open.counts.front(), 1);
+  expected.insert(expected.end(), that.begin(), that.end());
+  EXPECT_EQ(read(how, text, {text.size()}).ids, expected) << "the prompt ends here";
+  Ids closed = text;
+  closed.push_back(1);  // </s>, a special token: a border without text
+  EXPECT_EQ(read(how, closed).ids, expected);
+  EXPECT_EQ(read(how, closed).counts.back(), std::ssize(expected));
+}
+
+TEST(Alignment, TokenRuleReadsEachAnchorTokenAtOnce) {
+  const TokenizerPtr anchor = golden_tokenizer("llama3"), aug = golden_tokenizer("gpt2");
+  const Ids ids = anchor->encode("The keeper", false);
+  const Reading reading = read(alignment(anchor, aug, "token"), ids);
+  Ids expected{0};
+  for (size_t i = 0; i < ids.size(); ++i) {
+    for (const int64_t id : aug->encode(anchor->decode({ids[i]}, true), false)) expected.push_back(id);
+    EXPECT_EQ(reading.counts[i], std::ssize(Ids(expected))) << i;
+  }
+  EXPECT_EQ(reading.ids, expected);
+}
+
+TEST(Alignment, HalfACharacterCommitsNothing) {
+  const TokenizerPtr anchor = golden_tokenizer("gpt2"), aug = golden_tokenizer("llama3");
+  const Ids ids = anchor->encode("👍", false);
+  ASSERT_EQ(ids.size(), 4u) << "one token per byte";
+  const Reading reading = read(alignment(anchor, aug, "token"), ids);
+  EXPECT_THAT(reading.counts, ElementsAre(1, 1, 1, 1 + std::ssize(aug->encode("👍", false))));
+}
+
+TEST(Alignment, PrefixPolicyReadsThePromptOnly) {
+  const TokenizerPtr anchor = golden_tokenizer("gpt2"), aug = golden_tokenizer("llama3");
+  const Ids ids = anchor->encode("The ships passed before dawn", false);
+  for (const auto& [a, b] : {std::pair(anchor, aug), std::pair(anchor, anchor)}) {
+    const Reading causal = read(alignment(a, b), ids, {9}), prefix = read(alignment(a, b, "word", "prefix"), ids, {9});
+    for (size_t t = 0; t < ids.size(); ++t) EXPECT_EQ(prefix.counts[t], causal.counts[std::min<size_t>(t, 8)]) << t;
+    EXPECT_LT(prefix.ids.size(), causal.ids.size());
+  }
+}
+
+TEST(Alignment, BlankInFrontComesOnceOnly) {
+  const TokenizerPtr anchor = golden_tokenizer("gpt2"), aug = golden_tokenizer("llama2");
+  const Reading reading = read(alignment(anchor, aug), anchor->encode("the long book", false), {100});
+  Ids closed = anchor->encode("the long book", false);
+  const Reading all = read(alignment(anchor, aug), closed, {closed.size()});
+  EXPECT_EQ(aug->decode(all.ids, true), "the long book");
+  EXPECT_LT(reading.ids.size(), all.ids.size());
+}
+
+TEST(Alignment, BadWordsAreSaid) {
+  EXPECT_THROW(Alignment(nullptr, nullptr, "words", "causal"), ConfigError);
+  EXPECT_THROW(Alignment(nullptr, nullptr, "word", "none"), ConfigError);
+  EXPECT_THROW(Alignment(golden_tokenizer("gpt2"), nullptr, "word", "causal"), ConfigError);
+}
+
+/// The law of the commit rule, for every pair of tokenizers: what is committed at a position is the reading of the text
+/// known there. Two anchors that spell the text differently must agree wherever they know the same text.
+TEST(AlignmentLaw, CommittedIdsAreAFunctionOfTheKnownText) {
+  const std::vector<std::string> anchors{"gpt2", "llama3", "llama2"}, augs{"gpt2", "llama3", "llama2", "unigram"};
+  for (const std::string& name : augs) {
+    const TokenizerPtr aug = golden_tokenizer(name);
+    for (const std::string& text : all_texts()) {
+      std::map<std::string, Ids> by_text;  // known text -> committed ids
+      int64_t compared = 0;
+      for (const std::string& anchor_name : anchors) {
+        if (anchor_name == name) continue;
+        const TokenizerPtr anchor = golden_tokenizer(anchor_name);
+        const Ids ids = anchor->encode(text, false);
+        const Reading reading = read(alignment(anchor, aug), ids);
+        const auto known = complete_texts(anchor, ids);
+        for (size_t t = 0; t < ids.size(); ++t) {
+          ASSERT_LE(reading.counts[t], std::ssize(reading.ids));
+          if (t > 0) ASSERT_GE(reading.counts[t], reading.counts[t - 1]);
+          const Ids committed(reading.ids.begin(), reading.ids.begin() + reading.counts[t]);
+          const auto [place, fresh] = by_text.emplace(known[t], committed);
+          compared += !fresh;
+          EXPECT_EQ(place->second, committed) << anchor_name << " -> " << name << " after '" << known[t] << "'";
+        }
+      }
+      EXPECT_GT(compared, 0) << text;
+    }
+  }
+}
+
+TEST(AlignmentLaw, NothingBehindTheKnownTextIsRead) {
+  for (const char* rule : {"word", "token"}) {
+    for (const auto& [anchor_name, aug_name] : {std::pair("gpt2", "llama3"), std::pair("llama3", "gpt2"),
+                                                std::pair("llama2", "gpt2"), std::pair("llama3", "llama2")}) {
+      const TokenizerPtr anchor = golden_tokenizer(anchor_name), aug = golden_tokenizer(aug_name);
+      const auto how = alignment(anchor, aug, rule);
+      for (const std::string& text : all_texts()) {
+        const Ids ids = anchor->encode(text, false);
+        const Reading reading = read(how, ids);
+        const auto known = complete_texts(anchor, ids);
+        for (size_t t = 0; t < ids.size(); ++t) {
+          const Ids committed(reading.ids.begin(), reading.ids.begin() + reading.counts[t]);
+          const std::string seen = aug->decode(committed, /*skip_special_tokens=*/true);
+          EXPECT_TRUE(known[t].starts_with(seen)) << rule << " '" << seen << "' of '" << known[t] << "'";
+          if (std::string(rule) == "token") EXPECT_EQ(known[t], seen);
+        }
+      }
+    }
+  }
+}
+
+/// Byte-level tokenizers cut a text at the same places as chunks do, so nothing about their reading is unusual.
+TEST(AlignmentLaw, WordRuleIsCanonicalForByteLevelTokenizers) {
+  for (const auto& [anchor_name, aug_name] : {std::pair("gpt2", "llama3"), std::pair("llama3", "gpt2")}) {
+    const TokenizerPtr anchor = golden_tokenizer(anchor_name), aug = golden_tokenizer(aug_name);
+    for (const char* text : {"The keeper wrote until tomorrow, and nobody'll ask.", "Möwen über den Dächern: élèves",
+                             "In 1984 there were 365 entries, it cost $3.50", "смотритель маяка считал корабли"}) {
+      const Ids ids = anchor->encode(text, false);
+      Ids expected{0};
+      for (const int64_t id : aug->encode(text, false)) expected.push_back(id);
+      EXPECT_EQ(read(alignment(anchor, aug), ids, {ids.size()}).ids, expected) << text;
+    }
+  }
+}
+
+TEST(Aligner, TruncateGoesBackExactly) {
+  const TokenizerPtr anchor = golden_tokenizer("gpt2"), aug = golden_tokenizer("llama3");
+  const auto how = alignment(anchor, aug);
+  for (const std::string& text : test::hard_texts()) {
+    const Ids ids = anchor->encode(text, false);
+    const size_t border = ids.size() / 2 + 1;
+    const Reading expected = read(how, ids, {border});
+    for (size_t kept = 0; kept <= ids.size(); kept += 3) {
+      Aligner aligner(how);
+      for (size_t i = 0; i < ids.size(); ++i) aligner.push(ids[i], i + 1 == border);
+      aligner.truncate(static_cast<int64_t>(kept));
+      EXPECT_EQ(aligner.tokens(), std::ssize(Ids(ids.begin(), ids.begin() + kept)));
+      Ids again(expected.ids.begin(), expected.ids.begin() + aligner.committed());
+      for (size_t i = kept; i < ids.size(); ++i) {
+        for (const int64_t id : aligner.push(ids[i], i + 1 == border)) again.push_back(id);
+        EXPECT_EQ(aligner.committed(), expected.counts[i]);
+      }
+      EXPECT_EQ(again, expected.ids);
+    }
+  }
+}
+
+/// A real tokenizer reads what the small ones spell.
+TEST(AlignmentLaw, SmolLM2) {
+  const std::filesystem::path path =
+      std::filesystem::path(MOESAIC_SOURCE_DIR) / ".cache/models/SmolLM2-135M-Instruct.Q4_1.gguf";
+  if (!std::filesystem::exists(path)) GTEST_SKIP() << "the model of `make demo` is not there";
+  const TokenizerPtr smol = Tokenizer::open(*formats::Checkpoint::open(path));
+  for (const auto& [anchor, aug] :
+       {std::pair<TokenizerPtr, TokenizerPtr>(smol, golden_tokenizer("llama3")), {golden_tokenizer("gpt2"), smol}}) {
+    const auto how = alignment(anchor, aug);
+    for (const std::string& text : all_texts()) {
+      const Ids ids = anchor->encode(text, false);
+      const Reading reading = read(how, ids, {ids.size()});
+      const Ids begun(reading.ids.begin() + 1, reading.ids.end());  // without BOS
+      EXPECT_EQ(aug->decode(begun, /*skip_special_tokens=*/true), text);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace moesaic::compose

@@ -1,0 +1,37 @@
+// The tokenizers of golden/, and texts that are hard on them.
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "moesaic/base/json.h"
+#include "moesaic/tokenizer/tokenizer.h"
+
+namespace moesaic::test {
+
+/// gpt2, llama3 (byte-level BPE), llama2 (BPE with byte fallback and a blank put in front), unigram. `start`: the name
+/// of its BOS, or "" for a tokenizer without BOS and EOS.
+inline std::shared_ptr<tokenizer::Tokenizer> golden_tokenizer(const std::string& name,
+                                                              const std::string& start = "<s>") {
+  const std::string path = std::string(MOESAIC_SOURCE_DIR) + "/tests/compose/golden/" + name + ".json";
+  const Json config = start.empty() ? Json::object() : Json{{"bos_token", start}, {"eos_token", "</s>"}};
+  return std::make_shared<tokenizer::Tokenizer>(read_file(path), config, path);
+}
+
+inline const std::vector<std::string>& hard_texts() {
+  static const std::vector<std::string> texts{
+      "The keeper wrote until tomorrow, and nobody'll ask.",
+      "  two  blanks\n\n   and\tlines \r\n",
+      "Möwen über den Dächern: élèves, crêpes — naïve café",
+      "смотритель маяка считал корабли",
+      "老守塔人数着黎明前经过的船只，把每一个名字都写进一本灰色的长书里。书里还有风暴和沉船的故事。",
+      "คนเฝ้าประภาคารนับเรือที่แล่นผ่านก่อนรุ่งสาง",
+      "👍🏽 family 👨‍👩‍👧‍👦 flags 🇨🇭🇹🇭 end",
+      "def f(x):\n    return x**2  # 1234567",
+      "a",
+      "supercalifragilisticexpialidociousantidisestablishmentarianism!",
+  };
+  return texts;
+}
+
+}  // namespace moesaic::test
