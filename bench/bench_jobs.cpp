@@ -51,7 +51,7 @@ Loaded load(const Json& job, const std::string& method) {
   config.num_experts = method == "molora" || method == "mov" ? job["experts"].get<int64_t>() : 1;
   config.lora_rank = job["rank"];
   config.lora_alpha = 16;
-  config = adapters::resolve_targets(config, "all-linear", loaded.model->sites());
+  config = adapters::resolve_targets(config, "all-linear");
   loaded.adapter = adapters::Adapter::create(config, loaded.model->sites(), loaded.model->device(), /*seed=*/1);
   return loaded;
 }

@@ -80,7 +80,7 @@ class Demo {
     config.base_model_name_or_path = options_.model;
     config.base_fingerprint = checkpoint_->fingerprint();
     config.base_dtype = dtype_name(model_->dtype());
-    config = adapters::resolve_targets(config, "", model_->sites());
+    config = adapters::resolve_targets(config, "");
     auto adapter = adapters::Adapter::create(config, model_->sites(), device_, common_.seed);
 
     Run run;

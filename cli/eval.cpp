@@ -75,19 +75,13 @@ Runner add_eval(CLI::App& app, CommonOptions& common) {
   auto options = std::make_shared<Options>();
   options->eval.generation.max_new_tokens = 128;
   add_model_options(app, options->model);
-  app.add_option("--tasks", options->tasks, "Task files or folders, comma-separated or repeated")
-      ->required()
-      ->delimiter(',');
+  add_task_options(app, options->tasks, options->task, options->eval);
   app.add_option("--batch_size", options->batch_size, "Questions side by side, or auto")->capture_default_str();
-  app.add_option("--limit", options->task.limit, "Questions per task at most; 0 = all")
-      ->capture_default_str()
-      ->check(CLI::NonNegativeNumber);
   app.add_option("--num_fewshot", options->task.num_fewshot,
                  "Positive examples in the prompt (Super-NaturalInstructions)")
       ->capture_default_str()
       ->check(CLI::Range(0, 100));
   app.add_flag("--generate", options->task.generate, "Let the model write even where the answers are a closed set");
-  app.add_flag("--apply_chat_template", options->eval.apply_chat_template, "Ask through the model's chat template");
   app.add_flag("--score_eos", options->eval.score_eos, "Score the EOS token behind each choice too, as T0 does");
   app.add_option("--target_delimiter", options->eval.target_delimiter,
                  "Between prompt and choice, without chat template")

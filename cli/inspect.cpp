@@ -59,8 +59,10 @@ OrderedJson inspect_adapter(const fs::path& path, bool list) {
   const formats::AdapterFolder folder = formats::read_adapter_folder(path);
   const adapters::AdapterConfig config =
       adapters::parse_adapter_config(folder.config, (path / "adapter_config.json").string());
-  OrderedJson report = {
-      {"kind", "adapter"}, {"path", path.string()}, {"method", config.method}, {"num_experts", config.num_experts}};
+  OrderedJson report = {{"kind", "adapter"},
+                        {"path", path.string()},
+                        {"method", config.method},
+                        {"num_experts", adapters::experts_json(config)}};
   if (config.method == "lora" || config.method == "molora") {
     report["lora_rank"] = config.lora_rank;
     report["lora_alpha"] = config.lora_alpha;
@@ -153,7 +155,7 @@ OrderedJson inspect_method(const Options& options) {
   adapters::AdapterConfig config = options.adapter;
   config.method = options.method;
   if (options.targets.empty() || options.targets == "reference" || options.targets == "all-linear") {
-    config = adapters::resolve_targets(config, options.targets, model->sites());
+    config = adapters::resolve_targets(config, options.targets);
   } else {
     const std::vector<std::string> names = CLI::detail::split(options.targets, ',');
     config.targets = names;

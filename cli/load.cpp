@@ -44,6 +44,15 @@ void add_sampling_options(CLI::App& app, generate::SamplingOptions& options) {
       ->group(group);
 }
 
+void add_task_options(CLI::App& app, std::vector<std::string>& tasks, eval::TaskOptions& task,
+                      eval::EvalOptions& options) {
+  app.add_option("--tasks", tasks, "Task files or folders, comma-separated or repeated")->required()->delimiter(',');
+  app.add_option("--limit", task.limit, "Questions per task at most; 0 = all")
+      ->capture_default_str()
+      ->check(CLI::NonNegativeNumber);
+  app.add_flag("--apply_chat_template", options.apply_chat_template, "Ask through the model's chat template");
+}
+
 AdapterFlag parse_adapter_flag(const std::string& flag) {
   AdapterFlag adapter;
   std::string rest = flag;
@@ -76,10 +85,10 @@ AdapterFlag parse_adapter_flag(const std::string& flag) {
   return adapter;
 }
 
-std::vector<int64_t> LoadedModel::eos_ids() const {
-  std::set<int64_t> ids(model->config().eos_ids.begin(), model->config().eos_ids.end());
-  const Json generation = checkpoint->generation_config();
-  if (auto it = generation.find("eos_token_id"); it != generation.end()) {
+std::vector<int64_t> eos_ids(const models::CausalLM& model, const Json& generation_config,
+                             const tokenizer::Tokenizer* tokenizer) {
+  std::set<int64_t> ids(model.config().eos_ids.begin(), model.config().eos_ids.end());
+  if (auto it = generation_config.find("eos_token_id"); it != generation_config.end()) {
     for (const Json& id : it->is_array() ? *it : Json::array({*it})) {
       if (id.is_number_integer()) ids.insert(id.get<int64_t>());
     }

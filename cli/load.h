@@ -29,6 +29,10 @@ struct AdapterFlag {
 /// Throws UsageError when the folder does not exist or the scale is no number.
 AdapterFlag parse_adapter_flag(const std::string& flag);
 
+/// Ids that end an answer: those of generation_config.json, of the model's config and of the tokenizer, if any.
+std::vector<int64_t> eos_ids(const models::CausalLM& model, const Json& generation_config,
+                             const tokenizer::Tokenizer* tokenizer);
+
 /// A model ready to run. The adapters are destroyed first: they detach from the model's sites.
 struct LoadedModel {
   std::shared_ptr<formats::Checkpoint> checkpoint;
@@ -38,8 +42,9 @@ struct LoadedModel {
   std::vector<std::string> adapter_names;
   std::vector<std::unique_ptr<adapters::Adapter>> adapters;
 
-  /// Ids that end an answer: those of generation_config.json, config.json and the tokenizer.
-  std::vector<int64_t> eos_ids() const;
+  std::vector<int64_t> eos_ids() const {
+    return cli::eos_ids(*model, checkpoint->generation_config(), tokenizer.get());
+  }
   /// True when a router reads a sentence embedding.
   bool routes_by_sentence() const;
   /// Sentence embeddings [B, d_e] for `prompts`, made by the frozen model; undefined when no router reads them.
@@ -48,6 +53,10 @@ struct LoadedModel {
   /// The same as eval/ wants it. Throws UsageError when adapters want sentence vectors of different sources.
   eval::EvalModel for_evaluation() const;
 };
+
+/// --tasks, --limit and --apply_chat_template.
+void add_task_options(CLI::App& app, std::vector<std::string>& tasks, eval::TaskOptions& task,
+                      eval::EvalOptions& options);
 
 /// The flags that say how tokens are chosen.
 void add_sampling_options(CLI::App& app, generate::SamplingOptions& options);

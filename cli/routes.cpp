@@ -77,13 +77,7 @@ int run(const Options& options, const CommonOptions& common) {
 Runner add_routes(CLI::App& app, CommonOptions& common) {
   auto options = std::make_shared<Options>();
   add_model_options(app, options->model);
-  app.add_option("--tasks", options->tasks, "Task files or folders, comma-separated or repeated")
-      ->required()
-      ->delimiter(',');
-  app.add_option("--limit", options->task.limit, "Questions per task at most; 0 = all")
-      ->capture_default_str()
-      ->check(CLI::NonNegativeNumber);
-  app.add_flag("--apply_chat_template", options->eval.apply_chat_template, "Ask through the model's chat template");
+  add_task_options(app, options->tasks, options->task, options->eval);
   app.add_option("--text", options->text, "A text to show token by token");
   app.add_option("-o,--output", options->output, "Where to write: PATH.json and PATH.html")->capture_default_str();
   return [options, &common] { return run(*options, common); };

@@ -1,11 +1,12 @@
 // moesaic train: a run file becomes an adapter.
 #include <iostream>
 
-#include "cli/command.h"
+#include "cli/load.h"
 #include "moesaic/base/device.h"
 #include "moesaic/base/progress.h"
 #include "moesaic/base/seed.h"
 #include "moesaic/base/yaml.h"
+#include "moesaic/eval/evaluate.h"
 #include "moesaic/formats/model_folder.h"
 #include "moesaic/train/memory.h"
 #include "moesaic/train/run_config.h"
@@ -35,6 +36,7 @@ class TrainCommand {
     open_model();
     attach_adapter();
     open_data();
+    open_tasks();
     checkpoint_.reset();  // unmaps the files: the weights are copied
     describe();
     if (options_.dry_run) {
@@ -87,7 +89,7 @@ class TrainCommand {
     if (full()) return;
     auto config = run_.adapter;
     const bool no_targets = std::visit([](const auto& targets) { return targets.empty(); }, config.targets);
-    if (no_targets) config = adapters::resolve_targets(config, run_.target_preset, model_->sites());
+    if (no_targets) config = adapters::resolve_targets(config, run_.target_preset);
     config.base_model_name_or_path = run_.model_name_or_path;
     config.base_dtype = dtype_name(dtype_);
     if (run_.init == "pretrained" && !options_.dry_run) config.base_fingerprint = checkpoint_->fingerprint();
@@ -113,6 +115,31 @@ class TrainCommand {
     }
   }
 
+  void open_tasks() {
+    if (!run_.eval_tasks.empty()) tasks_ = eval::load_tasks(run_.eval_tasks, {.limit = run_.eval_limit});
+  }
+
+  /// {"<task>/<metric>", value} for every task: asked as training renders its data.
+  std::vector<std::pair<std::string, double>> task_scores() {
+    eval::EvalModel model{*model_, renderer_->tokenizer(), renderer_->chat_template()};
+    if (!full() && adapter_->config().router.input == "sentence") {
+      const bool hidden = adapter_->config().router.sentence_source == "hidden";
+      (hidden ? model.sentence_from_hidden : model.sentence_from_column) = true;
+    }
+    eval::EvalOptions options;
+    options.apply_chat_template = model.chat_template != nullptr;
+    options.target_delimiter = "";  // as in training, where nothing stands between prompt and answer
+    options.generation.max_new_tokens = 128;
+    options.generation.eos_ids = eos_ids(*model_, generation_config_, &renderer_->tokenizer());
+    std::vector<std::pair<std::string, double>> scores;
+    for (const eval::Task& task : tasks_) {
+      for (const auto& [metric, mean] : eval::evaluate(model, task, options).metrics) {
+        scores.emplace_back(task.name + "/" + metric, mean.value);
+      }
+    }
+    return scores;
+  }
+
   void describe() {
     fmt::print("model      {} ({}, {} parameters, {} on {})\n", run_.model_name_or_path, model_->config().model_type,
                format_count(static_cast<double>(base_parameters_)), dtype_name(dtype_), device_.str());
@@ -122,9 +149,10 @@ class TrainCommand {
       for (const auto& parameter : adapter_->parameters()) trainable += parameter.tensor.numel();
       const auto& config = adapter_->config();
       fmt::print("method     {}{}\n", config.method,
-                 config.num_experts > 1 ? fmt::format(", {} experts, {} router on {}", config.num_experts,
-                                                      config.router.type, config.router.input)
-                                        : "");
+                 config.num_experts > 1
+                     ? fmt::format(", {} experts, {} router on {}", adapters::experts_json(config).dump(),
+                                   config.router.type, config.router.input)
+                     : "");
       std::vector<std::string> hits;
       for (const auto& [pattern, count] : adapter_->matches()) hits.push_back(fmt::format("{} {}", pattern, count));
       fmt::print("sites      {}\n", fmt::join(hits, ", "));
@@ -176,13 +204,15 @@ class TrainCommand {
 
   int train_and_finish() {
     std::unique_ptr<Progress> progress;
+    auto show = [&](const train::StepLog& log) {
+      if (!progress) progress = std::make_unique<Progress>("train", log.max_steps, log.step - 1);
+      progress->update(log.step,
+                       fmt::format("loss {:.4f}, {} tokens/s", log.loss, format_count(log.tokens_per_second)));
+    };
+    train::TaskEvaluation evaluate_tasks;
+    if (!tasks_.empty()) evaluate_tasks = [this] { return task_scores(); };
     const auto result = train::train(*model_, adapter_.get(), *mixture_, eval_examples_, run_.train,
-                                     mixture_->epoch_size(), [&](const train::StepLog& log) {
-                                       if (!progress)
-                                         progress = std::make_unique<Progress>("train", log.max_steps, log.step - 1);
-                                       progress->update(log.step, fmt::format("loss {:.4f}, {} tokens/s", log.loss,
-                                                                              format_count(log.tokens_per_second)));
-                                     });
+                                     mixture_->epoch_size(), show, evaluate_tasks);
     if (progress) progress->finish();
     if (result.interrupted) {
       fmt::print(stderr, "stopped after step {}; go on with:\n  moesaic train {}{} --resume auto\n", result.steps,
@@ -248,6 +278,7 @@ class TrainCommand {
   std::shared_ptr<data::Renderer> renderer_;
   std::unique_ptr<data::Mixture> mixture_;
   std::vector<data::Example> eval_examples_;
+  std::vector<eval::Task> tasks_;  // of the `eval` key
   int64_t base_parameters_ = 0;
 };
 

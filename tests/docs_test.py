@@ -19,10 +19,14 @@ def difference(what, documented, real):
 
 
 def run_keys():
-    table = re.search(r"return Json\{(.*?)\n    \};", read("moesaic/train/run_config.cpp"), re.DOTALL).group(1)
+    source = read("moesaic/train/run_config.cpp")
+    table = re.search(r"Json json\{(.*?)\};\n", source, re.DOTALL).group(1)
+    keys = set(re.findall(r'^ *\{"(\w+)", ', table, re.MULTILINE) + re.findall(r'visit\("(\w+)", ', source))
+    eval_keys = re.findall(r'\{"(\w+)", ', re.search(r'\{"eval", \{(.*?)\}\},\n', table).group(1))
     router = re.search(r"struct RouterConfig \{(.*?)\n\};", read("moesaic/adapters/adapter.h"), re.DOTALL).group(1)
     router_keys = re.findall(r"^  [\w:]+ (\w+) = ", router, re.MULTILINE)
-    return set(re.findall(r'\{"(\w+)", ', table)) | {f"router.{key}" for key in router_keys}
+    return keys - {"eval"} | {"router.dtype"} | {
+        f"router.{key}" for key in router_keys} | {f"eval.{key}" for key in eval_keys}
 
 
 def verbs():

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "moesaic/adapters/claim.h"
 #include "moesaic/adapters/targets.h"
 #include "moesaic/formats/adapter_folder.h"
 #include "moesaic/nn/site.h"
@@ -22,18 +23,20 @@ struct RouterConfig {
   double init_std = 0.02;
   double jitter = 0.0;  // multiplicative uniform(1-j, 1+j) on the router's input while training
   double temperature = 1.0;
+  bool head_wise = true;  // mov at heads: a vector and a router row per head, or one of each over all heads
 };
 
 /// Everything that defines an adapter. Parsed from a run's keys or from adapter_config.json.
 struct AdapterConfig {
-  std::string method;  // lora | ia3 | mov | molora
-  int64_t num_experts = 1;
+  std::string method;                        // lora | ia3 | mov | molora
+  int64_t num_experts = 1;                   // at every site, or the largest of `layer_experts`
+  std::map<int64_t, int64_t> layer_experts;  // experts by layer; empty = num_experts everywhere
   int64_t lora_rank = 8;
   double lora_alpha = 16;
   double lora_dropout = 0.0;
   bool use_rslora = false;
   TargetPattern targets;                 // names or dotted suffixes, or one full regex
-  std::vector<std::string> feedforward;  // (IA)^3 and MoV: targets that scale their input
+  std::vector<std::string> feedforward;  // (IA)^3 and MoV: targets that scale their input, not their output
   TargetPattern exclude;                 // same rule, taken away
   std::map<std::string, int64_t> rank_pattern;
   std::map<std::string, double> alpha_pattern;
@@ -46,6 +49,9 @@ struct AdapterConfig {
   std::string base_fingerprint;  // Checkpoint::fingerprint()
   std::string base_dtype;
   Json extra = Json::object();  // PEFT keys we carry but do not use
+
+  /// Experts at a site of `layer`, which must be one of layer_experts' when that is not empty.
+  int64_t experts_at(int64_t layer) const { return layer_experts.empty() ? num_experts : layer_experts.at(layer); }
 };
 
 /// A trainable tensor and the group it belongs to.
@@ -57,7 +63,7 @@ struct AdapterParameter {
 
 /// The method's preset targets: `reference` or `all-linear` (lora, molora; "" means all-linear); keys, values and the
 /// FFN branch for ia3 and mov.
-AdapterConfig resolve_targets(AdapterConfig config, const std::string& preset, const nn::Sites& sites);
+AdapterConfig resolve_targets(AdapterConfig config, const std::string& preset);
 
 class Adapter {
  public:
@@ -75,24 +81,32 @@ class Adapter {
   /// Trainable leaves, ordered by layer and site.
   virtual std::vector<AdapterParameter> parameters() = 0;
   /// The parameters' gradients in the file's names and layouts (zeros where none was computed). For parity tests.
-  virtual formats::TensorMap gradients() const = 0;
+  formats::TensorMap gradients() const;
   /// The adapter in the file's names and layouts (float32).
-  virtual formats::AdapterFolder folder() const = 0;
+  formats::AdapterFolder folder() const;
   /// Replaces the parameters by those of a folder() of the same config. Every tensor is claimed once and every
   /// parameter gets one, or DataError lists all that do not fit.
-  virtual void load_tensors(const formats::TensorMap& tensors) = 0;
+  void load_tensors(const formats::TensorMap& tensors) { claim_tensors(file_tensors(), tensors); }
   /// Sites per target pattern: {"q_proj", 30}.
-  virtual std::vector<std::pair<std::string, int64_t>> matches() const = 0;
+  const std::vector<std::pair<std::string, int64_t>>& matches() const { return matches_; }
   void save(const std::filesystem::path& dir) const { formats::write_adapter_folder(dir, folder()); }
 
  protected:
+  /// Every parameter as it stands in the folder.
+  virtual std::vector<FileTensor> file_tensors() const = 0;
+
   AdapterConfig config_;
+  std::vector<std::pair<std::string, int64_t>> matches_;
 };
 
 /// adapter_config.json <-> AdapterConfig. Settings that would change the function and are not implemented (DoRA,
 /// biases, modules_to_save, ...) are refused, all in one message.
 AdapterConfig parse_adapter_config(const Json& json, const std::string& where);
 Json adapter_config_json(const AdapterConfig& config);
+/// A run's or a file's `num_experts`: a number, or {"0-7": 4, "8": 10} by layer. Throws ConfigError naming every range
+/// that is none, overlaps another or has no fitting number.
+void parse_experts(const Json& json, const std::string& where, AdapterConfig& config);
+Json experts_json(const AdapterConfig& config);
 /// The keys of a `router:` block.
 RouterConfig parse_router_config(const Json& json, const std::string& where);
 Json router_config_json(const RouterConfig& router);

@@ -1,4 +1,6 @@
 // adapter_config.json <-> AdapterConfig, and the presets of a run's lora_target.
+#include <regex>
+
 #include "moesaic/adapters/adapter.h"
 #include "moesaic/base/check.h"
 #include "moesaic/moe/router.h"
@@ -71,13 +73,56 @@ AdapterConfig parse_adapter_config(const Json& json, const std::string& where) {
 
   const Json block = get_or<Json>(json, "moesaic", Json::object(), where);
   const std::string in = where + ": moesaic";
-  config.num_experts = get_or<int64_t>(block, "num_experts", 1, in);
+  if (block.contains("num_experts")) parse_experts(block["num_experts"], in + ": num_experts", config);
   config.k_site = get_or<std::string>(block, "k_site", "output", in);
   config.base_fingerprint = get_or<std::string>(block, "base_fingerprint", "", in);
   config.base_dtype = get_or<std::string>(block, "base_dtype", "", in);
   config.router = parse_router_config(get_or<Json>(block, "router", Json::object(), in), in + ": router");
   validate(config, where);
   return config;
+}
+
+void parse_experts(const Json& json, const std::string& where, AdapterConfig& config) {
+  config.layer_experts.clear();
+  if (!json.is_object()) {
+    config.num_experts = get<int64_t>({{"num_experts", json}}, "num_experts", where);
+    return;
+  }
+  constexpr int64_t kMostLayers = 100000;
+  const std::regex range("([0-9]{1,6})(-([0-9]{1,6}))?");
+  std::vector<std::string> wrong;
+  for (const auto& [key, value] : json.items()) {
+    std::smatch match;
+    const bool fits = std::regex_match(key, match, range);
+    const int64_t first = fits ? std::stoll(match[1]) : 0;
+    const int64_t last = fits && match[3].matched ? std::stoll(match[3]) : first;
+    if (!fits || last < first || last >= kMostLayers || !value.is_number_integer()) {
+      wrong.push_back(fmt::format("'{}': {}", key, value.dump().substr(0, 60)));
+      continue;
+    }
+    for (int64_t layer = first; layer <= last; ++layer) {
+      if (!config.layer_experts.emplace(layer, value.get<int64_t>()).second) {
+        wrong.push_back(fmt::format("'{}': layer {} stands twice", key, layer));
+      }
+    }
+  }
+  MOESAIC_CHECK(wrong.empty() && !config.layer_experts.empty(), ConfigError,
+                "{}: got {}; expected a number, or numbers by layers as {{\"0-7\": 4, \"8\": 10}}", where,
+                wrong.empty() ? "no layer" : fmt::format("{}", fmt::join(wrong, ", ")));
+  config.num_experts = 0;
+  for (const auto& [layer, experts] : config.layer_experts) config.num_experts = std::max(config.num_experts, experts);
+}
+
+Json experts_json(const AdapterConfig& config) {
+  if (config.layer_experts.empty()) return config.num_experts;
+  Json json = Json::object();
+  for (auto it = config.layer_experts.begin(); it != config.layer_experts.end();) {
+    const auto [first, experts] = *it;
+    int64_t last = first;
+    while (++it != config.layer_experts.end() && it->first == last + 1 && it->second == experts) ++last;
+    json[last == first ? std::to_string(first) : fmt::format("{}-{}", first, last)] = experts;
+  }
+  return json;
 }
 
 RouterConfig parse_router_config(const Json& json, const std::string& where) {
@@ -91,6 +136,7 @@ RouterConfig parse_router_config(const Json& json, const std::string& where) {
   router.init_std = get_or(json, "init_std", router.init_std, where);
   router.jitter = get_or(json, "jitter", router.jitter, where);
   router.temperature = get_or(json, "temperature", router.temperature, where);
+  router.head_wise = get_or(json, "head_wise", router.head_wise, where);
   return router;
 }
 
@@ -103,7 +149,8 @@ Json router_config_json(const RouterConfig& router) {
           {"sentence_source", router.sentence_source},
           {"init_std", router.init_std},
           {"jitter", router.jitter},
-          {"temperature", router.temperature}};
+          {"temperature", router.temperature},
+          {"head_wise", router.head_wise}};
 }
 
 void validate(const AdapterConfig& config, const std::string& where) {
@@ -140,6 +187,14 @@ void validate(const AdapterConfig& config, const std::string& where) {
          fmt::format("router.jitter: got {}, expected 0 to below 1", router.jitter));
   expect(router.temperature > 0 && std::isfinite(router.temperature),
          fmt::format("router.temperature: got {}, expected a number > 0", router.temperature));
+  expect(
+      router.head_wise || config.method == "mov",
+      fmt::format("router.head_wise: got false with {}, expected true: only mov has vectors per head", config.method));
+  for (const auto& [layer, experts] : config.layer_experts) {
+    expect(experts >= 1 && experts <= config.num_experts && (router.type != "top_k" || router.top_k <= experts),
+           fmt::format("num_experts of layer {}: got {}, expected {} to {}", layer, experts,
+                       router.type == "top_k" ? router.top_k : 1, config.num_experts));
+  }
   moe::parse_topk_mode(router.topk_mode);
   moe::parse_router_input(router.input);
   if (!wrong.empty()) throw ConfigError(fmt::format("{}: {}", where, fmt::join(wrong, "; ")));
@@ -173,7 +228,7 @@ Json adapter_config_json(const AdapterConfig& config) {
     json["feedforward_modules"] = config.feedforward;
   }
   json["moesaic"] = {{"version", kVersion},
-                     {"num_experts", config.num_experts},
+                     {"num_experts", experts_json(config)},
                      {"router", router_config_json(config.router)},
                      {"k_site", config.k_site},
                      {"base_fingerprint", config.base_fingerprint},
@@ -181,7 +236,7 @@ Json adapter_config_json(const AdapterConfig& config) {
   return json;
 }
 
-AdapterConfig resolve_targets(AdapterConfig config, const std::string& preset, const nn::Sites& sites) {
+AdapterConfig resolve_targets(AdapterConfig config, const std::string& preset) {
   if (config.method == "ia3" || config.method == "mov") {
     MOESAIC_CHECK(preset == "reference" || preset == "all-linear" || preset.empty(), UsageError,
                   "lora_target: got '{}', expected a list of modules for {}", preset, config.method);

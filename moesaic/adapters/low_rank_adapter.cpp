@@ -17,6 +17,7 @@ class LowRankAdapter : public Adapter {
     std::vector<std::string> paths;
     for (const nn::LinearSite& site : sites.linears) paths.push_back(site.name);
     matches_ = count_matches(config_.targets, paths);
+    check_layer_experts(config_, sites);
     const int64_t hidden = sites.linears.front().in;
     const auto options = torch::TensorOptions().dtype(torch::kFloat32);
     for (const nn::LinearSite& site : sites.linears) {
@@ -25,16 +26,16 @@ class LowRankAdapter : public Adapter {
       const int64_t rank = pattern_value(config_.rank_pattern, site.name, config_.lora_rank);
       const double alpha = pattern_value(config_.alpha_pattern, site.name, config_.lora_alpha);
       experts->index = site.index;
-      experts->experts = config_.num_experts;
+      experts->experts = config_.experts_at(site.layer);
       experts->rank = rank;
       experts->scale = effect * alpha / (config_.use_rslora ? std::sqrt(static_cast<double>(rank)) : rank);
       experts->dropout = config_.lora_dropout;
-      const std::vector<int64_t> a_shape{config_.num_experts, rank, site.in};
+      const std::vector<int64_t> a_shape{experts->experts, rank, site.in};
       experts->a = device.is_meta() ? torch::empty(a_shape, options.device(device))
                                     : torch::empty(a_shape, options)
                                           .normal_(0, 0.02, make_generator(derive_seed(seed, site.name + ".lora_A")))
                                           .to(device);
-      experts->b = torch::zeros({config_.num_experts * rank, site.out}, options.device(device));
+      experts->b = torch::zeros({experts->width(), site.out}, options.device(device));
       experts->router = make_router(config_, site.name, site.layer, site.in, hidden, device, seed);
       moe::LowRankGroup::of(*site.group)->add(experts, trainable);
       attached_.push_back({site, experts});
@@ -57,22 +58,6 @@ class LowRankAdapter : public Adapter {
     return result;
   }
 
-  formats::TensorMap gradients() const override {
-    formats::TensorMap result;
-    for (const FileTensor& tensor : file_tensors()) result[tensor.key] = tensor.gradient();
-    return result;
-  }
-
-  formats::AdapterFolder folder() const override {
-    formats::AdapterFolder result{adapter_config_json(config_), {}};
-    for (const FileTensor& tensor : file_tensors()) result.tensors[tensor.key] = tensor.value();
-    return result;
-  }
-
-  void load_tensors(const formats::TensorMap& tensors) override { claim_tensors(file_tensors(), tensors); }
-
-  std::vector<std::pair<std::string, int64_t>> matches() const override { return matches_; }
-
  private:
   struct Attached {
     nn::LinearSite site;
@@ -80,7 +65,7 @@ class LowRankAdapter : public Adapter {
   };
 
   /// lora: A [r, in], B [out, r]; molora: A [E, r, in], B [E, out, r], router [E, d_u].
-  std::vector<FileTensor> file_tensors() const {
+  std::vector<FileTensor> file_tensors() const override {
     std::vector<FileTensor> result;
     const bool stacked = config_.method == "molora";
     for (const Attached& attached : attached_) {
@@ -113,7 +98,6 @@ class LowRankAdapter : public Adapter {
   }
 
   std::vector<Attached> attached_;
-  std::vector<std::pair<std::string, int64_t>> matches_;
 };
 
 }  // namespace

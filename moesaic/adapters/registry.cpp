@@ -26,6 +26,18 @@ std::unique_ptr<Adapter> make(AdapterConfig config, nn::Sites& sites, const torc
 
 }  // namespace
 
+formats::TensorMap Adapter::gradients() const {
+  formats::TensorMap result;
+  for (const FileTensor& tensor : file_tensors()) result[tensor.key] = tensor.gradient();
+  return result;
+}
+
+formats::AdapterFolder Adapter::folder() const {
+  formats::AdapterFolder result{adapter_config_json(config_), {}};
+  for (const FileTensor& tensor : file_tensors()) result.tensors[tensor.key] = tensor.value();
+  return result;
+}
+
 std::unique_ptr<Adapter> Adapter::create(AdapterConfig config, nn::Sites& sites, const torch::Device& device,
                                          uint64_t seed) {
   validate(config, "adapter");

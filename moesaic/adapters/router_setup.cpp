@@ -1,5 +1,6 @@
 #include "moesaic/adapters/router_setup.h"
 
+#include "moesaic/base/check.h"
 #include "moesaic/base/seed.h"
 
 namespace moesaic::adapters {
@@ -10,12 +11,32 @@ bool is_target(const AdapterConfig& config, const std::string& path, int64_t lay
          (layers.empty() || std::find(layers.begin(), layers.end(), layer) != layers.end());
 }
 
+void check_layer_experts(const AdapterConfig& config, const nn::Sites& sites) {
+  if (config.layer_experts.empty()) return;
+  std::set<int64_t> layers, absent, foreign;
+  for (const nn::LinearSite& site : sites.linears) {
+    layers.insert(site.layer);
+    if (is_target(config, site.name, site.layer) && !config.layer_experts.contains(site.layer)) {
+      absent.insert(site.layer);
+    }
+  }
+  for (const auto& [layer, experts] : config.layer_experts) {
+    if (!layers.contains(layer)) foreign.insert(layer);
+  }
+  std::vector<std::string> wrong;
+  if (!absent.empty()) wrong.push_back(fmt::format("no number for layers {}", fmt::join(absent, ", ")));
+  if (!foreign.empty()) wrong.push_back(fmt::format("the model has no layers {}", fmt::join(foreign, ", ")));
+  MOESAIC_CHECK(wrong.empty(), UsageError, "num_experts: got {}: {}; expected every adapted one of 0-{}",
+                experts_json(config).dump(), fmt::join(wrong, "; "), *layers.rbegin());
+}
+
 moe::Router make_router(const AdapterConfig& config, const std::string& path, int64_t layer, int64_t own_width,
                         int64_t hidden, const torch::Device& device, uint64_t seed) {
   moe::Router router;
   router.site = path;
   router.layer = layer;
-  if (config.num_experts == 1) return router;
+  const int64_t experts = config.experts_at(layer);
+  if (experts == 1) return router;
   router.options.input = moe::parse_router_input(config.router.input);
   router.options.top_k = config.router.type == "top_k" ? config.router.top_k : 0;
   router.options.topk_mode = moe::parse_topk_mode(config.router.topk_mode);
@@ -28,8 +49,8 @@ moe::Router make_router(const AdapterConfig& config, const std::string& path, in
   }
   const auto options = torch::TensorOptions().dtype(torch::kFloat32);
   router.weight = device.is_meta()
-                      ? torch::empty({config.num_experts, width}, options.device(device))
-                      : torch::empty({config.num_experts, width}, options)
+                      ? torch::empty({experts, width}, options.device(device))
+                      : torch::empty({experts, width}, options)
                             .normal_(0, config.router.init_std, make_generator(derive_seed(seed, path + ".router")))
                             .to(device);
   return router;

@@ -9,6 +9,10 @@ namespace moesaic::adapters {
 /// True when the config's targets, exclusions and layers mean this site.
 bool is_target(const AdapterConfig& config, const std::string& path, int64_t layer);
 
+/// Throws UsageError listing every layer with a targeted linear that `layer_experts` leaves out, and every layer of it
+/// that the model has not.
+void check_layer_experts(const AdapterConfig& config, const nn::Sites& sites);
+
 /// The router of one site: weight [E, d_u] ~ Normal(0, init_std); undefined when E = 1.
 /// own_width: width of the site's own input; hidden: d, the width of layer_input and of pooled states.
 moe::Router make_router(const AdapterConfig& config, const std::string& path, int64_t layer, int64_t own_width,

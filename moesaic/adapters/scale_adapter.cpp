@@ -19,100 +19,117 @@ class VectorAdapter : public Adapter {
     }
     MOESAIC_CHECK(config_.k_site == "output" || sites.has_qk_norm, UsageError,
                   "k_site: got post_qk_norm, expected output: this model ({}) has no query/key norm", sites.model_type);
-    std::vector<const nn::ScaleSite*> usable;
+    check_layer_experts(config_, sites);
+    const std::vector<Place> places = usable_places(sites);
     std::vector<std::string> paths;
-    for (const nn::ScaleSite& site : sites.scales) {
-      if (usable_kind(site)) {
-        usable.push_back(&site);
-        paths.push_back(site.name);
-      }
-    }
+    for (const Place& place : places) paths.push_back(place.name);
     matches_ = count_matches(config_.targets, paths);
     const auto options = torch::TensorOptions().dtype(torch::kFloat32).device(device);
-    const int64_t e = config_.num_experts;
-    for (const nn::ScaleSite* site : usable) {
-      if (!is_target(config_, site->name, site->layer)) continue;
-      const bool heads = site->heads > 0;
+    for (const Place& place : places) {
+      if (!is_target(config_, place.name, place.layer)) continue;
+      const int64_t e = config_.experts_at(place.layer);
+      const bool per_head = place.heads > 0 && config_.router.head_wise;
+      const int64_t width = per_head ? place.width : std::max<int64_t>(1, place.heads) * place.width;
       torch::Tensor vectors =
-          heads ? torch::ones({e, site->heads, site->width}, options) : torch::ones({e, site->width}, options);
-      moe::Router router = make_router(config_, site->name, site->layer, site->width, site->hidden, device, seed);
+          per_head ? torch::ones({e, place.heads, width}, options) : torch::ones({e, width}, options);
+      moe::Router router = make_router(config_, place.name, place.layer, width, place.hidden, device, seed);
       vectors.set_requires_grad(trainable);
       if (router.defined()) router.weight.set_requires_grad(trainable);
       auto experts = std::make_shared<moe::ScaleExperts>(vectors, router, effect);
-      site->slot->adapters.push_back(experts);
-      attached_.push_back({*site, experts});
+      if (place.slot != nullptr) {
+        place.slot->adapters.push_back(experts);
+      } else {
+        moe::InputScales::of(*place.group)->add(place.index, experts);
+      }
+      attached_.push_back({place, experts});
+    }
+    for (const std::string& name : config_.feedforward) {
+      const bool used = std::any_of(attached_.begin(), attached_.end(), [&](const Attached& a) {
+        return matches_target(std::vector<std::string>{name}, a.place.name);
+      });
+      MOESAIC_CHECK(used, UsageError, "feedforward_modules: got '{}', expected some of the targets", name);
     }
   }
 
   ~VectorAdapter() override {
-    for (Attached& a : attached_)
-      std::erase(a.site.slot->adapters, std::static_pointer_cast<nn::ScaleAdapter>(a.experts));
+    for (Attached& a : attached_) {
+      if (a.place.slot != nullptr) {
+        std::erase(a.place.slot->adapters, std::static_pointer_cast<nn::ScaleAdapter>(a.experts));
+      } else {
+        moe::InputScales::of(*a.place.group)->remove(a.experts, *a.place.group);
+      }
+    }
   }
 
   std::vector<AdapterParameter> parameters() override {
     std::vector<AdapterParameter> result;
     for (const Attached& a : attached_) {
-      result.push_back({a.site.name + (mixture() ? ".mov" : ".ia3_l"), a.experts->vectors, false});
-      if (a.experts->router.defined()) result.push_back({a.site.name + ".router", a.experts->router.weight, true});
+      result.push_back({a.place.name + (mixture() ? ".mov" : ".ia3_l"), a.experts->vectors, false});
+      if (a.experts->router.defined()) result.push_back({a.place.name + ".router", a.experts->router.weight, true});
     }
     return result;
   }
 
-  formats::TensorMap gradients() const override {
-    formats::TensorMap result;
-    for (const FileTensor& tensor : file_tensors()) result[tensor.key] = tensor.gradient();
-    return result;
-  }
-
-  formats::AdapterFolder folder() const override {
-    formats::AdapterFolder result{adapter_config_json(config_), {}};
-    for (const FileTensor& tensor : file_tensors()) result.tensors[tensor.key] = tensor.value();
-    return result;
-  }
-
-  void load_tensors(const formats::TensorMap& tensors) override { claim_tensors(file_tensors(), tensors); }
-
-  std::vector<std::pair<std::string, int64_t>> matches() const override { return matches_; }
-
  private:
+  /// Where a linear may be scaled: a slot of the model, or its input.
+  struct Place {
+    std::string name;
+    int64_t layer, heads, width, hidden;  // as nn::ScaleSite
+    bool input;                           // scales what the linear reads
+    nn::ScaleSlot* slot;                  // nullptr: the input of member `index` of `group`
+    nn::LinearGroup* group;
+    int64_t index;
+  };
+
   struct Attached {
-    nn::ScaleSite site;
+    Place place;
     std::shared_ptr<moe::ScaleExperts> experts;
   };
 
   bool mixture() const { return config_.method == "mov"; }
 
-  /// One of the kinds at a module is meant: the FFN branch for feedforward targets, else the output, or for keys the
-  /// point behind the per-head norm when the config says so.
-  bool usable_kind(const nn::ScaleSite& site) const {
-    const bool feedforward = matches_target(config_.feedforward, site.name);
-    if (site.kind == nn::ScaleKind::kFfn) return feedforward;
-    if (feedforward) return false;
-    const bool behind_norm = is_key(site.name) && config_.k_site == "post_qk_norm";
-    return (site.kind == nn::ScaleKind::kPostHeadNorm) == behind_norm;
+  /// One place per linear: for feedforward targets its input (of down_proj the FFN branch, which is the same for a
+  /// fixed vector), else the output, or for keys the point behind the per-head norm when the config says so.
+  std::vector<Place> usable_places(const nn::Sites& sites) const {
+    std::vector<Place> places;
+    std::set<std::string> branches;
+    for (const nn::ScaleSite& site : sites.scales) {
+      const bool branch = site.kind == nn::ScaleKind::kFfn;
+      if (branch) branches.insert(site.name);
+      if (matches_target(config_.feedforward, site.name) != branch) continue;
+      const bool behind_norm = is_key(site.name) && config_.k_site == "post_qk_norm";
+      if (!branch && (site.kind == nn::ScaleKind::kPostHeadNorm) != behind_norm) continue;
+      places.push_back({site.name, site.layer, site.heads, site.width, site.hidden, branch, site.slot, nullptr, 0});
+    }
+    const int64_t hidden = sites.linears.front().in;
+    for (const nn::LinearSite& site : sites.linears) {
+      if (!matches_target(config_.feedforward, site.name) || branches.contains(site.name)) continue;
+      places.push_back({site.name, site.layer, 0, site.in, hidden, true, nullptr, site.group, site.index});
+    }
+    std::stable_sort(places.begin(), places.end(), [](const Place& a, const Place& b) { return a.layer < b.layer; });
+    return places;
   }
 
-  /// ia3: ia3_l [out, 1], or [1, in] at a feedforward module; mov: mov.weight [E, H, k] or [E, f], router [E, d_u].
-  std::vector<FileTensor> file_tensors() const {
+  /// ia3: ia3_l [out, 1], or [1, in] at a feedforward module; mov: mov.weight [E, H, k], or [E, width] at flat places
+  /// and without head_wise, router [E, d_u].
+  std::vector<FileTensor> file_tensors() const override {
     std::vector<FileTensor> result;
     for (const Attached& a : attached_) {
       const torch::Tensor v = a.experts->vectors;
       std::vector<int64_t> shape = v.sizes().vec();
       if (!mixture()) {
-        shape = a.site.kind == nn::ScaleKind::kFfn ? std::vector<int64_t>{1, v.numel()}
-                                                   : std::vector<int64_t>{v.numel(), 1};
+        shape = a.place.input ? std::vector<int64_t>{1, v.numel()} : std::vector<int64_t>{v.numel(), 1};
       }
       auto to_file = [shape](const torch::Tensor& t) { return t.detach().reshape(shape).cpu().contiguous(); };
-      result.push_back({a.site.name + (mixture() ? ".mov.weight" : ".ia3_l"), shape,
+      result.push_back({a.place.name + (mixture() ? ".mov.weight" : ".ia3_l"), shape,
                         [v](const torch::Tensor& t) { torch::Tensor(v).copy_(t.view(v.sizes())); },
                         [v, to_file] { return to_file(v); }, [v, to_file] { return to_file(gradient_or_zeros(v)); }});
-      if (a.experts->router.defined()) result.push_back(router_file_tensor(a.site.name, a.experts->router.weight));
+      if (a.experts->router.defined()) result.push_back(router_file_tensor(a.place.name, a.experts->router.weight));
     }
     return result;
   }
 
   std::vector<Attached> attached_;
-  std::vector<std::pair<std::string, int64_t>> matches_;
 };
 
 }  // namespace

@@ -71,8 +71,8 @@ class Renderer {
   std::vector<int64_t> render_prompt(const OrderedJson& messages, const OrderedJson& tools = nullptr) const;
   /// The prompt of a row: without the assistant's last turn, or without the target. Equals the start of render(row).
   std::vector<int64_t> render_prompt(const Row& row) const;
-  /// Whether rows with a prompt are rendered by the chat template.
-  bool uses_chat() const { return chat_ != nullptr; }
+  /// The template that renders rows with a prompt; nullptr: raw text.
+  const tokenizer::ChatTemplate* chat_template() const { return chat_.get(); }
   const tokenizer::Tokenizer& tokenizer() const { return *tokenizer_; }
   const RenderOptions& options() const { return options_; }
 

@@ -5,11 +5,15 @@
 namespace moesaic::exporting {
 namespace {
 
-/// Expert `e` of a tensor of the folder, under PEFT's name; undefined for routers.
+/// Expert `e` of a tensor of the folder, under PEFT's name; undefined for routers and where a layer has no expert e.
 std::pair<std::string, at::Tensor> expert_tensor(const std::string& name, const at::Tensor& tensor, int64_t e,
                                                  const adapters::AdapterConfig& config) {
   const auto ends_with = [&](const char* suffix) { return name.ends_with(suffix); };
+  const bool stacked = config.method == "molora" || config.method == "mov";
   if (ends_with(".router.weight")) return {};
+  MOESAIC_CHECK(!stacked || tensor.dim() >= 2, DataError, "{}: got shape [{}], expected one entry per expert", name,
+                fmt::join(tensor.sizes(), ", "));
+  if (stacked && e >= tensor.size(0)) return {};
   if (config.method == "molora") return {name, tensor[e].contiguous()};
   if (ends_with(".mov.weight")) {
     const std::string site = name.substr(0, name.size() - std::string_view(".mov.weight").size());
@@ -18,6 +22,20 @@ std::pair<std::string, at::Tensor> expert_tensor(const std::string& name, const 
     return {site + ".ia3_l", scales_input ? vector.view({1, -1}) : vector.view({-1, 1})};
   }
   return {name, tensor};
+}
+
+/// Targets by their whole paths: for an expert that not every layer has.
+void name_sites(const formats::TensorMap& tensors, adapters::AdapterConfig& config) {
+  std::set<std::string> sites;
+  for (const auto& [name, tensor] : tensors) {
+    sites.insert(name.substr(0, std::min(name.find(".lora_"), name.find(".ia3_l"))));
+  }
+  const auto branches = std::exchange(config.feedforward, {});
+  for (const std::string& site : sites) {
+    if (adapters::matches_target(branches, site)) config.feedforward.push_back(site);
+  }
+  config.targets = std::vector<std::string>(sites.begin(), sites.end());
+  config.exclude = std::vector<std::string>{};
 }
 
 }  // namespace
@@ -36,15 +54,16 @@ std::vector<std::filesystem::path> export_peft(const std::filesystem::path& adap
   std::vector<std::filesystem::path> written;
   for (int64_t e = 0; e < config.num_experts; ++e) {
     formats::AdapterFolder expert;
-    auto single = config;
-    single.method = config.method == "molora" ? "lora" : config.method == "mov" ? "ia3" : config.method;
-    single.num_experts = 1;
-    expert.config = adapters::adapter_config_json(single);
-    expert.config.erase("moesaic");
     for (const auto& [name, tensor] : folder.tensors) {
       auto [expert_name, value] = expert_tensor(name, tensor, e, config);
       if (value.defined()) expert.tensors[expert_name] = value;
     }
+    auto single = config;
+    single.method = config.method == "molora" ? "lora" : config.method == "mov" ? "ia3" : config.method;
+    single.num_experts = 1;
+    if (!config.layer_experts.empty()) name_sites(expert.tensors, single);
+    expert.config = adapters::adapter_config_json(single);
+    expert.config.erase("moesaic");
     written.push_back(config.num_experts == 1 ? out : out / fmt::format("expert_{}", e));
     formats::write_adapter_folder(written.back(), expert);
   }

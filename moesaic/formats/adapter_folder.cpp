@@ -8,12 +8,6 @@ constexpr std::string_view kPrefix = "base_model.model.";
 constexpr const char* kConfigName = "adapter_config.json";
 constexpr const char* kTensorsName = "adapter_model.safetensors";
 
-/// False also for what can't be looked at: a link that points to itself, a folder without permission.
-bool is_there(const fs::path& path) {
-  std::error_code ignored;
-  return fs::exists(path, ignored);
-}
-
 /// `dir` itself, or its `default` sub-folder when the adapter stands there.
 fs::path find_adapter(const fs::path& dir) {
   MOESAIC_CHECK(fs::is_directory(dir), DataError, "{}: no such folder; expected one with {} and {}", dir.string(),

@@ -37,4 +37,9 @@ Bytes Bytes::from_string(std::string content, std::string where) {
   return {data, owner->size(), owner, std::move(where)};
 }
 
+bool is_there(const std::filesystem::path& path) {
+  std::error_code ignored;
+  return std::filesystem::exists(path, ignored);
+}
+
 }  // namespace moesaic::formats

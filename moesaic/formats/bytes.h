@@ -25,4 +25,7 @@ struct Bytes {
   }
 };
 
+/// False also for what can't be looked at: a link that points to itself, a folder without permission.
+bool is_there(const std::filesystem::path& path);
+
 }  // namespace moesaic::formats

@@ -20,12 +20,6 @@ constexpr const char* kSingleName = "model.safetensors";
 constexpr const char* kIndexName = "model.safetensors.index.json";
 constexpr size_t kMaxListedErrors = 10;
 
-/// False also for what can't be looked at: a link that points to itself, a folder without permission.
-bool is_there(const fs::path& path) {
-  std::error_code ignored;
-  return fs::exists(path, ignored);
-}
-
 std::string first_few(const std::vector<std::string>& items) {
   const size_t shown = std::min(items.size(), kMaxListedErrors);
   std::string text = fmt::format("{}", fmt::join(items.begin(), items.begin() + shown, "\n  "));

@@ -231,8 +231,6 @@ struct GateRanks : torch::autograd::Function<GateRanks> {
   }
 };
 
-torch::Tensor dropout_input(const torch::Tensor& x, double p) { return at::dropout(x, p, /*train=*/true); }
-
 }  // namespace
 
 torch::Tensor gate_ranks(const torch::Tensor& u, const torch::Tensor& logits, const std::vector<int64_t>& experts,
@@ -314,7 +312,7 @@ torch::Tensor LowRankGroup::forward(const torch::Tensor& x, const nn::LinearGrou
     y = group.base_forward(x);
     std::vector<torch::Tensor> us, ls;
     for (const auto& e : experts_) {
-      const torch::Tensor input = dropout && e->dropout > 0 ? dropout_input(x, e->dropout) : x;
+      const torch::Tensor input = dropout && e->dropout > 0 ? at::dropout(x, e->dropout, /*train=*/true) : x;
       us.push_back(at::linear(input.to(e->a.scalar_type()), e->a.view({e->width(), -1})).to(x.scalar_type()));
       if (e->router.defined() && e->router.options.plain()) {
         ls.push_back(at::linear(x.to(e->router.weight.scalar_type()), e->router.weight));

@@ -1,5 +1,7 @@
 #include "moesaic/moe/scale.h"
 
+#include "moesaic/base/check.h"
+
 namespace moesaic::moe {
 namespace {
 
@@ -101,6 +103,7 @@ torch::Tensor ScaleExperts::merged(const torch::Tensor& own_input, nn::ForwardCo
 }
 
 torch::Tensor ScaleExperts::forward(const torch::Tensor& y, nn::ForwardContext& context) {
+  if (y.dim() == 3 && vectors.dim() == 2) return forward(y.flatten(1), context).view(y.sizes());
   if (router.defined() && router.options.plain() && router.options.temperature == 1.0 && effect_ == 1.0 &&
       context.routing == nullptr && y.dim() == 3 && y.scalar_type() == vectors.scalar_type()) {
     return MovHeads::apply(y, router.weight, vectors);
@@ -118,6 +121,35 @@ torch::Tensor ScaleExperts::forward_ffn(const torch::Tensor& act, const torch::T
   const bool product = router.defined() && router.options.input == RouterInput::kFfnProduct;
   const torch::Tensor m = merged(product ? act * up : act, context);
   return (act.to(m.scalar_type()) * m).to(act.scalar_type()) * up;
+}
+
+std::shared_ptr<InputScales> InputScales::of(nn::LinearGroup& group) {
+  if (!group.adapter) group.adapter = std::make_shared<InputScales>();
+  auto scales = std::dynamic_pointer_cast<InputScales>(group.adapter);
+  MOESAIC_CHECK(scales, UsageError, "a linear group already carries another kind of adapter");
+  return scales;
+}
+
+void InputScales::remove(const std::shared_ptr<ScaleExperts>& experts, nn::LinearGroup& group) {
+  std::erase_if(members_, [&](const auto& member) { return member.second == experts; });
+  if (members_.empty()) group.adapter.reset();
+}
+
+torch::Tensor InputScales::forward(const torch::Tensor& x, const nn::LinearGroup& group, nn::ForwardContext& context) {
+  std::map<int64_t, torch::Tensor> inputs;
+  for (const auto& [index, experts] : members_) {
+    torch::Tensor& input = inputs.try_emplace(index, x).first->second;
+    input = experts->forward(input, context);
+  }
+  torch::Tensor base;
+  if (inputs.size() < group.outs().size()) base = group.base_forward(x);
+  std::vector<torch::Tensor> outputs;
+  for (size_t j = 0; j < group.outs().size(); ++j) {
+    const auto input = inputs.find(static_cast<int64_t>(j));
+    const torch::Tensor y = input == inputs.end() ? base : group.base_forward(input->second);
+    outputs.push_back(y.narrow(1, group.column(static_cast<int64_t>(j)), group.outs()[j]));
+  }
+  return outputs.size() == 1 ? outputs.front() : torch::cat(outputs, 1);
 }
 
 }  // namespace moesaic::moe

@@ -31,7 +31,6 @@ bool ends_with_any(const std::string& name, std::initializer_list<const char*> s
 std::vector<LayerExperts> experts_by_layer(models::CausalLM& model, adapters::Adapter* adapter) {
   std::vector<LayerExperts> layers(static_cast<size_t>(model.config().num_layers));
   if (adapter == nullptr) return layers;
-  const int64_t experts = adapter->config().num_experts;
   std::map<std::string, const nn::LinearSite*> linears;
   for (const auto& site : model.sites().linears) linears[site.name] = &site;
   for (const auto& parameter : adapter->parameters()) {
@@ -41,6 +40,7 @@ std::vector<LayerExperts> experts_by_layer(models::CausalLM& model, adapters::Ad
       const nn::LinearSite& linear = *linears.at(parameter.name.substr(0, dot));
       LayerExperts& layer = layers[static_cast<size_t>(linear.layer)];
       layer.ranks += parameter.tensor.numel() / linear.in;
+      const int64_t experts = adapter->config().experts_at(linear.layer);
       layer.routed += experts > 1 ? experts : 0;
       layer.qkv |= ends_with_any(linear.name, {"q_proj", "k_proj", "v_proj"});
       layer.o |= linear.name.ends_with("o_proj");
@@ -52,7 +52,7 @@ std::vector<LayerExperts> experts_by_layer(models::CausalLM& model, adapters::Ad
       if (scale.name != site) continue;
       LayerExperts& layer = layers[static_cast<size_t>(scale.layer)];
       (scale.heads > 0 ? layer.head_scales : layer.branch_scales) += 1;
-      layer.scale_routed += experts * std::max<int64_t>(1, scale.heads);
+      layer.scale_routed += adapter->config().experts_at(scale.layer) * std::max<int64_t>(1, scale.heads);
       break;  // a linear may carry several scale sites; one of them is used
     }
   }

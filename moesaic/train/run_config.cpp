@@ -52,11 +52,11 @@ std::vector<std::string> known_keys() {
   std::vector<std::string> keys;
   for (const auto& [key, value] : run_defaults().items()) {
     keys.push_back(key);
-    if (key == "rank_pattern" || key == "alpha_pattern") keys.push_back(key + ".*");
-    if (key != "router") continue;
-    for (const auto& [router_key, router_value] : value.items()) keys.push_back("router." + router_key);
-    keys.push_back("router.renormalize");
+    if (key == "rank_pattern" || key == "alpha_pattern" || key == "num_experts") keys.push_back(key + ".*");
+    if (key != "router" && key != "eval") continue;
+    for (const auto& [inner, inner_value] : value.items()) keys.push_back(key + "." + inner);
   }
+  keys.push_back("router.renormalize");
   return keys;
 }
 
@@ -90,92 +90,149 @@ void parse_target(const Json& json, const std::string& where, RunConfig& run) {
   }
 }
 
+/// feedforward_modules: the (IA)^3 and MoV targets that scale their input; down_proj unless a list says otherwise.
+void parse_feedforward(const Json& json, const std::string& where, RunConfig& run) {
+  auto& adapter = run.adapter;
+  const bool scales = adapter.method == "ia3" || adapter.method == "mov";
+  const auto* targets = std::get_if<std::vector<std::string>>(&adapter.targets);
+  if (!json.at("feedforward_modules").is_null()) {
+    MOESAIC_CHECK(scales && !json.at("lora_target").is_null(), UsageError,
+                  "{}: feedforward_modules: got {} for {}, expected it for ia3 and mov, together with lora_target: it "
+                  "says which of these scale their input",
+                  where, json.at("feedforward_modules").dump(), adapter.method);
+    adapter.feedforward = get<std::vector<std::string>>(json, "feedforward_modules", where);
+  } else if (scales && targets != nullptr) {
+    std::copy_if(targets->begin(), targets->end(), std::back_inserter(adapter.feedforward),
+                 [](const std::string& name) { return name.ends_with("down_proj"); });
+  }
+}
+
 adapters::RouterConfig parse_router(Json router, const std::string& where) {
+  MOESAIC_CHECK(router.is_object(), UsageError, "{}: got {}, expected keys and values", where, router.dump());
   if (auto found = router.find("renormalize"); found != router.end()) {
     router["topk_mode"] = get<bool>(router, "renormalize", where) ? "renorm" : "mask";
     router.erase("renormalize");
   }
+  const auto dtype = get_or<std::string>(router, "dtype", "float32", where);
+  MOESAIC_CHECK(dtype == "float32", UsageError,
+                "{}: dtype: got '{}', expected float32: routers compute in float32, whatever the model's format", where,
+                dtype);
   auto config = adapters::parse_router_config(router, where);
   if (config.top_k > 0) config.type = "top_k";
   return config;
 }
 
-std::vector<std::string> parse_report_to(const Json& json, const std::string& where) {
-  const Json& value = json.at("report_to");
-  if (value.is_string()) return split_commas(value.get<std::string>());
-  return get_or<std::vector<std::string>>(json, "report_to", {}, where);
+/// A list of names, or names separated by commas.
+std::vector<std::string> names(const Json& json, const char* key, const std::string& where) {
+  const auto value = json.find(key);
+  if (value != json.end() && value->is_string()) return split_commas(value->get<std::string>());
+  return get_or<std::vector<std::string>>(json, key, {}, where);
+}
+
+/// eval: {tasks, steps, limit}: task files to score while training.
+void parse_eval(const Json& json, const std::string& where, RunConfig& run) {
+  MOESAIC_CHECK(json.is_object(), UsageError, "{}: got {}, expected keys and values", where, json.dump());
+  run.eval_tasks = names(json, "tasks", where);
+  run.train.task_eval_steps = get_or<int64_t>(json, "steps", 0, where);
+  run.eval_limit = get_or<int64_t>(json, "limit", 0, where);
+  MOESAIC_CHECK(run.train.task_eval_steps >= 0 && run.eval_limit >= 0, UsageError,
+                "{}: got steps {} and limit {}, expected numbers from 0", where, run.train.task_eval_steps,
+                run.eval_limit);
+  MOESAIC_CHECK(!run.eval_tasks.empty() || (run.train.task_eval_steps == 0 && run.eval_limit == 0), UsageError,
+                "{}: got no tasks, expected files to score every {} steps", where, run.train.task_eval_steps);
+}
+
+/// visit(key, field) for every key that a field of TrainConfig takes as it stands.
+template <class Config, class Visit>
+void each_train_key(Config& train, Visit visit) {
+  visit("per_device_train_batch_size", train.per_device_train_batch_size);
+  visit("max_batch_tokens", train.max_batch_tokens);
+  visit("gradient_accumulation_steps", train.gradient_accumulation_steps);
+  visit("loss_normalization", train.loss_normalization);
+  visit("learning_rate", train.learning_rate);
+  visit("router_learning_rate", train.router_learning_rate);
+  visit("optim", train.optim);
+  visit("weight_decay", train.weight_decay);
+  visit("adam_beta1", train.adam_beta1);
+  visit("adam_beta2", train.adam_beta2);
+  visit("adam_epsilon", train.adam_epsilon);
+  visit("adafactor_initial_step", train.adafactor_initial_step);
+  visit("lr_scheduler_type", train.lr_scheduler_type);
+  visit("warmup_ratio", train.warmup_ratio);
+  visit("warmup_steps", train.warmup_steps);
+  visit("max_grad_norm", train.max_grad_norm);
+  visit("max_steps", train.max_steps);
+  visit("num_train_epochs", train.num_train_epochs);
+  visit("gradient_checkpointing", train.gradient_checkpointing);
+  visit("moe_aux_loss_coef", train.moe_aux_loss_coef);
+  visit("router_z_loss_coef", train.router_z_loss_coef);
+  visit("seed", train.seed);
+  visit("deterministic", train.deterministic);
+  visit("overwrite_output_dir", train.overwrite_output_dir);
+  visit("resume_from_checkpoint", train.resume_from_checkpoint);
+  visit("logging_steps", train.logging_steps);
+  visit("save_steps", train.save_steps);
+  visit("save_total_limit", train.save_total_limit);
+  visit("eval_steps", train.eval_steps);
+  visit("early_stopping_patience", train.early_stopping_patience);
+}
+
+/// The same for AdapterConfig.
+template <class Config, class Visit>
+void each_adapter_key(Config& adapter, Visit visit) {
+  visit("lora_rank", adapter.lora_rank);
+  visit("lora_alpha", adapter.lora_alpha);
+  visit("lora_dropout", adapter.lora_dropout);
+  visit("use_rslora", adapter.use_rslora);
+  visit("rank_pattern", adapter.rank_pattern);
+  visit("alpha_pattern", adapter.alpha_pattern);
+  visit("k_site", adapter.k_site);
+}
+
+/// The same for data::RenderOptions.
+template <class Config, class Visit>
+void each_render_key(Config& render, Visit visit) {
+  visit("template", render.template_name);
+  visit("cutoff_len", render.cutoff_len);
+  visit("target_cutoff_len", render.target_cutoff_len);
+  visit("train_on_prompt", render.train_on_prompt);
 }
 
 }  // namespace
 
 const Json& run_defaults() {
   static const Json kDefaults = [] {
-    const TrainConfig train;
-    const adapters::AdapterConfig adapter;
-    const data::RenderOptions render;
-    return Json{
-        {"model_name_or_path", nullptr},
-        {"init", "pretrained"},
-        {"finetuning_type", "molora"},
-        {"adapter_name_or_path", nullptr},
-        {"lora_rank", adapter.lora_rank},
-        {"lora_alpha", adapter.lora_alpha},
-        {"lora_dropout", adapter.lora_dropout},
-        {"lora_target", nullptr},
-        {"feedforward_modules", nullptr},
-        {"use_rslora", adapter.use_rslora},
-        {"rank_pattern", Json::object()},
-        {"alpha_pattern", Json::object()},
-        {"layers_to_transform", nullptr},
-        {"k_site", adapter.k_site},
-        {"num_experts", nullptr},
-        {"router", adapters::router_config_json(adapter.router)},
-        {"moe_aux_loss_coef", train.moe_aux_loss_coef},
-        {"router_z_loss_coef", train.router_z_loss_coef},
-        {"dataset", nullptr},
-        {"dataset_dir", "."},
-        {"eval_dataset", nullptr},
-        {"val_size", 0.0},
-        {"mixture_rule", "proportional"},
-        {"template", render.template_name},
-        {"cutoff_len", render.cutoff_len},
-        {"target_cutoff_len", render.target_cutoff_len},
-        {"train_on_prompt", render.train_on_prompt},
-        {"sentence_column", nullptr},
-        {"packing", true},
-        {"per_device_train_batch_size", train.per_device_train_batch_size},
-        {"max_batch_tokens", train.max_batch_tokens},
-        {"gradient_accumulation_steps", train.gradient_accumulation_steps},
-        {"loss_normalization", train.loss_normalization},
-        {"learning_rate", train.learning_rate},
-        {"router_learning_rate", train.router_learning_rate},
-        {"optim", train.optim},
-        {"weight_decay", train.weight_decay},
-        {"adam_beta1", train.adam_beta1},
-        {"adam_beta2", train.adam_beta2},
-        {"adam_epsilon", train.adam_epsilon},
-        {"adafactor_initial_step", train.adafactor_initial_step},
-        {"lr_scheduler_type", train.lr_scheduler_type},
-        {"warmup_ratio", train.warmup_ratio},
-        {"warmup_steps", train.warmup_steps},
-        {"max_grad_norm", train.max_grad_norm},
-        {"max_steps", train.max_steps},
-        {"num_train_epochs", train.num_train_epochs},
-        {"gradient_checkpointing", train.gradient_checkpointing},
-        {"bf16", nullptr},
-        {"fp16", false},
-        {"device", "auto"},
-        {"seed", train.seed},
-        {"output_dir", nullptr},
-        {"overwrite_output_dir", train.overwrite_output_dir},
-        {"resume_from_checkpoint", train.resume_from_checkpoint},
-        {"logging_steps", train.logging_steps},
-        {"save_steps", train.save_steps},
-        {"save_total_limit", train.save_total_limit},
-        {"eval_steps", train.eval_steps},
-        {"early_stopping_patience", train.early_stopping_patience},
-        {"report_to", train.report_to},
-    };
+    const RunConfig run;
+    Json router = adapters::router_config_json(run.adapter.router);
+    router["dtype"] = "float32";
+    Json json{{"model_name_or_path", nullptr},
+              {"init", run.init},
+              {"finetuning_type", "molora"},
+              {"adapter_name_or_path", nullptr},
+              {"lora_target", nullptr},
+              {"feedforward_modules", nullptr},
+              {"layers_to_transform", nullptr},
+              {"num_experts", nullptr},
+              {"router", router},
+              {"quantization_bit", nullptr},
+              {"dataset", nullptr},
+              {"dataset_dir", "."},
+              {"eval_dataset", nullptr},
+              {"val_size", run.val_size},
+              {"mixture_rule", "proportional"},
+              {"sentence_column", nullptr},
+              {"packing", true},
+              {"bf16", nullptr},
+              {"fp16", false},
+              {"device", "auto"},
+              {"output_dir", nullptr},
+              {"eval", {{"tasks", Json::array()}, {"steps", run.train.task_eval_steps}, {"limit", run.eval_limit}}},
+              {"report_to", run.train.report_to}};
+    auto add = [&](const char* key, const auto& field) { json[key] = field; };
+    each_adapter_key(run.adapter, add);
+    each_render_key(run.render, add);
+    each_train_key(run.train, add);
+    return json;
   }();
   return kDefaults;
 }
@@ -208,79 +265,45 @@ RunConfig parse_run_config(const Json& given, const std::string& where) {
 
     auto& adapter = run.adapter;
     adapter.method = run.finetuning_type;
-    adapter.lora_rank = get<int64_t>(json, "lora_rank", where);
-    adapter.lora_alpha = get<double>(json, "lora_alpha", where);
-    adapter.lora_dropout = get<double>(json, "lora_dropout", where);
-    adapter.use_rslora = get<bool>(json, "use_rslora", where);
-    adapter.rank_pattern = get<std::map<std::string, int64_t>>(json, "rank_pattern", where);
-    adapter.alpha_pattern = get<std::map<std::string, double>>(json, "alpha_pattern", where);
+    auto read = [&](const char* key, auto& field) {
+      field = get<std::remove_reference_t<decltype(field)>>(json, key, where);
+    };
+    each_adapter_key(adapter, read);
+    each_render_key(run.render, read);
+    each_train_key(run.train, read);
     adapter.layers_to_transform = get_or<std::vector<int64_t>>(json, "layers_to_transform", {}, where);
-    adapter.k_site = get<std::string>(json, "k_site", where);
     const bool mixture = run.finetuning_type == "mov" || run.finetuning_type == "molora";
-    adapter.num_experts = get_or<int64_t>(json, "num_experts", mixture ? 10 : 1, where);
-    json["num_experts"] = adapter.num_experts;
+    if (json.at("num_experts").is_null()) json["num_experts"] = mixture ? 10 : 1;
+    adapters::parse_experts(json.at("num_experts"), where + ": num_experts", adapter);
     MOESAIC_CHECK(mixture || adapter.num_experts == 1, UsageError,
                   "{}: num_experts: got {} for {}, which has one expert\nhint: finetuning_type {} mixes experts", where,
-                  adapter.num_experts, run.finetuning_type, run.finetuning_type == "ia3" ? "mov" : "molora");
+                  json["num_experts"].dump(), run.finetuning_type, run.finetuning_type == "ia3" ? "mov" : "molora");
     adapter.router = parse_router(json.at("router"), where + ": router");
     parse_target(json, where, run);
-    adapter.feedforward = get_or<std::vector<std::string>>(json, "feedforward_modules", {}, where);
-    if (adapter.feedforward.empty() && (adapter.method == "ia3" || adapter.method == "mov")) {
-      if (const auto* names = std::get_if<std::vector<std::string>>(&adapter.targets)) {
-        std::copy_if(names->begin(), names->end(), std::back_inserter(adapter.feedforward),
-                     [](const std::string& name) { return name.ends_with("down_proj"); });
-      }
-    }
+    parse_feedforward(json, where, run);
+    if (run.finetuning_type != "full") adapters::validate(adapter, where);
 
     run.eval_dataset = json.at("eval_dataset");
     run.dataset_dir = get<std::string>(json, "dataset_dir", where);
     run.val_size = get<double>(json, "val_size", where);
     run.mixture_rule = get<std::string>(json, "mixture_rule", where);
-    run.render.template_name = get<std::string>(json, "template", where);
-    run.render.cutoff_len = get<int64_t>(json, "cutoff_len", where);
-    run.render.target_cutoff_len = get<int64_t>(json, "target_cutoff_len", where);
-    run.render.train_on_prompt = get<bool>(json, "train_on_prompt", where);
     run.render.sentence_column = get_or<std::string>(json, "sentence_column", "", where);
     if (!get<bool>(json, "packing", where)) {
       spdlog::info("{}: packing: batches are ragged, without padding, either way", where);
     }
 
     auto& train = run.train;
-    train.per_device_train_batch_size = get<int64_t>(json, "per_device_train_batch_size", where);
-    train.max_batch_tokens = get<int64_t>(json, "max_batch_tokens", where);
-    train.gradient_accumulation_steps = get<int64_t>(json, "gradient_accumulation_steps", where);
-    train.loss_normalization = get<std::string>(json, "loss_normalization", where);
-    train.learning_rate = get<double>(json, "learning_rate", where);
-    train.router_learning_rate = get<double>(json, "router_learning_rate", where);
-    train.optim = get<std::string>(json, "optim", where);
     if (train.optim == "adamw_torch") train.optim = "adamw";
-    train.weight_decay = get<double>(json, "weight_decay", where);
-    train.adam_beta1 = get<double>(json, "adam_beta1", where);
-    train.adam_beta2 = get<double>(json, "adam_beta2", where);
-    train.adam_epsilon = get<double>(json, "adam_epsilon", where);
-    train.adafactor_initial_step = get<int64_t>(json, "adafactor_initial_step", where);
-    train.lr_scheduler_type = get<std::string>(json, "lr_scheduler_type", where);
     if (train.lr_scheduler_type == "constant_with_warmup") train.lr_scheduler_type = "constant";
-    train.warmup_ratio = get<double>(json, "warmup_ratio", where);
-    train.warmup_steps = get<int64_t>(json, "warmup_steps", where);
-    train.max_grad_norm = get<double>(json, "max_grad_norm", where);
-    train.max_steps = get<int64_t>(json, "max_steps", where);
-    train.num_train_epochs = get<double>(json, "num_train_epochs", where);
-    train.gradient_checkpointing = get<bool>(json, "gradient_checkpointing", where);
-    train.moe_aux_loss_coef = get<double>(json, "moe_aux_loss_coef", where);
-    train.router_z_loss_coef = get<double>(json, "router_z_loss_coef", where);
-    train.seed = get<uint64_t>(json, "seed", where);
-    train.overwrite_output_dir = get<bool>(json, "overwrite_output_dir", where);
-    train.resume_from_checkpoint = get<std::string>(json, "resume_from_checkpoint", where);
-    train.logging_steps = get<int64_t>(json, "logging_steps", where);
-    train.save_steps = get<int64_t>(json, "save_steps", where);
-    train.save_total_limit = get<int64_t>(json, "save_total_limit", where);
-    train.eval_steps = get<int64_t>(json, "eval_steps", where);
-    train.early_stopping_patience = get<int64_t>(json, "early_stopping_patience", where);
-    train.report_to = parse_report_to(json, where);
+    train.report_to = names(json, "report_to", where);
+    parse_eval(json.at("eval"), where + ": eval", run);
 
     MOESAIC_CHECK(!get<bool>(json, "fp16", where), UsageError,
                   "{}: fp16: got true, expected false: float16 overflows in training\nhint: bf16=true", where);
+    MOESAIC_CHECK(json.at("quantization_bit").is_null(), UsageError,
+                  "{}: quantization_bit: got {}, expected null: gradients pass through the frozen weights, which stay "
+                  "float here\nhint: --quantize int8 makes the model small for generate and eval",
+                  where, json.at("quantization_bit").dump());
     run.device = get<std::string>(json, "device", where);
     run.dtype = json.at("bf16").is_null() ? "auto" : get<bool>(json, "bf16", where) ? "bfloat16" : "float32";
     if (run.finetuning_type == "full") {

@@ -24,7 +24,9 @@ struct RunConfig {
   data::RenderOptions render;
   std::string device, dtype;
   TrainConfig train;
-  Json resolved;  // every key with its value: what run.yaml of the output folder holds
+  std::vector<std::string> eval_tasks;  // task files scored while training, train.task_eval_steps apart
+  int64_t eval_limit = 0;               // questions of each; 0 = all
+  Json resolved;                        // every key with its value: what run.yaml of the output folder holds
 };
 
 /// Every key of a run with its default, by LLaMA-Factory's names where it has one.

@@ -42,6 +42,28 @@ class StopSignal {
   struct sigaction previous_interrupt_{}, previous_terminate_{};
 };
 
+/// While it lives, operations without a deterministic algorithm throw instead of being run (where `on`).
+class DeterministicAlgorithms {
+ public:
+  explicit DeterministicAlgorithms(bool on)
+      : before_(context().deterministicAlgorithms()), fill_before_(context().deterministicFillUninitializedMemory()) {
+    if (!on) return;
+    context().setDeterministicAlgorithms(true, /*warn_only=*/false);
+    context().setDeterministicFillUninitializedMemory(false);       // a debugging aid that costs time
+    setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/0);  // without it cuBLAS has no deterministic algorithm
+  }
+  ~DeterministicAlgorithms() {
+    context().setDeterministicAlgorithms(before_, /*warn_only=*/false);
+    context().setDeterministicFillUninitializedMemory(fill_before_);
+  }
+  DeterministicAlgorithms(const DeterministicAlgorithms&) = delete;
+  DeterministicAlgorithms& operator=(const DeterministicAlgorithms&) = delete;
+
+ private:
+  static at::Context& context() { return at::globalContext(); }
+  bool before_, fill_before_;
+};
+
 /// The examples of one micro-batch and the weight of each label's loss in the step.
 struct MicroBatch {
   std::vector<data::Example> examples;
@@ -131,6 +153,7 @@ void check_config(const TrainConfig& config, int64_t epoch_size) {
           "max_batch_tokens needs max_steps: how many steps an epoch has is not known before");
   require(config.warmup_ratio >= 0 && config.warmup_ratio <= 1, "warmup_ratio must lie in 0..1");
   require(config.logging_steps > 0, "logging_steps must be at least 1");
+  require(config.task_eval_steps >= 0, "eval.steps must not be negative");
   for (const std::string& target : config.report_to) {
     require(target == "jsonl" || target == "tensorboard" || target == "none",
             fmt::format("report_to: got '{}', expected jsonl, tensorboard or none", target));
@@ -183,14 +206,15 @@ class Trainer {
  public:
   Trainer(models::CausalLM& model, adapters::Adapter* adapter, data::ExampleStream& stream,
           const std::vector<data::Example>& eval_examples, const TrainConfig& config, int64_t epoch_size,
-          const std::function<void(const StepLog&)>& on_log)
+          const std::function<void(const StepLog&)>& on_log, const TaskEvaluation& evaluate_tasks)
       : model_(model),
         adapter_(adapter),
         reader_(stream, config),
         eval_examples_(eval_examples),
         config_(config),
         epoch_size_(epoch_size),
-        on_log_(on_log) {
+        on_log_(on_log),
+        evaluate_tasks_(evaluate_tasks) {
     check_config(config, epoch_size);
     const int64_t per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps;
     max_steps_ = config.max_steps > 0
@@ -211,6 +235,7 @@ class Trainer {
   }
 
   TrainResult run() {
+    const DeterministicAlgorithms deterministic(config_.deterministic);
     prepare_output();
     torch::manual_seed(config_.seed);
     resume();
@@ -241,6 +266,10 @@ class Trainer {
         improved = evaluate();
         stopped_early =
             config_.early_stopping_patience > 0 && evaluations_since_best_ >= config_.early_stopping_patience;
+      }
+      if (evaluate_tasks_ && (step_ == max_steps_ || stopped_early ||
+                              (config_.task_eval_steps > 0 && step_ % config_.task_eval_steps == 0))) {
+        log_task_scores();
       }
       result.interrupted = stop.requested() && step_ < max_steps_;
       const bool due = config_.save_steps > 0 &&
@@ -489,6 +518,21 @@ class Trainer {
     events_->flush();
   }
 
+  void log_task_scores() {
+    Json row = Json::object();
+    std::string text;
+    for (const auto& [name, value] : evaluate_tasks_()) {
+      row[name] = value;
+      text += fmt::format(", {} {:.4f}", name, value);
+    }
+    report_events("eval/", row);
+    spdlog::info("step {}{}", step_, text);
+    Json logged{{"step", step_}};
+    for (const auto& [name, value] : row.items()) logged["eval/" + name] = value;
+    history_.push_back(logged);
+    if (log_) log_->write(logged);
+  }
+
   /// True when this is the best so far.
   bool evaluate() {
     const double loss = evaluate_loss(model_, adapter_, eval_examples_, config_.per_device_train_batch_size);
@@ -614,6 +658,7 @@ class Trainer {
   const TrainConfig& config_;
   int64_t epoch_size_;
   const std::function<void(const StepLog&)>& on_log_;
+  const TaskEvaluation& evaluate_tasks_;
 
   std::vector<OptimizedTensor> tensors_;
   std::unique_ptr<Optimizer> optimizer_;
@@ -685,8 +730,8 @@ double evaluate_loss(models::CausalLM& model, const adapters::Adapter* adapter,
 
 TrainResult train(models::CausalLM& model, adapters::Adapter* adapter, data::ExampleStream& stream,
                   const std::vector<data::Example>& eval_examples, const TrainConfig& config, int64_t epoch_size,
-                  const std::function<void(const StepLog&)>& on_log) {
-  return Trainer(model, adapter, stream, eval_examples, config, epoch_size, on_log).run();
+                  const std::function<void(const StepLog&)>& on_log, const TaskEvaluation& evaluate_tasks) {
+  return Trainer(model, adapter, stream, eval_examples, config, epoch_size, on_log, evaluate_tasks).run();
 }
 
 }  // namespace moesaic::train

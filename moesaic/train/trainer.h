@@ -33,10 +33,12 @@ struct TrainConfig {
   std::string loss_normalization = "tokens";  // tokens | sequences
   double moe_aux_loss_coef = 0.0, router_z_loss_coef = 0.0;
   int64_t logging_steps = 10, save_steps = 500, eval_steps = 0, save_total_limit = 2;
+  int64_t task_eval_steps = 0;                  // steps between task evaluations; 0 = at the end only
   int64_t early_stopping_patience = 0;          // evaluations without improvement; 0 = off
   std::string resume_from_checkpoint = "none";  // auto | none | DIR
   std::vector<std::string> report_to{"jsonl"};  // jsonl, tensorboard
   uint64_t seed = 42;
+  bool deterministic = false;  // PyTorch's deterministic algorithms only; on the CPU runs repeat themselves either way
 };
 
 struct StepLog {
@@ -48,6 +50,9 @@ struct StepLog {
   int64_t tokens;   // seen so far, prompts included
   double seconds, eta;
 };
+
+/// Scores tasks with the weights of this moment: {"rte/acc", 0.61}. Must not draw from the global random generators.
+using TaskEvaluation = std::function<std::vector<std::pair<std::string, double>>()>;
 
 struct TrainResult {
   int64_t steps;
@@ -71,6 +76,9 @@ struct TrainResult {
 /// turns epochs into steps when max_steps is -1. An evaluation that improves is saved as a checkpoint that rotation
 /// keeps; with early stopping the run ends with the best weights, else with the last.
 ///
+/// `evaluate_tasks`, when given, is called every task_eval_steps steps and after the last one; its scores go to the
+/// console, train_log.jsonl, trainer_state.json and TensorBoard as "eval/<name>".
+///
 /// Writes into output_dir: checkpoint-N/, train_log.jsonl, router_stats.jsonl, trainer_state.json, TensorBoard event
 /// files (tensorboard/) and at the end the adapter. A checkpoint of the last step is always made when save_steps > 0.
 ///
@@ -79,7 +87,8 @@ struct TrainResult {
 /// step and layer; nothing is saved) or when a checkpoint does not fit.
 TrainResult train(models::CausalLM& model, adapters::Adapter* adapter, data::ExampleStream& stream,
                   const std::vector<data::Example>& eval_examples, const TrainConfig& config, int64_t epoch_size,
-                  const std::function<void(const StepLog&)>& on_log = nullptr);
+                  const std::function<void(const StepLog&)>& on_log = nullptr,
+                  const TaskEvaluation& evaluate_tasks = nullptr);
 
 /// Mean cross entropy per target over `examples`, in nats.
 double evaluate_loss(models::CausalLM& model, const adapters::Adapter* adapter,

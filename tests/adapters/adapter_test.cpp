@@ -5,10 +5,12 @@
 
 #include "moesaic/base/check.h"
 #include "tests/adapters/toy_sites.h"
+#include "tests/temporary_folder.h"
 
 namespace moesaic::adapters {
 namespace {
 
+using test::TemporaryFolder;
 using ::testing::HasSubstr;
 
 AdapterConfig config_of(const std::string& method, const nn::Sites& sites) {
@@ -16,18 +18,8 @@ AdapterConfig config_of(const std::string& method, const nn::Sites& sites) {
   config.method = method;
   config.lora_rank = 2;
   config.num_experts = method == "molora" || method == "mov" ? 3 : 1;
-  return resolve_targets(config, "", sites);
+  return resolve_targets(config, "");
 }
-
-class TemporaryFolder {
- public:
-  TemporaryFolder() {
-    std::string pattern = (std::filesystem::temp_directory_path() / "adapter_test_XXXXXX").string();
-    path = mkdtemp(pattern.data());
-  }
-  ~TemporaryFolder() { std::filesystem::remove_all(path); }
-  std::filesystem::path path;
-};
 
 /// Moves every parameter away from its start state.
 void disturb(Adapter& adapter) {
@@ -72,9 +64,9 @@ TEST_P(EveryMethod, SavedAndLoadedIsTheSameFunction) {
     auto adapter = Adapter::create(config_of(GetParam(), toy.sites), toy.sites, torch::kCPU, 1);
     disturb(*adapter);
     trained = outputs();
-    adapter->save(folder.path);
+    adapter->save(folder.path());
   }
-  auto loaded = Adapter::load(folder.path, toy.sites, torch::kCPU, "");
+  auto loaded = Adapter::load(folder.path(), toy.sites, torch::kCPU, "");
   const auto again = outputs();
   ASSERT_EQ(again.size(), trained.size());
   for (size_t i = 0; i < again.size(); ++i) EXPECT_TRUE(again[i].equal(trained[i])) << i;
@@ -202,8 +194,8 @@ TEST(Targets, ReferencePresetLeavesUpProjOut) {
   ToySites toy;
   AdapterConfig config;
   config.method = "molora";
-  const auto reference = std::get<std::vector<std::string>>(resolve_targets(config, "reference", toy.sites).targets);
-  const auto all = std::get<std::vector<std::string>>(resolve_targets(config, "all-linear", toy.sites).targets);
+  const auto reference = std::get<std::vector<std::string>>(resolve_targets(config, "reference").targets);
+  const auto all = std::get<std::vector<std::string>>(resolve_targets(config, "all-linear").targets);
   EXPECT_EQ(reference.size(), 6u);
   EXPECT_EQ(all.size(), 7u);
   EXPECT_EQ(std::count(reference.begin(), reference.end(), "up_proj"), 0);
@@ -273,9 +265,9 @@ TEST(Effect, ScalesTheDelta) {
     auto adapter = Adapter::create(config_of("molora", toy.sites), toy.sites, torch::kCPU, 1);
     disturb(*adapter);
     full = toy.groups[0].forward(x, context).detach();
-    adapter->save(folder.path);
+    adapter->save(folder.path());
   }
-  auto half = Adapter::load(folder.path, toy.sites, torch::kCPU, "", 0.5);
+  auto half = Adapter::load(folder.path(), toy.sites, torch::kCPU, "", 0.5);
   EXPECT_TRUE(toy.groups[0].forward(x, context).allclose(base + 0.5 * (full - base), 1e-4, 1e-5));
 }
 

@@ -102,7 +102,7 @@ TEST(Renderer, EveryUncutExampleEndsInATargetThatStops) {
     for (const Renderer& r : {renderer(), raw_renderer()}) {
       auto example = r.render(row);
       EXPECT_EQ(example->mask.back(), 1);
-      EXPECT_EQ(example->ids.back(), r.uses_chat() ? kEnd : kEos);
+      EXPECT_EQ(example->ids.back(), r.chat_template() != nullptr ? kEnd : kEos);
     }
   }
 }

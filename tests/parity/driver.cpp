@@ -6,7 +6,9 @@
 //   create                      {method, preset, rank, alpha, experts, seed, perturb}: a new adapter
 //   sequences, mask, sentence   the ragged batch; normalization: tokens | sequences
 //   mode                        logits | adapter | full (with the gradients of the adapter's, or of every base
-//                               parameter) | cached (logits through the KV cache) | generate (max_new_tokens)
+//                               parameter) | cached (logits through the KV cache) | generate (max_new_tokens) | step
+//                               (one step of the trainer, with a learning rate of 0: micro_batch, moe_aux_loss_coef,
+//                               router_z_loss_coef, gradient_checkpointing; normalization `tokens`)
 //   save_adapter, output        what to write
 #include <iostream>
 
@@ -15,6 +17,7 @@
 #include "moesaic/generate/generate.h"
 #include "moesaic/models/causal_lm.h"
 #include "moesaic/train/loss.h"
+#include "moesaic/train/trainer.h"
 
 namespace {
 
@@ -40,7 +43,7 @@ std::unique_ptr<adapters::Adapter> attach(const Json& job, models::CausalLM& mod
   config.lora_alpha = create.value("alpha", 8.0);
   config.base_model_name_or_path = checkpoint.path().string();
   config.base_fingerprint = checkpoint.fingerprint();
-  config = adapters::resolve_targets(config, create.value("preset", ""), model.sites());
+  config = adapters::resolve_targets(config, create.value("preset", ""));
   auto adapter = adapters::Adapter::create(config, model.sites(), model.device(), seed);
   if (create.value("perturb", true)) {
     torch::NoGradGuard no_grad;
@@ -96,6 +99,58 @@ torch::Tensor cached_logits(models::CausalLM& model, const Sequences& sequences,
   return torch::cat(all);
 }
 
+std::vector<data::Example> examples_of(const Json& job, const Sequences& sequences) {
+  std::vector<data::Example> examples;
+  for (size_t b = 0; b < sequences.size(); ++b) {
+    data::Example example;
+    example.ids = sequences[b];
+    example.mask = job["mask"][b].get<std::vector<uint8_t>>();
+    if (job.contains("sentence") && !job["sentence"].is_null()) {
+      example.sentence = job["sentence"][b].get<std::vector<float>>();
+    }
+    examples.push_back(std::move(example));
+  }
+  return examples;
+}
+
+/// The given examples, once.
+class ListStream : public data::ExampleStream {
+ public:
+  explicit ListStream(std::vector<data::Example> examples) : examples_(std::move(examples)) {}
+  std::optional<data::Example> next() override {
+    if (next_ == examples_.size()) return std::nullopt;
+    return examples_[next_++];
+  }
+  Json state() const override { return next_; }
+  void set_state(const Json& state) override { next_ = state; }
+
+ private:
+  std::vector<data::Example> examples_;
+  size_t next_ = 0;
+};
+
+/// Loss, auxiliary loss and gradients of one step over all `examples`.
+formats::TensorMap train_step(const Json& job, models::CausalLM& model, adapters::Adapter& adapter,
+                              std::vector<data::Example> examples) {
+  train::TrainConfig config;
+  config.per_device_train_batch_size = job["micro_batch"];
+  config.gradient_accumulation_steps = static_cast<int64_t>(examples.size()) / config.per_device_train_batch_size;
+  config.max_steps = 1;
+  config.learning_rate = 0;
+  config.max_grad_norm = 0;
+  config.moe_aux_loss_coef = job["moe_aux_loss_coef"];
+  config.router_z_loss_coef = job["router_z_loss_coef"];
+  config.gradient_checkpointing = job["gradient_checkpointing"];
+  ListStream stream(std::move(examples));
+  formats::TensorMap result;
+  train::train(model, &adapter, stream, {}, config, 0, [&](const train::StepLog& log) {
+    result["loss"] = torch::tensor(log.loss);
+    result["aux_loss"] = torch::tensor(log.aux_loss);
+  });
+  for (const auto& [name, gradient] : adapter.gradients()) result["grad:" + name] = gradient;
+  return result;
+}
+
 Json run(const Json& job) {
   const auto checkpoint = formats::Checkpoint::open(job["model"].get<std::string>());
   models::LoadOptions options;
@@ -126,7 +181,9 @@ Json run(const Json& job) {
   }
 
   formats::TensorMap result;
-  if (mode == "cached") {
+  if (mode == "step") {
+    result = train_step(job, *model, *adapter, examples_of(job, sequences));
+  } else if (mode == "cached") {
     torch::NoGradGuard no_grad;
     result["logits"] = cached_logits(*model, sequences, sentence);
   } else {
@@ -134,16 +191,9 @@ Json run(const Json& job) {
       for (torch::Tensor& parameter : model->parameters()) parameter.set_requires_grad(true);
     }
     const torch::AutoGradMode gradients(mode != "logits");
-    std::vector<data::Example> examples;
-    for (size_t b = 0; b < sequences.size(); ++b) {
-      data::Example example;
-      example.ids = sequences[b];
-      example.mask = job["mask"][b].get<std::vector<uint8_t>>();
-      examples.push_back(std::move(example));
-    }
-    const data::Batch batch = data::collate(examples, model->device());
+    const data::Batch batch = data::collate(examples_of(job, sequences), model->device());
     nn::ForwardContext context;
-    context.sentence = sentence;
+    context.sentence = batch.sentence;
     const torch::Tensor hidden = model->hidden_states(batch.tokens, context);
     result["logits"] = model->logits(hidden.detach()).detach();
     const torch::Tensor loss = train::chunked_cross_entropy(

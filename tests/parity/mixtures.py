@@ -1,7 +1,8 @@
 """MoV and MoLoRA written down plainly on top of transformers' modules, straight from the papers' equations.
 
 Every expert's output is computed and then mixed; nothing is fused, so gradients come from autograd alone. Parameters are
-kept in the layouts of the adapter file: lora_A [E, r, in], lora_B [E, out, r], mov [E, H, k] or [E, f], router [E, d_u].
+kept in the layouts of the adapter file: lora_A [E, r, in], lora_B [E, out, r], mov [E, H, k] or [E, width], router
+[E, d_u].
 """
 
 import json
@@ -17,19 +18,26 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class Mixing:
     """The `router` block of an adapter, and the inputs a router may read besides its own."""
 
-    def __init__(self, input="token", top_k=0, topk_mode="mask", temperature=1.0, sentence_dim=0):
+    def __init__(self, input="token", top_k=0, topk_mode="mask", temperature=1.0, sentence_dim=0, head_wise=True):
         self.input, self.top_k, self.topk_mode, self.temperature = input, top_k, topk_mode, temperature
-        self.sentence_dim = sentence_dim
+        self.sentence_dim, self.head_wise = sentence_dim, head_wise
         self.sentence = None  # [d_e], of the sequence being run
+        self.routed = {}  # by router: the logits [rows, E] and the weights [rows, E] of every sequence run
 
     def block(self):
         return {"type": "top_k" if self.top_k else "soft", "top_k": self.top_k, "topk_mode": self.topk_mode,
                 "input": self.input, "temperature": self.temperature, "sentence_dim": self.sentence_dim,
-                "sentence_source": "column"}
+                "sentence_source": "column", "head_wise": self.head_wise}
 
     def weights(self, router, u):
         """u [..., d_u] -> what mixes the experts, [..., E]."""
-        probabilities = torch.softmax(torch.einsum("...d,ed->...e", u.float(), router) / self.temperature, dim=-1)
+        logits = torch.einsum("...d,ed->...e", u.float(), router) / self.temperature
+        weights = self._weights(torch.softmax(logits, dim=-1))
+        rows = slice(0, 1) if self.input == "sentence" else slice(None)  # one decision a sequence
+        self.routed.setdefault(id(router), []).append((logits.flatten(0, -2)[rows], weights.flatten(0, -2)[rows]))
+        return weights
+
+    def _weights(self, probabilities):
         if not self.top_k:
             return probabilities
         kept = torch.topk(probabilities, self.top_k, dim=-1).indices
@@ -38,6 +46,22 @@ class Mixing:
         if self.topk_mode == "renorm":
             weights = weights / weights.sum(-1, keepdim=True)
         return weights
+
+    def losses(self):
+        """(balance loss, z-loss) of what was routed since the last call, the means over all routers."""
+        balance, z = [], []
+        for passes in self.routed.values():
+            logits, weights = (torch.cat(parts) for parts in zip(*passes))
+            experts = logits.shape[1]
+            if self.top_k and self.top_k < experts:
+                chosen = (weights > 0).float()  # the kept slots
+            else:
+                chosen = torch.nn.functional.one_hot(logits.argmax(-1), experts).float()
+            share = chosen.sum(0) / chosen.sum()
+            balance.append(experts * (share * logits.softmax(-1).mean(0)).sum())
+            z.append((torch.logsumexp(logits, -1) ** 2).mean())
+        self.routed = {}
+        return sum(balance) / len(balance), sum(z) / len(z)
 
     def merge(self, weights, vectors, equation):
         """The merged vector sum_e s_e l_e, or 1 + sum_e s_e (l_e - 1) over the kept experts."""
@@ -79,7 +103,8 @@ class MovHeads(nn.Module):
     def __init__(self, base, experts, heads, width, router_width, mixing, draw, heads_first=False):
         super().__init__()
         self.base, self.heads, self.width, self.mixing, self.heads_first = base, heads, width, mixing, heads_first
-        self.mov = nn.Parameter(1 + 0.3 * draw(experts, heads, width))
+        shape = (heads, width) if mixing.head_wise else (heads * width,)
+        self.mov = nn.Parameter(1 + 0.3 * draw(experts, *shape))
         self.router = nn.Parameter(draw(experts, router_width) / router_width**0.5) if experts > 1 else None
         self.layer_input = None
 
@@ -91,13 +116,33 @@ class MovHeads(nn.Module):
     def _scaled(self, y):
         heads = y.reshape(*y.shape[:2], self.heads, self.width)
         if self.router is None:
-            return (heads * self.mov[0]).view(y.shape)
+            return (heads * self.mov[0].view(-1, self.width)).view(y.shape)
+        if not self.mixing.head_wise:  # one vector over all heads, and a router that reads them together
+            flat = heads.flatten(2)
+            u = {"token": flat, "layer_input": self.layer_input}[self.mixing.input]
+            weights = self.mixing.weights(self.router, u)
+            return (flat * self.mixing.merge(weights, self.mov, "bse,ef->bsf")).view(y.shape)
         if self.mixing.input in ("token", "ffn_product"):
             weights = self.mixing.weights(self.router, heads)
         else:
             u = self.layer_input if self.mixing.input == "layer_input" else self.mixing.sentence.expand(*y.shape[:2], -1)
             weights = self.mixing.weights(self.router, u).unsqueeze(2).expand(-1, -1, self.heads, -1)
         return (heads * self.mixing.merge(weights, self.mov, "bshe,ehk->bshk")).view(y.shape)
+
+
+class MovInput(nn.Module):
+    """y = W (x * sum_e s_e l_e) + b: MoV on what a linear reads."""
+
+    def __init__(self, base, experts, router_width, mixing, draw):
+        super().__init__()
+        self.base, self.mixing = base, mixing
+        self.mov = nn.Parameter(1 + 0.3 * draw(experts, base.in_features))
+        self.router = nn.Parameter(draw(experts, router_width) / router_width**0.5)
+        self.layer_input = None
+
+    def forward(self, x):
+        u = self.layer_input if self.mixing.input == "layer_input" else x
+        return self.base(x * self.mixing.merge(self.mixing.weights(self.router, u), self.mov, "bse,ei->bsi"))
 
 
 class MovFfn(nn.Module):
@@ -124,8 +169,13 @@ class MovFfn(nn.Module):
 class Mixture:
     """Puts MoV or MoLoRA into a transformers model (changing it) and knows the adapter file that says the same."""
 
-    def __init__(self, model, method, experts=3, rank=2, alpha=3.0, targets=None, k_site="auto", seed=1, **mixing):
-        self.model, self.method, self.experts, self.rank, self.alpha = model, method, experts, rank, alpha
+    def __init__(self, model, method, experts=3, rank=2, alpha=3.0, targets=None, k_site="auto", seed=1,
+                 input_targets=("down_proj",), **mixing):
+        """experts: of every layer, or a list by layer; input_targets: MoV's targets that scale their input."""
+        self.model, self.method, self.rank, self.alpha = model, method, rank, alpha
+        self.layer_experts = experts if isinstance(experts, list) else [experts] * model.config.num_hidden_layers
+        self.num_experts = {str(i): e for i, e in enumerate(experts)} if isinstance(experts, list) else experts
+        self.input_targets = input_targets
         self.mixing = Mixing(**mixing)
         self.targets = targets or (LINEARS if method == "molora" else ["k_proj", "v_proj", "down_proj"])
         generator = torch.Generator().manual_seed(seed)
@@ -156,7 +206,7 @@ class Mixture:
             for name in [t for t in self.targets if hasattr(feed, t)]:
                 base = getattr(feed, name)
                 hidden = self.model.config.hidden_size
-                module = MoLoraLinear(base, self.experts, self.rank, self.alpha / self.rank,
+                module = MoLoraLinear(base, self.layer_experts[index], self.rank, self.alpha / self.rank,
                                       self._router_width(base.in_features, hidden), self.mixing, self.draw)
                 setattr(feed, name, module)
                 wrapped.append(module)
@@ -169,10 +219,19 @@ class Mixture:
         hidden, k = self.model.config.hidden_size, attention.head_dim
         wrapped = []
         for name in [t for t in self.targets if t != "down_proj"]:
+            if name in self.input_targets:
+                base = getattr(attention, name)
+                module = MovInput(base, self.layer_experts[index], self._router_width(base.in_features, hidden),
+                                  self.mixing, self.draw)
+                setattr(attention, name, module)
+                wrapped.append(module)
+                self._register(f"{path}.self_attn.{name}", module, {"mov": "mov.weight", "router": "router.weight"})
+                continue
             heads = getattr(attention, name).out_features // k
             point = "k_norm" if name == "k_proj" and self.k_site == "post_qk_norm" else name
-            module = MovHeads(getattr(attention, point), self.experts, heads, k, self._router_width(k, hidden),
-                              self.mixing, self.draw,
+            own = k if self.mixing.head_wise else heads * k
+            module = MovHeads(getattr(attention, point), self.layer_experts[index], heads, k,
+                              self._router_width(own, hidden), self.mixing, self.draw,
                               heads_first=point == "k_norm" and self.model.config.model_type == "gemma3_text")
             setattr(attention, point, module)
             wrapped.append(module)
@@ -180,7 +239,7 @@ class Mixture:
         self._pass_layer_input(attention, wrapped)
         if "down_proj" in self.targets:
             width = layer.mlp.down_proj.in_features
-            layer.mlp = MovFfn(layer.mlp, self.experts, self._router_width(width, hidden), self.mixing, self.draw)
+            layer.mlp = MovFfn(layer.mlp, self.layer_experts[index], self._router_width(width, hidden), self.mixing, self.draw)
             self._register(f"{path}.mlp.down_proj", layer.mlp, {"mov": "mov.weight", "router": "router.weight"})
 
     def _pass_layer_input(self, half, wrapped):
@@ -193,10 +252,10 @@ class Mixture:
     def config(self):
         """adapter_config.json."""
         config = {"peft_type": self.method.upper(), "task_type": "CAUSAL_LM", "target_modules": self.targets,
-                  "moesaic": {"num_experts": self.experts, "k_site": self.k_site, "router": self.mixing.block()}}
+                  "moesaic": {"num_experts": self.num_experts, "k_site": self.k_site, "router": self.mixing.block()}}
         if self.method == "molora":
             return {**config, "r": self.rank, "lora_alpha": self.alpha}
-        return {**config, "feedforward_modules": [t for t in self.targets if t == "down_proj"]}
+        return {**config, "feedforward_modules": [t for t in self.targets if t in self.input_targets]}
 
     def save(self, folder):
         folder = pathlib.Path(folder)

@@ -18,6 +18,9 @@ ROUTERS = {
     "layer-input": dict(input="layer_input"),
     "ffn-product": dict(input="ffn_product"),
     "sentence": dict(input="sentence", sentence_dim=9),
+    "across-heads": dict(head_wise=False),
+    "across-heads-top2": dict(head_wise=False, top_k=2, topk_mode="residual"),
+    "across-heads-layer-input": dict(head_wise=False, input="layer_input"),
     "sentence-top2-renorm": dict(input="sentence", sentence_dim=9, top_k=2, topk_mode="renorm"),
 }
 
@@ -49,9 +52,9 @@ def test_every_family(name, method, driver, models, tmp_path):
     check(name, Mixture(common.make_model(name), method), driver, folder, tmp_path, base)
 
 
-@pytest.mark.parametrize("router", [r for r in ROUTERS if r != "soft"])
+@pytest.mark.parametrize("method, router", [(method, router) for router in ROUTERS for method in ("mov", "molora")
+                                            if router != "soft" and (method == "mov" or "across" not in router)])
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-@pytest.mark.parametrize("method", ["mov", "molora"])
 def test_routers(name, method, router, driver, models, tmp_path):
     base, folder = models(name)
     mixture = Mixture(common.make_model(name), method, experts=5, **ROUTERS[router])
@@ -84,12 +87,77 @@ def test_mov_targets(targets, driver, models, tmp_path):
     check("qwen2", mixture, driver, folder, tmp_path, base)
 
 
+@pytest.mark.parametrize("router", ["soft", "layer-input"])
+def test_mov_on_other_inputs(router, driver, models, tmp_path):
+    """Inputs of linears that share one (q, v; k is not scaled) and of one that stands alone (o)."""
+    base, folder = models("llama-biases")
+    targets = ["q_proj", "v_proj", "o_proj", "k_proj"]
+    mixture = Mixture(common.make_model("llama-biases"), "mov", targets=targets, input_targets=targets[:3],
+                      **ROUTERS[router])
+    check("llama-biases", mixture, driver, folder, tmp_path, base)
+
+
+@pytest.mark.parametrize("method", ["mov", "molora"])
+def test_experts_by_layer(method, driver, models, tmp_path):
+    """A layer with one expert has no router."""
+    base, folder = models("llama")
+    mixture = Mixture(common.make_model("llama"), method, experts=[4, 1, 2])
+    assert len([n for n in mixture.parameters if "layers.1." in n and "router" in n]) == 0
+    check("llama", mixture, driver, folder, tmp_path, base)
+
+
+@pytest.mark.parametrize("router", ["soft", "temperature", "top2-mask", "top2-renorm", "layer-input", "sentence"])
+@pytest.mark.parametrize("method", ["mov", "molora"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_router_losses_in_training(method, router, checkpointing, driver, models, tmp_path):
+    """One step of the trainer over two micro-batches of unequal sequences, their prompts not trained on: loss, balance
+    and z-loss, and the gradient of every expert and router. Prompts count for the routers, padding does not exist."""
+    _, folder = models("llama")
+    mixture = Mixture(common.make_model("llama"), method, experts=5, **ROUTERS[router])
+    ids = common.sequences()
+    mask = common.masks(ids)
+    sentence = None
+    if router == "sentence":
+        sentence = torch.randn(len(ids), mixture.mixing.sentence_dim, generator=torch.Generator().manual_seed(2))
+    balance_coef, z_coef, micro_batch = 0.7, 0.3, 2
+    tokens = sum(map(len, ids))
+    logits, auxiliary = [], 0
+    for first in range(0, len(ids), micro_batch):
+        part = ids[first:first + micro_batch]
+        logits.append(mixture.logits(part, None if sentence is None else sentence[first:first + micro_batch]))
+        balance, z = mixture.mixing.losses()
+        auxiliary = auxiliary + sum(map(len, part)) / tokens * (balance_coef * balance + z_coef * z)
+    loss = common.loss_of(torch.cat(logits), ids, mask)
+    (loss + auxiliary).backward()
+    ours = driver.run(tmp_path / "out.safetensors", model=folder, adapter=mixture.save(tmp_path / "adapter"),
+                      mode="step", sequences=ids, mask=mask, micro_batch=micro_batch,
+                      moe_aux_loss_coef=balance_coef, router_z_loss_coef=z_coef, gradient_checkpointing=checkpointing,
+                      sentence=None if sentence is None else sentence.tolist())
+    assert auxiliary.item() > 0.5
+    common.assert_close(ours["loss"], loss.detach(), "loss")
+    common.assert_close(ours["aux_loss"], auxiliary.detach(), "auxiliary loss")
+    common.assert_gradients_close(common.split_gradients(ours), mixture.gradients())
+
+
 @pytest.mark.parametrize("k_site", ["output", "post_qk_norm"])
 @pytest.mark.parametrize("router", ["soft", "layer-input"])
 def test_k_site(k_site, router, driver, models, tmp_path):
     base, folder = models("qwen3")
     mixture = Mixture(common.make_model("qwen3"), "mov", k_site=k_site, **ROUTERS[router])
     check("qwen3", mixture, driver, folder, tmp_path, base)
+
+
+def check_one_expert(mixture, wrapped, names, driver, folder, tmp_path):
+    """The mixture with one expert gives what the PEFT model `wrapped` gives. names: its parameters -> the mixture's."""
+    ids = common.sequences()
+    mask = common.masks(ids)
+    logits, loss, gradients = common.reference_gradients(wrapped.eval(), ids, mask)
+    ours = driver.run(tmp_path / "out.safetensors", model=folder, adapter=mixture.save(tmp_path / "adapter"),
+                      mode="adapter", sequences=ids, mask=mask)
+    common.assert_close(ours["logits"], logits, "logits")
+    common.assert_close(ours["loss"], loss, "loss")
+    common.assert_gradients_close({k: v.flatten() for k, v in common.split_gradients(ours).items()},
+                                  {names[n]: g.flatten() for n, g in gradients.items()})
 
 
 def test_one_expert_mov_is_ia3(driver, models, tmp_path):
@@ -103,15 +171,7 @@ def test_one_expert_mov_is_ia3(driver, models, tmp_path):
     with torch.no_grad():
         for theirs, ours in names.items():
             wrapped.get_parameter(theirs).copy_(mixture.parameters[ours].view(wrapped.get_parameter(theirs).shape))
-    ids = common.sequences()
-    mask = common.masks(ids)
-    logits, loss, gradients = common.reference_gradients(wrapped.eval(), ids, mask)
-    ours = driver.run(tmp_path / "out.safetensors", model=folder, adapter=mixture.save(tmp_path / "adapter"),
-                      mode="adapter", sequences=ids, mask=mask)
-    common.assert_close(ours["logits"], logits, "logits")
-    common.assert_close(ours["loss"], loss, "loss")
-    common.assert_gradients_close({k: v.flatten() for k, v in common.split_gradients(ours).items()},
-                                  {names[n]: g.flatten() for n, g in gradients.items()})
+    check_one_expert(mixture, wrapped, names, driver, folder, tmp_path)
 
 
 def test_one_expert_molora_is_lora(driver, models, tmp_path):
@@ -125,15 +185,7 @@ def test_one_expert_molora_is_lora(driver, models, tmp_path):
     with torch.no_grad():
         for theirs, ours in names.items():
             wrapped.get_parameter(theirs).copy_(mixture.parameters[ours][0])
-    ids = common.sequences()
-    mask = common.masks(ids)
-    logits, loss, gradients = common.reference_gradients(wrapped.eval(), ids, mask)
-    ours = driver.run(tmp_path / "out.safetensors", model=folder, adapter=mixture.save(tmp_path / "adapter"),
-                      mode="adapter", sequences=ids, mask=mask)
-    common.assert_close(ours["logits"], logits, "logits")
-    common.assert_close(ours["loss"], loss, "loss")
-    common.assert_gradients_close({k: v[0] for k, v in common.split_gradients(ours).items()},
-                                  {names[n]: g for n, g in gradients.items()})
+    check_one_expert(mixture, wrapped, names, driver, folder, tmp_path)
 
 
 @pytest.mark.parametrize("method", ["mov", "molora"])

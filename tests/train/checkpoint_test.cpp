@@ -7,11 +7,12 @@
 #include <torch/torch.h>
 #include <unistd.h>
 
-#include "temporary_folder.h"
+#include "tests/temporary_folder.h"
 
 namespace moesaic::train {
 namespace {
 
+using test::TemporaryFolder;
 namespace fs = std::filesystem;
 
 TrainerCheckpoint example(int64_t step) {

@@ -5,11 +5,12 @@
 #include <cstring>
 
 #include "moesaic/base/json.h"
-#include "temporary_folder.h"
+#include "tests/temporary_folder.h"
 
 namespace moesaic::train {
 namespace {
 
+using test::TemporaryFolder;
 template <class T>
 T read(const std::string& bytes, size_t at) {
   T value;

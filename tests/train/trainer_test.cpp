@@ -5,12 +5,13 @@
 #include <signal.h>
 
 #include "moesaic/train/checkpoint.h"
-#include "temporary_folder.h"
+#include "tests/temporary_folder.h"
 #include "tiny_run.h"
 
 namespace moesaic::train {
 namespace {
 
+using test::TemporaryFolder;
 namespace fs = std::filesystem;
 using testing::HasSubstr;
 

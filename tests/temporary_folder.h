@@ -4,12 +4,12 @@
 
 #include <filesystem>
 
-namespace moesaic::train {
+namespace moesaic::test {
 
 class TemporaryFolder {
  public:
   TemporaryFolder() {
-    std::string name = (std::filesystem::temp_directory_path() / "moesaic-train-XXXXXX").string();
+    std::string name = (std::filesystem::temp_directory_path() / "moesaic-XXXXXX").string();
     path_ = mkdtemp(name.data());
   }
   ~TemporaryFolder() { std::filesystem::remove_all(path_); }
@@ -21,4 +21,4 @@ class TemporaryFolder {
   std::filesystem::path path_;
 };
 
-}  // namespace moesaic::train
+}  // namespace moesaic::test
