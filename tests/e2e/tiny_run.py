@@ -15,7 +15,7 @@ PROGRAM = pathlib.Path(os.environ.get("MOESAIC_BUILD_DIR", ROOT / "build")) / "m
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "is", "not"]
 
 
-def make_model(folder):
+def make_model(folder, initializer_range=0.02):
     vocabulary = {word: i for i, word in enumerate(["<s>", "</s>", "<unk>"] + WORDS)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -24,14 +24,15 @@ def make_model(folder):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48,
                                       num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                                      max_position_embeddings=64, bos_token_id=0, eos_token_id=1)
+                                      max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
+                                      initializer_range=initializer_range)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def make_run(folder, **changes):
+def make_run(folder, initializer_range=0.02, **changes):
     """Writes model, data and run.yaml into `folder` (once) and returns the run file's path."""
     if not (folder / "model").exists():
-        make_model(folder / "model")
+        make_model(folder / "model", initializer_range)
         rows = [{"inputs": f"{a} {b} ", "targets": f"{b} {a} {a}"} for a in WORDS for b in WORDS]
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = {
@@ -50,5 +51,19 @@ def command(*arguments):
     return [str(PROGRAM), *map(str, arguments), "--device", "cpu", "--threads", "1"]
 
 
-def moesaic(*arguments):
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)
+def moesaic(*arguments, **options):
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300, **options)
+
+
+def run(*arguments):
+    """What a command that must succeed prints."""
+    done = moesaic(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def train(folder, name, **changes):
+    """Trains a tiny run whose weights make a visible difference; its adapter's folder."""
+    run("train", make_run(folder, initializer_range=0.3, output_dir=str(folder / name),
+                          **{"max_steps": 8, "save_steps": 0, "learning_rate": 3e-2, "lora_dropout": 0.0, **changes}))
+    return folder / name

@@ -1,0 +1,127 @@
+"""Merged and exported models and adapters in the libraries they are for: transformers and PEFT load them, same numbers."""
+
+import json
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import tiny_run
+
+IDS = [0, 5, 7, 3, 9, 12, 4, 6, 11]
+METHODS = {
+    "lora": dict(finetuning_type="lora", num_experts=1),
+    "ia3": dict(finetuning_type="ia3", num_experts=1),
+    "molora": dict(finetuning_type="molora", num_experts=3),
+    "mov": dict(finetuning_type="mov", num_experts=2),
+    "molora-by-layer": dict(finetuning_type="molora", num_experts={"0": 3, "1": 1}),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("exchange")
+
+
+@pytest.fixture(scope="module")
+def adapter(folder):
+    """The folder of a method's trained adapter; trained once."""
+    def trained(method):
+        path = folder / method
+        return path if path.exists() else tiny_run.train(folder, method, **METHODS[method])
+    return trained
+
+
+def ours(folder, *flags):
+    flags = ["--ids", ",".join(map(str, IDS)), "--dtype", "float32", "--json", *flags]
+    return json.loads(tiny_run.run("score", "--model", folder / "model", *flags))["logprobs"]
+
+
+def theirs(model):
+    with torch.no_grad():
+        table = model.eval()(torch.tensor([IDS])).logits[0].float().log_softmax(-1)
+    return [table[i, IDS[i + 1]].item() for i in range(len(IDS) - 1)]
+
+
+def base_model(path):
+    return transformers.AutoModelForCausalLM.from_pretrained(path)
+
+
+def differ(a, b):
+    return max(abs(x - y) for x, y in zip(a, b)) > 0.01
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_merged_folder_is_the_base_with_the_adapter(method, folder, adapter, tmp_path):
+    out = tmp_path / "merged"
+    printed = tiny_run.run("merge", "--model", folder / "model", "--adapter", adapter(method), out)
+    assert "largest logit difference" in printed
+    expected = ours(folder, "--adapter", adapter(method))
+    assert differ(expected, ours(folder))
+    assert theirs(base_model(out)) == pytest.approx(expected, abs=1e-4)
+    assert transformers.AutoTokenizer.from_pretrained(out)("red cat")["input_ids"] == [3, 9]
+    again = tiny_run.moesaic("merge", "--model", folder / "model", "--adapter", adapter(method), out)
+    assert again.returncode == 2 and "holds a model" in again.stderr
+
+
+@pytest.mark.parametrize("method", ["molora", "mov", "molora-by-layer"])
+def test_a_mixture_is_not_merged(method, folder, adapter, tmp_path):
+    for command in (["merge"], ["export", "--format", "hf"]):
+        done = tiny_run.moesaic(*command, "--model", folder / "model", "--adapter", adapter(method), tmp_path / "out")
+        assert done.returncode == 2
+        assert "its router mixes the experts anew for every token" in done.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_exported_model(folder, adapter, tmp_path):
+    tiny_run.run("export", "--model", folder / "model", "--format", "hf", tmp_path / "plain")
+    assert theirs(base_model(tmp_path / "plain")) == pytest.approx(ours(folder), abs=1e-4)
+    tiny_run.run("export", "--model", folder / "model", "--adapter", adapter("lora"), "--format", "hf", tmp_path / "both")
+    assert theirs(base_model(tmp_path / "both")) == pytest.approx(ours(folder, "--adapter", adapter("lora")), abs=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_exported_adapter(method, folder, adapter, tmp_path):
+    out = tmp_path / "peft"
+    assert tiny_run.run("export", "--adapter", adapter(method), "--format", "peft", out) == f"{out}\n"
+    wrapped = peft.PeftModel.from_pretrained(base_model(folder / "model"), out)
+    assert theirs(wrapped) == pytest.approx(ours(folder, "--adapter", adapter(method)), abs=1e-4)
+
+
+@pytest.mark.parametrize("method, experts", [("molora", 3), ("mov", 2), ("molora-by-layer", 3)])
+def test_exported_experts_load_one_by_one(method, experts, folder, adapter, tmp_path):
+    out = tmp_path / "peft"
+    written = tiny_run.run("export", "--adapter", adapter(method), "--format", "peft", out).split()
+    assert written == [str(out / f"expert_{e}") for e in range(experts)]
+    stacked = load_file(adapter(method) / "adapter_model.safetensors")
+    routers = load_file(out / "router.safetensors")
+    assert {f"base_model.model.{k}" for k in routers} == {k for k in stacked if k.endswith("router.weight")}
+    base, scores = ours(folder), []
+    for e, path in enumerate(written):
+        wrapped = peft.PeftModel.from_pretrained(base_model(folder / "model"), path)
+        tensors = {k: v for k, v in stacked.items() if "router" not in k and v.shape[0] > e}
+        trained = [p for n, p in wrapped.named_parameters() if "lora_" in n or "ia3_l" in n]
+        assert len(trained) == len(tensors) > 0
+        assert sum(p.numel() for p in trained) == sum(v[e].numel() for v in tensors.values())
+        scores.append(theirs(wrapped))
+        assert scores[-1] == pytest.approx(ours(folder, "--adapter", path), abs=1e-4)
+        assert differ(scores[-1], base)
+    assert differ(scores[0], scores[1])
+
+
+def test_int8_generates_what_rounded_weights_generate(folder, adapter):
+    adapter("lora")  # makes the model
+    rounded = base_model(folder / "model")
+    for module in rounded.modules():
+        if isinstance(module, torch.nn.Linear):
+            scale = module.weight.detach().abs().amax(1, keepdim=True) / 127
+            module.weight = torch.nn.Parameter((module.weight.detach() / scale).round() * scale)
+    assert theirs(rounded) == pytest.approx(ours(folder, "--quantize", "int8"), abs=1e-3)
+    assert differ(theirs(rounded), ours(folder))
+    prompt = transformers.AutoTokenizer.from_pretrained(folder / "model")("red cat is not")["input_ids"]
+    expected = rounded.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt):].tolist()
+    line = tiny_run.run("generate", "--model", folder / "model", "-p", "red cat is not", "--quantize", "int8", "--json",
+                        "--dtype", "float32", "--max_new_tokens", 12)
+    assert json.loads(line)["ids"] == expected
