@@ -142,6 +142,11 @@ void collect_unknown(const Json& config, const std::vector<std::string>& known, 
 }  // namespace
 
 Json parse_yaml(std::string_view text, const std::string& where) {
+  try {
+    Json(text).dump();
+  } catch (const Json::exception&) {
+    throw FormatError(fmt::format("{}: not UTF-8 text", where));
+  }
   YAML::Node root;
   try {
     std::vector<YAML::Node> documents = YAML::LoadAll(std::string(text));

@@ -181,11 +181,14 @@ std::string_view SafetensorsFile::bytes(const std::string& name) const {
   return {reinterpret_cast<const char*>(impl_->data) + entry.begin, entry.end - entry.begin};
 }
 
+void SafetensorsFile::release(const std::string& name) const { impl_->bytes.release(bytes(name)); }
+
 at::Tensor SafetensorsFile::tensor(const std::string& name) const {
   const Entry& entry = impl_->at(name);
   auto* data = const_cast<uint8_t*>(impl_->data + entry.begin);
   const bool aligned = reinterpret_cast<uintptr_t>(data) % c10::elementSize(entry.dtype) == 0;
-  if (!aligned || entry.begin == entry.end) {
+  if (entry.begin == entry.end) return at::empty(entry.shape, entry.dtype);
+  if (!aligned) {
     at::Tensor copy = at::empty(entry.shape, entry.dtype);
     std::memcpy(copy.data_ptr(), data, entry.end - entry.begin);
     return copy;

@@ -53,6 +53,7 @@ TEST(ParseYaml, SaysWhereItIsWrong) {
   EXPECT_THAT([] { yaml("? [a]\n: 1"); }, ThrowsMessage<FormatError>(HasSubstr("expected a name")));
   EXPECT_THAT([] { yaml("a: !!int '3'"); }, ThrowsMessage<FormatError>(HasSubstr("tag")));
   EXPECT_THAT([] { yaml("a: 1\n---\nb: 2\n"); }, ThrowsMessage<FormatError>(HasSubstr("2 YAML documents")));
+  EXPECT_THAT([] { yaml("a: \xCF\xCF"); }, ThrowsMessage<FormatError>(HasSubstr("run.yaml: not UTF-8 text")));
 }
 
 TEST(ParseYaml, RefusesTreesThatAliasesBlowUp) {

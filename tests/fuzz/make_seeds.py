@@ -49,6 +49,44 @@ def tiny_gguf(arch, model, pre):
     return path.read_bytes()
 
 
+def tokenizers():
+    added = [{"id": 0, "content": "</s>", "single_word": False, "lstrip": False, "rstrip": True, "normalized": False,
+              "special": True}]
+    template = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "</s>", "type_id": 0}},
+                                                         {"Sequence": {"id": "A", "type_id": 0}}], "pair": [],
+                "special_tokens": {"</s>": {"id": "</s>", "ids": [0], "tokens": ["</s>"]}}}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+    split = {"type": "Split", "pattern": {"Regex": "\\p{N}{1,3}| ?\\p{L}+|\\s+(?!\\S)"}, "behavior": "Isolated",
+             "invert": False}
+    return {
+        "bpe_bytes.json": {
+            "version": "1.0", "added_tokens": added, "normalizer": {"type": "NFC"}, "post_processor": template,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]}, "decoder": byte_level,
+            "model": {"type": "BPE", "vocab": {"</s>": 0, "t": 1, "h": 2, "e": 3, "th": 4, "the": 5, "\u0120": 6},
+                      "merges": [["t", "h"], ["th", "e"]], "ignore_merges": True}},
+        "bpe_fallback.json": {
+            "version": "1.0", "added_tokens": added, "post_processor": template,
+            "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"},
+                           {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]},
+            "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"},
+                        {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+            "model": {"type": "BPE", "byte_fallback": True, "unk_token": "</s>", "merges": ["t h"],
+                      "vocab": {"</s>": 0, "t": 1, "h": 2, "th": 3, "<0xC3>": 4, "<0xA9>": 5, "\u2581": 6}}},
+        "unigram.json": {
+            "version": "1.0", "added_tokens": added, "pre_tokenizer": metaspace, "decoder": metaspace,
+            "model": {"type": "Unigram", "unk_id": 0, "vocab": [["</s>", 0.0], ["\u2581the", -1.5], ["c", -2.0]],
+                      "byte_fallback": False}},
+        "wordpiece.json": {
+            "version": "1.0", "added_tokens": added, "pre_tokenizer": {"type": "BertPreTokenizer"},
+            "normalizer": {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True,
+                           "strip_accents": None, "lowercase": True},
+            "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+            "model": {"type": "WordPiece", "unk_token": "</s>", "continuing_subword_prefix": "##",
+                      "max_input_chars_per_word": 100, "vocab": {"</s>": 0, "the": 1, "##dille": 2, "c": 3}}},
+    }
+
+
 def main():
     tensors = save({"base_model.model.q.lora_A.weight": np.ones((2, 3), np.float32),
                     "base_model.model.b": np.ones(1, np.int8)}, {"format": "pt"})
@@ -61,6 +99,8 @@ def main():
     for arch, model, pre in [("llama", "gpt2", "smollm"), ("llama", "llama", ""), ("qwen3", "gpt2", "qwen2"),
                              ("gemma3", "llama", "")]:
         write("gguf", f"{arch}_{model}", tiny_gguf(arch, model, pre))
+    for name, tokenizer in tokenizers().items():
+        write("tokenizer", name, json.dumps(tokenizer).encode())
     common = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2,
               "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
