@@ -24,6 +24,13 @@ class VectorAdapter : public Adapter {
     std::vector<std::string> paths;
     for (const Place& place : places) paths.push_back(place.name);
     matches_ = count_matches(config_.targets, paths);
+    for (const std::string& name : config_.feedforward) {
+      const bool used = std::any_of(places.begin(), places.end(), [&](const Place& place) {
+        return is_target(config_, place.name, place.layer) &&
+               matches_target(std::vector<std::string>{name}, place.name);
+      });
+      MOESAIC_CHECK(used, UsageError, "feedforward_modules: got '{}', expected some of the targets", name);
+    }
     const auto options = torch::TensorOptions().dtype(torch::kFloat32).device(device);
     for (const Place& place : places) {
       if (!is_target(config_, place.name, place.layer)) continue;
@@ -42,12 +49,6 @@ class VectorAdapter : public Adapter {
         moe::InputScales::of(*place.group)->add(place.index, experts);
       }
       attached_.push_back({place, experts});
-    }
-    for (const std::string& name : config_.feedforward) {
-      const bool used = std::any_of(attached_.begin(), attached_.end(), [&](const Attached& a) {
-        return matches_target(std::vector<std::string>{name}, a.place.name);
-      });
-      MOESAIC_CHECK(used, UsageError, "feedforward_modules: got '{}', expected some of the targets", name);
     }
   }
 

@@ -45,15 +45,14 @@ class StopSignal {
 /// While it lives, operations without a deterministic algorithm throw instead of being run (where `on`).
 class DeterministicAlgorithms {
  public:
-  explicit DeterministicAlgorithms(bool on)
-      : before_(context().deterministicAlgorithms()), fill_before_(context().deterministicFillUninitializedMemory()) {
+  explicit DeterministicAlgorithms(bool on) {
     if (!on) return;
     context().setDeterministicAlgorithms(true, /*warn_only=*/false);
     context().setDeterministicFillUninitializedMemory(false);       // a debugging aid that costs time
     setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/0);  // without it cuBLAS has no deterministic algorithm
   }
   ~DeterministicAlgorithms() {
-    context().setDeterministicAlgorithms(before_, /*warn_only=*/false);
+    context().setDeterministicAlgorithms(before_, warn_before_);
     context().setDeterministicFillUninitializedMemory(fill_before_);
   }
   DeterministicAlgorithms(const DeterministicAlgorithms&) = delete;
@@ -61,7 +60,9 @@ class DeterministicAlgorithms {
 
  private:
   static at::Context& context() { return at::globalContext(); }
-  bool before_, fill_before_;
+  const bool before_ = context().deterministicAlgorithms();
+  const bool warn_before_ = context().deterministicAlgorithmsWarnOnly();
+  const bool fill_before_ = context().deterministicFillUninitializedMemory();
 };
 
 /// The examples of one micro-batch and the weight of each label's loss in the step.

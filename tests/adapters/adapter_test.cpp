@@ -212,6 +212,86 @@ TEST(Targets, RankAndAlphaPatternsAndLayers) {
   EXPECT_FALSE(tensors.contains("model.layers.0.self_attn.q_proj.lora_A.weight"));
 }
 
+TEST(ExpertsByLayer, EachLayerHasItsOwnNumber) {
+  ToySites toy;
+  AdapterConfig config = config_of("molora", toy.sites);
+  parse_experts({{"0", 1}, {"1", 5}}, "test", config);
+  EXPECT_EQ(config.num_experts, 5);
+  const auto tensors = Adapter::create(config, toy.sites, torch::kCPU, 1)->folder().tensors;
+  const std::string q0 = "model.layers.0.self_attn.q_proj", q1 = "model.layers.1.self_attn.q_proj";
+  EXPECT_EQ(tensors.at(q0 + ".lora_A.weight").sizes(), (std::vector<int64_t>{1, 2, 12}));
+  EXPECT_EQ(tensors.at(q1 + ".lora_A.weight").sizes(), (std::vector<int64_t>{5, 2, 12}));
+  EXPECT_EQ(tensors.at(q1 + ".router.weight").sizes(), (std::vector<int64_t>{5, 12}));
+  EXPECT_FALSE(tensors.contains(q0 + ".router.weight")) << "one expert has no router";
+}
+
+TEST(ExpertsByLayer, WhatTheMapLeavesOutIsListed) {
+  ToySites toy;
+  for (const char* method : {"molora", "mov"}) {
+    AdapterConfig config = config_of(method, toy.sites);
+    parse_experts({{"1-3", 2}}, "test", config);
+    const std::string message = message_of([&] { Adapter::create(config, toy.sites, torch::kCPU, 1); });
+    EXPECT_THAT(message, HasSubstr("no number for layers 0"));
+    EXPECT_THAT(message, HasSubstr("the model has no layers 2, 3"));
+  }
+  AdapterConfig config = config_of("molora", toy.sites);
+  config.layers_to_transform = {1};
+  parse_experts({{"1", 2}}, "test", config);
+  EXPECT_EQ(Adapter::create(config, toy.sites, torch::kCPU, 1)->matches().front().second, 2);
+}
+
+TEST(ExpertsByLayer, RangesAreWrittenAsShortAsRead) {
+  AdapterConfig config;
+  const Json json = {{"0-7", 4}, {"8", 10}, {"10-12", 10}};
+  parse_experts(json, "test", config);
+  EXPECT_EQ(experts_json(config), json);
+  parse_experts(6, "test", config);
+  EXPECT_EQ(experts_json(config), Json(6));
+}
+
+TEST(HeadWise, AcrossHeadsThereIsOneVectorAndOneRouter) {
+  ToySites toy;
+  AdapterConfig config = config_of("mov", toy.sites);
+  config.targets = std::vector<std::string>{"q_proj"};
+  config.feedforward = {};
+  config.router.head_wise = false;
+  auto adapter = Adapter::create(config, toy.sites, torch::kCPU, 1);
+  const auto tensors = adapter->folder().tensors;
+  EXPECT_EQ(tensors.at("model.layers.0.self_attn.q_proj.mov.weight").sizes(), (std::vector<int64_t>{3, 12}));
+  EXPECT_EQ(tensors.at("model.layers.0.self_attn.q_proj.router.weight").sizes(), (std::vector<int64_t>{3, 12}));
+}
+
+TEST(ScaledInputs, OfOneMemberOfAGroup) {
+  // v reads x * l, its neighbours x; a linear that stands alone (o) likewise.
+  ToySites toy;
+  AdapterConfig config = config_of("ia3", toy.sites);
+  config.targets = std::vector<std::string>{"v_proj", "o_proj"};
+  config.feedforward = {"v_proj", "o_proj"};
+  const auto x = torch::randn({5, 12});
+  nn::ForwardContext context;
+  const auto base = toy.groups[0].base_forward(x);
+  {
+    auto adapter = Adapter::create(config, toy.sites, torch::kCPU, 1);
+    disturb(*adapter);
+    const auto tensors = adapter->folder().tensors;
+    const auto l = tensors.at("model.layers.0.self_attn.v_proj.ia3_l");
+    EXPECT_EQ(l.sizes(), (std::vector<int64_t>{1, 12}));
+    const auto y = toy.groups[0].forward(x, context);
+    EXPECT_TRUE(y.narrow(1, 0, 16).equal(base.narrow(1, 0, 16)));
+    EXPECT_TRUE(y.narrow(1, 16, 4).allclose(toy.groups[0].base_forward(x * l).narrow(1, 16, 4), 1e-5, 1e-6));
+    EXPECT_FALSE(y.narrow(1, 16, 4).allclose(base.narrow(1, 16, 4)));
+    const auto o = tensors.at("model.layers.0.self_attn.o_proj.ia3_l");
+    EXPECT_TRUE(toy.groups[1].forward(x, context).allclose(toy.groups[1].base_forward(x * o), 1e-5, 1e-6));
+    EXPECT_THROW(Adapter::create(config_of("lora", toy.sites), toy.sites, torch::kCPU, 1), UsageError)
+        << "a group carries one kind";
+  }
+  EXPECT_EQ(toy.groups[0].adapter, nullptr);
+  EXPECT_EQ(toy.groups[1].adapter, nullptr);
+  config.feedforward = {"v_proj", "k_proj"};
+  EXPECT_THAT(message_of([&] { Adapter::create(config, toy.sites, torch::kCPU, 1); }),
+              HasSubstr("feedforward_modules: got 'k_proj'"));
+}
+
 TEST(KSite, MovScalesBehindTheHeadNormWhereThereIsOne) {
   ToySites toy(/*qk_norm=*/true);
   auto adapter = Adapter::create(config_of("mov", toy.sites), toy.sites, torch::kCPU, 1);

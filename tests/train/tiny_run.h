@@ -86,11 +86,13 @@ struct TinyRun {
 
   TrainResult train(const TrainConfig& config, data::ExampleStream& stream,
                     const std::vector<data::Example>& eval_examples = {},
-                    std::function<void(const StepLog&)> on_step = nullptr, int64_t epoch_size = 0) {
-    return train::train(*model, adapter.get(), stream, eval_examples, config, epoch_size, [&](const StepLog& log) {
+                    std::function<void(const StepLog&)> on_step = nullptr, int64_t epoch_size = 0,
+                    const TaskEvaluation& evaluate_tasks = nullptr) {
+    auto on_log = [&](const StepLog& log) {
       logs.push_back(log);
       if (on_step) on_step(log);
-    });
+    };
+    return train::train(*model, adapter.get(), stream, eval_examples, config, epoch_size, on_log, evaluate_tasks);
   }
 
   /// All trained numbers in one row.

@@ -295,6 +295,43 @@ TEST(Trainer, InterruptSavesAndGoesOn) {
   EXPECT_TRUE(fs::exists(folder.path() / "adapter_config.json"));
 }
 
+TEST(Trainer, TaskScoresAreLogged) {
+  TemporaryFolder folder;
+  TrainConfig config = quick_config(5);
+  config.output_dir = folder.path();
+  config.task_eval_steps = 2;
+  TinyRun run;
+  CountingStream stream;
+  int64_t calls = 0;
+  run.train(config, stream, {}, nullptr, 0, [&] {
+    ++calls;
+    return std::vector<std::pair<std::string, double>>{{"rte/acc", 0.1 * calls}, {"cb/f1", 0.5}};
+  });
+  EXPECT_EQ(calls, 3);  // after steps 2, 4 and the last
+  std::vector<std::pair<int64_t, double>> scores;
+  for (const Json& row : read_lines(folder.path() / "train_log.jsonl")) {
+    if (!row.contains("eval/rte/acc")) continue;
+    scores.emplace_back(row["step"], row["eval/rte/acc"]);
+    EXPECT_EQ(row["eval/cb/f1"], 0.5);
+  }
+  EXPECT_THAT(scores, testing::ElementsAre(testing::Pair(2, 0.1), testing::Pair(4, 0.2), testing::Pair(5, 0.1 * 3)));
+}
+
+TEST(Trainer, DeterministicAlgorithmsAreOnWhileItRuns) {
+  auto inside = [](bool deterministic) {
+    TrainConfig config = quick_config(1);
+    config.deterministic = deterministic;
+    TinyRun run;
+    CountingStream stream;
+    bool on = false;
+    run.train(config, stream, {}, [&](const StepLog&) { on = at::globalContext().deterministicAlgorithms(); });
+    EXPECT_FALSE(at::globalContext().deterministicAlgorithms()) << "left on behind the run";
+    return on;
+  };
+  EXPECT_TRUE(inside(true));
+  EXPECT_FALSE(inside(false));
+}
+
 TEST(Trainer, DivergenceNamesStepAndLayerAndSavesNothing) {
   TemporaryFolder folder;
   TrainConfig config = quick_config(6);

@@ -1,0 +1,118 @@
+#include "moesaic/train/run_config.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+namespace moesaic::train {
+namespace {
+
+using testing::ElementsAre;
+using testing::HasSubstr;
+using testing::Pair;
+
+Json run_with(const Json& changes) {
+  Json run = {{"model_name_or_path", "m"}, {"dataset", "d"}, {"output_dir", "o"}};
+  run.merge_patch(changes);
+  return run;
+}
+
+RunConfig parse(const Json& changes) { return parse_run_config(run_with(changes), "run"); }
+
+std::string refusal(const Json& changes) {
+  try {
+    parse(changes);
+  } catch (const UsageError& error) {
+    return error.what();
+  }
+  return "nothing was thrown";
+}
+
+TEST(RunConfig, EveryDefaultIsTheStructsOwn) {
+  const RunConfig run = parse(Json::object());
+  const TrainConfig train;
+  EXPECT_EQ(run.train.learning_rate, train.learning_rate);
+  EXPECT_EQ(run.train.logging_steps, train.logging_steps);
+  EXPECT_EQ(run.adapter.lora_rank, adapters::AdapterConfig{}.lora_rank);
+  EXPECT_EQ(run.render.cutoff_len, data::RenderOptions{}.cutoff_len);
+  EXPECT_EQ(run.adapter.num_experts, 10);
+  EXPECT_FALSE(run.train.deterministic);
+  EXPECT_TRUE(run.eval_tasks.empty());
+  EXPECT_EQ(run.resolved["num_experts"], 10);
+  EXPECT_EQ(run.resolved["router"]["dtype"], "float32");
+}
+
+TEST(RunConfig, KeysReachTheirFields) {
+  const RunConfig run = parse({{"learning_rate", 0.5},
+                               {"lora_rank", 3},
+                               {"cutoff_len", 77},
+                               {"template", "none"},
+                               {"deterministic", true},
+                               {"eval", {{"tasks", "rte.jsonl, cb"}, {"steps", 7}, {"limit", 9}}},
+                               {"router", {{"top_k", 2}, {"dtype", "float32"}}}});
+  EXPECT_EQ(run.train.learning_rate, 0.5);
+  EXPECT_EQ(run.adapter.lora_rank, 3);
+  EXPECT_EQ(run.render.cutoff_len, 77);
+  EXPECT_EQ(run.render.template_name, "none");
+  EXPECT_TRUE(run.train.deterministic);
+  EXPECT_THAT(run.eval_tasks, ElementsAre("rte.jsonl", "cb"));
+  EXPECT_EQ(run.train.task_eval_steps, 7);
+  EXPECT_EQ(run.eval_limit, 9);
+  EXPECT_EQ(run.adapter.router.type, "top_k");
+}
+
+TEST(RunConfig, ResolvedRunsAreRead) {
+  const Json changes = {{"num_experts", {{"0-1", 2}, {"2", 4}}}, {"eval", {{"tasks", {"a.jsonl"}}, {"steps", 5}}}};
+  const Json resolved = parse(changes).resolved;
+  EXPECT_EQ(parse_run_config(resolved, "run").resolved, resolved);
+}
+
+TEST(RunConfig, ExpertsByLayer) {
+  const RunConfig run = parse({{"num_experts", {{"0-2", 4}, {"3", 10}}}});
+  EXPECT_EQ(run.adapter.num_experts, 10);
+  EXPECT_THAT(run.adapter.layer_experts, ElementsAre(Pair(0, 4), Pair(1, 4), Pair(2, 4), Pair(3, 10)));
+}
+
+TEST(RunConfig, FeedforwardModules) {
+  const Json targets = {"k_proj", "mlp.down_proj"};
+  auto feedforward = [&](const Json& value) {
+    return parse({{"finetuning_type", "mov"}, {"lora_target", targets}, {"feedforward_modules", value}})
+        .adapter.feedforward;
+  };
+  EXPECT_THAT(feedforward(nullptr), ElementsAre("mlp.down_proj"));
+  EXPECT_THAT(feedforward(Json::array()), ElementsAre());
+  EXPECT_THAT(feedforward({"k_proj"}), ElementsAre("k_proj"));
+}
+
+struct Mistake {
+  Json changes;
+  std::string message;
+};
+void PrintTo(const Mistake& mistake, std::ostream* out) { *out << mistake.changes.dump(); }
+
+class Mistakes : public testing::TestWithParam<Mistake> {};
+
+TEST_P(Mistakes, AreUsageErrors) { EXPECT_THAT(refusal(GetParam().changes), HasSubstr(GetParam().message)); }
+
+INSTANTIATE_TEST_SUITE_P(
+    Runs, Mistakes,
+    testing::Values(Mistake{{{"num_experts", {{"4-2", 3}}}}, "'4-2': 3"},
+                    Mistake{{{"num_experts", {{"0-999999999", 3}}}}, "'0-999999999'"},
+                    Mistake{{{"num_experts", {{"-1", 3}}}}, "'-1': 3"},
+                    Mistake{{{"num_experts", {{"0", "four"}}}}, "'0': \"four\""},
+                    Mistake{{{"num_experts", {{"0-3", 2}, {"2", 2}}}}, "layer 2 stands twice"},
+                    Mistake{{{"num_experts", Json::array({4})}}, "num_experts"},
+                    Mistake{{{"num_experts", {{"0", 5000}}}}, "num_experts: got 5000"},
+                    Mistake{{{"finetuning_type", "lora"}, {"num_experts", {{"0", 2}}}}, "which has one expert"},
+                    Mistake{{{"router", {{"dtype", "float16"}}}}, "routers compute in float32"},
+                    Mistake{{{"router", {{"dtype", 32}}}}, "dtype"},
+                    Mistake{{{"router", {{"head_wise", false}}}}, "only mov has vectors per head"},
+                    Mistake{{{"router", 3}}, "router: got 3"},
+                    Mistake{{{"quantization_bit", 4}}, "quantization_bit: got 4"},
+                    Mistake{{{"deterministic", 1.5}}, "deterministic"}, Mistake{{{"eval", "rte"}}, "eval: got \"rte\""},
+                    Mistake{{{"eval", {{"tasks", {"a"}}, {"limit", -1}}}}, "limit -1"},
+                    Mistake{{{"eval", {{"limit", 3}}}}, "got no tasks"},
+                    Mistake{{{"feedforward_modules", {"down_proj"}}}, "expected it for ia3 and mov"},
+                    Mistake{{{"finetuning_type", "ia3"}, {"feedforward_modules", {"o_proj"}}}, "with lora_target"}));
+
+}  // namespace
+}  // namespace moesaic::train
