@@ -32,6 +32,10 @@ TEST(GreedyMatches, OnlyWhatGreedyDecodingWouldSayCounts) {
   for (int64_t max_batch_tokens : {1, 9, 1000}) {
     EXPECT_EQ(greedy_matches(*model, examples, max_batch_tokens), expected) << max_batch_tokens;
   }
+  // 4, 5, 6, 7 and 8 tokens
+  std::vector<int64_t> done;
+  greedy_matches(*model, examples, 11, [&](int64_t count) { done.push_back(count); });
+  EXPECT_EQ(done, (std::vector<int64_t>{2, 3, 4, 5}));
 }
 
 }  // namespace

@@ -9,6 +9,7 @@ TEST(ExactMatch, ComparesWordsAsWritten) {
   EXPECT_EQ(exact_match("  New  York\n", {"Paris", "New York"}), 1);
   EXPECT_EQ(exact_match("new york", {"New York"}), 0);
   EXPECT_EQ(exact_match("-5", {"5"}), 0);
+  EXPECT_EQ(exact_match("5", {"5", "five"}), 1);  // the best of the references
 }
 
 TEST(NormalizeSquad, LowersDropsPunctuationAndArticles) {
@@ -33,6 +34,7 @@ TEST(RougeL, IsF1OfTheLongestCommonSubsequence) {
   // lcs = the gunman, P = R = 2/4
   EXPECT_DOUBLE_EQ(rouge_l("the gunman kill police", {"police killed the gunman"}), 0.5);
   EXPECT_EQ(rouge_l("", {"police"}), 0);
+  EXPECT_DOUBLE_EQ(rouge_l("the", {"the the"}), 2.0 / 3.0);     // a word stands for one other: lcs = the
   EXPECT_EQ(rouge_l("ça va", {"ÇA"}), rouge_l("a va", {"a"}));  // bytes outside ASCII separate words
 }
 

@@ -41,6 +41,18 @@ TEST(MakeRankQuestion, AnEmptyPromptGetsTheFirstToken) {
   EXPECT_THAT(question.choices, ElementsAre(ElementsAre(5), ElementsAre(6)));
 }
 
+TEST(MakeRankQuestion, AnEosOfTheTokenizersOwnIsNoPartOfTheChoice) {
+  const auto plain = word_tokenizer();
+  Json file = Json::parse(plain->json());
+  file["post_processor"] = Json::parse(R"({"type": "TemplateProcessing", "pair": [],
+    "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "w1", "type_id": 0}}],
+    "special_tokens": {"w1": {"id": "w1", "ids": [1], "tokens": ["w1"]}}})");
+  const tokenizer::Tokenizer closing(file.dump(), plain->config(), "closing");
+  ASSERT_THAT(closing.encode("w3", true), ElementsAre(3, 1));
+  const RankQuestion question = make_rank_question(closing, "w3", {" w5", " w6 w7"}, true);
+  EXPECT_THAT(question.choices, ElementsAre(ElementsAre(5), ElementsAre(6, 7)));
+}
+
 std::vector<RankQuestion> some_questions() {
   std::vector<RankQuestion> questions;
   questions.push_back({{3, 4, 5}, {{6}, {7, 8, 9}}, {0, 0}});
@@ -74,6 +86,41 @@ TEST(Rank, GreedyChoiceIsMarked) {
   const auto scores = rank(*model, {{{3, 4, 5}, {answer, other}, {0, 0}}});
   EXPECT_TRUE(scores[0][0].is_greedy);
   EXPECT_FALSE(scores[0][1].is_greedy);
+  // Another first token, then what greedy decoding says behind it: only the first is not greedy.
+  const int64_t first = (answer[0] + 1) % testing::kTinyVocab;
+  const auto then = generate::generate(*model, *word_tokenizer(), {{3, 4, 5, first}}, {.max_new_tokens = 1})[0].ids;
+  EXPECT_FALSE(rank(*model, {{{3, 4, 5}, {{first, then[0]}, answer}, {0, 0}}})[0][0].is_greedy);
+}
+
+/// Scales an activation by the number its sequence has as its sentence.
+struct SentenceScale : nn::ScaleAdapter {
+  torch::Tensor forward(const torch::Tensor& y, nn::ForwardContext& context) override {
+    const torch::Tensor factors = context.sentence.index_select(0, context.segments);  // [N, 1]
+    return y * (y.dim() == 3 ? factors.unsqueeze(-1) : factors);
+  }
+  torch::Tensor forward_ffn(const torch::Tensor& act, const torch::Tensor& up, nn::ForwardContext& context) override {
+    return forward(act, context) * up;
+  }
+};
+
+TEST(Rank, EveryChoiceIsReadWithTheSentenceOfItsQuestion) {
+  auto model = tiny_model();
+  for (const nn::ScaleSite& site : model->sites().scales) {
+    site.slot->adapters.push_back(std::make_shared<SentenceScale>());
+  }
+  const std::vector<RankQuestion> questions = some_questions();
+  const torch::Tensor sentence = torch::tensor({{1.0f}, {-2.0f}, {3.0f}, {0.5f}});
+  std::vector<std::vector<int64_t>> passes;
+  const auto scores =
+      rank(*model, questions, sentence, [&](const auto&, const std::vector<int64_t>& of) { passes.push_back(of); });
+  for (int64_t q = 0; q < 4; ++q) {
+    const auto alone = rank(*model, {questions[q]}, sentence.slice(0, q, q + 1));
+    for (size_t c = 0; c < questions[q].choices.size(); ++c) {
+      EXPECT_NEAR(scores[q][c].logprob, alone[0][c].logprob, 1e-4) << q << " " << c;
+    }
+  }
+  // All prompts, then the choices of more than one token.
+  EXPECT_THAT(passes, ElementsAre(ElementsAre(0, 1, 2, 3), ElementsAre(0, 1, 1, 3, 3)));
 }
 
 TEST(FirstLargest, TiesGoToTheFirstAndAreReported) {

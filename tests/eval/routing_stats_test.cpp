@@ -20,6 +20,7 @@ TEST(RoutingStats, SumsOverPasses) {
   EXPECT_EQ(a.rows, 3);
   EXPECT_DOUBLE_EQ(a.mean_prob(0), 0.5);
   EXPECT_EQ(a.top1, (std::vector<int64_t>{2, 1}));  // the tie of row 1 goes to the first expert
+  EXPECT_EQ(stats.sites().at("b").top1, (std::vector<int64_t>{1, 0}));
   // rows (3/4, 1/4) twice and (1/2, 1/2): entropies h, ln 2, h
   const double h = -(0.75 * std::log(0.75) + 0.25 * std::log(0.25));
   EXPECT_NEAR(a.entropy(), (2 * h + std::log(2.0)) / 3, 1e-6);
@@ -38,6 +39,10 @@ TEST(RoutingSimilarity, CosineOfMeanProbabilitiesOverAllSites) {
   // (1, 0, .5, .5) . (0, 1, .5, .5) = 0.5; both norms sqrt(1.5)
   EXPECT_NEAR(routing_similarity(x, y), 0.5 / 1.5, 1e-6);
   EXPECT_NEAR(routing_similarity(x, x), 1, 1e-12);
+  RoutingStats sharp, flat;
+  sharp.add({record("a", torch::tensor({{1.0f, 0.0f}}))});
+  flat.add({record("a", torch::tensor({{0.5f, 0.5f}}))});
+  EXPECT_NEAR(routing_similarity(sharp, flat), 0.5 / std::sqrt(0.5), 1e-6);  // norms 1 and sqrt(0.5)
 }
 
 TEST(RoutingSimilarity, OtherSitesAreRefused) {
