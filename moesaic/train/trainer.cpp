@@ -621,7 +621,8 @@ class Trainer {
     const std::string where = (dir / "trainer_state.json").string();
     const Json own = get<Json>(checkpoint.state, "moesaic", where);
     const Json saved = get<Json>(own, "config", where);
-    for (const auto& [key, value] : identity(config_, max_steps_).items()) {
+    const Json wanted = identity(config_, max_steps_);
+    for (const auto& [key, value] : wanted.items()) {
       if (saved.contains(key) && saved.at(key) != value) {
         spdlog::warn("{}: was made with {} {}, this run has {}: it goes on with {}", dir.string(), key,
                      saved.at(key).dump(), value.dump(), value.dump());
