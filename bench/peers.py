@@ -1,4 +1,4 @@
-"""The peers of `make bench`: transformers, PEFT, a plain PyTorch MoV/MoLoRA and CTranslate2, one job per process.
+"""The peers of `make bench`: transformers, PEFT, a plain PyTorch MoV/MoLoRA, CTranslate2 and llama.cpp, one job per process.
 
 First line on stdin: the job. Answer: {"base_rss"}. Every further line, an object of changes to the job ("new_tokens"),
 runs it once; the answer has "seconds" (wall), "cpu_seconds" (all threads), "tokens" and "peak_rss" (bytes, the highest
@@ -121,7 +121,25 @@ def ct2_generate(job):
     return run
 
 
-KINDS = {"training": training, "generate": hf_generate, "ct2": ct2_generate}
+def llama_generate(job):
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = job["gguf"]
+    parameters.n_ctx = 1024
+    parameters.n_parallel = 1
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = job["threads"]
+    server = xllamacpp.Server(parameters)
+
+    def run(_):
+        answer = server.handle_completions({"prompt": job["prompt"], "max_tokens": job["new_tokens"], "temperature": 0,
+                                            "cache_prompt": False, "ignore_eos": True})
+        return {"tokens": answer["usage"]["completion_tokens"], "ids": []}
+
+    return run
+
+
+KINDS = {"training": training, "generate": hf_generate, "ct2": ct2_generate, "llama": llama_generate}
 
 
 def main():

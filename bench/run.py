@@ -202,6 +202,7 @@ def generation_rows(threads, repeats, quick, log):
         "ct2-f32": {"kind": "ct2", "ct2_model": str(prepare.ct2_folder("float32")), "compute_type": "float32"},
         "ours-int8": {"kind": "generate", "quantize": True},
         "ct2-int8": {"kind": "ct2", "ct2_model": str(prepare.ct2_folder("int8")), "compute_type": "int8"},
+        "llama.cpp": {"kind": "llama", "gguf": str(prepare.GGUF)},
     }
 
     def job(kind):
@@ -215,6 +216,7 @@ def generation_rows(threads, repeats, quick, log):
     what = f"prefill of {len(prompt)} tokens and one token"
     for ours, peer, must, name in [("ours-f32", "hf", "1.1", "float32: transformers"),
                                    ("ours-f32", "ct2-f32", "1.0", "float32: CTranslate2"),
+                                   ("ours-f32", "llama.cpp", "2.4", "float32: llama.cpp Q4_1"),
                                    ("ours-int8", "ct2-int8", "1.0", "int8: CTranslate2 int8"),
                                    ("ours-int8", "ours-f32", "", "our int8 against our float32")]:
         yield compare("C7", f"{what}, {name}", short[ours], short[peer], must, "tok/s")
@@ -228,6 +230,7 @@ def generation_rows(threads, repeats, quick, log):
             ("C8", "ours-f32", "hf", "1.7", "float32: transformers"),
             ("C8", "ours-f32", "ct2-f32", "1.05", "float32: CTranslate2"),
             ("C8", "ours-int8", "ct2-int8", "2.2", "int8: CTranslate2 int8"),
+            ("C8", "ours-int8", "llama.cpp", "1.05", "int8: llama.cpp Q4_1"),
             ("C8", "ours-int8", "ours-f32", "1.0", "our int8 against our float32"),
             ("C10", "ours-molora", "ours-f32", "0.75", "MoLoRA 10x4 all linears against our base"),
             ("C10", "ours-lora", "ours-f32", "", "LoRA r=4 all linears against our base")]:
@@ -295,7 +298,7 @@ def machine():
 
 
 def versions():
-    names = ["torch", "transformers", "peft", "ctranslate2"]
+    names = ["torch", "transformers", "peft", "ctranslate2", "xllamacpp"]
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return ", ".join(f"{n} {importlib.metadata.version(n)}" for n in names) + f"; Moesaic {commit.stdout.strip()}"
 

@@ -28,7 +28,15 @@ Bytes Bytes::map(const std::filesystem::path& path) {
   ::madvise(address, size, MADV_WILLNEED);
 
   std::shared_ptr<const void> owner(address, [size](const void* p) { ::munmap(const_cast<void*>(p), size); });
-  return {static_cast<const uint8_t*>(address), size, std::move(owner), where};
+  return {static_cast<const uint8_t*>(address), size, std::move(owner), where, true};
+}
+
+void Bytes::release(std::string_view part) const {
+  if (!mapped) return;
+  const auto page = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE));
+  const auto begin = reinterpret_cast<uintptr_t>(part.data());
+  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + part.size()) / page * page;
+  if (first < last) ::madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
 }
 
 Bytes Bytes::from_string(std::string content, std::string where) {

@@ -14,11 +14,15 @@ struct Bytes {
   size_t size = 0;
   std::shared_ptr<const void> owner;
   std::string where;
+  bool mapped = false;  // from a file
 
   /// Maps a regular file. Throws DataError when it can't be opened, FormatError when it is empty.
   static Bytes map(const std::filesystem::path& path);
   /// Takes over `content`.
   static Bytes from_string(std::string content, std::string where);
+
+  /// Gives back the memory that holds `part` of a mapped file; reading it again brings it back.
+  void release(std::string_view part) const;
 
   std::string_view text(size_t offset, size_t length) const {
     return {reinterpret_cast<const char*>(data) + offset, length};

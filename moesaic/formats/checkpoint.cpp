@@ -87,6 +87,7 @@ class FolderCheckpoint : public Checkpoint {
                   path_.string(), name, fmt::join(stored.sizes(), "x"), fmt::join(destination.sizes(), "x"));
     const at::NoGradGuard no_grad;
     destination.copy_(stored);
+    file(name).release(stored_name(name));
   }
 
   std::optional<std::string> tokenizer_json() const override {

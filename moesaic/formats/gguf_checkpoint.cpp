@@ -172,11 +172,12 @@ class GgufCheckpoint : public Checkpoint {
     const at::NoGradGuard no_grad;
     if (destination.is_cpu() && destination.scalar_type() == at::kFloat && destination.is_contiguous()) {
       read_float(name, stored, destination.data_ptr<float>());
-      return;
+    } else {
+      at::Tensor loaded = at::empty(stored.shape, at::kFloat);
+      read_float(name, stored, loaded.data_ptr<float>());
+      destination.copy_(loaded);
     }
-    at::Tensor loaded = at::empty(stored.shape, at::kFloat);
-    read_float(name, stored, loaded.data_ptr<float>());
-    destination.copy_(loaded);
+    file_.bytes().release(stored.bytes);
   }
 
   std::optional<std::string> tokenizer_json() const override { return gguf_tokenizer_json(file_); }

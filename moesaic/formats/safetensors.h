@@ -33,6 +33,8 @@ class SafetensorsFile {
   at::Tensor tensor(const std::string& name) const;
   /// The stored bytes.
   std::string_view bytes(const std::string& name) const;
+  /// Bytes::release of a tensor that has been copied.
+  void release(const std::string& name) const;
   const std::map<std::string, std::string>& metadata() const;
 
  private:

@@ -4,6 +4,8 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include <fstream>
+
 #include "moesaic/base/check.h"
 #include "tests/formats/files.h"
 
@@ -77,6 +79,32 @@ TEST(Safetensors, ATensorOutlivesItsFile) {
   }
   std::filesystem::remove(folder / "m.safetensors");
   EXPECT_EQ(tensor.sum().item<float>(), 3000.f);
+}
+
+int64_t resident_file_bytes() {
+  std::ifstream status("/proc/self/status");
+  for (std::string line; std::getline(status, line);) {
+    if (line.starts_with("RssFile:")) return std::stoll(line.substr(8)) * 1024;
+  }
+  return -1;
+}
+
+TEST(Safetensors, ReleaseGivesBackAMappedFilesMemoryAndNothingElse) {
+  constexpr int64_t kCount = 4 << 20;
+  const torch::Tensor values = torch::arange(kCount, torch::kFloat32);
+  TemporaryFolder folder;
+  save_safetensors(folder.path() / "a.safetensors", {{"a", values}});
+  const SafetensorsFile file(folder.path() / "a.safetensors");
+  EXPECT_TRUE(at::equal(file.tensor("a"), values));
+  const int64_t before = resident_file_bytes();
+  file.release("a");
+  EXPECT_LT(resident_file_bytes(), before - 3 * kCount);  // 4 bytes each; other mappings may grow a little meanwhile
+  EXPECT_TRUE(at::equal(file.tensor("a"), values));
+
+  std::ifstream stored(folder.path() / "a.safetensors", std::ios::binary);
+  const auto in_memory = parse(std::string(std::istreambuf_iterator<char>(stored), {}));
+  in_memory.release("a");
+  EXPECT_TRUE(at::equal(in_memory.tensor("a"), values));
 }
 
 TEST(Safetensors, WriterRefusesSharedMemoryAndStrangeDtypes) {
