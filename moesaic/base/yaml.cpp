@@ -147,6 +147,10 @@ Json parse_yaml(std::string_view text, const std::string& where) {
   } catch (const Json::exception&) {
     throw FormatError(fmt::format("{}: not UTF-8 text", where));
   }
+  const bool printable = std::all_of(text.begin(), text.end(), [](unsigned char c) {
+    return c >= 0x20 ? c != 0x7F : c == '\t' || c == '\n' || c == '\r';  // YAML 1.2, section 5.1
+  });
+  MOESAIC_CHECK(printable, FormatError, "{}: a control character, which YAML does not allow", where);
   YAML::Node root;
   try {
     std::vector<YAML::Node> documents = YAML::LoadAll(std::string(text));
