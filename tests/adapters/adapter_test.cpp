@@ -287,7 +287,7 @@ TEST(ScaledInputs, OfOneMemberOfAGroup) {
   }
   EXPECT_EQ(toy.groups[0].adapter, nullptr);
   EXPECT_EQ(toy.groups[1].adapter, nullptr);
-  config.feedforward = {"v_proj", "k_proj"};
+  config.feedforward.push_back("k_proj");
   EXPECT_THAT(message_of([&] { Adapter::create(config, toy.sites, torch::kCPU, 1); }),
               HasSubstr("feedforward_modules: got 'k_proj'"));
 }

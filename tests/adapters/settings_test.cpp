@@ -180,8 +180,8 @@ TEST(Settings, WhatTheModelOrTheExpertsCannotDoIsRefused) {
   EXPECT_THAT([&] { make(config, toy); }, ThrowsMessage<UsageError>(HasSubstr("k_site")));
   config = config_of("ia3");
   config.targets = Names{"k_proj", "v_proj"};
-  config.feedforward = {"v_proj"};  // its input has no site, and its output is not what was asked for
-  EXPECT_THAT([&] { make(config, toy); }, ThrowsMessage<UsageError>(HasSubstr("v_proj")));
+  config.feedforward = {"o_proj"};  // no target
+  EXPECT_THAT([&] { make(config, toy); }, ThrowsMessage<UsageError>(HasSubstr("o_proj")));
   config = config_of("molora");
   config.router.type = "top_k";
   config.router.top_k = 4;
