@@ -45,6 +45,7 @@ void validate(const CompositionConfig& config, const models::DecoderConfig& anch
 struct Member {
   std::shared_ptr<models::CausalLM> model;
   std::shared_ptr<const tokenizer::Tokenizer> tokenizer;
+  std::shared_ptr<formats::Checkpoint> checkpoint{};  // where it came from; nullptr when made in memory
 };
 
 /// For each sequence the numbers of its tokens behind which the text is known to end, ascending: the ends of prompts.

@@ -9,13 +9,13 @@ namespace {
 
 constexpr double kNormEpsilon = 1e-6;
 
-torch::nn::Linear make_linear(int64_t in, int64_t out, bool bias, const torch::TensorOptions& options) {
-  torch::nn::Linear linear(torch::nn::LinearOptions(in, out).bias(bias));
-  linear->to(options.device(), options.dtype().toScalarType());
+nn::Linear make_linear(int64_t in, int64_t out, bool bias, const torch::TensorOptions& options) {
+  nn::Linear linear(torch::empty({out, in}, options), bias ? torch::empty({out}, options) : torch::Tensor());
+  for (torch::Tensor& parameter : linear->parameters()) parameter.set_requires_grad(true);
   return linear;
 }
 
-torch::Tensor project(const torch::nn::Linear& linear, const torch::Tensor& x) {
+torch::Tensor project(const nn::Linear& linear, const torch::Tensor& x) {
   return nn::linear_rows(x, linear->weight, linear->bias);
 }
 
@@ -99,7 +99,7 @@ ConnectionImpl::ConnectionImpl(const ConnectionConfig& config, int64_t augmentin
 
 void ConnectionImpl::initialize(at::Generator generator) {
   torch::NoGradGuard no_grad;
-  for (torch::nn::Linear* linear : {&proj_, &q_proj_, &k_proj_, &v_proj_, &o_proj_}) {
+  for (nn::Linear* linear : {&proj_, &q_proj_, &k_proj_, &v_proj_, &o_proj_}) {
     torch::Tensor& weight = (*linear)->weight;
     const double deviation = 1.0 / std::sqrt(static_cast<double>(weight.size(1)));
     weight.copy_(torch::empty(weight.sizes(), torch::kFloat32).normal_(0.0, deviation, generator));

@@ -4,7 +4,7 @@
 #include <utility>
 #include <vector>
 
-#include "moesaic/nn/context.h"
+#include "moesaic/nn/linear.h"
 #include "moesaic/nn/norm.h"
 
 namespace moesaic::compose {
@@ -42,6 +42,7 @@ torch::Tensor prefix_attention(const torch::Tensor& q, const KeysValues& keys_va
 /// the models are; so is what is computed here.
 /// Source: Bansal et al., "LLM Augmented LLMs: Expanding Capabilities through Composition", arXiv 2401.02412.
 struct ConnectionImpl : torch::nn::Module {
+  /// With uninitialised numbers; device kMeta allocates nothing.
   ConnectionImpl(const ConnectionConfig& config, int64_t augmenting_width, int64_t anchor_width,
                  const torch::TensorOptions& options);
 
@@ -56,7 +57,7 @@ struct ConnectionImpl : torch::nn::Module {
  private:
   ConnectionConfig config_;
   int64_t heads_, head_dim_;
-  torch::nn::Linear proj_{nullptr}, q_proj_{nullptr}, k_proj_{nullptr}, v_proj_{nullptr}, o_proj_{nullptr};
+  nn::Linear proj_{nullptr}, q_proj_{nullptr}, k_proj_{nullptr}, v_proj_{nullptr}, o_proj_{nullptr};
   nn::RmsNorm norm_{nullptr};  // only with norm `post`
 };
 TORCH_MODULE(Connection);

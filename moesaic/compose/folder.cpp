@@ -1,0 +1,250 @@
+#include "moesaic/compose/folder.h"
+
+#include "moesaic/base/check.h"
+#include "moesaic/base/device.h"
+#include "moesaic/base/sha256.h"
+#include "moesaic/formats/safetensors.h"
+
+namespace moesaic::compose {
+namespace {
+
+namespace fs = std::filesystem;
+constexpr const char* kConfigName = "calm_config.json";
+constexpr const char* kTensorsName = "calm_model.safetensors";
+
+/// What calm_config.json says of one model.
+struct Reference {
+  fs::path path;
+  std::string fingerprint, tokenizer;
+};
+
+struct FolderConfig {
+  CompositionConfig composition;
+  Reference anchor;
+  std::vector<Reference> augmenting;
+};
+
+std::string tokenizer_hash(const formats::Checkpoint& checkpoint) {
+  const auto json = checkpoint.tokenizer_json();
+  return json ? "sha256:" + sha256_hex(*json) : "";
+}
+
+Json reference_json(const Member& member, const fs::path& dir) {
+  MOESAIC_CHECK(member.checkpoint, DataError, "{}: a model of the composition has no file to refer to", dir.string());
+  const formats::Checkpoint& checkpoint = *member.checkpoint;
+  return {{"model", fs::proximate(fs::absolute(checkpoint.path()), fs::absolute(dir)).string()},
+          {"fingerprint", checkpoint.fingerprint()},
+          {"tokenizer", tokenizer_hash(checkpoint)},
+          {"dtype", dtype_name(member.model->dtype())}};
+}
+
+void refuse_unknown_keys(const Json& json, const std::vector<std::string>& known, const std::string& where) {
+  std::vector<std::string> unknown;
+  for (const auto& [key, value] : json.items()) {
+    if (std::find(known.begin(), known.end(), key) == known.end()) unknown.push_back(key);
+  }
+  MOESAIC_CHECK(unknown.empty(), ConfigError, "{}: unknown keys {}; expected {}", where, fmt::join(unknown, ", "),
+                fmt::join(known, ", "));
+}
+
+Reference parse_reference(const Json& json, const fs::path& dir, const std::string& where) {
+  Reference reference;
+  reference.path = get<std::string>(json, "model", where);
+  if (reference.path.is_relative()) reference.path = dir / reference.path;
+  reference.path = reference.path.lexically_normal();
+  reference.fingerprint = get<std::string>(json, "fingerprint", where);
+  reference.tokenizer = get<std::string>(json, "tokenizer", where);
+  return reference;
+}
+
+FolderConfig parse_folder_config(const Json& json, const fs::path& dir) {
+  const std::string where = (dir / kConfigName).string();
+  MOESAIC_CHECK(json.is_object() && json.value("type", Json()) == "calm" && json.value("version", Json()) == 1,
+                ConfigError, "{}: got type {} and version {}, expected \"calm\" and 1", where,
+                json.is_object() ? json.value("type", Json()).dump() : "none",
+                json.is_object() ? json.value("version", Json()).dump() : "none");
+  refuse_unknown_keys(
+      json, {"type", "version", "anchor", "augmenting", "num_heads", "cross_position", "norm", "attention_bias"},
+      where);
+  FolderConfig config;
+  ConnectionConfig& connection = config.composition.connection;
+  connection.num_heads = get<int64_t>(json, "num_heads", where);
+  connection.cross_position = get<std::string>(json, "cross_position", where);
+  connection.norm = get<std::string>(json, "norm", where);
+  connection.attention_bias = get<bool>(json, "attention_bias", where);
+  config.anchor = parse_reference(get<Json>(json, "anchor", where), dir, where + ": anchor");
+  const Json list = get<Json>(json, "augmenting", where);
+  MOESAIC_CHECK(list.is_array(), ConfigError, "{}: key 'augmenting': got {}, expected a list", where,
+                list.dump().substr(0, 80));
+  for (size_t m = 0; m < list.size(); ++m) {
+    const std::string entry_where = fmt::format("{}: augmenting[{}]", where, m);
+    refuse_unknown_keys(list[m], {"model", "fingerprint", "tokenizer", "dtype", "connections", "align", "mask"},
+                        entry_where);
+    config.augmenting.push_back(parse_reference(list[m], dir, entry_where));
+    AugmentingConfig entry;
+    entry.align = get<std::string>(list[m], "align", entry_where);
+    entry.mask = get<std::string>(list[m], "mask", entry_where);
+    for (const Json& pair : get<Json>(list[m], "connections", entry_where)) {
+      MOESAIC_CHECK(pair.is_object(), ConfigError,
+                    "{}: connections: got {}, expected {{\"anchor\": block, \"aug\": block}}", entry_where,
+                    pair.dump().substr(0, 80));
+      refuse_unknown_keys(pair, {"anchor", "aug"}, entry_where + ": connections");
+      entry.connections.push_back({get<int64_t>(pair, "anchor", entry_where), get<int64_t>(pair, "aug", entry_where)});
+    }
+    config.composition.augmenting.push_back(std::move(entry));
+  }
+  return config;
+}
+
+/// The checkpoint of `reference`, or nullptr with what is wrong about it added to `problems`.
+std::shared_ptr<formats::Checkpoint> open_reference(const Reference& reference, const std::string& role,
+                                                    std::vector<std::string>& problems) {
+  std::error_code ignored;
+  if (!fs::exists(reference.path, ignored)) {
+    problems.push_back(
+        fmt::format("{}: {} does not exist; put the model back or correct its path", role, reference.path.string()));
+    return nullptr;
+  }
+  std::shared_ptr<formats::Checkpoint> checkpoint;
+  try {
+    checkpoint = formats::Checkpoint::open(reference.path);
+  } catch (const DataError& error) {
+    problems.push_back(fmt::format("{}: {}", role, error.what()));
+    return nullptr;
+  }
+  auto compare = [&](const char* what, const std::string& got, const std::string& expected) {
+    if (got == expected) return;
+    problems.push_back(fmt::format(
+        "{}: the {} of {} is not the one the connections were trained on: got {}, expected "
+        "{}",
+        role, what, reference.path.string(), got.empty() ? "none" : got, expected.empty() ? "none" : expected));
+  };
+  compare("weights' hash", checkpoint->fingerprint(), reference.fingerprint);
+  compare("tokenizer's hash", tokenizer_hash(*checkpoint), reference.tokenizer);
+  return checkpoint;
+}
+
+/// Adds to `problems` every tensor that has no parameter and every parameter without a fitting tensor.
+void check_tensors(const formats::SafetensorsFile& file, const std::map<std::string, std::vector<int64_t>>& shapes,
+                   std::vector<std::string>& problems) {
+  for (const auto& [name, shape] : shapes) {
+    if (!file.contains(name)) {
+      problems.push_back(fmt::format("{}: {} is missing", kTensorsName, name));
+    } else if (file.shape(name) != shape) {
+      problems.push_back(fmt::format("{}: {}: got [{}], expected [{}]", kTensorsName, name,
+                                     fmt::join(file.shape(name), ", "), fmt::join(shape, ", ")));
+    } else if (!at::isFloatingType(file.dtype(name))) {
+      problems.push_back(fmt::format("{}: {}: got {}, expected numbers with a fraction", kTensorsName, name,
+                                     c10::toString(file.dtype(name))));
+    }
+  }
+  for (const std::string& name : file.names()) {
+    if (!shapes.contains(name)) problems.push_back(fmt::format("{}: {} is unexpected", kTensorsName, name));
+  }
+}
+
+void throw_problems(const fs::path& dir, const std::vector<std::string>& problems) {
+  MOESAIC_CHECK(problems.empty(), DataError, "{}: the composition does not fit:\n  {}", dir.string(),
+                fmt::join(problems, "\n  "));
+}
+
+void copy_tensors(Composition& composition, const formats::SafetensorsFile& file) {
+  torch::NoGradGuard no_grad;
+  for (auto& item : composition.named_parameters()) item.value().copy_(file.tensor(item.key()));
+}
+
+}  // namespace
+
+bool is_composition(const fs::path& path) {
+  std::error_code ignored;
+  return fs::exists(path / kConfigName, ignored);
+}
+
+Member open_member(const std::shared_ptr<formats::Checkpoint>& checkpoint, const models::LoadOptions& options) {
+  Member member;
+  member.checkpoint = checkpoint;
+  if (member.checkpoint->tokenizer_json()) member.tokenizer = tokenizer::Tokenizer::open(*member.checkpoint);
+  member.model = models::CausalLM::load(*member.checkpoint, options);
+  member.model->eval();
+  return member;
+}
+
+void save_composition(const Composition& composition, const fs::path& dir) {
+  std::error_code error;
+  fs::create_directories(dir, error);
+  MOESAIC_CHECK(!error, DataError, "{}: the folder can't be made: {}", dir.string(), error.message());
+  const CompositionConfig& config = composition.config();
+  Json json{{"type", "calm"},
+            {"version", 1},
+            {"anchor", reference_json(composition.anchor_member(), dir)},
+            {"augmenting", Json::array()},
+            {"num_heads", config.connection.num_heads},
+            {"cross_position", config.connection.cross_position},
+            {"norm", config.connection.norm},
+            {"attention_bias", config.connection.attention_bias}};
+  for (size_t m = 0; m < config.augmenting.size(); ++m) {
+    Json entry = reference_json(composition.augmenting()[m], dir);
+    entry["align"] = config.augmenting[m].align;
+    entry["mask"] = config.augmenting[m].mask;
+    entry["connections"] = Json::array();
+    for (const ConnectionPair& pair : config.augmenting[m].connections) {
+      entry["connections"].push_back({{"anchor", pair.anchor}, {"aug", pair.aug}});
+    }
+    json["augmenting"].push_back(std::move(entry));
+  }
+  formats::TensorMap tensors;
+  for (const auto& item : composition.named_parameters()) tensors[item.key()] = item.value().detach().to(torch::kCPU);
+  formats::save_safetensors(dir / kTensorsName, tensors);
+  write_file_atomically(dir / kConfigName, json.dump(2) + "\n");
+}
+
+std::shared_ptr<Composition> load_composition(const fs::path& dir, const models::LoadOptions& options) {
+  MOESAIC_CHECK(is_composition(dir), DataError, "{}: has no {}; expected a folder that `moesaic compose` made",
+                dir.string(), kConfigName);
+  const FolderConfig config = parse_folder_config(read_json(dir / kConfigName), dir);
+  std::vector<std::string> problems;
+  std::vector<std::shared_ptr<formats::Checkpoint>> checkpoints{open_reference(config.anchor, "anchor", problems)};
+  for (size_t m = 0; m < config.augmenting.size(); ++m) {
+    checkpoints.push_back(open_reference(config.augmenting[m], fmt::format("augmenting[{}]", m), problems));
+  }
+  // The shapes of the connections follow from the models' widths.
+  if (std::find(checkpoints.begin(), checkpoints.end(), nullptr) != checkpoints.end()) throw_problems(dir, problems);
+  std::vector<models::DecoderConfig> models;
+  for (const auto& checkpoint : checkpoints) {
+    models.push_back(models::parse_decoder_config(checkpoint->config(), checkpoint->path().string()));
+  }
+  validate(config.composition, models[0], {models.begin() + 1, models.end()}, (dir / kConfigName).string());
+  std::map<std::string, std::vector<int64_t>> shapes;
+  int64_t k = 0;
+  for (size_t m = 0; m < config.augmenting.size(); ++m) {
+    for (size_t c = 0; c < config.composition.augmenting[m].connections.size(); ++c, ++k) {
+      const ConnectionImpl connection(config.composition.connection, models[m + 1].hidden_size, models[0].hidden_size,
+                                      torch::TensorOptions(torch::kMeta).dtype(torch::kFloat32));
+      for (const auto& item : connection.named_parameters()) {
+        shapes[fmt::format("connections.{}.{}", k, item.key())] = item.value().sizes().vec();
+      }
+    }
+  }
+  const formats::SafetensorsFile file(dir / kTensorsName);
+  check_tensors(file, shapes, problems);
+  throw_problems(dir, problems);
+
+  std::vector<Member> members;
+  for (const auto& checkpoint : checkpoints) members.push_back(open_member(checkpoint, options));
+  auto composition = std::make_shared<Composition>(config.composition, members[0],
+                                                   std::vector<Member>(members.begin() + 1, members.end()), /*seed=*/0);
+  copy_tensors(*composition, file);
+  return composition;
+}
+
+void load_connections(Composition& composition, const fs::path& dir) {
+  std::map<std::string, std::vector<int64_t>> shapes;
+  for (const auto& item : composition.named_parameters()) shapes[item.key()] = item.value().sizes().vec();
+  const formats::SafetensorsFile file(dir / kTensorsName);
+  std::vector<std::string> problems;
+  check_tensors(file, shapes, problems);
+  throw_problems(dir, problems);
+  copy_tensors(composition, file);
+}
+
+}  // namespace moesaic::compose

@@ -1,0 +1,149 @@
+#include "moesaic/compose/folder.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "moesaic/formats/model_folder.h"
+#include "tests/compose/small_models.h"
+#include "tests/temporary_folder.h"
+
+namespace moesaic::compose {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+using ::testing::Not;
+namespace fs = std::filesystem;
+
+/// Writes a model with a golden tokenizer as a Hugging Face folder.
+void write_model(const fs::path& dir, const std::string& tokenizer_name, int64_t hidden, int64_t layers,
+                 uint64_t seed) {
+  const auto tokenizer = test::golden_tokenizer(tokenizer_name);
+  const Json config{{"model_type", "llama"},         {"vocab_size", tokenizer->vocab_size()},
+                    {"hidden_size", hidden},         {"intermediate_size", 37},
+                    {"num_hidden_layers", layers},   {"num_attention_heads", 4},
+                    {"num_key_value_heads", 2},      {"head_dim", 6},
+                    {"max_position_embeddings", 512}};
+  const auto model = test::random_model(config, torch::kFloat32, seed);
+  formats::ModelFolder folder;
+  folder.config = config;
+  for (const auto& item : model->named_parameters()) folder.tensors[item.key()] = item.value();
+  folder.tokenizer_json = tokenizer->json();
+  folder.tokenizer_config = tokenizer->config();
+  formats::write_model_folder(dir, folder);
+}
+
+class CompositionFolder : public ::testing::Test {
+ protected:
+  CompositionFolder() {
+    write_model(root_.path() / "anchor", "gpt2", 20, 3, 1);
+    write_model(root_.path() / "aug", "llama3", 14, 4, 2);
+    auto member = [&](const char* name) { return open_member(formats::Checkpoint::open(root_.path() / name), {}); };
+    composition_ = std::make_shared<Composition>(test::config_of({{{{0, 1}, {2, 2}}, "token"}}), member("anchor"),
+                                                 std::vector{member("aug")}, 7);
+    test::randomise(*composition_);
+    save_composition(*composition_, dir());
+  }
+  fs::path dir() const { return root_.path() / "calm"; }
+  std::string error() const {
+    try {
+      load_composition(dir(), {});
+    } catch (const DataError& error) {
+      return error.what();
+    }
+    return "loads";
+  }
+  void edit(const std::function<void(Json&)>& change) const {
+    Json json = read_json(dir() / "calm_config.json");
+    change(json);
+    write_file_atomically(dir() / "calm_config.json", json.dump());
+  }
+  void edit_tensors(const std::function<void(formats::TensorMap&)>& change) const {
+    formats::TensorMap tensors;
+    {
+      const formats::SafetensorsFile file(dir() / "calm_model.safetensors");
+      for (const auto& name : file.names()) tensors[name] = file.tensor(name).clone();
+    }
+    change(tensors);
+    formats::save_safetensors(dir() / "calm_model.safetensors", tensors);
+  }
+
+  test::TemporaryFolder root_;
+  std::shared_ptr<Composition> composition_;
+};
+
+TEST_F(CompositionFolder, LoadsBackEqual) {
+  const std::vector<std::vector<int64_t>> sequences{{40, 90, 91, 3}, {17, 18}};
+  const auto loaded = load_composition(dir(), {});
+  EXPECT_TRUE(torch::equal(test::logits_of(*loaded, sequences), test::logits_of(*composition_, sequences)));
+  EXPECT_EQ(loaded->config().augmenting, composition_->config().augmenting);
+  for (const auto& entry : fs::directory_iterator(dir())) {
+    EXPECT_LT(fs::file_size(entry.path()), 20000u) << "connections only: " << entry.path();
+  }
+}
+
+TEST_F(CompositionFolder, MovesWithItsModels) {
+  const fs::path other = root_.path() / "moved";
+  fs::create_directories(other);
+  for (const char* name : {"anchor", "aug", "calm"}) fs::rename(root_.path() / name, other / name);
+  EXPECT_NO_THROW(load_composition(other / "calm", {}));
+}
+
+TEST_F(CompositionFolder, ConnectionsAloneCanBeLoaded) {
+  const auto loaded = load_composition(dir(), {});
+  test::randomise(*loaded, 99);
+  load_connections(*loaded, dir());
+  for (const auto& item : loaded->named_parameters()) {
+    EXPECT_TRUE(torch::equal(item.value(), composition_->named_parameters()[item.key()]));
+  }
+}
+
+TEST_F(CompositionFolder, ChangedModelsAreRefusedTogether) {
+  write_model(root_.path() / "anchor", "gpt2", 20, 3, 5);
+  write_model(root_.path() / "aug", "llama3", 14, 4, 6);
+  write_file_atomically(root_.path() / "aug" / "tokenizer.json", test::golden_tokenizer("unigram")->json());
+  EXPECT_THAT(error(),
+              AllOf(HasSubstr("anchor: the weights' hash"), HasSubstr("augmenting[0]: the weights' hash"),
+                    HasSubstr("augmenting[0]: the tokenizer's hash"), Not(HasSubstr("anchor: the tokenizer"))));
+}
+
+TEST_F(CompositionFolder, MissingModelSaysWhatToDo) {
+  fs::remove_all(root_.path() / "aug");
+  EXPECT_THAT(error(), AllOf(HasSubstr("augmenting[0]"), HasSubstr("does not exist"), HasSubstr("correct its path")));
+}
+
+TEST_F(CompositionFolder, EveryWrongTensorIsListed) {
+  edit_tensors([](formats::TensorMap& tensors) {
+    tensors.erase("connections.0.q_proj.weight");
+    tensors["connections.1.proj.weight"] = torch::zeros({20, 15});
+    tensors["connections.2.proj.weight"] = torch::zeros({2});
+    tensors["connections.1.v_proj.weight"] = torch::zeros({20, 20}, torch::kInt64);
+  });
+  EXPECT_THAT(error(), AllOf(HasSubstr("connections.0.q_proj.weight is missing"),
+                             HasSubstr("connections.1.proj.weight: got [20, 15], expected [20, 14]"),
+                             HasSubstr("connections.2.proj.weight is unexpected"),
+                             HasSubstr("connections.1.v_proj.weight: got Long")));
+}
+
+TEST_F(CompositionFolder, BadConfigsAreRefused) {
+  const std::vector<std::pair<std::function<void(Json&)>, std::string>> cases{
+      {[](Json& json) { json["version"] = 2; }, "version 2"},
+      {[](Json& json) { json["num_head"] = 2; }, "unknown keys num_head"},
+      {[](Json& json) { json["num_heads"] = 3; }, "num_heads: got 3"},
+      {[](Json& json) { json.erase("norm"); }, "'norm' is missing"},
+      {[](Json& json) { json["augmenting"][0]["connections"][0] = {0, 1}; }, "expected {\"anchor\": block"},
+      {[](Json& json) { json["augmenting"][0]["connections"][0]["aug"] = 9; }, "aug 9"},
+      {[](Json& json) { json["augmenting"] = Json::array(); }, "expected at least one"},
+      {[](Json& json) { json["anchor"] = 3; }, "anchor"},
+      {[](Json& json) { json = Json::array(); }, "type none"},
+  };
+  const std::string original = read_file(dir() / "calm_config.json");
+  for (const auto& [change, message] : cases) {
+    edit(change);
+    EXPECT_THAT(error(), HasSubstr(message));
+    write_file_atomically(dir() / "calm_config.json", original);
+  }
+}
+
+}  // namespace
+}  // namespace moesaic::compose

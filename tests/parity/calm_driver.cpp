@@ -1,0 +1,100 @@
+// Runs compositions for the parity tests: one JSON job per line on stdin, one JSON answer per line on stdout; tensors
+// go to the safetensors file a job names.
+//
+//   create      {anchor, augmenting: [{model, connections, align, mask}], num_heads, ...}: a new composition with
+//   random
+//               connections of `seed`, saved to the folder `composition`
+//   composition, sequences, mask, borders, dtype
+//               answers what each augmenting model reads; writes logits, loss and the gradient of every connection
+#include <iostream>
+
+#include "moesaic/compose/folder.h"
+#include "moesaic/data/example.h"
+#include "moesaic/formats/safetensors.h"
+#include "moesaic/train/loss.h"
+
+namespace {
+
+using moesaic::Json;
+using namespace moesaic;
+
+compose::Member open(const Json& path) {
+  return compose::open_member(formats::Checkpoint::open(path.get<std::string>()), {});
+}
+
+void create(const Json& job) {
+  const Json& spec = job["create"];
+  compose::CompositionConfig config;
+  config.connection = {.num_heads = spec["num_heads"],
+                       .cross_position = spec.value("cross_position", "rope"),
+                       .norm = spec.value("norm", "none"),
+                       .attention_bias = spec.value("attention_bias", false)};
+  std::vector<compose::Member> augmenting;
+  for (const Json& entry : spec["augmenting"]) {
+    compose::AugmentingConfig& how = config.augmenting.emplace_back();
+    how.align = entry.value("align", "word");
+    how.mask = entry.value("mask", "causal");
+    for (const Json& pair : entry["connections"]) how.connections.push_back({pair[0], pair[1]});
+    augmenting.push_back(open(entry["model"]));
+  }
+  compose::Composition composition(config, open(spec["anchor"]), augmenting, job["seed"]);
+  torch::NoGradGuard no_grad;
+  torch::manual_seed(job["seed"]);
+  for (auto& parameter : composition.parameters()) {
+    parameter.normal_(0.0, parameter.dim() == 2 ? 0.7 / std::sqrt(static_cast<double>(parameter.size(1))) : 0.3);
+  }
+  compose::save_composition(composition, job["composition"].get<std::string>());
+}
+
+Json run(const Json& job) {
+  if (job.contains("create")) {
+    create(job);
+    return {{"ok", true}};
+  }
+  models::LoadOptions options;
+  if (job.value("dtype", "float32") == "bfloat16") options.dtype = torch::kBFloat16;
+  const auto composition = compose::load_composition(job["composition"].get<std::string>(), options);
+  std::vector<data::Example> examples;
+  for (size_t b = 0; b < job["sequences"].size(); ++b) {
+    data::Example& example = examples.emplace_back();
+    example.ids = job["sequences"][b].get<std::vector<int64_t>>();
+    example.mask = job["mask"][b].get<std::vector<uint8_t>>();
+  }
+  const data::Batch batch = data::collate(examples, torch::kCPU);
+  compose::Borders borders;
+  if (job.contains("borders")) borders = job["borders"].get<compose::Borders>();
+  const auto aligned = composition->align(batch.tokens, borders);
+  nn::ForwardContext context;
+  const models::CausalLM& anchor = composition->anchor();
+  const torch::Tensor hidden = anchor.final_norm(composition->run_layers(batch.tokens, aligned, context));
+  const torch::Tensor loss = train::chunked_cross_entropy(
+      hidden.index_select(0, batch.label_rows), anchor.head_weight(), batch.labels,
+      torch::full({batch.num_targets()}, 1.0 / batch.num_targets()), anchor.config().final_softcap);
+  loss.backward();
+  formats::TensorMap result{{"logits", anchor.logits(hidden.detach()).detach()}, {"loss", loss.detach()}};
+  for (const auto& item : composition->named_parameters()) {
+    result["grad:" + item.key()] = item.value().grad().contiguous();
+  }
+  formats::save_safetensors(job["output"].get<std::string>(), result);
+  Json streams = Json::array();
+  for (const auto& stream : aligned) {
+    streams.push_back(
+        {{"tokens", stream.tokens}, {"coordinates", stream.coordinates}, {"visible", stream.seen.visible}});
+  }
+  return {{"ok", true}, {"streams", streams}};
+}
+
+}  // namespace
+
+int main() {
+  for (std::string line; std::getline(std::cin, line);) {
+    Json answer;
+    try {
+      answer = run(Json::parse(line));
+    } catch (const std::exception& error) {
+      answer = {{"ok", false}, {"error", error.what()}};
+    }
+    std::cout << answer.dump() << std::endl;
+  }
+  return 0;
+}

@@ -1,0 +1,271 @@
+"""Compositions against a plain PyTorch transcription: logits, loss and the gradient of every connection."""
+
+import json
+import pathlib
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import common
+
+GOLDEN = common.ROOT / "tests" / "compose" / "golden"
+TEXTS = ["The keeper wrote until tomorrow, and", "Möwen 👍🏽 über den Dächern 12", "x", "คนเฝ้า ประภาคาร book"]
+
+
+class CalmDriver(common.Driver):
+    @staticmethod
+    def executable():
+        return common.BUILD / "tests" / "parity" / "calm_driver"
+
+
+@pytest.fixture(scope="module")
+def driver():
+    if not CalmDriver.executable().exists():
+        pytest.fail(f"{CalmDriver.executable()} is missing: build the target calm_driver first")
+    torch.set_num_threads(1)
+    running = CalmDriver()
+    yield running
+    running.close()
+
+
+class Tokenizers:
+    """Model folders get a golden tokenizer; its ids are what the sequences are made of."""
+
+    def __init__(self):
+        import tokenizers
+        self.load = {name: tokenizers.Tokenizer.from_file(str(GOLDEN / f"{name}.json"))
+                     for name in ("gpt2", "llama3", "llama2")}
+
+    def size(self, name):
+        return self.load[name].get_vocab_size()
+
+    def encode(self, name, text):
+        return self.load[name].encode(text).ids
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    return Tokenizers()
+
+
+def make_model(folder, family, tokenizer, vocab, seed, **changes):
+    entry = common.FAMILIES[family]
+    config = entry.config_class(**{**common.TINY, **entry.arguments, "vocab_size": vocab, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    common.randomise(model.float(), seed)
+    model.eval().requires_grad_(False)
+    model.save_pretrained(folder)
+    shutil.copy(GOLDEN / f"{tokenizer}.json", pathlib.Path(folder) / "tokenizer.json")
+    (pathlib.Path(folder) / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    return model
+
+
+def rotate(x, places, theta):
+    """RoPE on [H, S, k]: pairs (i, i + k/2)."""
+    half = x.shape[-1] // 2
+    angles = places[:, None].to(x.dtype) / theta ** (torch.arange(half, dtype=x.dtype) / half)
+    cos, sin = angles.cos(), angles.sin()
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class Composition:
+    """The formulas, one sequence at a time."""
+
+    def __init__(self, anchor, augmenting, config, weights):
+        self.anchor, self.augmenting, self.config = anchor, augmenting, config
+        self.weights = {k: v.clone().requires_grad_() for k, v in weights.items()}
+        self.theta = anchor.config.rope_parameters["rope_theta"]
+
+    def linear(self, name, x):
+        y = x @ self.weights[f"{name}.weight"].T
+        bias = self.weights.get(f"{name}.bias")
+        return y if bias is None else y + bias
+
+    def connection(self, k, h, states, visible, coordinates):
+        heads, rows = self.config["num_heads"], len(h)
+        precision = next(iter(self.weights.values())).dtype
+        p = self.linear(f"connections.{k}.proj", states.to(precision))
+
+        def split(name, x):
+            return self.linear(f"connections.{k}.{name}", x).view(len(x), heads, -1).transpose(0, 1)
+
+        q, key, value = split("q_proj", h.to(precision)), split("k_proj", p), split("v_proj", p)
+        if self.config.get("cross_position", "rope") == "rope":
+            q, key = rotate(q, torch.arange(rows), self.theta), rotate(key, coordinates, self.theta)
+        scores = q @ key.transpose(1, 2) / q.shape[-1] ** 0.5
+        hidden = torch.arange(len(states))[None] >= visible[:, None]
+        mixed = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ value
+        y = self.linear(f"connections.{k}.o_proj", mixed.transpose(0, 1).reshape(rows, -1))
+        norm = self.weights.get(f"connections.{k}.norm.weight")
+        if norm is not None:
+            y = y * (y.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * (1 + norm)
+        return y.to(h.dtype)
+
+    def taps(self, model, ids):
+        """The output of the embedding (-1) and of every block, before the final norm."""
+        states = {}
+        hooks = [model.model.layers[0].register_forward_pre_hook(lambda m, x: states.update({-1: x[0][0]}))]
+        for i, layer in enumerate(model.model.layers):
+            hooks.append(layer.register_forward_hook(lambda m, x, y, i=i: states.update({i: y[0]})))
+        with torch.no_grad():
+            model(input_ids=torch.tensor([ids]), use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return states
+
+    def logits(self, ids, streams):
+        """`streams`: for each augmenting model (tokens, visible, coordinates) of this sequence."""
+        by_block, k = {}, 0
+        for model, entry, (tokens, visible, coordinates) in zip(self.augmenting, self.config["augmenting"], streams):
+            states = self.taps(model, tokens)
+            for anchor_block, aug_block in entry["connections"]:
+                by_block.setdefault(anchor_block, []).append((k, states[aug_block], visible, coordinates))
+                k += 1
+
+        def add(block, h):
+            return h + sum(self.connection(k, h[0], *rest) for k, *rest in by_block[block])[None]
+
+        layers, hooks = self.anchor.model.layers, []
+        for block in by_block:
+            if block < 0:
+                hooks.append(layers[0].register_forward_pre_hook(
+                    lambda m, args, kwargs: ((add(-1, args[0]), *args[1:]), kwargs), with_kwargs=True))
+            else:
+                hooks.append(layers[block].register_forward_hook(lambda m, x, y, block=block: add(block, y)))
+        result = self.anchor(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+        for hook in hooks:
+            hook.remove()
+        return result
+
+
+def run_driver(driver, tmp_path, anchor, augmenting, config, ids, borders, dtype):
+    """(tensors of the C++ side, its streams, the composition's folder)."""
+    folder = tmp_path / "calm"
+    spec = {**config, "anchor": str(anchor[1]),
+            "augmenting": [{**entry, "model": str(path)} for entry, (_, path) in zip(config["augmenting"], augmenting)]}
+    driver.call(create=spec, composition=folder, seed=11)
+    job = dict(composition=folder, sequences=ids, mask=common.masks(ids), dtype=dtype)
+    if borders:
+        job["borders"] = borders
+    ours = driver.run(tmp_path / "out.safetensors", **job)
+    return ours, ours.pop("streams"), folder
+
+
+def run_reference(anchor, augmenting, config, ids, streams, folder, dtype):
+    """(logits, loss, gradients) with models in `dtype`; connections are float32, or float64 with the models."""
+    anchor, augmenting = anchor[0].to(dtype), [model.to(dtype) for model, _ in augmenting]
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    weights = {k: v.to(precision) for k, v in load_file(folder / "calm_model.safetensors").items()}
+    reference = Composition(anchor, augmenting, config, weights)
+    rows, start = [], 0
+    for b, sequence in enumerate(ids):
+        end = start + len(sequence)
+        per_sequence = [(s["tokens"][b], torch.tensor(s["visible"][start:end]), torch.tensor(s["coordinates"][b]))
+                        for s in streams]
+        rows.append(reference.logits(sequence, per_sequence))
+        start = end
+    logits = torch.cat(rows)
+    loss = common.loss_of(logits, ids, common.masks(ids))
+    loss.backward()
+    with torch.no_grad():
+        plain = common.reference_logits(anchor, ids)
+    assert (logits - plain).abs().max() > 0.05 * plain.abs().max(), "the connections have no effect"
+    return logits.detach(), loss.detach(), {k: v.grad for k, v in reference.weights.items()}
+
+
+def check(driver, tmp_path, anchor, augmenting, config, ids, borders=None, same_tokenizer=False):
+    """float32 against the transcription in float64: the difference is our rounding alone."""
+    ours, streams, folder = run_driver(driver, tmp_path, anchor, augmenting, config, ids, borders, "float32")
+    if same_tokenizer:
+        full = config["augmenting"][0].get("mask") == "full"
+        assert streams[0]["tokens"] == ids
+        assert streams[0]["coordinates"] == [list(range(len(s))) for s in ids]
+        assert streams[0]["visible"] == [len(s) if full else t + 1 for s in ids for t in range(len(s))]
+    logits, loss, gradients = run_reference(anchor, augmenting, config, ids, streams, folder, torch.float64)
+    common.assert_close(ours["logits"], logits, "logits")
+    common.assert_close(ours["loss"], loss, "loss")
+    gradients_of_ours = common.split_gradients(ours)
+    for name in [n for n in gradients if n.endswith("k_proj.bias") and config.get("cross_position") == "none"]:
+        # A shift of all keys does nothing to a softmax: the gradient is 0 up to the rounding of its terms.
+        limit = common.RELATIVE * gradients[name.replace("k_proj", "q_proj")].abs().max()
+        assert gradients.pop(name).abs().max() <= limit and gradients_of_ours.pop(name).abs().max() <= limit
+    common.assert_gradients_close(gradients_of_ours, gradients)
+
+
+@pytest.fixture
+def make(tmp_path, tokenizers):
+    def build(name, family, tokenizer, seed, **changes):
+        folder = tmp_path / name
+        return make_model(folder, family, tokenizer, tokenizers.size(tokenizer), seed, **changes), folder
+    return build
+
+
+def ids_of(tokenizers, name):
+    return [tokenizers.encode(name, text) for text in TEXTS]
+
+
+def test_one_tokenizer(driver, make, tokenizers, tmp_path):
+    config = dict(num_heads=4, augmenting=[dict(connections=[[0, 1], [2, 2]])])
+    check(driver, tmp_path, make("anchor", "llama", "gpt2", 1), [make("aug", "qwen2", "gpt2", 2)], config,
+          ids_of(tokenizers, "gpt2"), same_tokenizer=True)
+
+
+@pytest.mark.parametrize("align", ["word", "token"])
+def test_two_tokenizers(align, driver, make, tokenizers, tmp_path):
+    ids = ids_of(tokenizers, "gpt2")
+    config = dict(num_heads=2, augmenting=[dict(connections=[[-1, 0], [1, 2]], align=align)])
+    check(driver, tmp_path, make("anchor", "llama-tied-mqa", "gpt2", 1), [make("aug", "llama", "llama3", 2)], config, ids,
+          borders=[[max(1, len(s) // 2)] for s in ids])
+
+
+def test_without_positions(driver, make, tokenizers, tmp_path):
+    config = dict(num_heads=4, cross_position="none", augmenting=[dict(connections=[[1, -1], [2, 1]])])
+    check(driver, tmp_path, make("anchor", "qwen3", "llama3", 1), [make("aug", "llama", "gpt2", 2)], config,
+          ids_of(tokenizers, "llama3"))
+
+
+def test_two_augmenting_models(driver, make, tokenizers, tmp_path):
+    ids = ids_of(tokenizers, "gpt2")
+    config = dict(num_heads=2, augmenting=[dict(connections=[[0, 1], [2, 2]]),
+                                           dict(connections=[[2, 0], [1, 1]], align="token", mask="prefix")])
+    check(driver, tmp_path, make("anchor", "llama", "gpt2", 1),
+          [make("first", "llama", "llama3", 2, num_hidden_layers=4), make("second", "mistral", "llama2", 3)], config, ids,
+          borders=[[max(1, len(s) // 2)] for s in ids])
+
+
+def test_released_form(driver, make, tokenizers, tmp_path):
+    """The public code's own choices: every position sees all, norm behind the attention, biases, no positions."""
+    config = dict(num_heads=2, cross_position="none", norm="post", attention_bias=True,
+                  augmenting=[dict(connections=[[0, 0], [2, 2]], mask="full")])
+    check(driver, tmp_path, make("anchor", "llama", "gpt2", 1), [make("aug", "llama", "gpt2", 2)], config,
+          ids_of(tokenizers, "gpt2"), same_tokenizer=True)
+
+
+def test_bfloat16(driver, make, tokenizers, tmp_path):
+    """Models in bfloat16, connections in float32. Deep random models spread a last bit over everything, so the measure
+    is the transcription in bfloat16 itself: on average ours is as near to the exact numbers as that is."""
+    ids = ids_of(tokenizers, "gpt2")
+    config = dict(num_heads=4, augmenting=[dict(connections=[[0, 1], [2, 2]])])
+    models = make("anchor", "llama", "gpt2", 1), [make("aug", "llama", "llama3", 2)]
+    ours, streams, folder = run_driver(driver, tmp_path, *models, config, ids, None, "bfloat16")
+    rounded = run_reference(*models, config, ids, streams, folder, torch.bfloat16)
+    # The same models, whose weights are now numbers of bfloat16, in exact arithmetic.
+    exact = run_reference(*models, config, ids, streams, folder, torch.float64)
+
+    def error(x, y):
+        return (x.double() - y.double()).abs().mean().item()
+
+    assert error(ours["logits"], exact[0]) <= 1.5 * error(rounded[0], exact[0])
+    gradients = common.split_gradients(ours)
+    assert sorted(gradients) == sorted(exact[2])
+    total = {"ours": 0.0, "rounded": 0.0, "size": 0.0}
+    for name, gradient in exact[2].items():
+        total["ours"] += error(gradients[name], gradient)
+        total["rounded"] += error(rounded[2][name], gradient)
+        total["size"] += gradient.abs().mean().item()
+    assert total["ours"] <= 1.5 * total["rounded"]
+    assert total["ours"] <= 0.5 * total["size"]
