@@ -70,6 +70,17 @@ TEST_F(MixtureTest, TheSeedDecidesTheOrder) {
   EXPECT_NE(draw(1), draw(2));
 }
 
+TEST_F(MixtureTest, EveryDataSetHasItsOwnOrder) {
+  auto stream = mixture({words("a", 0, 20), words("b", 0, 20)}, "equal");
+  std::vector<std::vector<int64_t>> orders(2);
+  while (orders[0].size() < 20 || orders[1].size() < 20) {
+    auto example = stream->next();
+    auto& order = orders.at(example->dataset);
+    if (order.size() < 20) order.push_back(word(*example));
+  }
+  EXPECT_NE(orders[0], orders[1]);
+}
+
 TEST_F(MixtureTest, ResumesExactly) {
   std::vector<DatasetConfig> datasets{words("a", 0, 7), words("b", 10, 30), words("c", 50, 3)};
   // Stops in the middle of epochs and at their ends.
