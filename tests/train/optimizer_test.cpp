@@ -58,6 +58,30 @@ TEST(Adafactor, FirstStepByHand) {
   EXPECT_NEAR(p[1].item<double>(), 4 + update, 1e-6);
 }
 
+TEST(Adafactor, AGradientOfZeroLeavesTheTensorToItsDecay) {
+  auto p = torch::ones({3}, torch::requires_grad());
+  p.mutable_grad() = torch::zeros({3});
+  OptimizedTensor tensor;
+  tensor.name = "p";
+  tensor.tensor = p;
+  tensor.learning_rate = 0.1;
+  make_adafactor({tensor}, {})->step(1.0);
+  EXPECT_TRUE(p.detach().equal(torch::ones({3})));  // 0 / sqrt(0 + eps1) = 0
+  tensor.weight_decay = 0.5;
+  make_adafactor({tensor}, {})->step(1.0);
+  EXPECT_TRUE(p.detach().allclose(torch::full({3}, 0.95)));  // 1 - 0.1 * 0.5
+}
+
+TEST(Adafactor, ATensorThatMayNotBeFactoredKeepsEveryMean) {
+  OptimizedTensor tensor;
+  tensor.name = "p";
+  tensor.tensor = torch::ones({200, 200});
+  tensor.may_factor = false;
+  EXPECT_TRUE(make_adafactor({tensor}, {})->state().contains("p.v"));
+  tensor.may_factor = true;
+  EXPECT_TRUE(make_adafactor({tensor}, {})->state().contains("p.v_row"));
+}
+
 TEST(Adafactor, SmallTensorsMoveByTheLeastScale) {
   auto p = leaf(torch::zeros({4}), torch::full({4}, 5.0f));
   auto optimizer = make_adafactor({{"p", p, 0.1}}, {});
