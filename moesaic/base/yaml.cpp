@@ -1,6 +1,7 @@
 #include "moesaic/base/yaml.h"
 
 #include <fmt/ranges.h>
+#include <yaml-cpp/eventhandler.h>
 #include <yaml-cpp/yaml.h>
 
 #include <algorithm>
@@ -8,6 +9,7 @@
 #include <cmath>
 #include <optional>
 #include <regex>
+#include <sstream>
 
 namespace moesaic {
 namespace {
@@ -118,6 +120,27 @@ void emit(YAML::Emitter& out, const Json& json) {
   }
 }
 
+/// Reads events for nothing.
+struct Ignore : YAML::EventHandler {
+  void OnDocumentStart(const YAML::Mark&) override {}
+  void OnDocumentEnd() override {}
+  void OnNull(const YAML::Mark&, YAML::anchor_t) override {}
+  void OnAlias(const YAML::Mark&, YAML::anchor_t) override {}
+  void OnScalar(const YAML::Mark&, const std::string&, YAML::anchor_t, const std::string&) override {}
+  void OnSequenceStart(const YAML::Mark&, const std::string&, YAML::anchor_t, YAML::EmitterStyle::value) override {}
+  void OnSequenceEnd() override {}
+  void OnMapStart(const YAML::Mark&, const std::string&, YAML::anchor_t, YAML::EmitterStyle::value) override {}
+  void OnMapEnd() override {}
+};
+
+/// YAML::LoadAll would read a stray comma as documents without end.
+bool has_two_documents(const std::string& text) {
+  std::istringstream stream(text);
+  YAML::Parser parser(stream);
+  Ignore ignore;
+  return parser.HandleNextDocument(ignore) && parser.HandleNextDocument(ignore);
+}
+
 void collect_unknown(const Json& config, const std::vector<std::string>& known, const std::string& prefix,
                      std::vector<std::string>& problems) {
   auto has = [&](const std::string& name) { return std::find(known.begin(), known.end(), name) != known.end(); };
@@ -151,12 +174,10 @@ Json parse_yaml(std::string_view text, const std::string& where) {
     return c >= 0x20 ? c != 0x7F : c == '\t' || c == '\n' || c == '\r';  // YAML 1.2, section 5.1
   });
   MOESAIC_CHECK(printable, FormatError, "{}: a control character, which YAML does not allow", where);
-  YAML::Node root;
   try {
-    std::vector<YAML::Node> documents = YAML::LoadAll(std::string(text));
-    MOESAIC_CHECK(documents.size() <= 1, FormatError, "{}: {} YAML documents, expected one", where, documents.size());
-    if (!documents.empty()) root = documents[0];
-    return Converter(where).convert(root);
+    const std::string copy(text);
+    MOESAIC_CHECK(!has_two_documents(copy), FormatError, "{}: more than one YAML document, expected one", where);
+    return Converter(where).convert(YAML::Load(copy));
   } catch (const YAML::Exception& error) {
     throw FormatError(fmt::format("{}: not valid YAML: {}", where, error.what()));
   }

@@ -52,7 +52,8 @@ TEST(ParseYaml, SaysWhereItIsWrong) {
   EXPECT_THAT([] { yaml("lr: 1e999"); }, ThrowsMessage<FormatError>(HasSubstr("out of range")));
   EXPECT_THAT([] { yaml("? [a]\n: 1"); }, ThrowsMessage<FormatError>(HasSubstr("expected a name")));
   EXPECT_THAT([] { yaml("a: !!int '3'"); }, ThrowsMessage<FormatError>(HasSubstr("tag")));
-  EXPECT_THAT([] { yaml("a: 1\n---\nb: 2\n"); }, ThrowsMessage<FormatError>(HasSubstr("2 YAML documents")));
+  EXPECT_THAT([] { yaml("a: 1\n---\nb: 2\n"); }, ThrowsMessage<FormatError>(HasSubstr("more than one YAML document")));
+  EXPECT_THROW(yaml(","), FormatError);
   EXPECT_THAT([] { yaml("a: \xCF\xCF"); }, ThrowsMessage<FormatError>(HasSubstr("run.yaml: not UTF-8 text")));
   EXPECT_THAT([] { yaml("a: \x0E"); }, ThrowsMessage<FormatError>(HasSubstr("control character")));
 }
