@@ -29,7 +29,7 @@ struct JointLinear : torch::autograd::Function<JointLinear> {
     torch::Tensor u, logits;
     const int64_t router_rows = joint->down.size(0) - joint->rank_rows;
     if (x.scalar_type() == joint->down.scalar_type()) {
-      const torch::Tensor c = nn::linear_rows(x, joint->down, {});
+      const torch::Tensor c = nn::thin_dots(x, joint->down);
       u = c.narrow(1, 0, joint->rank_rows);
       logits = c.narrow(1, joint->rank_rows, router_rows);
     } else {
@@ -60,8 +60,8 @@ struct JointLinear : torch::autograd::Function<JointLinear> {
     torch::Tensor gdown;  // [K, in] float32
     if (same_dtype) {
       const torch::Tensor gc = torch::cat({grads[1], grads[2]}, 1);
-      gdown = at::mm(gc.t(), x);
-      if (gx.defined()) gx.addmm_(gc, down);
+      gdown = nn::thin_outer(gc, x, 1.0);
+      if (gx.defined()) nn::thin_add(gc, down, 1.0, gx);
     } else {
       const torch::Tensor gu = grads[1].contiguous();
       gdown = at::mm(gu.t(), x).to(down.scalar_type());
@@ -91,7 +91,7 @@ struct AddUp : torch::autograd::Function<AddUp> {
     int64_t k = 0;
     for (size_t j = 0; j < bs.size(); ++j) {
       const torch::Tensor b = bs[j].to(y.scalar_type());
-      y.narrow(1, columns[j], b.size(1)).addmm_(g.narrow(1, k, b.size(0)), b, 1.0, scales[j]);
+      nn::thin_add(g.narrow(1, k, b.size(0)), b, scales[j], y.narrow(1, columns[j], b.size(1)));
       k += b.size(0);
     }
     variable_list saved{g};
@@ -116,11 +116,9 @@ struct AddUp : torch::autograd::Function<AddUp> {
     for (size_t j = 0; j < columns.size(); ++j) {
       const torch::Tensor& b = saved[j + 1];
       const torch::Tensor gy_j = gy.narrow(1, columns[j], b.size(1));
-      if (gg.defined()) {
-        torch::Tensor gg_j = gg.narrow(1, k, b.size(0));
-        at::addmm_out(gg_j, gg_j, gy_j, b.to(gy.scalar_type()).t(), 0.0, scales[j]);
-      }
-      result.push_back(at::mm(g.narrow(1, k, b.size(0)).t(), gy_j).to(b.scalar_type()).mul_(scales[j]));
+      const torch::Tensor gg_j = gg.defined() ? gg.narrow(1, k, b.size(0)) : gg;
+      const torch::Tensor gb = nn::thin_outer(g.narrow(1, k, b.size(0)), gy_j, scales[j], b.to(gy.scalar_type()), gg_j);
+      result.push_back(gb.to(b.scalar_type()));
       k += b.size(0);
     }
     return result;

@@ -34,6 +34,16 @@ struct KernelTable {
   /// q[o] = round(w[o] / scales[o]), scales[o] = max |w[o]| / 127, for o in [begin, end). w, q: [out, in].
   void (*quantize_int8)(const float* w, int8_t* q, float* scales, int64_t in, int64_t begin, int64_t end);
 
+  /// u[n] = scale a x[n]. x: [N, d], a: [rank, d], u: [N, rank]; rows of x and u have strides.
+  void (*thin_dots)(const float* x, int64_t x_stride, const float* a, int64_t rank, int64_t d, float scale, float* u,
+                    int64_t u_stride, int64_t begin, int64_t end);
+  /// y[n] += scale g[n] a. g: [N, rank], a: [rank, d], y: [N, d].
+  void (*thin_add)(const float* g, int64_t g_stride, const float* a, int64_t rank, int64_t d, float scale, float* y,
+                   int64_t y_stride, int64_t begin, int64_t end);
+  /// sums += scale g^T x over the rows [begin, end). g: [N, rank], x: [N, d], sums: [rank, d].
+  void (*thin_outer)(const float* g, int64_t g_stride, const float* x, int64_t x_stride, int64_t rank, int64_t d,
+                     float scale, float* sums, int64_t begin, int64_t end);
+
   /// y = x rstd (weight + offset), rstd = 1 / sqrt(mean(x^2) + eps). x, y: [rows, d]; rstd: [rows].
   void (*rms_norm)(const float* x, const float* weight, float offset, float eps, float* y, float* rstd, int64_t d,
                    int64_t begin, int64_t end);

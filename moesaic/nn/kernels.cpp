@@ -24,6 +24,17 @@ void for_columns(int64_t in, int64_t out, const Body& body) {
   at::parallel_for(0, out, grain, body);
 }
 
+constexpr int64_t kThinRank = 16;       // more: a GEMM library is as fast
+constexpr int64_t kThinRows = 16;       // rows whose second reading comes from the cache
+constexpr int64_t kThinTaskRows = 128;  // rows per task
+
+bool is_thin(const torch::Tensor& x, const torch::Tensor& thin, int64_t rank) {
+  auto fits = [](const torch::Tensor& t) {
+    return t.is_cpu() && t.scalar_type() == torch::kFloat32 && (t.stride(1) == 1 || t.size(1) == 1);
+  };
+  return rank > 0 && rank <= kThinRank && fits(x) && fits(thin);
+}
+
 }  // namespace
 
 const KernelTable& kernels() {
@@ -63,6 +74,69 @@ torch::Tensor linear_rows(const torch::Tensor& x, const torch::Tensor& weight, c
     table.gemv_bf16(x_data, rows, w, bias_data, y_data, in, out, begin, end);
   });
   return y.to(dtype);
+}
+
+torch::Tensor thin_dots(const torch::Tensor& x, const torch::Tensor& a, double scale) {
+  const int64_t rank = a.size(0), d = a.size(1);
+  if (!is_thin(x, a, rank)) {
+    const torch::Tensor u = linear_rows(x, a, {});
+    return scale == 1.0 ? u : u * scale;
+  }
+  const torch::Tensor rows = a.contiguous();
+  torch::Tensor u = torch::empty({x.size(0), rank}, x.options().requires_grad(false));
+  const float *x_data = x.data_ptr<float>(), *a_data = rows.data_ptr<float>();
+  float* u_data = u.data_ptr<float>();
+  at::parallel_for(0, x.size(0), kThinTaskRows, [&](int64_t begin, int64_t end) {
+    kernels().thin_dots(x_data, x.stride(0), a_data, rank, d, static_cast<float>(scale), u_data, rank, begin, end);
+  });
+  return u;
+}
+
+void thin_add(const torch::Tensor& g, const torch::Tensor& a, double scale, torch::Tensor y) {
+  const int64_t rank = a.size(0), d = a.size(1);
+  if (!is_thin(y, g, rank)) {
+    y.addmm_(g, a, 1.0, scale);
+    return;
+  }
+  const torch::Tensor rows = a.contiguous();
+  const float *g_data = g.data_ptr<float>(), *a_data = rows.data_ptr<float>();
+  float* y_data = y.data_ptr<float>();
+  at::parallel_for(0, y.size(0), kThinTaskRows, [&](int64_t begin, int64_t end) {
+    kernels().thin_add(g_data, g.stride(0), a_data, rank, d, static_cast<float>(scale), y_data, y.stride(0), begin,
+                       end);
+  });
+}
+
+torch::Tensor thin_outer(const torch::Tensor& g, const torch::Tensor& x, double scale, const torch::Tensor& a,
+                         torch::Tensor dots) {
+  const int64_t rank = g.size(1), d = x.size(1), count = x.size(0);
+  if (!is_thin(x, g, rank)) {
+    if (dots.defined()) at::addmm_out(dots, dots, x, a.t(), 0.0, scale);
+    torch::Tensor sums = at::mm(g.t(), x);
+    if (sums.element_size() == 2) sums = sums.to(torch::kFloat32);
+    return scale == 1.0 ? sums : sums.mul_(scale);
+  }
+  const torch::Tensor rows = dots.defined() ? a.contiguous() : a;
+  const int64_t tasks = std::clamp<int64_t>(count / kThinTaskRows, 1, at::get_num_threads());
+  torch::Tensor parts = torch::zeros({tasks, rank, d}, x.options().requires_grad(false));
+  const float *g_data = g.data_ptr<float>(), *x_data = x.data_ptr<float>(), *a_data = data_or_null(rows);
+  float* dots_data = dots.defined() ? dots.data_ptr<float>() : nullptr;
+  float* parts_data = parts.data_ptr<float>();
+  const float factor = static_cast<float>(scale);
+  at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t stop = (task + 1) * count / tasks;
+      for (int64_t begin = task * count / tasks; begin < stop; begin += kThinRows) {
+        const int64_t end = std::min(begin + kThinRows, stop);
+        if (dots_data) {
+          kernels().thin_dots(x_data, x.stride(0), a_data, rank, d, factor, dots_data, dots.stride(0), begin, end);
+        }
+        kernels().thin_outer(g_data, g.stride(0), x_data, x.stride(0), rank, d, factor, parts_data + task * rank * d,
+                             begin, end);
+      }
+    }
+  });
+  return tasks == 1 ? parts.squeeze(0) : parts.sum(0);
 }
 
 torch::Tensor linear_rows_int8(const torch::Tensor& x, const torch::Tensor& quantized, const torch::Tensor& scales,

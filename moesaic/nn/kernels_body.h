@@ -294,6 +294,110 @@ void gemm_int8(const int16_t* x, int64_t x_stride, const float* x_scales, int64_
   }
 }
 
+// Thin products: one side of a low-rank pair -------------------------------------------------------------------------
+
+template <int M, int R>
+inline void thin_dot_block(const float* x, int64_t x_stride, const float* a, int64_t d, float scale, float* u,
+                           int64_t u_stride) {
+  Floats acc[M][R] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= d; i += kLanes) {
+    Floats xs[M];
+    for (int m = 0; m < M; ++m) xs[m] = load(x + m * x_stride + i);
+    for (int r = 0; r < R; ++r) {
+      const Floats as = load(a + r * d + i);
+      for (int m = 0; m < M; ++m) acc[m][r] += xs[m] * as;
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int r = 0; r < R; ++r) {
+      float total = sum(acc[m][r]);
+      for (int64_t j = i; j < d; ++j) total += x[m * x_stride + j] * a[r * d + j];
+      u[m * u_stride + r] = scale * total;
+    }
+  }
+}
+
+template <int M>
+inline void thin_dot_rows(const float* x, int64_t x_stride, const float* a, int64_t rank, int64_t d, float scale,
+                          float* u, int64_t u_stride) {
+  int64_t r = 0;
+  for (; r + 4 <= rank; r += 4) thin_dot_block<M, 4>(x, x_stride, a + r * d, d, scale, u + r, u_stride);
+  for (; r < rank; ++r) thin_dot_block<M, 1>(x, x_stride, a + r * d, d, scale, u + r, u_stride);
+}
+
+void thin_dots(const float* x, int64_t x_stride, const float* a, int64_t rank, int64_t d, float scale, float* u,
+               int64_t u_stride, int64_t begin, int64_t end) {
+  int64_t n = begin;
+  for (; n + 3 <= end; n += 3) {
+    thin_dot_rows<3>(x + n * x_stride, x_stride, a, rank, d, scale, u + n * u_stride, u_stride);
+  }
+  for (; n < end; ++n) thin_dot_rows<1>(x + n * x_stride, x_stride, a, rank, d, scale, u + n * u_stride, u_stride);
+}
+
+/// y[m] += scale g[m] . a for M rows and R of a's rows.
+template <int M, int R>
+inline void thin_add_block(const float* g, int64_t g_stride, const float* a, int64_t d, float scale, float* y,
+                           int64_t y_stride) {
+  float gs[M][R];
+  for (int m = 0; m < M; ++m) {
+    for (int r = 0; r < R; ++r) gs[m][r] = scale * g[m * g_stride + r];
+  }
+  for_pieces(d, [&](int64_t i, int64_t count) {
+    Floats acc[M];
+    for (int m = 0; m < M; ++m) acc[m] = load_piece(y + m * y_stride + i, count);
+    for (int r = 0; r < R; ++r) {
+      const Floats as = load_piece(a + r * d + i, count);
+      for (int m = 0; m < M; ++m) acc[m] += gs[m][r] * as;
+    }
+    for (int m = 0; m < M; ++m) store_piece(y + m * y_stride + i, acc[m], count);
+  });
+}
+
+template <int M>
+inline void thin_add_rows(const float* g, int64_t g_stride, const float* a, int64_t rank, int64_t d, float scale,
+                          float* y, int64_t y_stride) {
+  int64_t r = 0;
+  for (; r + 4 <= rank; r += 4) thin_add_block<M, 4>(g + r, g_stride, a + r * d, d, scale, y, y_stride);
+  for (; r < rank; ++r) thin_add_block<M, 1>(g + r, g_stride, a + r * d, d, scale, y, y_stride);
+}
+
+void thin_add(const float* g, int64_t g_stride, const float* a, int64_t rank, int64_t d, float scale, float* y,
+              int64_t y_stride, int64_t begin, int64_t end) {
+  int64_t n = begin;
+  for (; n + 2 <= end; n += 2) {
+    thin_add_rows<2>(g + n * g_stride, g_stride, a, rank, d, scale, y + n * y_stride, y_stride);
+  }
+  if (n < end) thin_add_rows<1>(g + n * g_stride, g_stride, a, rank, d, scale, y + n * y_stride, y_stride);
+}
+
+/// sums [R, d] += scale g^T x over `rows` rows.
+template <int R>
+inline void thin_outer_block(const float* g, int64_t g_stride, const float* x, int64_t x_stride, int64_t rows,
+                             int64_t d, float scale, float* sums) {
+  for_pieces(d, [&](int64_t i, int64_t count) {
+    Floats acc[R];
+    for (int r = 0; r < R; ++r) acc[r] = load_piece(sums + r * d + i, count);
+    for (int64_t n = 0; n < rows; ++n) {
+      const Floats xs = scale * load_piece(x + n * x_stride + i, count);
+      for (int r = 0; r < R; ++r) acc[r] += g[n * g_stride + r] * xs;
+    }
+    for (int r = 0; r < R; ++r) store_piece(sums + r * d + i, acc[r], count);
+  });
+}
+
+void thin_outer(const float* g, int64_t g_stride, const float* x, int64_t x_stride, int64_t rank, int64_t d,
+                float scale, float* sums, int64_t begin, int64_t end) {
+  const float *g_rows = g + begin * g_stride, *x_rows = x + begin * x_stride;
+  int64_t r = 0;
+  for (; r + 4 <= rank; r += 4) {
+    thin_outer_block<4>(g_rows + r, g_stride, x_rows, x_stride, end - begin, d, scale, sums + r * d);
+  }
+  for (; r < rank; ++r) {
+    thin_outer_block<1>(g_rows + r, g_stride, x_rows, x_stride, end - begin, d, scale, sums + r * d);
+  }
+}
+
 // RMSNorm ------------------------------------------------------------------------------------------------------------
 
 void rms_norm(const float* x, const float* weight, float offset, float eps, float* y, float* rstd, int64_t d,
@@ -470,8 +574,8 @@ void attend(const float* q, const float* keys, const float* values, int64_t stri
 }  // namespace
 
 extern const KernelTable MOESAIC_KERNELS = {
-    gemv_f32,          gemv_bf16, quantize_int16, gemv_int8, gemm_int8, quantize_int8, rms_norm,
-    rms_norm_backward, glu,       glu_backward,   rope,      attend,
+    gemv_f32,          gemv_bf16, quantize_int16, gemv_int8, gemm_int8, quantize_int8, thin_dots, thin_add,
+    thin_outer, rms_norm, rms_norm_backward, glu, glu_backward, rope, attend,
 };
 
 }  // namespace moesaic::nn

@@ -51,6 +51,40 @@ TEST(LinearRows, StaysDifferentiableForFewRows) {
   EXPECT_TRUE(torch::equal(x.grad(), torch::tensor({{8.f, 10.f}})));  // column sums of w
 }
 
+TEST(Thin, LiteralProducts) {
+  const auto x = torch::tensor({{1.f, 2.f, 3.f}, {0.f, 1.f, 0.f}}), a = torch::tensor({{1.f, 0.f, 1.f}});
+  const auto g = torch::tensor({{2.f}, {5.f}});
+  EXPECT_TRUE(torch::equal(thin_dots(x, a, 0.5), torch::tensor({{2.f}, {0.f}})));  // (1 + 3) / 2, 0
+  auto y = x.clone();
+  thin_add(g, a, 2.0, y);  // + 2 g a: 4 and 10 in the first and last column
+  EXPECT_TRUE(torch::equal(y, torch::tensor({{5.f, 2.f, 7.f}, {10.f, 1.f, 10.f}})));
+  auto dots = torch::empty({2, 1});
+  EXPECT_TRUE(torch::equal(thin_outer(g, x, 3.0, a, dots), torch::tensor({{6.f, 27.f, 18.f}})));  // 3 (2 x0 + 5 x1)
+  EXPECT_TRUE(torch::equal(dots, torch::tensor({{12.f}, {0.f}})));
+}
+
+TEST(Thin, EqualsDoubleForAnyShapeAndStride) {
+  torch::manual_seed(7);
+  for (int64_t rank : {1, 3, 4, 13, 16, 17}) {
+    for (auto [rows, d] : std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {2, 8}, {35, 19}, {300, 70}}) {
+      const auto wide = torch::randn({rows, d + 5}), thin = torch::randn({rows, rank + 2});
+      const auto x = wide.narrow(1, 2, d), g = thin.narrow(1, 1, rank), a = torch::randn({rank, d});
+      const auto xd = x.to(torch::kFloat64), gd = g.to(torch::kFloat64), ad = a.to(torch::kFloat64);
+      const std::string what = fmt::format("rank {}, {}x{}", rank, rows, d);
+      EXPECT_LT(relative_error(thin_dots(x, a, 1.5), 1.5 * xd.mm(ad.t())), kFloatTolerance) << what;
+      auto dots = torch::empty({rows, rank + 1}).narrow(1, 0, rank);
+      EXPECT_LT(relative_error(thin_outer(g, x, -0.5, a, dots), -0.5 * gd.t().mm(xd)), kFloatTolerance) << what;
+      EXPECT_LT(relative_error(dots, -0.5 * xd.mm(ad.t())), kFloatTolerance) << what;
+      auto padded = wide.clone();
+      auto y = padded.narrow(1, 2, d);
+      thin_add(g, a, 2.0, y);
+      EXPECT_LT(relative_error(y, xd + 2.0 * gd.mm(ad)), kFloatTolerance) << what;
+      EXPECT_TRUE(torch::equal(padded.narrow(1, 0, 2), wide.narrow(1, 0, 2))) << "columns beside y changed";
+      EXPECT_TRUE(torch::equal(padded.narrow(1, d + 2, 3), wide.narrow(1, d + 2, 3))) << "columns beside y changed";
+    }
+  }
+}
+
 TEST(LinearRowsInt8, EqualsTheDequantisedProduct) {
   torch::manual_seed(1);
   for (int64_t rows : {1, 2, 4, 5, 40}) {
