@@ -43,7 +43,7 @@ OrderedJson opening(const Options& options) {
 }
 
 int run(Options options, const CommonOptions& common) {
-  const LoadedModel loaded = load_model(options.model, common);
+  const LoadedModel loaded = load_model(options.model, common, {.composition = true});
   MOESAIC_CHECK(loaded.chat_template, UsageError,
                 "{}: this model has no chat template, so it can't chat. `moesaic generate` continues a text.",
                 options.model.model);
@@ -52,7 +52,8 @@ int run(Options options, const CommonOptions& common) {
   const bool terminal = isatty(STDIN_FILENO) && isatty(STDOUT_FILENO);
   if (terminal) std::cout << "Type a message. /reset forgets the conversation, /exit leaves, Ctrl-C stops an answer.\n";
 
-  generate::Session session(*loaded.model, *loaded.tokenizer);
+  generate::Session session = loaded.composition ? generate::Session(*loaded.composition, *loaded.tokenizer)
+                                                 : generate::Session(*loaded.model, *loaded.tokenizer);
   OrderedJson messages = opening(options);
   auto show = [](int64_t, const std::string& piece) {
     std::cout << piece << std::flush;

@@ -29,6 +29,7 @@ using Runner = std::function<int()>;
 using AddVerb = Runner (*)(CLI::App& app, CommonOptions& common);
 
 Runner add_chat(CLI::App& app, CommonOptions& common);
+Runner add_compose(CLI::App& app, CommonOptions& common);
 Runner add_data(CLI::App& app, CommonOptions& common);
 Runner add_demo(CLI::App& app, CommonOptions& common);
 Runner add_doctor(CLI::App& app, CommonOptions& common);
@@ -40,5 +41,8 @@ Runner add_merge(CLI::App& app, CommonOptions& common);
 Runner add_routes(CLI::App& app, CommonOptions& common);
 Runner add_score(CLI::App& app, CommonOptions& common);
 Runner add_train(CLI::App& app, CommonOptions& common);
+
+/// `moesaic demo calm`.
+Runner add_calm_demo(CLI::App& app, CommonOptions& common);
 
 }  // namespace moesaic::cli

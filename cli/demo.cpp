@@ -261,7 +261,10 @@ Runner add_demo(CLI::App& app, CommonOptions& common) {
       ->check(CLI::PositiveNumber);
   app.add_flag("--compare", options->compare, "Also train LoRA of the same size, (IA)^3 and MoV");
   app.add_flag("--json", options->json, "Also print the results as JSON");
-  return [options, &common] { return run_demo(*options, common); };
+  CLI::App* calm = app.add_subcommand("calm", "Compose two small models made from nothing, by cross-attention");
+  calm->fallthrough();  // the common flags may follow
+  const Runner run_calm = add_calm_demo(*calm, common);
+  return [options, calm, run_calm, &common] { return calm->parsed() ? run_calm() : run_demo(*options, common); };
 }
 
 }  // namespace moesaic::cli

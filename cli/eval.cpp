@@ -30,7 +30,7 @@ int run(Options options, const CommonOptions& common) {
   MOESAIC_CHECK(!options.log_samples || !options.output_path.empty(), UsageError,
                 "--log_samples needs --output_path: that is where the samples go");
   const std::vector<eval::Task> tasks = eval::load_tasks(options.tasks, options.task);
-  const LoadedModel loaded = load_model(options.model, common);
+  const LoadedModel loaded = load_model(options.model, common, {.composition = true});
   const eval::EvalModel model = loaded.for_evaluation();
   options.eval.generation.eos_ids = loaded.eos_ids();
   options.eval.generation.seed = common.seed;

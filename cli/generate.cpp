@@ -101,7 +101,7 @@ int run(Options options, const CommonOptions& common) {
   for (const std::string& text : options.prompts) prompts.push_back({text, nullptr, {}});
   if (!options.file.empty()) prompts = read_prompts(options.file);
 
-  const LoadedModel loaded = load_model(options.model, common);
+  const LoadedModel loaded = load_model(options.model, common, {.composition = true});
   options.sampling.eos_ids = loaded.eos_ids();
   const bool streams = prompts.size() == 1 && !options.json;
   auto show = [](int64_t, const std::string& piece) {
@@ -118,8 +118,10 @@ int run(Options options, const CommonOptions& common) {
     generate::SamplingOptions sampling = options.sampling;
     sampling.seed = common.seed + first;  // an answer's draw does not depend on the batch size
     const torch::Tensor sentence = sentence_of(loaded, ids, std::span(prompts).subspan(first, last - first));
-    const auto answers = generate::generate(*loaded.model, *loaded.tokenizer, ids, sampling,
-                                            streams ? show : generate::StreamCallback(), sentence);
+    const generate::StreamCallback stream = streams ? show : generate::StreamCallback();
+    const auto answers = loaded.composition
+                             ? generate::generate(*loaded.composition, *loaded.tokenizer, ids, sampling, stream)
+                             : generate::generate(*loaded.model, *loaded.tokenizer, ids, sampling, stream, sentence);
     for (size_t i = 0; i < answers.size(); ++i) {
       prompt_tokens += static_cast<int64_t>(ids[i].size());
       new_tokens += static_cast<int64_t>(answers[i].ids.size());

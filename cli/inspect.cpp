@@ -3,6 +3,7 @@
 
 #include "cli/load.h"
 #include "moesaic/base/device.h"
+#include "moesaic/compose/folder.h"
 #include "moesaic/formats/adapter_folder.h"
 
 namespace moesaic::cli {
@@ -193,12 +194,22 @@ OrderedJson inspect_method(const Options& options) {
   return report;
 }
 
+OrderedJson inspect_composition(const fs::path& path, bool list) {
+  const Json config = read_json(path / "calm_config.json");
+  const formats::SafetensorsFile file(path / "calm_model.safetensors");
+  OrderedJson report = {{"kind", "composition"}, {"path", path.string()}};
+  describe_tensors(file, file.names(), list, report);
+  report.update(OrderedJson(config));
+  return report;
+}
+
 OrderedJson inspect_path(const fs::path& path, bool list) {
   MOESAIC_CHECK(fs::exists(path), UsageError, "inspect {}: no such file or folder", path.string());
   if (path.extension() == ".safetensors") return inspect_safetensors(path, list);
   if (fs::is_directory(path) && (fs::exists(path / "adapter_config.json") || fs::exists(path / "default"))) {
     return inspect_adapter(path, list);
   }
+  if (compose::is_composition(path)) return inspect_composition(path, list);
   return inspect_model(path, list);
 }
 
@@ -257,7 +268,7 @@ int run(const Options& options) {
 
 Runner add_inspect(CLI::App& app, CommonOptions&) {
   auto options = std::make_shared<Options>();
-  app.add_option("path", options->path, "Model folder, .gguf or .safetensors file, or adapter folder");
+  app.add_option("path", options->path, "Model, composition or adapter folder, .gguf or .safetensors file");
   app.add_flag("--tensors", options->tensors, "List every tensor");
   app.add_flag("--json", options->json, "Print as JSON");
   const char* group = "What a method would train (a config.json is enough)";

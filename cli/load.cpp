@@ -3,13 +3,15 @@
 #include <future>
 
 #include "moesaic/base/device.h"
+#include "moesaic/compose/folder.h"
 #include "moesaic/generate/sentence.h"
 
 namespace moesaic::cli {
 namespace fs = std::filesystem;
 
 void add_model_options(CLI::App& app, ModelOptions& options) {
-  app.add_option("--model", options.model, "Model: a folder with config.json, or a .gguf file")->required();
+  app.add_option("--model", options.model, "Model: a folder with config.json, a .gguf file, or a composition's folder")
+      ->required();
   app.add_option("--adapter", options.adapters, "Adapter folder, [NAME=]DIR[:scale]; may be repeated")
       ->expected(1)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
@@ -117,6 +119,7 @@ torch::Tensor LoadedModel::sentence_of(const std::vector<std::vector<int64_t>>& 
 
 eval::EvalModel LoadedModel::for_evaluation() const {
   eval::EvalModel view{*model, *tokenizer, chat_template.get()};
+  view.composition = composition.get();
   for (const auto& adapter : adapters) {
     const adapters::AdapterConfig& config = adapter->config();
     view.routed = view.routed || config.num_experts > 1;
@@ -129,7 +132,43 @@ eval::EvalModel LoadedModel::for_evaluation() const {
   return view;
 }
 
-LoadedModel load_model(const ModelOptions& options, const CommonOptions& common, bool need_tokenizer) {
+namespace {
+
+/// A composition and its anchor's parts.
+LoadedModel open_composition(const std::string& path, const models::LoadOptions& options, const LoadNeeds& needs) {
+  MOESAIC_CHECK(
+      needs.composition, UsageError,
+      "--model {}: a composition; this command runs single models only. Expected a folder with config.json or "
+      "a .gguf file.",
+      path);
+  LoadedModel loaded;
+  loaded.composition = compose::load_composition(path, options);
+  const compose::Member& anchor = loaded.composition->anchor_member();
+  MOESAIC_CHECK(anchor.tokenizer || !needs.tokenizer, DataError, "{}: no tokenizer found, expected tokenizer.json",
+                anchor.checkpoint->path().string());
+  loaded.checkpoint = anchor.checkpoint;
+  loaded.model = anchor.model;
+  loaded.tokenizer = anchor.tokenizer;
+  return loaded;
+}
+
+/// A single model, its tokenizer read beside.
+void open_single(const std::string& path, const models::LoadOptions& options, const LoadNeeds& needs,
+                 LoadedModel& loaded) {
+  loaded.checkpoint = formats::Checkpoint::open(path);
+  // Building the tokenizer takes as long as reading the weights of a small model: side by side.
+  auto tokenizer = std::async(std::launch::async, [&]() -> std::shared_ptr<const tokenizer::Tokenizer> {
+    if (!needs.tokenizer && !loaded.checkpoint->tokenizer_json()) return nullptr;
+    return tokenizer::Tokenizer::open(*loaded.checkpoint);
+  });
+  loaded.model = models::CausalLM::load(*loaded.checkpoint, options);
+  loaded.model->eval();
+  loaded.tokenizer = tokenizer.get();
+}
+
+}  // namespace
+
+LoadedModel load_model(const ModelOptions& options, const CommonOptions& common, const LoadNeeds& needs) {
   MOESAIC_CHECK(
       fs::exists(options.model), UsageError,
       "--model {}: no such file or folder. Expected a folder with config.json and *.safetensors, or a .gguf file.",
@@ -139,16 +178,10 @@ LoadedModel load_model(const ModelOptions& options, const CommonOptions& common,
   const c10::Device device = parse_device(common.device);
   const c10::ScalarType dtype = parse_dtype(common.dtype, device);
 
-  LoadedModel loaded;
-  loaded.checkpoint = formats::Checkpoint::open(options.model);
-  // Building the tokenizer takes as long as reading the weights of a small model: side by side.
-  auto tokenizer = std::async(std::launch::async, [&]() -> std::shared_ptr<tokenizer::Tokenizer> {
-    if (!need_tokenizer && !loaded.checkpoint->tokenizer_json()) return nullptr;
-    return tokenizer::Tokenizer::open(*loaded.checkpoint);
-  });
-  loaded.model = models::CausalLM::load(*loaded.checkpoint, {dtype, device, options.quantize == "int8"});
-  loaded.model->eval();
-  loaded.tokenizer = tokenizer.get();
+  const models::LoadOptions load{dtype, device, options.quantize == "int8"};
+  LoadedModel loaded =
+      compose::is_composition(options.model) ? open_composition(options.model, load, needs) : LoadedModel{};
+  if (!loaded.composition) open_single(options.model, load, needs, loaded);
   if (loaded.tokenizer) loaded.chat_template = tokenizer::ChatTemplate::open(*loaded.checkpoint, *loaded.tokenizer);
   for (const AdapterFlag& flag : flags) {
     loaded.adapters.push_back(

@@ -3,6 +3,7 @@
 #pragma once
 #include "cli/command.h"
 #include "moesaic/adapters/adapter.h"
+#include "moesaic/compose/composition.h"
 #include "moesaic/eval/evaluate.h"
 #include "moesaic/formats/checkpoint.h"
 #include "moesaic/generate/generate.h"
@@ -13,7 +14,7 @@ namespace moesaic::cli {
 
 /// The flags that name a model.
 struct ModelOptions {
-  std::string model;                  // folder with config.json, or a .gguf file
+  std::string model;                  // folder with config.json, a .gguf file, or a composition's folder
   std::vector<std::string> adapters;  // [NAME=]DIR[:scale]
   std::string quantize = "none";      // none | int8
 };
@@ -37,7 +38,8 @@ std::vector<int64_t> eos_ids(const models::CausalLM& model, const Json& generati
 struct LoadedModel {
   std::shared_ptr<formats::Checkpoint> checkpoint;
   std::shared_ptr<models::CausalLM> model;
-  std::shared_ptr<tokenizer::Tokenizer> tokenizer;
+  std::shared_ptr<compose::Composition> composition;  // nullptr for a single model; `model` is then its anchor
+  std::shared_ptr<const tokenizer::Tokenizer> tokenizer;
   std::shared_ptr<tokenizer::ChatTemplate> chat_template;  // nullptr when the model has none
   std::vector<std::string> adapter_names;
   std::vector<std::unique_ptr<adapters::Adapter>> adapters;
@@ -61,8 +63,14 @@ void add_task_options(CLI::App& app, std::vector<std::string>& tasks, eval::Task
 /// The flags that say how tokens are chosen.
 void add_sampling_options(CLI::App& app, generate::SamplingOptions& options);
 
-/// Loads everything that `options` names. Throws UsageError, DataError, FormatError. Without `need_tokenizer` a model
-/// that comes without one is fine and `tokenizer` is nullptr.
-LoadedModel load_model(const ModelOptions& options, const CommonOptions& common, bool need_tokenizer = true);
+/// What a verb can do with what it loads.
+struct LoadNeeds {
+  bool tokenizer = true;     // else a model that comes without one is fine and LoadedModel::tokenizer is nullptr
+  bool composition = false;  // whether it can run a composition; else one is refused
+};
+
+/// Loads everything that `options` names; adapters go into a composition's anchor. Throws UsageError, DataError,
+/// FormatError.
+LoadedModel load_model(const ModelOptions& options, const CommonOptions& common, const LoadNeeds& needs = {});
 
 }  // namespace moesaic::cli

@@ -19,7 +19,7 @@ int run(const Options& options, const CommonOptions& common) {
   MOESAIC_CHECK(sources == 1, UsageError, "give exactly one of --text TEXT, --ids 1,2,3 and --file FILE; got {}",
                 sources);
   const std::string text = options.file.empty() ? options.text : read_file(options.file);
-  const LoadedModel loaded = load_model(options.model, common, /*need_tokenizer=*/options.ids.empty());
+  const LoadedModel loaded = load_model(options.model, common, {.tokenizer = options.ids.empty()});
   const std::vector<int64_t> ids = options.ids.empty() ? loaded.tokenizer->encode(text, true) : options.ids;
   MOESAIC_CHECK(ids.size() >= 2, UsageError, "score: {} token, at least 2 are needed: the first has nothing before it",
                 ids.size());

@@ -1,4 +1,4 @@
-// moesaic train: a run file becomes an adapter.
+// moesaic train: a run file becomes an adapter, the connections of a composition, or a model.
 #include <iostream>
 
 #include "cli/load.h"
@@ -6,6 +6,7 @@
 #include "moesaic/base/progress.h"
 #include "moesaic/base/seed.h"
 #include "moesaic/base/yaml.h"
+#include "moesaic/compose/folder.h"
 #include "moesaic/eval/evaluate.h"
 #include "moesaic/formats/model_folder.h"
 #include "moesaic/train/memory.h"
@@ -49,18 +50,31 @@ class TrainCommand {
 
  private:
   bool full() const { return run_.finetuning_type == "full"; }
+  bool composed() const { return run_.finetuning_type == "calm"; }
   int64_t step_examples() const {
     return run_.train.per_device_train_batch_size * run_.train.gradient_accumulation_steps;
   }
 
   void open_model() {
     const bool random = run_.init == "random";
-    checkpoint_ = formats::Checkpoint::open(run_.model_name_or_path, !random);
+    const bool is_composition = compose::is_composition(run_.model_name_or_path);
+    MOESAIC_CHECK(composed() == is_composition, UsageError,
+                  "finetuning_type {}: model_name_or_path {} is {}, expected {}", run_.finetuning_type,
+                  run_.model_name_or_path, is_composition ? "a composition" : "none of `moesaic compose`",
+                  composed() ? "a composition's folder" : "a single model, or finetuning_type calm");
+    if (composed()) {
+      composition_ = compose::load_composition(run_.model_name_or_path, {.dtype = dtype_, .device = device_});
+      checkpoint_ = composition_->anchor_member().checkpoint;
+    } else {
+      checkpoint_ = formats::Checkpoint::open(run_.model_name_or_path, !random);
+    }
     config_ = checkpoint_->config();
     generation_config_ = checkpoint_->generation_config();
     chat_template_ = checkpoint_->chat_template();
     const auto config = models::parse_decoder_config(config_, run_.model_name_or_path);
-    if (options_.dry_run) {
+    if (composed()) {
+      model_ = composition_->anchor_member().model;
+    } else if (options_.dry_run) {
       model_ = std::make_shared<models::CausalLM>(config, torch::dtype(dtype_).device(torch::kMeta));
     } else if (random) {
       model_ = std::make_shared<models::CausalLM>(config, torch::dtype(dtype_).device(device_));
@@ -86,7 +100,7 @@ class TrainCommand {
   }
 
   void attach_adapter() {
-    if (full()) return;
+    if (full() || composed()) return;
     auto config = run_.adapter;
     const bool no_targets = std::visit([](const auto& targets) { return targets.empty(); }, config.targets);
     if (no_targets) config = adapters::resolve_targets(config, run_.target_preset);
@@ -122,7 +136,8 @@ class TrainCommand {
   /// {"<task>/<metric>", value} for every task: asked as training renders its data.
   std::vector<std::pair<std::string, double>> task_scores() {
     eval::EvalModel model{*model_, renderer_->tokenizer(), renderer_->chat_template()};
-    if (!full() && adapter_->config().router.input == "sentence") {
+    model.composition = composition_.get();
+    if (adapter_ && adapter_->config().router.input == "sentence") {
       const bool hidden = adapter_->config().router.sentence_source == "hidden";
       (hidden ? model.sentence_from_hidden : model.sentence_from_column) = true;
     }
@@ -140,11 +155,21 @@ class TrainCommand {
     return scores;
   }
 
+  std::vector<std::string> augmenting_paths() const {
+    std::vector<std::string> paths;
+    for (const auto& member : composition_->augmenting()) paths.push_back(member.checkpoint->path().string());
+    return paths;
+  }
+
   void describe() {
     fmt::print("model      {} ({}, {} parameters, {} on {})\n", run_.model_name_or_path, model_->config().model_type,
                format_count(static_cast<double>(base_parameters_)), dtype_name(dtype_), device_.str());
     int64_t trainable = base_parameters_;
-    if (!full()) {
+    if (composed()) {
+      trainable = 0;
+      for (const auto& parameter : composition_->parameters()) trainable += parameter.numel();
+      fmt::print("method     calm, augmenting {}\n", fmt::join(augmenting_paths(), ", "));
+    } else if (!full()) {
       trainable = 0;
       for (const auto& parameter : adapter_->parameters()) trainable += parameter.tensor.numel();
       const auto& config = adapter_->config();
@@ -168,6 +193,10 @@ class TrainCommand {
 
   /// The largest of the run's first micro-batches stands for all.
   void describe_memory() {
+    if (composed()) {
+      fmt::print("memory     no estimate for compositions\n");
+      return;
+    }
     int64_t most_tokens = 0, most_targets = 0, tokens = 0, targets = 0;
     constexpr int64_t kSampled = 32;
     for (int64_t i = 0; i < kSampled; ++i) {
@@ -196,7 +225,7 @@ class TrainCommand {
     const fs::path& dir = run_.train.output_dir;
     fs::create_directories(dir);
     write_file_atomically(dir / "run.yaml", to_yaml(run_.resolved));
-    if (full()) return;  // the model folder brings its own
+    if (full() || composed()) return;  // the folder brings its own, or names the models that do
     write_file_atomically(dir / "tokenizer.json", renderer_->tokenizer().json());
     write_file_atomically(dir / "tokenizer_config.json", renderer_->tokenizer().config().dump(2) + "\n");
     if (chat_template_) write_file_atomically(dir / "chat_template.jinja", *chat_template_);
@@ -211,8 +240,11 @@ class TrainCommand {
     };
     train::TaskEvaluation evaluate_tasks;
     if (!tasks_.empty()) evaluate_tasks = [this] { return task_scores(); };
-    const auto result = train::train(*model_, adapter_.get(), *mixture_, eval_examples_, run_.train,
-                                     mixture_->epoch_size(), show, evaluate_tasks);
+    const int64_t epoch = mixture_->epoch_size();
+    const auto result =
+        composed()
+            ? train::train(*composition_, *mixture_, eval_examples_, run_.train, epoch, show, evaluate_tasks)
+            : train::train(*model_, adapter_.get(), *mixture_, eval_examples_, run_.train, epoch, show, evaluate_tasks);
     if (progress) progress->finish();
     if (result.interrupted) {
       fmt::print(stderr, "stopped after step {}; go on with:\n  moesaic train {}{} --resume auto\n", result.steps,
@@ -257,7 +289,10 @@ class TrainCommand {
       card += fmt::format("| {} | {} | {} | {:.3f} |\n", count.name, count.rows, count.drawn, count.rate);
     }
     card += "\nEvery setting stands in `run.yaml`.";
-    if (!full()) {
+    if (composed()) {
+      card +=
+          fmt::format(" Use it with\n\n    moesaic generate --model {} -p \"...\"\n", run_.train.output_dir.string());
+    } else if (!full()) {
       card += fmt::format(" Use it with\n\n    moesaic generate --model {} --adapter {} -p \"...\"\n",
                           run_.model_name_or_path, run_.train.output_dir.string());
     } else {
@@ -273,6 +308,7 @@ class TrainCommand {
   std::shared_ptr<formats::Checkpoint> checkpoint_;  // while the model is built
   Json config_, generation_config_;
   std::optional<std::string> chat_template_;
+  std::shared_ptr<compose::Composition> composition_;  // finetuning_type calm; model_ is then its anchor
   std::shared_ptr<models::CausalLM> model_;
   std::unique_ptr<adapters::Adapter> adapter_;  // after the model: it detaches first
   std::shared_ptr<data::Renderer> renderer_;

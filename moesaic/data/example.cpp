@@ -10,6 +10,14 @@ int64_t Example::targets() const {
   return count;
 }
 
+std::vector<int64_t> Example::prompt_ends() const {
+  std::vector<int64_t> ends;
+  for (size_t i = 1; i < mask.size(); ++i) {
+    if (mask[i - 1] == 0 && mask[i] != 0) ends.push_back(static_cast<int64_t>(i));
+  }
+  return ends;
+}
+
 Batch collate(const std::vector<Example>& examples, torch::Device device) {
   std::vector<std::vector<int64_t>> sequences;
   std::vector<int64_t> rows, labels, label_sequences;
@@ -35,6 +43,7 @@ Batch collate(const std::vector<Example>& examples, torch::Device device) {
     sequences.push_back(example.ids);
     sentence.insert(sentence.end(), example.sentence.begin(), example.sentence.end());
     batch.datasets.push_back(example.dataset);
+    batch.prompt_ends.push_back(example.prompt_ends());
   }
   batch.tokens = nn::RaggedBatch::from_sequences(sequences, device);
   batch.label_rows = torch::tensor(rows, torch::kInt64).to(device);

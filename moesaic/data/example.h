@@ -18,16 +18,19 @@ struct Example {
   std::vector<float> sentence;  // router input `sentence` from a column; empty otherwise
   int64_t dataset = 0;          // index in the mixture
   int64_t targets() const;      // number of ones in mask[1..]
+  /// Numbers of tokens behind which an answer begins, ascending: i with mask[i - 1] = 0 and mask[i] = 1.
+  std::vector<int64_t> prompt_ends() const;
 };
 
 /// A ragged batch with its labels.
 struct Batch {
   nn::RaggedBatch tokens;
-  torch::Tensor label_rows;       // [M] int64: rows whose next token is a target
-  torch::Tensor labels;           // [M] int64: that next token
-  torch::Tensor label_sequences;  // [M] int64: sequence of each label row
-  torch::Tensor sentence;         // [B, d_e] float32 or undefined
-  std::vector<int64_t> datasets;  // [B]
+  torch::Tensor label_rows;                       // [M] int64: rows whose next token is a target
+  torch::Tensor labels;                           // [M] int64: that next token
+  torch::Tensor label_sequences;                  // [M] int64: sequence of each label row
+  torch::Tensor sentence;                         // [B, d_e] float32 or undefined
+  std::vector<int64_t> datasets;                  // [B]
+  std::vector<std::vector<int64_t>> prompt_ends;  // of each sequence
   int64_t num_targets() const { return labels.defined() ? labels.size(0) : 0; }
 };
 

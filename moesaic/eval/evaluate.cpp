@@ -117,7 +117,9 @@ void evaluate_ranked(const EvalModel& model, const Task& task, const EvalOptions
     std::vector<std::vector<int64_t>> ids;
     for (size_t i = begin; i < end; ++i) ids.push_back(questions[i].prompt);
     const torch::Tensor sentence = sentence_vectors(model, pointers(task, begin, end), ids);
-    const auto ranked = rank(model.model, {questions.begin() + begin, questions.begin() + end}, sentence, routing);
+    const std::vector<RankQuestion> batch(questions.begin() + begin, questions.begin() + end);
+    const auto ranked =
+        model.composition ? rank(*model.composition, batch) : rank(model.model, batch, sentence, routing);
     for (size_t i = begin; i < end; ++i) {
       const Item& item = task.items[i];
       std::vector<double> sums, normalised;
@@ -169,7 +171,9 @@ void evaluate_generated(const EvalModel& model, const Task& task, const EvalOpti
     generate::SamplingOptions sampling = options.generation;
     sampling.seed += begin;  // an answer's draw does not depend on the batch size
     const torch::Tensor sentence = sentence_vectors(model, pointers(task, begin, end), ids);
-    const auto answers = generate::generate(model.model, model.tokenizer, ids, sampling, nullptr, sentence, routing);
+    const auto answers =
+        model.composition ? generate::generate(*model.composition, model.tokenizer, ids, sampling)
+                          : generate::generate(model.model, model.tokenizer, ids, sampling, nullptr, sentence, routing);
     for (size_t i = begin; i < end; ++i) {
       const Item& item = task.items[i];
       const std::string answer = strip(answers[i - begin].text);

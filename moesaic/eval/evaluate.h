@@ -18,6 +18,7 @@ struct EvalModel {
   bool sentence_from_hidden = false;                       // a router reads the frozen model's sentence embedding
   bool sentence_from_column = false;                       // a router reads the items' `sentence`
   bool routed = false;                                     // there are routers to watch
+  compose::Composition* composition = nullptr;             // when set it answers, and `model` is its anchor
 };
 
 struct EvalOptions {

@@ -49,24 +49,24 @@ RankQuestion make_rank_question(const tokenizer::Tokenizer& tokenizer, const std
   return question;
 }
 
-std::vector<std::vector<ChoiceScore>> rank(models::CausalLM& model, const std::vector<RankQuestion>& questions,
-                                           const torch::Tensor& sentence, const generate::RoutingCallback& routing) {
+namespace {
+
+/// One of the two passes: all prompts, or the rest of all choices behind them.
+struct Pass {
+  nn::RaggedBatch batch;
+  std::vector<int64_t> of;   // the question of each sequence
+  compose::Borders borders;  // where the texts of choices begin
+  bool behind_prompt;        // sequence i goes on where the prompt of question of[i] ended
+};
+
+/// `forward` returns the final hidden states of a pass, [N, d].
+std::vector<std::vector<ChoiceScore>> rank_in_two_passes(const models::CausalLM& model,
+                                                         const std::vector<RankQuestion>& questions,
+                                                         const std::function<torch::Tensor(const Pass&)>& forward) {
   if (questions.empty()) return {};
   torch::NoGradGuard no_grad;
   const torch::Device device = model.device();
   auto to_index = [&](const std::vector<int64_t>& values) { return torch::tensor(values, torch::kInt64).to(device); };
-  auto forward = [&](const std::vector<std::vector<int64_t>>& sequences, nn::KvCache& cache,
-                     const torch::Tensor& vectors, const std::vector<int64_t>& of) {
-    std::vector<nn::RoutingRecord> records;
-    nn::ForwardContext context;
-    context.cache = &cache;
-    context.sentence = vectors;
-    if (routing) context.routing = &records;
-    torch::Tensor hidden = model.hidden_states(nn::RaggedBatch::from_sequences(sequences, device), context);
-    if (routing) routing(records, of);
-    return hidden;
-  };
-
   std::vector<std::vector<int64_t>> prompts;
   std::vector<int64_t> order, last_rows;
   int64_t rows = 0;
@@ -75,31 +75,38 @@ std::vector<std::vector<ChoiceScore>> rank(models::CausalLM& model, const std::v
     order.push_back(static_cast<int64_t>(q));
     last_rows.push_back((rows += static_cast<int64_t>(questions[q].prompt.size())) - 1);
   }
-  nn::KvCache prompt_cache = model.make_cache(static_cast<int64_t>(questions.size()));
-  const torch::Tensor prompt_hidden =
-      forward(prompts, prompt_cache, sentence, order).index_select(0, to_index(last_rows));
+  Pass prompt_pass{nn::RaggedBatch::from_sequences(prompts, device), order, {}, false};
+  for (const RankQuestion& question : questions) {
+    // Where a choice's text begins in the middle of a shared token, that token belongs to all choices.
+    const bool ends = std::all_of(question.first_scored.begin(), question.first_scored.end(),
+                                  [](int64_t first) { return first == 0; });
+    prompt_pass.borders.push_back(ends ? std::vector{std::ssize(question.prompt)} : std::vector<int64_t>{});
+  }
+  const torch::Tensor prompt_hidden = forward(prompt_pass).index_select(0, to_index(last_rows));
 
   // Behind a choice's first token, which the prompt predicts, each token but the last predicts the next.
   std::vector<std::vector<int64_t>> rest;
   std::vector<int64_t> rest_of;  // question of each entry of `rest`
-  std::vector<int64_t> source;   // row of [prompt rows; rest rows] that predicts each token of all choices, in order
+  compose::Borders rest_borders;
+  std::vector<int64_t> source;  // row of [prompt rows; rest rows] that predicts each token of all choices, in order
   std::vector<int64_t> targets;
   int64_t next_row = static_cast<int64_t>(questions.size());
   for (size_t q = 0; q < questions.size(); ++q) {
-    for (const std::vector<int64_t>& choice : questions[q].choices) {
+    for (size_t c = 0; c < questions[q].choices.size(); ++c) {
+      const std::vector<int64_t>& choice = questions[q].choices[c];
       source.push_back(static_cast<int64_t>(q));
       for (size_t t = 1; t < choice.size(); ++t) source.push_back(next_row++);
       targets.insert(targets.end(), choice.begin(), choice.end());
       if (choice.size() == 1) continue;
       rest.emplace_back(choice.begin(), choice.end() - 1);
       rest_of.push_back(static_cast<int64_t>(q));
+      rest_borders.push_back({std::ssize(questions[q].prompt) + questions[q].first_scored[c]});
     }
   }
   torch::Tensor hidden = prompt_hidden;
   if (!rest.empty()) {
-    nn::KvCache cache = prompt_cache.select(rest_of);
-    const torch::Tensor vectors = sentence.defined() ? sentence.index_select(0, to_index(rest_of)) : sentence;
-    hidden = torch::cat({prompt_hidden, forward(rest, cache, vectors, rest_of)});
+    const Pass pass{nn::RaggedBatch::from_sequences(rest, device), rest_of, rest_borders, true};
+    hidden = torch::cat({prompt_hidden, forward(pass)});
   }
   torch::Tensor greedy;
   const torch::Tensor logprobs =
@@ -122,6 +129,40 @@ std::vector<std::vector<ChoiceScore>> rank(models::CausalLM& model, const std::v
     }
   }
   return scores;
+}
+
+}  // namespace
+
+std::vector<std::vector<ChoiceScore>> rank(models::CausalLM& model, const std::vector<RankQuestion>& questions,
+                                           const torch::Tensor& sentence, const generate::RoutingCallback& routing) {
+  nn::KvCache cache = model.make_cache(std::ssize(questions));
+  torch::Tensor vectors = sentence;
+  return rank_in_two_passes(model, questions, [&](const Pass& pass) {
+    if (pass.behind_prompt) {
+      cache = cache.select(pass.of);
+      if (vectors.defined()) {
+        vectors = vectors.index_select(0, torch::tensor(pass.of, torch::kInt64).to(vectors.device()));
+      }
+    }
+    std::vector<nn::RoutingRecord> records;
+    nn::ForwardContext context;
+    context.cache = &cache;
+    context.sentence = vectors;
+    if (routing) context.routing = &records;
+    torch::Tensor hidden = model.hidden_states(pass.batch, context);
+    if (routing) routing(records, pass.of);
+    return hidden;
+  });
+}
+
+std::vector<std::vector<ChoiceScore>> rank(compose::Composition& composition,
+                                           const std::vector<RankQuestion>& questions) {
+  compose::CompositionState state = composition.make_state(std::ssize(questions));
+  return rank_in_two_passes(composition.anchor(), questions, [&](const Pass& pass) {
+    if (pass.behind_prompt) state = state.select(pass.of);
+    nn::ForwardContext context;
+    return composition.hidden_states(pass.batch, pass.borders, context, &state);
+  });
 }
 
 Winner first_largest(const std::vector<double>& values) {

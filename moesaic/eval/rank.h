@@ -33,6 +33,10 @@ std::vector<std::vector<ChoiceScore>> rank(models::CausalLM& model, const std::v
                                            const torch::Tensor& sentence = {},
                                            const generate::RoutingCallback& routing = nullptr);
 
+/// The same with a composition. The beginning of a choice's text is a border (compose::Borders).
+std::vector<std::vector<ChoiceScore>> rank(compose::Composition& composition,
+                                           const std::vector<RankQuestion>& questions);
+
 /// The first of the largest values, and whether it was not alone.
 struct Winner {
   size_t index = 0;

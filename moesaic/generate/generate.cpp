@@ -70,29 +70,94 @@ torch::Tensor to_index(const std::vector<int64_t>& values, torch::Device device)
   return torch::tensor(values, torch::kInt64).to(device);
 }
 
-/// Runs `batch` behind `cache` and returns the logits of every sequence's last row, [B, V] float32 on the CPU.
-torch::Tensor last_logits(models::CausalLM& model, const nn::RaggedBatch& batch, nn::KvCache& cache,
-                          const torch::Tensor& sentence, const RoutingCallback& routing,
-                          const std::vector<int64_t>& sequences) {
-  std::vector<nn::RoutingRecord> records;
-  nn::ForwardContext context;
-  context.cache = &cache;
-  context.sentence = sentence;
-  if (routing) context.routing = &records;
-  torch::Tensor hidden = model.hidden_states(batch, context);
-  if (batch.num_tokens() > batch.batch_size()) {
-    std::vector<int64_t> last;
-    for (int64_t b = 0; b < batch.batch_size(); ++b) last.push_back(batch.offsets[b + 1] - 1);
-    hidden = hidden.index_select(0, to_index(last, hidden.device()));
-  }
-  if (routing) routing(records, sequences);
-  return model.logits(hidden).to(torch::kCPU).contiguous();
+/// The last row of every sequence of hidden [N, d].
+torch::Tensor last_rows(const torch::Tensor& hidden, const nn::RaggedBatch& batch) {
+  if (batch.num_tokens() == batch.batch_size()) return hidden;
+  std::vector<int64_t> last;
+  for (int64_t b = 0; b < batch.batch_size(); ++b) last.push_back(batch.offsets[b + 1] - 1);
+  return hidden.index_select(0, to_index(last, hidden.device()));
 }
 
-/// Draws tokens for `live` until all are done. `cache` holds everything but `tokens`, one new token per live answer.
-/// With one answer the cache is kept as it is at the end, without the last token.
-void decode(models::CausalLM& model, std::vector<Answer*> live, nn::KvCache& cache, torch::Tensor logits,
-            torch::Tensor sentence, const StreamCallback& stream, const RoutingCallback& routing) {
+/// A model in the middle of texts, with all it has cached of them.
+class Texts {
+ public:
+  virtual ~Texts() = default;
+  /// Runs `batch` behind what was seen and returns the logits of every sequence's last row, [B, V] float32 on the CPU.
+  /// `sequences`: which of the prompts these are.
+  virtual torch::Tensor run(const nn::RaggedBatch& batch, const std::vector<int64_t>& sequences) = 0;
+  /// Keeps the sequences `rows`.
+  virtual void select(const std::vector<int64_t>& rows) = 0;
+  virtual int64_t length(int64_t b) const = 0;
+  virtual void truncate(int64_t b, int64_t length) = 0;
+  virtual models::CausalLM& model() const = 0;
+};
+
+class ModelTexts : public Texts {
+ public:
+  ModelTexts(models::CausalLM& model, int64_t batch_size, torch::Tensor sentence, const RoutingCallback& routing)
+      : model_(model), cache_(model.make_cache(batch_size)), sentence_(std::move(sentence)), routing_(routing) {}
+
+  torch::Tensor run(const nn::RaggedBatch& batch, const std::vector<int64_t>& sequences) override {
+    std::vector<nn::RoutingRecord> records;
+    nn::ForwardContext context;
+    context.cache = &cache_;
+    context.sentence = sentence_;
+    if (routing_) context.routing = &records;
+    const torch::Tensor hidden = last_rows(model_.hidden_states(batch, context), batch);
+    if (routing_) routing_(records, sequences);
+    return model_.logits(hidden).to(torch::kCPU).contiguous();
+  }
+  void select(const std::vector<int64_t>& rows) override {
+    cache_ = cache_.select(rows);
+    if (sentence_.defined()) sentence_ = sentence_.index_select(0, to_index(rows, sentence_.device()));
+  }
+  int64_t length(int64_t b) const override { return cache_.length(b); }
+  void truncate(int64_t b, int64_t length) override { cache_.truncate(b, length); }
+  models::CausalLM& model() const override { return model_; }
+  void set_sentence(torch::Tensor sentence) { sentence_ = std::move(sentence); }
+
+ private:
+  models::CausalLM& model_;
+  nn::KvCache cache_;
+  torch::Tensor sentence_;
+  RoutingCallback routing_;
+};
+
+/// The first batch after construction or truncation ends with its prompts.
+class ComposedTexts : public Texts {
+ public:
+  ComposedTexts(compose::Composition& composition, int64_t batch_size)
+      : composition_(composition), state_(composition.make_state(batch_size)) {}
+
+  torch::Tensor run(const nn::RaggedBatch& batch, const std::vector<int64_t>&) override {
+    compose::Borders borders;
+    if (at_prompt_) {
+      for (int64_t b = 0; b < batch.batch_size(); ++b) {
+        borders.push_back({length(b) + batch.offsets[b + 1] - batch.offsets[b]});
+      }
+    }
+    at_prompt_ = false;
+    nn::ForwardContext context;
+    const torch::Tensor hidden = composition_.hidden_states(batch, borders, context, &state_);
+    return model().logits(last_rows(hidden, batch)).to(torch::kCPU).contiguous();
+  }
+  void select(const std::vector<int64_t>& rows) override { state_ = state_.select(rows); }
+  int64_t length(int64_t b) const override { return state_.anchor.length(b); }
+  void truncate(int64_t b, int64_t length) override {
+    state_.truncate(b, length);
+    at_prompt_ = true;
+  }
+  models::CausalLM& model() const override { return composition_.anchor(); }
+
+ private:
+  compose::Composition& composition_;
+  compose::CompositionState state_;
+  bool at_prompt_ = true;
+};
+
+/// Draws tokens for `live` until all are done. `texts` has seen everything but `logits`' next tokens. With one answer
+/// it is kept as it is at the end, without the last token.
+void decode(Texts& texts, std::vector<Answer*> live, torch::Tensor logits, const StreamCallback& stream) {
   while (true) {
     std::vector<std::vector<int64_t>> tokens;
     std::vector<int64_t> kept, sequences;
@@ -108,12 +173,10 @@ void decode(models::CausalLM& model, std::vector<Answer*> live, nn::KvCache& cac
     }
     if (next.empty()) return;
     if (next.size() < live.size()) {
-      cache = cache.select(kept);
-      if (sentence.defined()) sentence = sentence.index_select(0, to_index(kept, sentence.device()));
+      texts.select(kept);
       live = next;
     }
-    logits = last_logits(model, nn::RaggedBatch::from_sequences(tokens, model.device()), cache, sentence, routing,
-                         sequences);
+    logits = texts.run(nn::RaggedBatch::from_sequences(tokens, texts.model().device()), sequences);
   }
 }
 
@@ -126,6 +189,26 @@ void check_prompt(const std::vector<int64_t>& prompt, size_t index, int64_t voca
   }
 }
 
+std::vector<Generation> answer_all(Texts& texts, const tokenizer::Tokenizer& tokenizer,
+                                   const std::vector<std::vector<int64_t>>& prompts, const SamplingOptions& options,
+                                   const StreamCallback& stream) {
+  torch::NoGradGuard no_grad;
+  std::vector<Answer> answers;
+  std::vector<Answer*> live;
+  std::vector<int64_t> sequences;
+  answers.reserve(prompts.size());
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    check_prompt(prompts[i], i, texts.model().config().vocab_size);
+    live.push_back(&answers.emplace_back(static_cast<int64_t>(i), prompts[i], tokenizer, options));
+    sequences.push_back(static_cast<int64_t>(i));
+  }
+  const nn::RaggedBatch batch = nn::RaggedBatch::from_sequences(prompts, texts.model().device());
+  decode(texts, live, texts.run(batch, sequences), stream);
+  std::vector<Generation> results;
+  for (Answer& answer : answers) results.push_back(answer.take());
+  return results;
+}
+
 }  // namespace
 
 std::vector<Generation> generate(models::CausalLM& model, const tokenizer::Tokenizer& tokenizer,
@@ -134,33 +217,41 @@ std::vector<Generation> generate(models::CausalLM& model, const tokenizer::Token
                                  const RoutingCallback& routing) {
   validate(options);
   if (prompts.empty()) return {};
-  torch::NoGradGuard no_grad;
-  std::vector<Answer> answers;
-  std::vector<Answer*> live;
-  std::vector<int64_t> sequences;
-  answers.reserve(prompts.size());
-  for (size_t i = 0; i < prompts.size(); ++i) {
-    check_prompt(prompts[i], i, model.config().vocab_size);
-    live.push_back(&answers.emplace_back(static_cast<int64_t>(i), prompts[i], tokenizer, options));
-    sequences.push_back(static_cast<int64_t>(i));
-  }
-  nn::KvCache cache = model.make_cache(static_cast<int64_t>(prompts.size()));
-  const nn::RaggedBatch batch = nn::RaggedBatch::from_sequences(prompts, model.device());
-  torch::Tensor logits = last_logits(model, batch, cache, sentence, routing, sequences);
-  decode(model, live, cache, logits, sentence, stream, routing);
-  std::vector<Generation> results;
-  for (Answer& answer : answers) results.push_back(answer.take());
-  return results;
+  ModelTexts texts(model, std::ssize(prompts), sentence, routing);
+  return answer_all(texts, tokenizer, prompts, options, stream);
 }
 
+std::vector<Generation> generate(compose::Composition& composition, const tokenizer::Tokenizer& tokenizer,
+                                 const std::vector<std::vector<int64_t>>& prompts, const SamplingOptions& options,
+                                 const StreamCallback& stream) {
+  validate(options);
+  if (prompts.empty()) return {};
+  ComposedTexts texts(composition, std::ssize(prompts));
+  return answer_all(texts, tokenizer, prompts, options, stream);
+}
+
+struct Session::Impl {
+  std::unique_ptr<Texts> texts;
+  ModelTexts* model_texts = nullptr;  // `texts` when it is a single model's
+};
+
 Session::Session(models::CausalLM& model, const tokenizer::Tokenizer& tokenizer)
-    : model_(model), tokenizer_(tokenizer), cache_(std::make_unique<nn::KvCache>(model.make_cache(1))) {}
+    : tokenizer_(tokenizer), impl_(std::make_unique<Impl>()) {
+  auto texts = std::make_unique<ModelTexts>(model, 1, torch::Tensor(), nullptr);
+  impl_->model_texts = texts.get();
+  impl_->texts = std::move(texts);
+}
+Session::Session(compose::Composition& composition, const tokenizer::Tokenizer& tokenizer)
+    : tokenizer_(tokenizer), impl_(std::make_unique<Impl>()) {
+  impl_->texts = std::make_unique<ComposedTexts>(composition, 1);
+}
 Session::~Session() = default;
 
 Generation Session::answer(const std::vector<int64_t>& prompt, const SamplingOptions& options,
                            const StreamCallback& stream, const torch::Tensor& sentence) {
+  Texts& texts = *impl_->texts;
   validate(options);
-  check_prompt(prompt, 0, model_.config().vocab_size);
+  check_prompt(prompt, 0, texts.model().config().vocab_size);
   torch::NoGradGuard no_grad;
   const bool same_sentence =
       sentence.defined() == sentence_.defined() && (!sentence.defined() || sentence.equal(sentence_));
@@ -171,17 +262,17 @@ Generation Session::answer(const std::vector<int64_t>& prompt, const SamplingOpt
     reused_ = std::min<int64_t>(differ - prompt.begin(), static_cast<int64_t>(prompt.size()) - 1);
   }
   sentence_ = sentence;
+  if (impl_->model_texts) impl_->model_texts->set_sentence(sentence);
   seen_.resize(reused_);
-  cache_->truncate(0, reused_);
+  texts.truncate(0, reused_);
   const std::vector<int64_t> rest(prompt.begin() + reused_, prompt.end());
-  const nn::RaggedBatch batch = nn::RaggedBatch::from_sequences({rest}, model_.device());
-  torch::Tensor logits = last_logits(model_, batch, *cache_, sentence, nullptr, {0});
+  const nn::RaggedBatch batch = nn::RaggedBatch::from_sequences({rest}, texts.model().device());
   Answer answer(0, prompt, tokenizer_, options);
-  decode(model_, {&answer}, *cache_, logits, sentence, stream, nullptr);
+  decode(texts, {&answer}, texts.run(batch, {0}), stream);
   Generation result = answer.take();
   seen_ = prompt;
   seen_.insert(seen_.end(), result.ids.begin(), result.ids.end());
-  seen_.resize(cache_->length(0));
+  seen_.resize(texts.length(0));
   return result;
 }
 

@@ -3,6 +3,7 @@
 #include <functional>
 #include <memory>
 
+#include "moesaic/compose/composition.h"
 #include "moesaic/models/causal_lm.h"
 #include "moesaic/tokenizer/tokenizer.h"
 
@@ -43,10 +44,16 @@ std::vector<Generation> generate(models::CausalLM& model, const tokenizer::Token
                                  const StreamCallback& stream = nullptr, const torch::Tensor& sentence = {},
                                  const RoutingCallback& routing = nullptr);
 
+/// The same with a composition; `tokenizer` is the anchor's. Every prompt's end is a border (compose::Borders).
+std::vector<Generation> generate(compose::Composition& composition, const tokenizer::Tokenizer& tokenizer,
+                                 const std::vector<std::vector<int64_t>>& prompts, const SamplingOptions& options,
+                                 const StreamCallback& stream = nullptr);
+
 /// One conversation whose keys and values are kept from answer to answer.
 class Session {
  public:
   Session(models::CausalLM& model, const tokenizer::Tokenizer& tokenizer);
+  Session(compose::Composition& composition, const tokenizer::Tokenizer& tokenizer);
   ~Session();
   /// Answers `prompt`, the whole conversation so far. Only what differs from the tokens already seen is computed; other
   /// `sentence` vectors than last time make everything before worthless and it is computed again.
@@ -56,10 +63,10 @@ class Session {
   int64_t reused() const { return reused_; }
 
  private:
-  models::CausalLM& model_;
+  struct Impl;
   const tokenizer::Tokenizer& tokenizer_;
-  std::vector<int64_t> seen_;  // the tokens whose keys and values the cache holds
-  std::unique_ptr<nn::KvCache> cache_;
+  std::unique_ptr<Impl> impl_;
+  std::vector<int64_t> seen_;  // the tokens whose keys and values are cached
   torch::Tensor sentence_;
   int64_t reused_ = 0;
 };

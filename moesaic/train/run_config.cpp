@@ -257,7 +257,7 @@ RunConfig parse_run_config(const Json& given, const std::string& where) {
     MOESAIC_CHECK(run.init == "pretrained" || run.init == "random", UsageError,
                   "{}: init: got '{}', expected pretrained or random", where, run.init);
     run.finetuning_type = get<std::string>(json, "finetuning_type", where);
-    static const std::vector<std::string> kTypes{"lora", "ia3", "mov", "molora", "full"};
+    static const std::vector<std::string> kTypes{"lora", "ia3", "mov", "molora", "calm", "full"};
     MOESAIC_CHECK(std::find(kTypes.begin(), kTypes.end(), run.finetuning_type) != kTypes.end(), UsageError,
                   "{}: finetuning_type: got '{}', expected one of {}", where, run.finetuning_type,
                   fmt::join(kTypes, ", "));
@@ -281,7 +281,12 @@ RunConfig parse_run_config(const Json& given, const std::string& where) {
     adapter.router = parse_router(json.at("router"), where + ": router");
     parse_target(json, where, run);
     parse_feedforward(json, where, run);
-    if (run.finetuning_type != "full") adapters::validate(adapter, where);
+    if (run.finetuning_type != "full" && run.finetuning_type != "calm") adapters::validate(adapter, where);
+    MOESAIC_CHECK(
+        run.finetuning_type != "calm" || (run.init == "pretrained" && run.adapter_name_or_path.empty()), UsageError,
+        "{}: finetuning_type calm trains the connections of the folder that model_name_or_path names: got init "
+        "{} and adapter_name_or_path '{}', expected pretrained and none",
+        where, run.init, run.adapter_name_or_path);
 
     run.eval_dataset = json.at("eval_dataset");
     run.dataset_dir = get<std::string>(json, "dataset_dir", where);

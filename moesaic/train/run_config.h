@@ -13,7 +13,7 @@ namespace moesaic::train {
 struct RunConfig {
   std::string model_name_or_path;
   std::string init = "pretrained";   // pretrained | random (from config.json alone)
-  std::string finetuning_type;       // lora | ia3 | mov | molora | full
+  std::string finetuning_type;       // lora | ia3 | mov | molora | calm | full
   std::string adapter_name_or_path;  // start from this adapter's numbers
   adapters::AdapterConfig adapter;   // targets are empty when `target_preset` names them
   std::string target_preset;         // reference | all-linear | ""

@@ -2,6 +2,7 @@
 
 #include <csignal>
 
+#include "moesaic/compose/folder.h"
 #include "moesaic/formats/model_folder.h"
 #include "moesaic/generate/sentence.h"
 #include "moesaic/moe/router.h"
@@ -203,13 +204,57 @@ torch::Tensor sentence_vectors(models::CausalLM& model, const adapters::Adapter*
   return generate::sentence_embeddings(model, nn::RaggedBatch::from_sequences(prompts, model.device()));
 }
 
+/// What runs a batch up to the final norm.
+using Layers = std::function<torch::Tensor(const data::Batch&, const std::vector<data::Example>&)>;
+
+/// Mean cross entropy per target over `examples`, in nats.
+double mean_loss(const models::CausalLM& model, const std::vector<data::Example>& examples, int64_t batch_size,
+                 const Layers& layers) {
+  torch::NoGradGuard no_grad;
+  double sum = 0;
+  int64_t targets = 0;
+  for (size_t begin = 0; begin < examples.size(); begin += static_cast<size_t>(batch_size)) {
+    const std::vector<data::Example> part(
+        examples.begin() + static_cast<ptrdiff_t>(begin),
+        examples.begin() + static_cast<ptrdiff_t>(std::min(examples.size(), begin + static_cast<size_t>(batch_size))));
+    const data::Batch batch = data::collate(part, model.device());
+    if (batch.num_targets() == 0) continue;
+    const torch::Tensor hidden = model.final_norm(layers(batch, part).index_select(0, batch.label_rows));
+    const auto ones = torch::ones({batch.num_targets()}, torch::dtype(torch::kFloat32).device(model.device()));
+    sum += chunked_cross_entropy(hidden, model.head_weight(), batch.labels, ones, model.config().final_softcap)
+               .item<double>();
+    targets += batch.num_targets();
+  }
+  MOESAIC_CHECK(targets > 0, DataError, "evaluation: none of the {} examples has a token to score", examples.size());
+  return sum / static_cast<double>(targets);
+}
+
+/// Throws UsageError when the trainer can't train `composition`.
+void check_trainable(const compose::Composition& composition, const TrainConfig& config) {
+  std::vector<std::string> wrong;
+  if (config.gradient_checkpointing) wrong.push_back("gradient_checkpointing is for single models");
+  for (const auto& entry : composition.config().augmenting) {
+    if (entry.mask == "full") {
+      wrong.push_back("mask full shows every position the token it shall predict; expected causal or prefix");
+    }
+  }
+  MOESAIC_CHECK(wrong.empty(), UsageError, "a composition can't be trained so: {}", fmt::join(wrong, "; "));
+}
+
+/// The composed forward pass up to the final norm; prompts end where the examples' do.
+torch::Tensor composed_layers(compose::Composition& composition, const data::Batch& batch,
+                              nn::ForwardContext& context) {
+  return composition.run_layers(batch.tokens, composition.align(batch.tokens, batch.prompt_ends), context);
+}
+
 class Trainer {
  public:
-  Trainer(models::CausalLM& model, adapters::Adapter* adapter, data::ExampleStream& stream,
-          const std::vector<data::Example>& eval_examples, const TrainConfig& config, int64_t epoch_size,
-          const std::function<void(const StepLog&)>& on_log, const TaskEvaluation& evaluate_tasks)
+  Trainer(models::CausalLM& model, adapters::Adapter* adapter, compose::Composition* composition,
+          data::ExampleStream& stream, const std::vector<data::Example>& eval_examples, const TrainConfig& config,
+          int64_t epoch_size, const std::function<void(const StepLog&)>& on_log, const TaskEvaluation& evaluate_tasks)
       : model_(model),
         adapter_(adapter),
+        composition_(composition),
         reader_(stream, config),
         eval_examples_(eval_examples),
         config_(config),
@@ -226,7 +271,9 @@ class Trainer {
                         ? config.warmup_steps
                         : static_cast<int64_t>(std::ceil(static_cast<double>(max_steps_) * config.warmup_ratio));
     schedule_factor(config.lr_scheduler_type, 0, warmup_steps_, max_steps_);  // an unknown type is said before the work
-    tensors_ = trainable_tensors(model, adapter, config);
+    if (composition != nullptr) check_trainable(*composition, config);
+    tensors_ =
+        composition != nullptr ? trainable_tensors(*composition, config) : trainable_tensors(model, adapter, config);
     if (config.optim == "adamw") {
       optimizer_ = make_adamw(tensors_, {config.adam_beta1, config.adam_beta2, config.adam_epsilon});
     } else {
@@ -280,7 +327,7 @@ class Trainer {
     }
     if (stopped_early && !best_checkpoint_.empty()) load_weights(config_.output_dir / best_checkpoint_);
     if (!config_.output_dir.empty() && !result.interrupted) {
-      if (adapter_ != nullptr) adapter_->save(config_.output_dir);
+      if (adapter_ != nullptr || composition_ != nullptr) write_weights(config_.output_dir);
       write_file_atomically(config_.output_dir / "trainer_state.json", state_json().dump(2) + "\n");
     }
     result.steps = step_;
@@ -417,11 +464,15 @@ class Trainer {
     context.training = true;
     context.sentence = sentence_vectors(model_, adapter_, collated, batch.examples);
     if (has_aux || logs_routing) context.routing = &records;
-    model_.prepare(collated.tokens, context);
-    torch::Tensor hidden = model_.embed(collated.tokens.tokens);
-    torch::Tensor aux;
+    torch::Tensor hidden, aux;
     const int64_t layers = model_.config().num_layers;
-    if (config_.gradient_checkpointing) {
+    if (composition_ == nullptr) {
+      model_.prepare(collated.tokens, context);
+      hidden = model_.embed(collated.tokens.tokens);
+    }
+    if (composition_ != nullptr) {
+      hidden = composed_layers(*composition_, collated, context);
+    } else if (config_.gradient_checkpointing) {
       hidden = model_.run_layers(hidden, 0, first_trained_layer_, context);
       for (int64_t layer = first_trained_layer_; layer < layers; ++layer) {
         const auto result = run_layer_checkpointed(
@@ -459,6 +510,7 @@ class Trainer {
     std::string where;
     torch::NoGradGuard no_grad;
     for (const auto& batch : batches) {
+      if (composition_ != nullptr) break;
       const auto collated = data::collate(batch.examples, model_.device());
       nn::ForwardContext context;
       context.sentence = sentence_vectors(model_, adapter_, collated, batch.examples);
@@ -536,7 +588,9 @@ class Trainer {
 
   /// True when this is the best so far.
   bool evaluate() {
-    const double loss = evaluate_loss(model_, adapter_, eval_examples_, config_.per_device_train_batch_size);
+    const int64_t batch_size = config_.per_device_train_batch_size;
+    const double loss = composition_ != nullptr ? evaluate_loss(*composition_, eval_examples_, batch_size)
+                                                : evaluate_loss(model_, adapter_, eval_examples_, batch_size);
     Json row{{"step", step_}, {"eval_loss", loss}};
     history_.push_back(row);
     if (log_) log_->write(row);
@@ -586,20 +640,16 @@ class Trainer {
   }
 
   void write_weights(const fs::path& dir) const {
-    if (adapter_ != nullptr) {
-      adapter_->save(dir);
-      return;
-    }
+    if (composition_ != nullptr) return compose::save_composition(*composition_, dir);
+    if (adapter_ != nullptr) return adapter_->save(dir);
     formats::TensorMap weights;
     for (const auto& t : tensors_) weights[t.name] = t.tensor.detach();
     formats::save_safetensors(dir / "model.safetensors", weights);
   }
 
   void load_weights(const fs::path& dir) {
-    if (adapter_ != nullptr) {
-      adapter_->load_tensors(formats::read_adapter_folder(dir).tensors);
-      return;
-    }
+    if (composition_ != nullptr) return compose::load_connections(*composition_, dir);
+    if (adapter_ != nullptr) return adapter_->load_tensors(formats::read_adapter_folder(dir).tensors);
     torch::NoGradGuard no_grad;
     const formats::SafetensorsFile file(dir / "model.safetensors");
     for (auto& t : tensors_) {
@@ -655,6 +705,7 @@ class Trainer {
 
   models::CausalLM& model_;
   adapters::Adapter* adapter_;
+  compose::Composition* composition_;  // nullptr, or what is trained; model_ is then its anchor
   BatchReader reader_;
   const std::vector<data::Example>& eval_examples_;
   const TrainConfig& config_;
@@ -705,35 +756,45 @@ std::vector<OptimizedTensor> trainable_tensors(models::CausalLM& model, adapters
   return tensors;
 }
 
+std::vector<OptimizedTensor> trainable_tensors(compose::Composition& composition, const TrainConfig& config) {
+  std::vector<OptimizedTensor> tensors;
+  for (const auto& item : composition.named_parameters()) {
+    const bool matrix = item.value().dim() == 2;
+    tensors.push_back({item.key(), item.value(), config.learning_rate, matrix ? config.weight_decay : 0.0, false});
+  }
+  return tensors;
+}
+
 double evaluate_loss(models::CausalLM& model, const adapters::Adapter* adapter,
                      const std::vector<data::Example>& examples, int64_t batch_size) {
-  torch::NoGradGuard no_grad;
-  double sum = 0;
-  int64_t targets = 0;
-  for (size_t begin = 0; begin < examples.size(); begin += static_cast<size_t>(batch_size)) {
-    const std::vector<data::Example> part(
-        examples.begin() + static_cast<ptrdiff_t>(begin),
-        examples.begin() + static_cast<ptrdiff_t>(std::min(examples.size(), begin + static_cast<size_t>(batch_size))));
-    const data::Batch batch = data::collate(part, model.device());
-    if (batch.num_targets() == 0) continue;
+  return mean_loss(model, examples, batch_size, [&](const data::Batch& batch, const auto& part) {
     nn::ForwardContext context;
     context.sentence = sentence_vectors(model, adapter, batch, part);
     model.prepare(batch.tokens, context);
-    auto hidden = model.run_layers(model.embed(batch.tokens.tokens), 0, model.config().num_layers, context);
-    hidden = model.final_norm(hidden.index_select(0, batch.label_rows));
-    const auto ones = torch::ones({batch.num_targets()}, torch::dtype(torch::kFloat32).device(model.device()));
-    sum += chunked_cross_entropy(hidden, model.head_weight(), batch.labels, ones, model.config().final_softcap)
-               .item<double>();
-    targets += batch.num_targets();
-  }
-  MOESAIC_CHECK(targets > 0, DataError, "evaluation: none of the {} examples has a token to score", examples.size());
-  return sum / static_cast<double>(targets);
+    return model.run_layers(model.embed(batch.tokens.tokens), 0, model.config().num_layers, context);
+  });
+}
+
+double evaluate_loss(compose::Composition& composition, const std::vector<data::Example>& examples,
+                     int64_t batch_size) {
+  return mean_loss(composition.anchor(), examples, batch_size, [&](const data::Batch& batch, const auto&) {
+    nn::ForwardContext context;
+    return composed_layers(composition, batch, context);
+  });
 }
 
 TrainResult train(models::CausalLM& model, adapters::Adapter* adapter, data::ExampleStream& stream,
                   const std::vector<data::Example>& eval_examples, const TrainConfig& config, int64_t epoch_size,
                   const std::function<void(const StepLog&)>& on_log, const TaskEvaluation& evaluate_tasks) {
-  return Trainer(model, adapter, stream, eval_examples, config, epoch_size, on_log, evaluate_tasks).run();
+  return Trainer(model, adapter, nullptr, stream, eval_examples, config, epoch_size, on_log, evaluate_tasks).run();
+}
+
+TrainResult train(compose::Composition& composition, data::ExampleStream& stream,
+                  const std::vector<data::Example>& eval_examples, const TrainConfig& config, int64_t epoch_size,
+                  const std::function<void(const StepLog&)>& on_log, const TaskEvaluation& evaluate_tasks) {
+  return Trainer(composition.anchor(), nullptr, &composition, stream, eval_examples, config, epoch_size, on_log,
+                 evaluate_tasks)
+      .run();
 }
 
 }  // namespace moesaic::train

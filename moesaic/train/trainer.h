@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "moesaic/adapters/adapter.h"
+#include "moesaic/compose/composition.h"
 #include "moesaic/data/example.h"
 #include "moesaic/models/causal_lm.h"
 #include "moesaic/train/optimizer.h"
@@ -90,13 +91,24 @@ TrainResult train(models::CausalLM& model, adapters::Adapter* adapter, data::Exa
                   const std::function<void(const StepLog&)>& on_log = nullptr,
                   const TaskEvaluation& evaluate_tasks = nullptr);
 
+/// The same for the connections of a composition whose models were opened from files; an answer's beginning is a border
+/// (compose::Borders). Checkpoints and output_dir are composition folders. Throws UsageError for a mask that shows the
+/// future and for gradient_checkpointing.
+TrainResult train(compose::Composition& composition, data::ExampleStream& stream,
+                  const std::vector<data::Example>& eval_examples, const TrainConfig& config, int64_t epoch_size,
+                  const std::function<void(const StepLog&)>& on_log = nullptr,
+                  const TaskEvaluation& evaluate_tasks = nullptr);
+
 /// Mean cross entropy per target over `examples`, in nats.
 double evaluate_loss(models::CausalLM& model, const adapters::Adapter* adapter,
                      const std::vector<data::Example>& examples, int64_t batch_size);
+
+double evaluate_loss(compose::Composition& composition, const std::vector<data::Example>& examples, int64_t batch_size);
 
 /// The tensors a run trains, with their learning rates and weight decays: routers have their own rate and no decay,
 /// vectors ((IA)^3, MoV), norms and biases no decay. `adapter` null: every parameter of `model`.
 std::vector<OptimizedTensor> trainable_tensors(models::CausalLM& model, adapters::Adapter* adapter,
                                                const TrainConfig& config);
+std::vector<OptimizedTensor> trainable_tensors(compose::Composition& composition, const TrainConfig& config);
 
 }  // namespace moesaic::train

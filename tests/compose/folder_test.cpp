@@ -3,7 +3,6 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include "moesaic/formats/model_folder.h"
 #include "tests/compose/small_models.h"
 #include "tests/temporary_folder.h"
 
@@ -15,29 +14,11 @@ using ::testing::HasSubstr;
 using ::testing::Not;
 namespace fs = std::filesystem;
 
-/// Writes a model with a golden tokenizer as a Hugging Face folder.
-void write_model(const fs::path& dir, const std::string& tokenizer_name, int64_t hidden, int64_t layers,
-                 uint64_t seed) {
-  const auto tokenizer = test::golden_tokenizer(tokenizer_name);
-  const Json config{{"model_type", "llama"},         {"vocab_size", tokenizer->vocab_size()},
-                    {"hidden_size", hidden},         {"intermediate_size", 37},
-                    {"num_hidden_layers", layers},   {"num_attention_heads", 4},
-                    {"num_key_value_heads", 2},      {"head_dim", 6},
-                    {"max_position_embeddings", 512}};
-  const auto model = test::random_model(config, torch::kFloat32, seed);
-  formats::ModelFolder folder;
-  folder.config = config;
-  for (const auto& item : model->named_parameters()) folder.tensors[item.key()] = item.value();
-  folder.tokenizer_json = tokenizer->json();
-  folder.tokenizer_config = tokenizer->config();
-  formats::write_model_folder(dir, folder);
-}
-
 class CompositionFolder : public ::testing::Test {
  protected:
   CompositionFolder() {
-    write_model(root_.path() / "anchor", "gpt2", 20, 3, 1);
-    write_model(root_.path() / "aug", "llama3", 14, 4, 2);
+    test::write_small_model(root_.path() / "anchor", "gpt2", 20, 3, 1);
+    test::write_small_model(root_.path() / "aug", "llama3", 14, 4, 2);
     auto member = [&](const char* name) { return open_member(formats::Checkpoint::open(root_.path() / name), {}); };
     composition_ = std::make_shared<Composition>(test::config_of({{{{0, 1}, {2, 2}}, "token"}}), member("anchor"),
                                                  std::vector{member("aug")}, 7);
@@ -99,8 +80,8 @@ TEST_F(CompositionFolder, ConnectionsAloneCanBeLoaded) {
 }
 
 TEST_F(CompositionFolder, ChangedModelsAreRefusedTogether) {
-  write_model(root_.path() / "anchor", "gpt2", 20, 3, 5);
-  write_model(root_.path() / "aug", "llama3", 14, 4, 6);
+  test::write_small_model(root_.path() / "anchor", "gpt2", 20, 3, 5);
+  test::write_small_model(root_.path() / "aug", "llama3", 14, 4, 6);
   write_file_atomically(root_.path() / "aug" / "tokenizer.json", test::golden_tokenizer("unigram")->json());
   EXPECT_THAT(error(),
               AllOf(HasSubstr("anchor: the weights' hash"), HasSubstr("augmenting[0]: the weights' hash"),

@@ -1,29 +1,38 @@
 // Small random models over the golden tokenizers, and compositions of them whose connections do something.
 #pragma once
-#include "moesaic/compose/composition.h"
+#include "moesaic/compose/folder.h"
+#include "moesaic/formats/model_folder.h"
 #include "tests/compose/tokenizers.h"
 #include "tests/models/tiny_models.h"
 
 namespace moesaic::test {
 
-/// A random llama-like model as wide as `vocab` needs. Odd sizes, grouped heads.
-inline std::shared_ptr<models::CausalLM> small_model(int64_t vocab, int64_t hidden, int64_t layers, uint64_t seed,
-                                                     const Json& changes = Json::object(),
-                                                     torch::Dtype dtype = torch::kFloat32) {
-  Json config{{"model_type", "llama"},         {"vocab_size", vocab},
-              {"hidden_size", hidden},         {"intermediate_size", 37},
-              {"num_hidden_layers", layers},   {"num_attention_heads", 4},
-              {"num_key_value_heads", 2},      {"head_dim", 6},
-              {"max_position_embeddings", 512}};
-  config.update(changes);
-  return random_model(config, dtype, seed);
+/// config.json of a llama-like model. Odd sizes, grouped heads.
+inline Json small_config(int64_t vocab, int64_t hidden, int64_t layers) {
+  return {{"model_type", "llama"},         {"vocab_size", vocab},
+          {"hidden_size", hidden},         {"intermediate_size", 37},
+          {"num_hidden_layers", layers},   {"num_attention_heads", 4},
+          {"num_key_value_heads", 2},      {"head_dim", 6},
+          {"max_position_embeddings", 512}};
 }
 
 /// A model that speaks a golden tokenizer.
 inline compose::Member member(const std::string& tokenizer_name, int64_t hidden, int64_t layers, uint64_t seed,
-                              const Json& changes = Json::object(), const std::string& start = "<s>") {
+                              const std::string& start = "<s>") {
   const auto tokenizer = golden_tokenizer(tokenizer_name, start);
-  return {small_model(tokenizer->vocab_size(), hidden, layers, seed, changes), tokenizer};
+  return {random_model(small_config(tokenizer->vocab_size(), hidden, layers), torch::kFloat32, seed), tokenizer};
+}
+
+/// The same as a Hugging Face folder.
+inline void write_small_model(const std::filesystem::path& dir, const std::string& tokenizer_name, int64_t hidden,
+                              int64_t layers, uint64_t seed) {
+  const compose::Member made = member(tokenizer_name, hidden, layers, seed);
+  formats::ModelFolder folder;
+  folder.config = small_config(made.tokenizer->vocab_size(), hidden, layers);
+  for (const auto& item : made.model->named_parameters()) folder.tensors[item.key()] = item.value();
+  folder.tokenizer_json = made.tokenizer->json();
+  folder.tokenizer_config = made.tokenizer->config();
+  formats::write_model_folder(dir, folder);
 }
 
 /// Fills every parameter of the connections with numbers that show in the logits.
@@ -47,8 +56,7 @@ inline compose::CompositionConfig config_of(std::vector<compose::AugmentingConfi
 inline std::shared_ptr<compose::Composition> two_tokenizers(compose::AugmentingConfig how = {{{0, 1}, {2, 2}}},
                                                             const std::string& start = "<s>") {
   auto composition = std::make_shared<compose::Composition>(
-      config_of({std::move(how)}), member("gpt2", 20, 3, 1, Json::object(), start),
-      std::vector{member("llama3", 14, 4, 2, Json::object(), start)}, 7);
+      config_of({std::move(how)}), member("gpt2", 20, 3, 1, start), std::vector{member("llama3", 14, 4, 2, start)}, 7);
   randomise(*composition);
   return composition;
 }

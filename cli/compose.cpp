@@ -1,0 +1,150 @@
+// moesaic compose: an anchor and augmenting models become a composition folder, ready to be trained.
+#include <iostream>
+
+#include "cli/command.h"
+#include "moesaic/base/device.h"
+#include "moesaic/base/yaml.h"
+#include "moesaic/compose/folder.h"
+
+namespace moesaic::cli {
+namespace {
+
+namespace fs = std::filesystem;
+
+struct ComposeOptions {
+  std::string file;                    // config.yaml
+  std::vector<std::string> overrides;  // key=value
+};
+
+const std::vector<std::string> kKeys{
+    "anchor",         "augmenting", "num_connections", "connections", "align",      "mask", "num_heads",
+    "cross_position", "norm",       "attention_bias",  "output_init", "output_dir", "seed"};
+const std::vector<std::string> kEntryKeys{"model", "num_connections", "connections", "align", "mask"};
+
+/// One augmenting model as the file gives it: its own keys over the file's.
+struct Entry {
+  std::string model;
+  Json num_connections, connections;  // at most one is not null
+  std::string align, mask;
+};
+
+Entry parse_entry(const Json& json, const Json& shared, const std::string& where) {
+  Json own = json.is_string() ? Json{{"model", json}} : json;
+  MOESAIC_CHECK(own.is_object(), UsageError, "{}: got {}, expected a folder or keys and values", where,
+                json.dump().substr(0, 80));
+  check_known_keys(own, kEntryKeys, where);
+  Entry entry;
+  entry.model = get<std::string>(own, "model", where);
+  const Json& joins = own.contains("num_connections") || own.contains("connections") ? own : shared;
+  entry.num_connections = joins.value("num_connections", Json());
+  entry.connections = joins.value("connections", Json());
+  MOESAIC_CHECK(entry.num_connections.is_null() || entry.connections.is_null(), UsageError,
+                "{}: got both num_connections and connections, expected one of them", where);
+  entry.align = get_or<std::string>(own, "align", get_or<std::string>(shared, "align", "word", where), where);
+  entry.mask = get_or<std::string>(own, "mask", get_or<std::string>(shared, "mask", "causal", where), where);
+  return entry;
+}
+
+std::vector<compose::ConnectionPair> pairs_of(const Entry& entry, int64_t anchor_layers, int64_t aug_layers,
+                                              const std::string& where) {
+  if (entry.connections.is_null()) {
+    // The paper takes every fourth block of the augmenting model.
+    int64_t count = std::clamp<int64_t>(aug_layers / 4, 1, anchor_layers);
+    if (!entry.num_connections.is_null()) {
+      count = get<int64_t>(Json{{"num_connections", entry.num_connections}}, "num_connections", where);
+    }
+    return compose::evenly_spaced(count, anchor_layers, aug_layers);
+  }
+  MOESAIC_CHECK(entry.connections.is_array(), UsageError,
+                "{}: connections: got {}, expected a list of {{anchor: block, "
+                "aug: block}}",
+                where, entry.connections.dump().substr(0, 80));
+  std::vector<compose::ConnectionPair> pairs;
+  for (const Json& pair : entry.connections) {
+    MOESAIC_CHECK(pair.is_object(), UsageError, "{}: connections: got {}, expected {{anchor: block, aug: block}}",
+                  where, pair.dump().substr(0, 80));
+    check_known_keys(pair, {"anchor", "aug"}, where + ": connections");
+    pairs.push_back({get<int64_t>(pair, "anchor", where), get<int64_t>(pair, "aug", where)});
+  }
+  return pairs;
+}
+
+int run(const ComposeOptions& options, const CommonOptions& common) {
+  Json json = read_yaml(options.file);
+  apply_overrides(json, options.overrides);
+  const std::string& where = options.file;
+  MOESAIC_CHECK(json.is_object(), UsageError, "{}: got {}, expected keys and values", where, json.type_name());
+  check_known_keys(json, kKeys, where);
+  for (auto it = json.begin(); it != json.end();) it = it->is_null() ? json.erase(it) : std::next(it);
+
+  const c10::Device device = parse_device(common.device);
+  const models::LoadOptions load{parse_dtype(common.dtype, device), device, false};
+  auto open = [&](const std::string& path) { return compose::open_member(formats::Checkpoint::open(path), load); };
+  try {
+    const Json& list = json.contains("augmenting") ? json["augmenting"] : Json();
+    MOESAIC_CHECK(!list.is_null(), UsageError, "{}: key 'augmenting' is missing", where);
+    std::vector<Entry> entries;
+    for (size_t m = 0; m < (list.is_array() ? list.size() : 1); ++m) {
+      entries.push_back(
+          parse_entry(list.is_array() ? list[m] : list, json, fmt::format("{}: augmenting[{}]", where, m)));
+    }
+    const fs::path output_dir = get<std::string>(json, "output_dir", where);
+    const compose::Member anchor = open(get<std::string>(json, "anchor", where));
+    const models::DecoderConfig& anchor_config = anchor.model->config();
+    std::vector<compose::Member> augmenting;
+    compose::CompositionConfig config;
+    for (size_t m = 0; m < entries.size(); ++m) {
+      augmenting.push_back(open(entries[m].model));
+      config.augmenting.push_back(
+          {pairs_of(entries[m], anchor_config.num_layers, augmenting.back().model->config().num_layers,
+                    fmt::format("{}: augmenting[{}]", where, m)),
+           entries[m].align, entries[m].mask});
+    }
+    compose::ConnectionConfig& connection = config.connection;
+    connection.num_heads = get_or<int64_t>(json, "num_heads", compose::default_heads(anchor_config), where);
+    connection.cross_position = get_or<std::string>(json, "cross_position", connection.cross_position, where);
+    connection.norm = get_or<std::string>(json, "norm", connection.norm, where);
+    connection.attention_bias = get_or<bool>(json, "attention_bias", connection.attention_bias, where);
+    connection.output_init = get_or<std::string>(json, "output_init", connection.output_init, where);
+    const uint64_t seed = get_or<uint64_t>(json, "seed", common.seed, where);
+
+    const compose::Composition composition(config, anchor, augmenting, seed);
+    compose::save_composition(composition, output_dir);
+    int64_t anchor_parameters = 0, trainable = 0;
+    for (const auto& parameter : anchor.model->parameters()) anchor_parameters += parameter.numel();
+    for (const auto& parameter : composition.parameters()) trainable += parameter.numel();
+    fmt::print("anchor      {} ({}, {} blocks of width {})\n", anchor.checkpoint->path().string(),
+               anchor_config.model_type, anchor_config.num_layers, anchor_config.hidden_size);
+    for (size_t m = 0; m < entries.size(); ++m) {
+      const models::DecoderConfig& aug = augmenting[m].model->config();
+      const bool same = anchor.tokenizer && augmenting[m].tokenizer &&
+                        compose::same_tokenizer(*anchor.tokenizer, *augmenting[m].tokenizer);
+      fmt::print("augmenting  {} ({}, {} blocks of width {}), {}, mask {}\n", entries[m].model, aug.model_type,
+                 aug.num_layers, aug.hidden_size,
+                 same ? "the same tokenizer" : "another tokenizer, aligned by " + entries[m].align, entries[m].mask);
+      for (const compose::ConnectionPair& pair : config.augmenting[m].connections) {
+        fmt::print("            block {} -> anchor block {}\n", pair.aug, pair.anchor);
+      }
+    }
+    fmt::print("trainable   {} ({:.2f} % of the anchor's {})\n", trainable,
+               100.0 * static_cast<double>(trainable) / static_cast<double>(anchor_parameters), anchor_parameters);
+    fmt::print(
+        "written     {0}; it is the anchor until it is trained:\n"
+        "  moesaic train run.yaml model_name_or_path={0} finetuning_type=calm\n",
+        output_dir.string());
+  } catch (const ConfigError& error) {
+    throw UsageError(error.what());  // the keys are the user's words
+  }
+  return 0;
+}
+
+}  // namespace
+
+Runner add_compose(CLI::App& app, CommonOptions& common) {
+  auto options = std::make_shared<ComposeOptions>();
+  app.add_option("config", options->file, "What to compose (YAML)")->required();
+  app.add_option("overrides", options->overrides, "key=value: sets a key of the file");
+  return [options, &common] { return run(*options, common); };
+}
+
+}  // namespace moesaic::cli

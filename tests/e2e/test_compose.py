@@ -1,0 +1,137 @@
+"""Composing frozen models from the command line: compose, inspect, train, generate, eval, and what goes wrong."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+import yaml
+
+from tiny_run import ROOT, make_run, moesaic, run
+
+
+def make_augmenting(folder):
+    """A smaller model that speaks another tokenizer."""
+    torch.manual_seed(1)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=560, hidden_size=24, intermediate_size=40, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.3)).save_pretrained(folder)
+    shutil.copy(ROOT / "tests" / "compose" / "golden" / "llama3.json", folder / "tokenizer.json")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder of a run, with a composition of its model and another one in `calm`."""
+    path = tmp_path_factory.mktemp("compose")
+    make_run(path, initializer_range=0.3)
+    make_augmenting(path / "aug")
+    (path / "compose.yaml").write_text(yaml.safe_dump({
+        "anchor": str(path / "model"), "augmenting": str(path / "aug"), "connections": [{"anchor": 0, "aug": 1},
+                                                                                       {"anchor": 1, "aug": 3}],
+        "output_dir": str(path / "calm")}))
+    printed = run("compose", path / "compose.yaml")
+    assert "another tokenizer, aligned by word" in printed
+    # Two connections: D_A D_B + D_B + 4 D_B^2, D_A = 24, D_B = 32.
+    assert f"trainable   {2 * (24 * 32 + 32 + 4 * 32 * 32)} " in printed
+    return path
+
+
+def generate(model, *arguments):
+    out = run("generate", "--model", model, "--json", "--max_new_tokens", 4, "-p", "cat dog", "-p", "red", *arguments)
+    return [json.loads(line)["text"] for line in out.splitlines()]
+
+
+def test_new_composition_is_its_anchor(folder):
+    assert generate(folder / "calm") == generate(folder / "model")
+
+
+def test_inspect(folder):
+    report = json.loads(run_inspect(folder / "calm"))
+    assert report["kind"] == "composition"
+    assert report["augmenting"][0]["connections"] == [{"anchor": 0, "aug": 1}, {"anchor": 1, "aug": 3}]
+    assert report["parameters"] == 2 * (24 * 32 + 32 + 4 * 32 * 32)
+
+
+def run_inspect(path):
+    done = moesaic("inspect", path, "--json")
+    if done.returncode != 0:  # verbs differ in the common flags they take
+        pytest.fail(done.stderr)
+    return done.stdout
+
+
+def test_training_generation_and_evaluation(folder):
+    run_file = make_run(folder, finetuning_type="calm", model_name_or_path=str(folder / "calm"), num_experts=None,
+                        learning_rate=1e-2, max_steps=200, save_steps=100, logging_steps=1,
+                        output_dir=str(folder / "trained"), lr_scheduler_type="constant")
+    printed = run("train", run_file)
+    assert "method     calm" in printed
+    log = [json.loads(line) for line in (folder / "trained" / "train_log.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < 0.6 * log[0]["loss"]
+    assert generate(folder / "trained") != generate(folder / "model")
+    # One answer does not depend on its neighbour or on being streamed.
+    assert generate(folder / "trained", "--batch_size", 1) == generate(folder / "trained")
+
+    tasks = folder / "task.jsonl"
+    tasks.write_text("".join(json.dumps({"inputs": f"{a} {b}", "answer_choices": [f"{b} {b} {b}", f"{b} {a} {a}"],
+                                         "target": f"{b} {a} {a}"}) + "\n"
+                             for a in ("red", "cat", "is") for b in ("dog", "one", "two", "not")))
+    results = json.loads(run("eval", "--model", folder / "trained", "--tasks", tasks, "--json"))
+    before = json.loads(run("eval", "--model", folder / "calm", "--tasks", tasks, "--json"))
+    accuracy = [r["results"]["task"]["acc,none"] for r in (before, results)]
+    assert accuracy[1] > accuracy[0] and accuracy[1] > 0.8, accuracy
+
+    resumed = run("train", run_file, "max_steps=202", "--resume", "auto")
+    assert "step 202" in resumed
+
+
+def test_a_changed_model_is_refused(folder, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    shutil.copytree(folder / "aug", tmp_path / "aug")
+    shutil.copytree(folder / "calm", tmp_path / "calm")
+    run("inspect", tmp_path / "calm")
+    torch.manual_seed(9)
+    make_augmenting(tmp_path / "aug")
+    config = json.loads((tmp_path / "aug" / "config.json").read_text())
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**config, "vocab_size": 561})).save_pretrained(
+        tmp_path / "aug")
+    shutil.rmtree(tmp_path / "model")
+    done = moesaic("generate", "--model", tmp_path / "calm", "-p", "cat")
+    assert done.returncode == 3
+    assert "anchor" in done.stderr and "does not exist" in done.stderr
+    assert "augmenting[0]" in done.stderr and "hash" in done.stderr
+
+
+@pytest.mark.parametrize("overrides, message", [
+    (["num_head=2"], "did you mean 'num_heads'"),
+    (["num_heads=5"], "num_heads: got 5"),
+    (["connections=[{anchor: 9, aug: 0}]"], "anchor 9"),
+    (["num_connections=2"], "both num_connections and connections"),
+    (["mask=half"], "'half'"),
+    (["align=letters"], "'letters'"),
+    (["augmenting=null"], "'augmenting' is missing"),
+])
+def test_wrong_keys(folder, overrides, message):
+    done = moesaic("compose", folder / "compose.yaml", *overrides, f"output_dir={folder / 'unused'}")
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert not (folder / "unused").exists()
+
+
+def test_what_runs_single_models_only_says_so(folder):
+    done = moesaic("score", "--model", folder / "calm", "--text", "cat")
+    assert done.returncode == 2 and "single models only" in done.stderr
+    done = moesaic("train", make_run(folder, output_dir=str(folder / "wrong")), f"model_name_or_path={folder / 'calm'}")
+    assert done.returncode == 2 and "finetuning_type" in done.stderr
+
+
+def test_the_experiment_in_miniature(tmp_path):
+    """`moesaic demo calm` for a few steps: every stage runs and the table has its shape."""
+    out = run("demo", "calm", "--fraction", 0.01, "--test_rows", 8, "--ablations", "--json", "--output_dir", tmp_path,
+              "--seed", 3)
+    table = json.loads(out[out.index("{"):out.rindex("}") + 1])["table"]
+    assert set(table) >= {"augmenting", "anchor", "composition"}
+    assert all(set(row) == {"KV-SUB", "NUM-MATH", "KV-MATH"} for row in table.values())
+    assert (tmp_path / "results.json").exists()
+    run("generate", "--model", tmp_path / "composition", "--max_new_tokens", 4, "-p", "1 + 2 =")
