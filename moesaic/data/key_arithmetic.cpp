@@ -191,7 +191,7 @@ std::optional<Example> KeyTexts::next() {
   Example example;
   Ids& ids = example.ids;
   Expression e;
-  if (kind == KeyText::kArithmetic) {
+  if (kind == KeyText::kArithmetic || kind == KeyText::kCalculation) {
     ids = arithmetic_prompt(random);
     e = draw_numbers(random, trained);
   } else {
@@ -209,7 +209,7 @@ std::optional<Example> KeyTexts::next() {
   const size_t calculation = ids.size();
   if (kind != KeyText::kSubstitution) append_answer(ids, e);
   ids.push_back(kEos);
-  const size_t learnt = kind == KeyText::kArithmetic ? calculation : substitution;
+  const size_t learnt = kind == KeyText::kCalculation ? calculation : substitution;
   example.mask.assign(ids.size(), 0);
   std::fill(example.mask.begin() + static_cast<ptrdiff_t>(learnt), example.mask.end(), 1);
   return example;

@@ -11,13 +11,15 @@ namespace moesaic::data {
 /// The texts, token by token (every key is one token, every digit one; values have two digits, tens first; answers
 /// three, units first; no answer is negative):
 ///
-///   substitution   <bos> K1 op K2 > t u op t u <eos>                     learnt behind '>'
-///   arithmetic     <bos> [K op K, half of the time] > t u op t u = u t h <eos>   learnt behind '='; the keys mean
-///   nothing composed       <bos> K1 op K2 > t u op t u = u t h <eos>             learnt behind '>'
+///   substitution   <bos> K1 op K2 > t u op t u <eos>                            learnt behind '>'
+///   arithmetic     <bos> [K op K, half of the time] > t u op t u = u t h <eos>   learnt behind '>'
+///   calculation    the same texts                                               learnt behind '='
+///   composed       <bos> K1 op K2 > t u op t u = u t h <eos>                    learnt behind '>'
 ///
-/// What the keys are worth, which of them are held in, and which tenth of all expressions of numbers is never trained
-/// are the same for all seeds.
-enum class KeyText { kSubstitution, kArithmetic, kComposed };
+/// The keys of arithmetic mean nothing, so its expressions are noise to the model; but it must have written an operator
+/// and an '=' once: a head never asked for a token cannot be brought to write it. What the keys are worth, which of
+/// them are held in, and which tenth of all expressions of numbers is never trained are the same for all seeds.
+enum class KeyText { kSubstitution, kArithmetic, kCalculation, kComposed };
 
 /// What a model is asked.
 enum class KeyTask { kSubstitute, kCalculate, kBoth };  // KV-SUB, NUM-MATH, KV-MATH
