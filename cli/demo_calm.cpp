@@ -98,7 +98,7 @@ class CalmDemo {
   Row compose(const std::string& name, const std::string& augmenting, const compose::CompositionConfig& config) {
     const compose::Member anchor = open("anchor");
     compose::Composition composition(config, anchor, {open(augmenting)}, derive_seed(seed_, name + " init"));
-    data::KeyTexts stream({data::KeyText::kComposed, data::KeyText::kCalculation}, derive_seed(seed_, name + " texts"));
+    data::KeyTexts stream({data::KeyText::kComposed, data::KeyText::kArithmetic}, derive_seed(seed_, name + " texts"));
     const train::TrainConfig trainer = train_config(400, 4e-3);
     Progress progress("Training " + name, trainer.max_steps);
     const auto result = train::train(composition, stream, {}, trainer, 0, show(progress));

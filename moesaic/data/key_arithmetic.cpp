@@ -191,7 +191,7 @@ std::optional<Example> KeyTexts::next() {
   Example example;
   Ids& ids = example.ids;
   Expression e;
-  if (kind == KeyText::kArithmetic || kind == KeyText::kCalculation) {
+  if (kind == KeyText::kArithmetic) {
     ids = arithmetic_prompt(random);
     e = draw_numbers(random, trained);
   } else {
@@ -205,11 +205,13 @@ std::optional<Example> KeyTexts::next() {
   }
   const size_t substitution = ids.size();
   append_expression(ids, e);
-  if (kind != KeyText::kSubstitution) ids.push_back(kEquals);
-  const size_t calculation = ids.size();
-  if (kind != KeyText::kSubstitution) append_answer(ids, e);
+  const size_t equals = ids.size();
+  if (kind != KeyText::kSubstitution) {
+    ids.push_back(kEquals);
+    append_answer(ids, e);
+  }
   ids.push_back(kEos);
-  const size_t learnt = kind == KeyText::kCalculation ? calculation : substitution;
+  const size_t learnt = kind == KeyText::kArithmetic ? equals : substitution;
   example.mask.assign(ids.size(), 0);
   std::fill(example.mask.begin() + static_cast<ptrdiff_t>(learnt), example.mask.end(), 1);
   return example;

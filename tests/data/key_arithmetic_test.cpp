@@ -47,15 +47,15 @@ std::tuple<int64_t, char, int64_t> numbers(const std::string& expression) {
 }
 
 TEST(KeyTexts, AreRightAndLearntWhereTheySay) {
-  KeyTexts stream({KeyText::kSubstitution, KeyText::kCalculation, KeyText::kComposed, KeyText::kArithmetic}, 3);
+  KeyTexts stream({KeyText::kSubstitution, KeyText::kArithmetic, KeyText::kComposed}, 3);
   std::map<std::string, int64_t> values;  // what each key is worth
   std::set<std::string> composed_keys;
   int64_t with_keys = 0;
-  for (int64_t i = 0; i < 4000; ++i) {
+  for (int64_t i = 0; i < 3000; ++i) {
     const Example example = *stream.next();
     const Parts parts = parse(example);
     const auto [left, op, right] = numbers(parts.expression);
-    const int64_t kind = i % 4;
+    const int64_t kind = i % 3;
     const int64_t result = op == '+' ? left + right : left - right;
     EXPECT_GE(result, 0);
     if (kind == 0) {
@@ -63,7 +63,7 @@ TEST(KeyTexts, AreRightAndLearntWhereTheySay) {
     } else {
       EXPECT_EQ(parts.answer, fmt::format("{} {} {}", result % 10, result / 10 % 10, result / 100));
     }
-    if (kind % 2 == 1) {
+    if (kind == 1) {
       with_keys += !parts.keys.empty();
     } else {
       ASSERT_EQ(parts.keys.size(), 3u);
@@ -75,10 +75,10 @@ TEST(KeyTexts, AreRightAndLearntWhereTheySay) {
     }
     const std::string learnt = text_of({example.ids.begin() + example.prompt_ends().at(0), example.ids.end()});
     if (kind == 0) EXPECT_EQ(learnt, parts.expression + " <eos>");
-    if (kind == 1) EXPECT_EQ(learnt, parts.answer + " <eos>");
-    if (kind >= 2) EXPECT_EQ(learnt, parts.expression + " = " + parts.answer + " <eos>");
+    if (kind == 1) EXPECT_EQ(learnt, "= " + parts.answer + " <eos>");
+    if (kind == 2) EXPECT_EQ(learnt, parts.expression + " = " + parts.answer + " <eos>");
   }
-  EXPECT_NEAR(static_cast<double>(with_keys), 1000, 100);
+  EXPECT_NEAR(static_cast<double>(with_keys), 500, 80);
   EXPECT_EQ(composed_keys.size(), 100u) << "the keys held in";
   EXPECT_GT(values.size(), 480u);
 }
