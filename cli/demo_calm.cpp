@@ -193,11 +193,24 @@ Json results_json(const std::vector<Row>& rows, const CalmDemoOptions& options, 
   return json;
 }
 
+void print_table(const std::vector<Row>& rows, int64_t questions) {
+  fmt::print("\nRight answers to {} questions each, on keys the connections were never trained with:\n\n  {:<26}",
+             questions, "");
+  for (const auto& [name, task] : kTasks) fmt::print("{:>10}", name);
+  fmt::print("{:>12}{:>10}\n", "trained", "time");
+  for (const Row& row : rows) {
+    fmt::print("  {:<26}", row.name);
+    for (const double score : row.scores) fmt::print("{:>8.1f} %", 100 * score);
+    fmt::print("{:>12}{:>10}\n", row.trained, format_duration(row.seconds));
+  }
+}
+
 int run_calm_demo(const CalmDemoOptions& options, const CommonOptions& common) {
-  fmt::print(
-      "The augmenting model learns what 500 keys are worth, the anchor learns to add and subtract. Both are then "
-      "frozen\n"
-      "and joined by two cross-attentions, trained on 100 of the keys. All questions use the other 400.\n\n");
+  if (!options.json) {
+    fmt::print(
+        "The augmenting model learns what 500 keys are worth, the anchor learns to add and subtract. Both are then\n"
+        "frozen and joined by two cross-attentions, trained on 100 of the keys. All questions use the other 400.\n\n");
+  }
   CalmDemo demo(options, common);
   std::vector<Row> rows;
   rows.push_back(demo.make_model("augmenting", data::KeyText::kSubstitution, 400, "Training the augmenting model"));
@@ -217,19 +230,14 @@ int run_calm_demo(const CalmDemoOptions& options, const CommonOptions& common) {
     last.augmenting[0].connections = {{3, 3}};
     rows.push_back(demo.compose("last blocks only", "augmenting", last));
   }
-  fmt::print("\nRight answers to {} questions each, on keys the connections were never trained with:\n\n  {:<26}",
-             options.test_rows, "");
-  for (const auto& [name, task] : kTasks) fmt::print("{:>10}", name);
-  fmt::print("{:>12}{:>10}\n", "trained", "time");
-  for (const Row& row : rows) {
-    fmt::print("  {:<26}", row.name);
-    for (const double score : row.scores) fmt::print("{:>8.1f} %", 100 * score);
-    fmt::print("{:>12}{:>10}\n", row.trained, format_duration(row.seconds));
-  }
   const Json results = results_json(rows, options, common.seed);
   const std::filesystem::path folder = options.output_dir;
   write_file_atomically(folder / "results.json", results.dump(2) + "\n");
-  if (options.json) fmt::print("{}\n", results.dump(2));
+  if (options.json) {
+    fmt::print("{}\n", results.dump(2));
+    return 0;
+  }
+  print_table(rows, options.test_rows);
   fmt::print("\nWritten: {0}/results.json, the models {0}/augmenting and {0}/anchor, the connections {0}/composition\n",
              options.output_dir);
   return 0;
@@ -247,7 +255,7 @@ Runner add_calm_demo(CLI::App& app, CommonOptions& common) {
       ->capture_default_str()
       ->check(CLI::Range(0.0, 1.0));
   app.add_flag("--ablations", options->ablations, "Also train compositions that lack something");
-  app.add_flag("--json", options->json, "Also print the results as JSON");
+  app.add_flag("--json", options->json, "Print the results as JSON, and nothing else on standard output");
   return [options, &common] { return run_calm_demo(*options, common); };
 }
 
