@@ -17,8 +17,8 @@ struct KernelTable {
   /// The same with bfloat16 weights (their raw bits).
   void (*gemv_bf16)(const float* x, int64_t rows, const uint16_t* w, const float* bias, float* y, int64_t in,
                     int64_t out, int64_t begin, int64_t end);
-  /// q[m] = round(x[m] / x_scales[m]), x_scales[m] = max |x[m]| / 32767, for m in [begin, end). x: [rows, in]; q: [rows,
-  /// q_stride], zero behind `in`.
+  /// q[m] = round(x[m] / x_scales[m]), x_scales[m] = max |x[m]| / 32767, for m in [begin, end). x: [rows, in]; q:
+  /// [rows, q_stride], zero behind `in`.
   void (*quantize_int16)(const float* x, int16_t* q, int64_t q_stride, float* x_scales, int64_t in, int64_t begin,
                          int64_t end);
   /// y[m, o] = scales[o] x_scales[m] (x[m] . w[o]) + bias[o], products of integers: int16 rows (their rounding is far

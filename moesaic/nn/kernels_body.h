@@ -181,9 +181,7 @@ inline __m256i load_int16(const int16_t* p) { return _mm256_loadu_si256(reinterp
 inline __m256i load_wide(const int8_t* p) {
   return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-inline Ints add_pairs(Ints acc, __m256i a, __m256i b) {
-  return acc + reinterpret_cast<Ints>(_mm256_madd_epi16(a, b));
-}
+inline Ints add_pairs(Ints acc, __m256i a, __m256i b) { return acc + reinterpret_cast<Ints>(_mm256_madd_epi16(a, b)); }
 #endif
 
 /// The dot product of an int16 row with an int8 row.
@@ -198,7 +196,8 @@ inline float dot_int8(const int16_t* x, const int8_t* w, int64_t in) {
     const int64_t stop = i + kDepth < in ? i + kDepth : in;
     for (; i + kStep <= stop; i += kStep) {
       __builtin_prefetch(w + i + kPrefetch);
-      for (int c = 0; c < kChains; ++c) acc[c] = add_pairs(acc[c], load_wide(w + i + 16 * c), load_int16(x + i + 16 * c));
+      for (int c = 0; c < kChains; ++c)
+        acc[c] = add_pairs(acc[c], load_wide(w + i + 16 * c), load_int16(x + i + 16 * c));
     }
     total += __builtin_convertvector((acc[0] + acc[1]) + (acc[2] + acc[3]), Floats);
   }
@@ -219,8 +218,8 @@ void gemv_int8(const int16_t* x, int64_t x_stride, const float* x_scales, int64_
 
 constexpr int kTileRows = 6, kTileColumns = 2 * kLanes;
 
-/// `columns` rows of w at depth [k, k + depth) as int16, pairs of depth side by side: panel [depth / 2, kTileColumns, 2],
-/// zero where w ends. depth is even.
+/// `columns` rows of w at depth [k, k + depth) as int16, pairs of depth side by side: panel [depth / 2, kTileColumns,
+/// 2], zero where w ends. depth is even.
 inline void pack_panel(const int8_t* w, int64_t in, int64_t columns, int64_t k, int64_t depth, int16_t* panel) {
   uint16_t pairs[kDepth / 2 * kTileColumns];
   const int64_t whole = (in - k < depth ? in - k : depth) / 2;
@@ -251,7 +250,8 @@ inline void tile_int8(const int16_t* x, int64_t x_stride, const int16_t* panel, 
       for (int half = 0; half < 2; ++half) acc[r][half] = add_pairs(acc[r][half], load_int16(pairs + 16 * half), xs);
 #else
       for (int c = 0; c < kTileColumns; ++c) {
-        acc[r][c / kLanes][c % kLanes] += x[r * x_stride + k] * pairs[2 * c] + x[r * x_stride + k + 1] * pairs[2 * c + 1];
+        acc[r][c / kLanes][c % kLanes] +=
+            x[r * x_stride + k] * pairs[2 * c] + x[r * x_stride + k + 1] * pairs[2 * c + 1];
       }
 #endif
     }
@@ -574,8 +574,8 @@ void attend(const float* q, const float* keys, const float* values, int64_t stri
 }  // namespace
 
 extern const KernelTable MOESAIC_KERNELS = {
-    gemv_f32,          gemv_bf16, quantize_int16, gemv_int8, gemm_int8, quantize_int8, thin_dots, thin_add,
-    thin_outer, rms_norm, rms_norm_backward, glu, glu_backward, rope, attend,
+    gemv_f32,   gemv_bf16, quantize_int16,    gemv_int8, gemm_int8,    quantize_int8, thin_dots, thin_add,
+    thin_outer, rms_norm,  rms_norm_backward, glu,       glu_backward, rope,          attend,
 };
 
 }  // namespace moesaic::nn
