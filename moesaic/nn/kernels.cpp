@@ -76,18 +76,15 @@ torch::Tensor linear_rows(const torch::Tensor& x, const torch::Tensor& weight, c
   return y.to(dtype);
 }
 
-torch::Tensor thin_dots(const torch::Tensor& x, const torch::Tensor& a, double scale) {
+torch::Tensor thin_dots(const torch::Tensor& x, const torch::Tensor& a) {
   const int64_t rank = a.size(0), d = a.size(1);
-  if (!is_thin(x, a, rank)) {
-    const torch::Tensor u = linear_rows(x, a, {});
-    return scale == 1.0 ? u : u * scale;
-  }
+  if (!is_thin(x, a, rank)) return linear_rows(x, a, {});
   const torch::Tensor rows = a.contiguous();
   torch::Tensor u = torch::empty({x.size(0), rank}, x.options().requires_grad(false));
   const float *x_data = x.data_ptr<float>(), *a_data = rows.data_ptr<float>();
   float* u_data = u.data_ptr<float>();
   at::parallel_for(0, x.size(0), kThinTaskRows, [&](int64_t begin, int64_t end) {
-    kernels().thin_dots(x_data, x.stride(0), a_data, rank, d, static_cast<float>(scale), u_data, rank, begin, end);
+    kernels().thin_dots(x_data, x.stride(0), a_data, rank, d, /*scale=*/1.0f, u_data, rank, begin, end);
   });
   return u;
 }

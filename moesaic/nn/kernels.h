@@ -13,8 +13,10 @@ torch::Tensor linear_rows(const torch::Tensor& x, const torch::Tensor& weight, c
 
 /// The products of a low-rank pair, without autograd: x, y: [N, d], u, g: [N, rank], a: [rank, d], where rows of all
 /// but `a` may have strides. Ranks up to 16 in float32 on the CPU have kernels of their own, which run at the memory's
-/// speed where a GEMM library packs matrices that are nearly empty. scale x a^T: [N, rank].
-torch::Tensor thin_dots(const torch::Tensor& x, const torch::Tensor& a, double scale = 1.0);
+/// speed where a GEMM library packs matrices that are nearly empty.
+///
+/// x a^T: [N, rank].
+torch::Tensor thin_dots(const torch::Tensor& x, const torch::Tensor& a);
 /// y += scale g a.
 void thin_add(const torch::Tensor& g, const torch::Tensor& a, double scale, torch::Tensor y);
 /// scale g^T x: [rank, d], float32 where x is of half precision. `dots`, when given, becomes scale x a^T [N, rank] in

@@ -466,23 +466,24 @@ class Trainer {
     if (has_aux || logs_routing) context.routing = &records;
     torch::Tensor hidden, aux;
     const int64_t layers = model_.config().num_layers;
-    if (composition_ == nullptr) {
-      model_.prepare(collated.tokens, context);
-      hidden = model_.embed(collated.tokens.tokens);
-    }
     if (composition_ != nullptr) {
       hidden = composed_layers(*composition_, collated, context);
-    } else if (config_.gradient_checkpointing) {
-      hidden = model_.run_layers(hidden, 0, first_trained_layer_, context);
-      for (int64_t layer = first_trained_layer_; layer < layers; ++layer) {
-        const auto result = run_layer_checkpointed(
-            model_, layer, hidden, context, [this](const auto& layer_records) { return routing_loss(layer_records); });
-        hidden = result.hidden;
-        aux = aux.defined() ? aux + result.routing_loss : result.routing_loss;
-      }
     } else {
-      hidden = model_.run_layers(hidden, 0, layers, context);
-      aux = routing_loss(records);
+      model_.prepare(collated.tokens, context);
+      hidden = model_.embed(collated.tokens.tokens);
+      if (config_.gradient_checkpointing) {
+        hidden = model_.run_layers(hidden, 0, first_trained_layer_, context);
+        for (int64_t layer = first_trained_layer_; layer < layers; ++layer) {
+          const auto result = run_layer_checkpointed(model_, layer, hidden, context, [this](const auto& layer_records) {
+            return routing_loss(layer_records);
+          });
+          hidden = result.hidden;
+          aux = aux.defined() ? aux + result.routing_loss : result.routing_loss;
+        }
+      } else {
+        hidden = model_.run_layers(hidden, 0, layers, context);
+        aux = routing_loss(records);
+      }
     }
     if (logs_routing) routing_.add(records);
     hidden = model_.final_norm(hidden.index_select(0, collated.label_rows));
@@ -509,8 +510,8 @@ class Trainer {
   [[noreturn]] void report_divergence(const std::vector<MicroBatch>& batches, const StepLog& log) {
     std::string where;
     torch::NoGradGuard no_grad;
-    for (const auto& batch : batches) {
-      if (composition_ != nullptr) break;
+    const auto searched = composition_ != nullptr ? std::span<const MicroBatch>() : std::span(batches);
+    for (const auto& batch : searched) {
       const auto collated = data::collate(batch.examples, model_.device());
       nn::ForwardContext context;
       context.sentence = sentence_vectors(model_, adapter_, collated, batch.examples);

@@ -11,6 +11,7 @@ namespace moesaic::eval {
 namespace {
 
 using ::testing::ElementsAre;
+using testing::SentenceScale;
 using testing::tiny_model;
 using testing::word_tokenizer;
 
@@ -91,17 +92,6 @@ TEST(Rank, GreedyChoiceIsMarked) {
   const auto then = generate::generate(*model, *word_tokenizer(), {{3, 4, 5, first}}, {.max_new_tokens = 1})[0].ids;
   EXPECT_FALSE(rank(*model, {{{3, 4, 5}, {{first, then[0]}, answer}, {0, 0}}})[0][0].is_greedy);
 }
-
-/// Scales an activation by the number its sequence has as its sentence.
-struct SentenceScale : nn::ScaleAdapter {
-  torch::Tensor forward(const torch::Tensor& y, nn::ForwardContext& context) override {
-    const torch::Tensor factors = context.sentence.index_select(0, context.segments);  // [N, 1]
-    return y * (y.dim() == 3 ? factors.unsqueeze(-1) : factors);
-  }
-  torch::Tensor forward_ffn(const torch::Tensor& act, const torch::Tensor& up, nn::ForwardContext& context) override {
-    return forward(act, context) * up;
-  }
-};
 
 TEST(Rank, EveryChoiceIsReadWithTheSentenceOfItsQuestion) {
   auto model = tiny_model();

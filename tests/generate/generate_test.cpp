@@ -10,6 +10,7 @@
 namespace moesaic::generate {
 namespace {
 
+using testing::SentenceScale;
 using testing::tiny_model;
 using testing::word_tokenizer;
 using Ids = std::vector<int64_t>;
@@ -29,17 +30,6 @@ Ids greedy_by_full_passes(models::CausalLM& model, Ids ids, int64_t tokens) {
   }
   return answer;
 }
-
-/// Scales an activation by the number its sequence has as its sentence.
-struct SentenceScale : nn::ScaleAdapter {
-  torch::Tensor forward(const torch::Tensor& y, nn::ForwardContext& context) override {
-    const torch::Tensor factors = context.sentence.index_select(0, context.segments);  // [N, 1]
-    return y * (y.dim() == 3 ? factors.unsqueeze(-1) : factors);
-  }
-  torch::Tensor forward_ffn(const torch::Tensor& act, const torch::Tensor& up, nn::ForwardContext& context) override {
-    return forward(act, context) * up;
-  }
-};
 
 class Generate : public ::testing::Test {
  protected:

@@ -7,6 +7,17 @@ namespace moesaic::testing {
 
 constexpr int64_t kTinyVocab = 24;
 
+/// Scales an activation by the number its sequence has as its sentence.
+struct SentenceScale : nn::ScaleAdapter {
+  torch::Tensor forward(const torch::Tensor& y, nn::ForwardContext& context) override {
+    const torch::Tensor factors = context.sentence.index_select(0, context.segments);  // [N, 1]
+    return y * (y.dim() == 3 ? factors.unsqueeze(-1) : factors);
+  }
+  torch::Tensor forward_ffn(const torch::Tensor& act, const torch::Tensor& up, nn::ForwardContext& context) override {
+    return forward(act, context) * up;
+  }
+};
+
 /// Weights large enough that logits differ clearly.
 inline std::shared_ptr<models::CausalLM> tiny_model(uint64_t seed = 1) {
   models::DecoderConfig config;

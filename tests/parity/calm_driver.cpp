@@ -6,12 +6,12 @@
 //               connections of `seed`, saved to the folder `composition`
 //   composition, sequences, mask, borders, dtype
 //               answers what each augmenting model reads; writes logits, loss and the gradient of every connection
-#include <iostream>
 
 #include "moesaic/compose/folder.h"
 #include "moesaic/data/example.h"
 #include "moesaic/formats/safetensors.h"
 #include "moesaic/train/loss.h"
+#include "tests/parity/answer_lines.h"
 
 namespace {
 
@@ -86,15 +86,4 @@ Json run(const Json& job) {
 
 }  // namespace
 
-int main() {
-  for (std::string line; std::getline(std::cin, line);) {
-    Json answer;
-    try {
-      answer = run(Json::parse(line));
-    } catch (const std::exception& error) {
-      answer = {{"ok", false}, {"error", error.what()}};
-    }
-    std::cout << answer.dump() << std::endl;
-  }
-  return 0;
-}
+int main() { return moesaic::test::answer_lines(run); }

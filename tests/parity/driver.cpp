@@ -10,7 +10,6 @@
 //                               (one step of the trainer, with a learning rate of 0: micro_batch, moe_aux_loss_coef,
 //                               router_z_loss_coef, gradient_checkpointing; normalization `tokens`)
 //   save_adapter, output        what to write
-#include <iostream>
 
 #include "moesaic/adapters/adapter.h"
 #include "moesaic/data/example.h"
@@ -18,6 +17,7 @@
 #include "moesaic/models/causal_lm.h"
 #include "moesaic/train/loss.h"
 #include "moesaic/train/trainer.h"
+#include "tests/parity/answer_lines.h"
 
 namespace {
 
@@ -217,15 +217,4 @@ Json run(const Json& job) {
 
 }  // namespace
 
-int main() {
-  for (std::string line; std::getline(std::cin, line);) {
-    Json answer;
-    try {
-      answer = run(Json::parse(line));
-    } catch (const std::exception& error) {
-      answer = {{"ok", false}, {"error", error.what()}};
-    }
-    std::cout << answer.dump() << std::endl;
-  }
-  return 0;
-}
+int main() { return moesaic::test::answer_lines(run); }
