@@ -10,6 +10,7 @@
 #include "moesaic/data/key_arithmetic.h"
 #include "moesaic/formats/model_folder.h"
 #include "moesaic/generate/generate.h"
+#include "moesaic/models/initialize.h"
 #include "moesaic/train/trainer.h"
 
 namespace moesaic::cli {
@@ -54,26 +55,6 @@ Json model_config() {
           {"eos_token_id", data::key_eos_id()}};
 }
 
-/// Normal(0, 1/sqrt(fan in)), the matrices that write to the residual stream divided by sqrt(2 L); embedding 0.1, head
-/// 0.02; norms 1.
-void initialize(models::CausalLM& model, uint64_t seed) {
-  torch::NoGradGuard no_grad;
-  at::Generator generator = make_generator(seed);
-  const double residual = 1.0 / std::sqrt(2.0 * static_cast<double>(model.config().num_layers));
-  for (auto& item : model.named_parameters()) {
-    torch::Tensor& parameter = item.value();
-    if (parameter.dim() == 1) {
-      parameter.fill_(1.0);
-      continue;
-    }
-    double deviation = 1.0 / std::sqrt(static_cast<double>(parameter.size(1)));
-    if (item.key().ends_with("o_proj.weight") || item.key().ends_with("down_proj.weight")) deviation *= residual;
-    if (item.key() == "model.embed_tokens.weight") deviation = 0.1;
-    if (item.key() == "lm_head.weight") deviation = 0.02;
-    parameter.copy_(torch::empty(parameter.sizes(), torch::kFloat32).normal_(0.0, deviation, generator));
-  }
-}
-
 class CalmDemo {
  public:
   CalmDemo(const CalmDemoOptions& options, const CommonOptions& common)
@@ -83,7 +64,7 @@ class CalmDemo {
   Row make_model(const std::string& name, data::KeyText texts, int64_t steps, const std::string& title) {
     const auto config = models::parse_decoder_config(model_config(), name);
     models::CausalLM model(config, torch::dtype(torch::kFloat32).device(device_));
-    initialize(model, derive_seed(seed_, name + " init"));
+    models::initialize(model, derive_seed(seed_, name + " init"));
     data::KeyTexts stream({texts}, derive_seed(seed_, name + " texts"));
     const train::TrainConfig trainer = train_config(steps, 3e-3);
     Progress progress(title, trainer.max_steps);
@@ -110,7 +91,7 @@ class CalmDemo {
   /// A model of the same shape that was never trained.
   void make_random_model(const std::string& name) {
     models::CausalLM model(models::parse_decoder_config(model_config(), name), torch::dtype(torch::kFloat32));
-    initialize(model, derive_seed(seed_, name + " init"));
+    models::initialize(model, derive_seed(seed_, name + " init"));
     write(model, name);
   }
 

@@ -9,6 +9,7 @@
 #include "moesaic/compose/folder.h"
 #include "moesaic/eval/evaluate.h"
 #include "moesaic/formats/model_folder.h"
+#include "moesaic/models/initialize.h"
 #include "moesaic/train/memory.h"
 #include "moesaic/train/run_config.h"
 
@@ -78,25 +79,11 @@ class TrainCommand {
       model_ = std::make_shared<models::CausalLM>(config, torch::dtype(dtype_).device(torch::kMeta));
     } else if (random) {
       model_ = std::make_shared<models::CausalLM>(config, torch::dtype(dtype_).device(device_));
-      initialize(*model_);
+      models::initialize(*model_, derive_seed(run_.train.seed, "init"));
     } else {
       model_ = models::CausalLM::load(*checkpoint_, {.dtype = dtype_, .device = device_});
     }
     for (const auto& parameter : model_->parameters()) base_parameters_ += parameter.numel();
-  }
-
-  /// Normal(0, 0.02) matrices, identity norms, zero biases.
-  void initialize(models::CausalLM& model) const {
-    torch::NoGradGuard no_grad;
-    auto generator = make_generator(derive_seed(run_.train.seed, "init"));
-    for (auto& item : model.named_parameters()) {
-      if (item.value().dim() > 1) {
-        item.value().copy_(torch::empty(item.value().sizes(), torch::kFloat32).normal_(0.0, 0.02, generator));
-      } else {
-        const bool bias = item.key().ends_with(".bias");
-        item.value().fill_(bias || model.config().norm_plus_one ? 0.0 : 1.0);
-      }
-    }
   }
 
   void attach_adapter() {

@@ -1,0 +1,27 @@
+#include "moesaic/models/initialize.h"
+
+#include "moesaic/base/seed.h"
+
+namespace moesaic::models {
+
+void initialize(CausalLM& model, uint64_t seed) {
+  torch::NoGradGuard no_grad;
+  at::Generator generator = make_generator(seed);
+  const DecoderConfig& config = model.config();
+  const double residual = 1.0 / std::sqrt(2.0 * static_cast<double>(config.num_layers));
+  for (auto& item : model.named_parameters()) {
+    const std::string& name = item.key();
+    torch::Tensor& parameter = item.value();
+    if (parameter.dim() == 1) {
+      parameter.fill_(name.ends_with(".bias") || config.norm_plus_one ? 0.0 : 1.0);
+      continue;
+    }
+    double deviation = 1.0 / std::sqrt(static_cast<double>(parameter.size(1)));
+    if (name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight")) deviation *= residual;
+    if (name == "model.embed_tokens.weight") deviation = config.tie_word_embeddings ? 0.02 : 0.1;
+    if (name == "lm_head.weight") deviation = 0.02;
+    parameter.copy_(torch::empty(parameter.sizes(), torch::kFloat32).normal_(0.0, deviation, generator));
+  }
+}
+
+}  // namespace moesaic::models
