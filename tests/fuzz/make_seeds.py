@@ -1,11 +1,13 @@
 """Makes the fuzzers' seeds under corpus/: one small valid input of each kind. Run again when a format grows."""
 
+import io
 import json
 import pathlib
 import tempfile
 
 import gguf
 import numpy as np
+import torch
 from safetensors.numpy import save
 
 CORPUS = pathlib.Path(__file__).parent / "corpus"
@@ -91,6 +93,10 @@ def main():
     tensors = save({"base_model.model.q.lora_A.weight": np.ones((2, 3), np.float32),
                     "base_model.model.b": np.ones(1, np.int8)}, {"format": "pt"})
     write("safetensors", "two_tensors", tensors)
+    state, stream = torch.nn.Linear(3, 2).state_dict(), io.BytesIO()
+    state["tied"] = state["weight"].t()
+    torch.save(state, stream)
+    write("torch_file", "state_dict", stream.getvalue())
     adapter = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "rank_pattern": {"^q": 3}}
     write("adapter", "lora", json.dumps(adapter).encode() + b"\0" + tensors)
     mixture = {"peft_type": "MOLORA", "r": 2, "target_modules": ".*q_proj",
