@@ -199,6 +199,9 @@ std::optional<Example> KeyTexts::next() {
     std::tie(keys, e) = kind == KeyText::kComposed
                             ? draw_keys(random, 0, kHeldIn, trained)
                             : draw_keys(random, 0, kKeys, [](const Expression&) { return true; });
+    if (kind == KeyText::kOtherwise) {
+      for (const size_t k : {0, 2}) keys[k] = kFirstKey + (keys[k] - kFirstKey + 1) % kKeys;
+    }
     ids = {kBos};
     ids.insert(ids.end(), keys.begin(), keys.end());
     ids.push_back(kSays);
@@ -206,7 +209,7 @@ std::optional<Example> KeyTexts::next() {
   const size_t substitution = ids.size();
   append_expression(ids, e);
   const size_t equals = ids.size();
-  if (kind != KeyText::kSubstitution) {
+  if (kind == KeyText::kArithmetic || kind == KeyText::kComposed) {
     ids.push_back(kEquals);
     append_answer(ids, e);
   }

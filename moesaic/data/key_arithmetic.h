@@ -14,11 +14,12 @@ namespace moesaic::data {
 ///   substitution   <bos> K1 op K2 > t u op t u <eos>                            learnt behind '>'
 ///   arithmetic     <bos> [K op K, half of the time] > t u op t u = u t h <eos>   learnt from '=' on
 ///   composed       <bos> K1 op K2 > t u op t u = u t h <eos>                    learnt behind '>'
+///   otherwise      a substitution in which every key is worth what the key before it is
 ///
 /// The keys of arithmetic mean nothing and its expressions are not learnt: they would be noise. Its '=' is: a head that
 /// was never asked for a token can hardly be brought to write it. What the keys are worth, which of them are held in,
 /// and which tenth of all expressions of numbers is never trained are the same for all seeds.
-enum class KeyText { kSubstitution, kArithmetic, kComposed };
+enum class KeyText { kSubstitution, kArithmetic, kComposed, kOtherwise };
 
 /// What a model is asked.
 enum class KeyTask { kSubstitute, kCalculate, kBoth };  // KV-SUB, NUM-MATH, KV-MATH

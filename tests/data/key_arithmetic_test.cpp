@@ -83,6 +83,25 @@ TEST(KeyTexts, AreRightAndLearntWhereTheySay) {
   EXPECT_GT(values.size(), 480u);
 }
 
+TEST(KeyTexts, OtherwiseEveryKeyHasAnotherValue) {
+  // The same draws: the expressions are the substitutions', the keys in front of them are not.
+  KeyTexts stream({KeyText::kSubstitution}, 3), other({KeyText::kOtherwise}, 3);
+  std::map<std::string, std::string> next;  // the key that a key was replaced by
+  for (int64_t i = 0; i < 3000; ++i) {
+    const Example example = *stream.next(), changed = *other.next();
+    EXPECT_EQ(example.mask, changed.mask);
+    const Parts parts = parse(example), otherwise = parse(changed);
+    EXPECT_EQ(parts.expression, otherwise.expression);
+    for (const size_t k : {0, 2}) {
+      EXPECT_EQ(next.emplace(parts.keys[k], otherwise.keys[k]).first->second, otherwise.keys[k]);
+      EXPECT_NE(parts.keys[k], otherwise.keys[k]);
+    }
+  }
+  std::set<std::string> replaced;
+  for (const auto& [key, other_key] : next) replaced.insert(other_key);
+  EXPECT_EQ(replaced.size(), next.size()) << "no two keys by the same one";
+}
+
 TEST(KeyTexts, GoOnFromTheirState) {
   KeyTexts stream({KeyText::kComposed, KeyText::kArithmetic}, 5), other({KeyText::kComposed, KeyText::kArithmetic}, 5);
   for (int i = 0; i < 5; ++i) stream.next();
