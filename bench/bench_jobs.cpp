@@ -3,6 +3,7 @@
 #include <iostream>
 
 #include "moesaic/adapters/adapter.h"
+#include "moesaic/compose/folder.h"
 #include "moesaic/data/example.h"
 #include "moesaic/generate/generate.h"
 #include "moesaic/models/causal_lm.h"
@@ -56,10 +57,7 @@ Loaded load(const Json& job, const std::string& method) {
   return loaded;
 }
 
-/// Forward, backward and AdamW; `frozen`: forward and the gradient down to the embeddings' output.
-Run training(const Json& job) {
-  const std::string method = job["method"];
-  auto loaded = std::make_shared<Loaded>(load(job, method));
+std::vector<data::Batch> read_batches(const Json& job) {
   std::vector<data::Batch> batches;
   for (const Json& batch : job["batches"]) {
     std::vector<data::Example> examples;
@@ -71,6 +69,26 @@ Run training(const Json& job) {
     }
     batches.push_back(data::collate(examples, torch::kCPU));
   }
+  return batches;
+}
+
+/// Mean cross entropy of the batch's targets; hidden: final-norm rows [N, d].
+torch::Tensor batch_loss(const models::CausalLM& model, const torch::Tensor& hidden, const data::Batch& batch) {
+  const torch::Tensor weights = torch::full({batch.num_targets()}, 1.0 / static_cast<double>(batch.num_targets()));
+  return train::chunked_cross_entropy(hidden.index_select(0, batch.label_rows), model.head_weight(), batch.labels,
+                                      weights, model.config().final_softcap);
+}
+
+void step(train::Optimizer& optimizer, const std::vector<train::OptimizedTensor>& tensors) {
+  optimizer.step(1.0);
+  for (const train::OptimizedTensor& t : tensors) torch::Tensor(t.tensor).mutable_grad() = torch::Tensor();
+}
+
+/// Forward, backward and AdamW; `frozen`: forward and the gradient down to the embeddings' output.
+Run training(const Json& job) {
+  const std::string method = job["method"];
+  auto loaded = std::make_shared<Loaded>(load(job, method));
+  const std::vector<data::Batch> batches = read_batches(job);
   std::shared_ptr<train::Optimizer> optimizer;
   std::vector<train::OptimizedTensor> tensors;
   if (loaded->adapter) {
@@ -92,14 +110,60 @@ Run training(const Json& job) {
       const torch::Tensor embedded = model.embed(batch.tokens.tokens).detach().set_requires_grad(true);
       hidden = model.final_norm(model.run_layers(embedded, 0, model.config().num_layers, context));
     }
-    const torch::Tensor weights = torch::full({batch.num_targets()}, 1.0 / batch.num_targets());
-    const torch::Tensor loss =
-        train::chunked_cross_entropy(hidden.index_select(0, batch.label_rows), model.head_weight(), batch.labels,
-                                     weights, model.config().final_softcap);
+    const torch::Tensor loss = batch_loss(model, hidden, batch);
     loss.backward();
-    if (optimizer) optimizer->step(1.0);
-    for (const train::OptimizedTensor& t : tensors) torch::Tensor(t.tensor).mutable_grad() = torch::Tensor();
+    if (optimizer) step(*optimizer, tensors);
     return {{"tokens", batch.tokens.num_tokens()}, {"loss", loss.item<double>()}};
+  };
+}
+
+/// The pair that job["models"] names, joined at job["connections"]; with `released` as the released code joins them.
+std::shared_ptr<compose::Composition> compose_pair(const Json& job, bool released) {
+  compose::CompositionConfig config;
+  config.connection.num_heads = job["heads"];
+  if (released) {
+    config.connection.cross_position = "none";
+    config.connection.norm = "post";
+    config.connection.attention_bias = true;
+  }
+  config.augmenting.emplace_back();
+  for (const Json& pair : job["connections"]) config.augmenting[0].connections.push_back({pair[0], pair[1]});
+  auto open = [](const std::string& path) { return compose::open_member(formats::Checkpoint::open(path), {}); };
+  return std::make_shared<compose::Composition>(config, open(job["models"][0]), std::vector{open(job["models"][1])},
+                                                /*seed=*/1);
+}
+
+/// Forward, backward and AdamW of a composition's connections; `cached`: frozen states are kept from run to run.
+Run composed_training(const Json& job) {
+  const auto composition = compose_pair(job, /*released=*/true);
+  const std::vector<data::Batch> batches = read_batches(job);
+  train::TrainConfig config;
+  config.learning_rate = 1e-4;
+  const auto tensors = train::trainable_tensors(*composition, config);
+  const std::shared_ptr<train::Optimizer> optimizer = train::make_adamw(tensors, {});
+  const auto states = job.value("cached", false) ? std::make_shared<compose::StateCache>(int64_t{8} << 30) : nullptr;
+  return [=](int64_t index, const Json&) -> Json {
+    const data::Batch& batch = batches[index % batches.size()];
+    nn::ForwardContext context;
+    context.training = true;
+    const auto aligned = composition->align(batch.tokens, batch.prompt_ends);
+    const torch::Tensor rows = composition->run_layers(batch.tokens, aligned, context, {states.get(), {}});
+    const torch::Tensor loss = batch_loss(composition->anchor(), composition->anchor().final_norm(rows), batch);
+    loss.backward();
+    step(*optimizer, tensors);
+    return {{"tokens", batch.tokens.num_tokens()}, {"loss", loss.item<double>()}};
+  };
+}
+
+/// Greedy decoding of one prompt by a composition.
+Run composed_generation(const Json& job) {
+  const auto composition = compose_pair(job, /*released=*/false);
+  return [=](int64_t, const Json& now) -> Json {
+    generate::SamplingOptions options;
+    options.max_new_tokens = now["new_tokens"];
+    const std::vector<int64_t> prompt = now["prompt"];
+    const auto answers = generate::generate(*composition, *composition->anchor_member().tokenizer, {prompt}, options);
+    return {{"tokens", answers[0].ids.size()}, {"ids", answers[0].ids}};
   };
 }
 
@@ -127,7 +191,11 @@ int main() {
   std::getline(std::cin, line);
   Json job = Json::parse(line);
   at::set_num_threads(job["threads"]);
-  const Run run = job["kind"] == "training" ? training(job) : generation(job);
+  const std::map<std::string, Run (*)(const Json&)> kinds{{"training", training},
+                                                          {"generate", generation},
+                                                          {"calm", composed_training},
+                                                          {"calm_generate", composed_generation}};
+  const Run run = kinds.at(job["kind"])(job);
   std::cout << Json{{"base_rss", status("VmRSS")}}.dump() << std::endl;
   for (int64_t index = 0; std::getline(std::cin, line); ++index) {
     job.update(Json::parse(line));

@@ -1,4 +1,5 @@
-"""The peers of `make bench`: transformers, PEFT, a plain PyTorch MoV/MoLoRA, CTranslate2 and llama.cpp, one job per process.
+"""The peers of `make bench`: transformers, PEFT, a plain PyTorch MoV/MoLoRA, the released CALM, CTranslate2 and llama.cpp,
+one job per process.
 
 First line on stdin: the job. Answer: {"base_rss"}. Every further line, an object of changes to the job ("new_tokens"),
 runs it once; the answer has "seconds" (wall), "cpu_seconds" (all threads), "tokens" and "peak_rss" (bytes, the highest
@@ -61,18 +62,7 @@ def training(job):
         parameters = []
     optimizer = torch.optim.AdamW(parameters, lr=1e-4) if parameters else None
 
-    batches = []
-    for batch in job["batches"]:
-        width = max(len(ids) for ids in batch["ids"])
-        ids = torch.zeros(len(batch["ids"]), width, dtype=torch.long)
-        labels = torch.full_like(ids, -100)
-        attention = torch.zeros_like(ids)
-        for row, (tokens, mask) in enumerate(zip(batch["ids"], batch["mask"])):
-            ids[row, :len(tokens)] = torch.tensor(tokens)
-            labels[row, :len(tokens)] = torch.where(torch.tensor(mask) > 0, torch.tensor(tokens), -100)
-            attention[row, :len(tokens)] = 1
-        # A batch without padding is run without a mask, which spares transformers the masked attention.
-        batches.append((ids, labels, None if attention.all() else attention, sum(map(len, batch["ids"]))))
+    batches = padded_batches(job)
 
     def run(index):
         ids, labels, attention, tokens = batches[index % len(batches)]
@@ -88,6 +78,61 @@ def training(job):
         return {"tokens": tokens, "loss": loss.item()}
 
     return run
+
+
+def calm_training(job):
+    """A training step of the released CALM code, its modules as they are in the checkout job["calm"].
+
+    It was written for transformers 4.42, whose layers return tuples; around its hooks the anchor's layers do so again.
+    """
+    import torch
+
+    sys.path.insert(0, job["calm"])
+    from model import calm
+
+    torch.set_num_threads(job["threads"])
+    anchor, augmenting = job["models"]
+    model = calm.CALM(calm.CALMConfig(anchor_model=anchor, aug_model=augmenting, connections=job["connections"],
+                                      num_heads=job["heads"])).train()
+    for block, _ in job["connections"]:
+        layer = model.anchor_model.model.layers[block]
+        layer.register_forward_hook(lambda module, inputs, output: (output,), prepend=True)
+        layer.register_forward_hook(lambda module, inputs, output: output[0])
+    for parameter in model.parameters():
+        parameter.detach().sum()  # weights are mapped lazily; what is measured above the base must not include them
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    batches = padded_batches(job)
+
+    def run(index):
+        ids, labels, attention, tokens = batches[index % len(batches)]
+        attention = torch.ones_like(ids) if attention is None else attention  # the code requires one
+        loss = model(input_ids=ids, attention_mask=attention, labels=labels, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        model.release_memory()
+        return {"tokens": tokens, "loss": loss.item()}
+
+    return run
+
+
+def padded_batches(job):
+    """(ids, labels, attention mask or None, tokens) of each batch, sequences padded at the right."""
+    import torch
+
+    batches = []
+    for batch in job["batches"]:
+        width = max(len(ids) for ids in batch["ids"])
+        ids = torch.zeros(len(batch["ids"]), width, dtype=torch.long)
+        labels = torch.full_like(ids, -100)
+        attention = torch.zeros_like(ids)
+        for row, (tokens, mask) in enumerate(zip(batch["ids"], batch["mask"])):
+            ids[row, :len(tokens)] = torch.tensor(tokens)
+            labels[row, :len(tokens)] = torch.where(torch.tensor(mask) > 0, torch.tensor(tokens), -100)
+            attention[row, :len(tokens)] = 1
+        # A batch without padding is run without a mask, which spares transformers the masked attention.
+        batches.append((ids, labels, None if attention.all() else attention, sum(map(len, batch["ids"]))))
+    return batches
 
 
 def hf_generate(job):
@@ -139,7 +184,8 @@ def llama_generate(job):
     return run
 
 
-KINDS = {"training": training, "generate": hf_generate, "ct2": ct2_generate, "llama": llama_generate}
+KINDS = {"training": training, "calm": calm_training, "generate": hf_generate, "ct2": ct2_generate,
+         "llama": llama_generate}
 
 
 def main():

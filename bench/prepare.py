@@ -30,6 +30,26 @@ def huggingface_folder():
     return folder
 
 
+def calm_pair():
+    """An anchor of SmolLM2-135M's shape and an augmenting model of 44 million, random weights, SmolLM2's tokenizer;
+    ((anchor, augmenting), connected blocks)."""
+    import transformers
+
+    shapes = {"anchor": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+                             num_key_value_heads=3),
+              "augmenting": dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=16, num_attention_heads=6,
+                                 num_key_value_heads=2)}
+    folders = [CACHE / f"calm-{name}" for name in shapes]
+    for folder, shape in zip(folders, shapes.values()):
+        if not (folder / "tokenizer_config.json").exists():
+            transformers.set_seed(1)
+            transformers.LlamaForCausalLM(transformers.LlamaConfig(
+                vocab_size=VOCABULARY, tie_word_embeddings=True, max_position_embeddings=2048, **shape,
+            )).save_pretrained(folder)
+            transformers.AutoTokenizer.from_pretrained(huggingface_folder()).save_pretrained(folder)
+    return [str(folder) for folder in folders], [[7, 3], [14, 7], [22, 11], [29, 15]]
+
+
 def ct2_folder(quantization):
     folder = CACHE / f"smollm2-ct2-{quantization}"
     if not (folder / "model.bin").exists():

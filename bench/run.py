@@ -8,6 +8,7 @@ range is over the rounds. CPU seconds (of all threads) stand beside wall seconds
 import argparse
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -286,8 +287,45 @@ def start_rows(threads, repeats, quick, log):
               2.0 / seconds["ours-gguf"], "1.0")
 
 
+def calm_rows(threads, repeats, quick, log, released=None):
+    """`released`: a checkout of google-deepmind/calm, or None."""
+    models, connections = prepare.calm_pair()
+    pair = {"models": models, "connections": connections, "heads": 9, "threads": threads}
+    batches = prepare.uniform_batches()
+    batches[0] = {key: [row[:64] if quick else row for row in rows[:2 if quick else 4]]
+                  for key, rows in batches[0].items()}
+    size = "x".join(map(str, (len(batches[0]["ids"]), len(batches[0]["ids"][0]))))
+    log(f"CALM training, {size}")
+    step = {"kind": "calm", "batches": batches, **pair}
+    jobs = {"ours": step, "ours-cached": {**step, "cached": True}}
+    if released:
+        jobs["released"] = {**step, "calm": str(released.resolve())}
+    else:
+        log("  the released code is left out: name a checkout of google-deepmind/calm with --calm")
+    g = rounds(jobs, repeats, log)
+    if released:
+        for ours, what, must in [("ours", "every state computed", "1.2"), ("ours-cached", "frozen states cached", "1.5")]:
+            yield compare("C6", f"CALM step of {size}, {what}: the released code", g[ours], g["released"], must)
+            yield compare_memory("C6", f"CALM, {what}, peak above the loaded models: the released code", g[ours],
+                                 g["released"], "1.0")
+    yield compare("C6", f"CALM step of {size}, frozen states cached: every state computed", g["ours-cached"], g["ours"],
+                  "")
+
+    new_tokens = 8 if quick else 64
+    log(f"CALM, decode {new_tokens} tokens")
+    alone = {"kind": "generate", "threads": threads, "prompt": prepare.prompt(32), "new_tokens": 1}
+    g = rounds({"ours-anchor": {**alone, "model": models[0]}, "ours-augmenting": {**alone, "model": models[1]},
+                "ours-composed": {**alone, **pair, "kind": "calm_generate"}},
+               repeats, log, lambda c: c.decode(new_tokens))
+    both = g["ours-anchor"]
+    both.runs = [{k: a[k] + b[k] if k != "tokens" else a[k] for k in ("seconds", "cpu_seconds", "tokens")}
+                 for a, b in zip(both.runs, g["ours-augmenting"].runs)]
+    yield compare("C6", "decode at batch 1 by the composition: anchor and augmenting model one after the other (at least "
+                  "0.80 is at most 1.25x)", g["ours-composed"], both, "0.80", "tok/s")
+
+
 SECTIONS = {"lora": lora_rows, "molora": molora_rows, "mov": mov_rows, "instructions": instruction_rows,
-            "generation": generation_rows, "start": start_rows}
+            "generation": generation_rows, "start": start_rows, "calm": calm_rows}
 
 
 def machine():
@@ -318,9 +356,12 @@ def main():
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--calm", type=pathlib.Path, metavar="DIR",
+                        help="checkout of github.com/google-deepmind/calm, the peer of section calm")
     parser.add_argument("--output", type=pathlib.Path, help="default: RESULTS.md beside this file; --quick writes none")
     options = parser.parse_args()
     repeats = 2 if options.quick else options.repeats
+    sections = {**SECTIONS, "calm": functools.partial(calm_rows, released=options.calm)}
     output = options.output or (None if options.quick else ROOT / "bench" / "RESULTS.md")
 
     def log(message):
@@ -349,7 +390,7 @@ of the ratio in single rounds. Model: SmolLM2-135M, float32 unless said; trainin
     for threads in options.threads:
         for name in options.only:
             log(f"== {name}, {threads} thread{'s' if threads > 1 else ''}")
-            rows[threads].extend(SECTIONS[name](threads, repeats, options.quick, log))
+            rows[threads].extend(sections[name](threads, repeats, options.quick, log))
             load.append(os.getloadavg()[0])
             if output:
                 output.write_text(report())  # after every section, so that a later failure loses nothing
