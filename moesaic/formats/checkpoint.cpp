@@ -130,6 +130,7 @@ class FolderCheckpoint : public Checkpoint {
         const std::string& key = stored_name(name);
         return StoredTensor{c10::toString(stored.dtype(key)), stored.shape(key), stored.bytes(key)};
       });
+      for (const std::string& name : names()) file(name).release(stored_name(name));
     });
     return fingerprint_;
   }

@@ -204,6 +204,7 @@ class GgufCheckpoint : public Checkpoint {
         const GgufTensor& stored = at(name);
         return StoredTensor{ggml_type_info(stored.type).name, stored.shape, stored.bytes};
       });
+      for (const std::string& name : names()) file_.bytes().release(at(name).bytes);
     });
     return fingerprint_;
   }
