@@ -18,6 +18,12 @@ struct BridgeText {
 };
 void bridge_text_free(BridgeText text);
 
+/// UTF-8 of the caller.
+struct BridgeView {
+  const char* data;
+  size_t size;
+};
+
 struct BridgeEncoding {
   uint32_t* ids;    // [size]
   size_t* offsets;  // [size, 2] bytes, begin and end; null unless they were asked for
@@ -44,6 +50,11 @@ bool bridge_tokenizer_id_to_token(const BridgeTokenizer* tokenizer, uint32_t id,
 size_t bridge_tokenizer_vocab_size(const BridgeTokenizer* tokenizer);
 /// JSON list of the special added tokens' texts.
 BridgeText bridge_tokenizer_special_tokens(const BridgeTokenizer* tokenizer);
+
+/// Writes the text of tokenizer.json of a byte-level BPE of at most `vocab_size` tokens learnt from the texts: <bos>,
+/// <eos>, <pad> (ids 0 to 2), the 256 bytes, then merges; digits stand alone, <bos> is put before a text.
+bool bridge_tokenizer_train(const BridgeView* texts, size_t count, size_t vocab_size, BridgeText* out,
+                            BridgeText* error);
 
 /// Null on failure; `error` then names the template's line.
 BridgeTemplate* bridge_template_new(const char* source, size_t size, BridgeText* error);

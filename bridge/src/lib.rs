@@ -23,6 +23,13 @@ impl From<String> for Text {
     }
 }
 
+/// UTF-8 that C++ keeps.
+#[repr(C)]
+pub struct View {
+    data: *const c_char,
+    size: usize,
+}
+
 /// Owned ids and offsets handed to C++.
 #[repr(C)]
 pub struct EncodingOut {
@@ -180,6 +187,23 @@ pub unsafe extern "C" fn bridge_tokenizer_vocab_size(tokenizer: *const BridgeTok
 #[no_mangle]
 pub unsafe extern "C" fn bridge_tokenizer_special_tokens(tokenizer: *const BridgeTokenizer) -> Text {
     guard(std::ptr::null_mut(), || Ok((*tokenizer).special_tokens())).unwrap_or_else(|| "[]".into()).into()
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_tokenizer_train(
+    texts: *const View,
+    count: usize,
+    vocab_size: usize,
+    out: *mut Text,
+    error: *mut Text,
+) -> bool {
+    guard(error, || {
+        let views = if count == 0 { &[] } else { std::slice::from_raw_parts(texts, count) };
+        let texts = views.iter().map(|view| utf8(view.data, view.size)).collect::<Result<Vec<_>, _>>()?;
+        *out = tokenizer::train(&texts, vocab_size)?.into();
+        Ok(())
+    })
+    .is_some()
 }
 
 #[no_mangle]

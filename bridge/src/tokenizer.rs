@@ -1,6 +1,12 @@
 //! tokenizer.json through the `tokenizers` crate, set up as transformers sets it up.
 use serde_json::Value;
+use tokenizers::models::bpe::{BpeTrainer, BPE};
+use tokenizers::models::TrainerWrapper;
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::pre_tokenizers::digits::Digits;
+use tokenizers::pre_tokenizers::sequence::Sequence as Steps;
 use tokenizers::processors::sequence::Sequence;
+use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, PostProcessorWrapper, Tokenizer};
 
 pub struct BridgeTokenizer {
@@ -17,6 +23,36 @@ fn without_trimming(processor: PostProcessorWrapper) -> PostProcessorWrapper {
         }
         other => other,
     }
+}
+
+/// A pair of tokens that stands in the texts once teaches nothing.
+const MIN_FREQUENCY: u64 = 2;
+const SPECIAL_TOKENS: [&str; 3] = ["<bos>", "<eos>", "<pad>"];
+
+/// tokenizer.json of a byte-level BPE learnt from `texts`; the order of the texts does not matter.
+pub fn train(texts: &[&str], vocab_size: usize) -> Result<String, String> {
+    let mut tokenizer = Tokenizer::new(BPE::default());
+    tokenizer
+        .with_pre_tokenizer(Some(Steps::new(vec![Digits::new(true).into(), ByteLevel::new(false, false, true).into()])))
+        .with_decoder(Some(ByteLevel::default()));
+    let mut trainer: TrainerWrapper = BpeTrainer::builder()
+        .vocab_size(vocab_size)
+        .min_frequency(MIN_FREQUENCY)
+        .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
+        .special_tokens(SPECIAL_TOKENS.map(|text| AddedToken::from(text, true)).to_vec())
+        .show_progress(false)
+        .build()
+        .into();
+    tokenizer.train(&mut trainer, texts.iter()).map_err(|e| e.to_string())?;
+    let begin = TemplateProcessing::builder()
+        .try_single("<bos> $A")
+        .and_then(|builder| builder.try_pair("<bos> $A $B:1"))
+        .map_err(|e| e.to_string())?
+        .special_tokens(vec![("<bos>", 0)])
+        .build()
+        .map_err(|e| e.to_string())?;
+    tokenizer.with_post_processor(Some(begin));
+    tokenizer.to_string(false).map_err(|e| e.to_string())
 }
 
 impl BridgeTokenizer {

@@ -113,6 +113,25 @@ std::shared_ptr<Tokenizer> Tokenizer::open(const formats::Checkpoint& checkpoint
   return std::make_shared<Tokenizer>(*json, checkpoint.tokenizer_config(), where);
 }
 
+std::shared_ptr<Tokenizer> Tokenizer::train(const std::vector<std::string>& texts, int64_t vocab_size) {
+  MOESAIC_CHECK(vocab_size >= kSmallestTrained, UsageError,
+                "a tokenizer of {} tokens: got fewer than its alphabet, expected at least {} (256 bytes, <bos>, <eos>, "
+                "<pad>)",
+                vocab_size, kSmallestTrained);
+  std::vector<BridgeView> views;
+  views.reserve(texts.size());
+  for (const std::string& text : texts) views.push_back({text.data(), text.size()});
+  OwnedText json, error;
+  MOESAIC_CHECK(
+      bridge_tokenizer_train(views.data(), views.size(), static_cast<size_t>(vocab_size), json.out(), error.out()),
+      DataError, "cannot train a tokenizer on {} texts: {}", texts.size(), error.str());
+  const Json config{{"tokenizer_class", "PreTrainedTokenizerFast"},
+                    {"bos_token", "<bos>"},
+                    {"eos_token", "<eos>"},
+                    {"pad_token", "<pad>"}};
+  return std::make_shared<Tokenizer>(json.str(), config, "trained tokenizer");
+}
+
 Encoding Tokenizer::encode_with_offsets(std::string_view text, bool add_special_tokens) const {
   OwnedEncoding raw;
   impl_->encode(text, add_special_tokens, /*with_offsets=*/true, raw);

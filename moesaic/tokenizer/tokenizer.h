@@ -33,6 +33,12 @@ class Tokenizer {
   Tokenizer(std::string_view tokenizer_json, const Json& config, const std::string& where);
   /// The tokenizer of a checkpoint. Throws DataError when it has none.
   static std::shared_ptr<Tokenizer> open(const formats::Checkpoint& checkpoint);
+  /// A byte-level BPE of at most `vocab_size` tokens learnt from UTF-8 texts: <bos>, <eos> and <pad> (ids 0 to 2), the
+  /// 256 bytes, then the merges of pairs that occur at least twice. Every digit stands alone; <bos> is put in front of
+  /// a text. Follows from the texts alone, whatever their order.
+  /// Throws UsageError for a vocab_size below kSmallestTrained, DataError for a text that is not UTF-8.
+  static std::shared_ptr<Tokenizer> train(const std::vector<std::string>& texts, int64_t vocab_size);
+  static constexpr int64_t kSmallestTrained = 259;
   ~Tokenizer();
 
   /// `add_special_tokens` applies the tokenizer's post-processor (BOS and the like), as transformers' __call__ does.
