@@ -9,6 +9,8 @@ DecoderConfig parse_llama(ConfigReader& reader);
 DecoderConfig parse_mistral(ConfigReader& reader);
 DecoderConfig parse_qwen2(ConfigReader& reader);
 DecoderConfig parse_qwen3(ConfigReader& reader);
+DecoderConfig parse_gemma(ConfigReader& reader);
+DecoderConfig parse_gemma2(ConfigReader& reader);
 DecoderConfig parse_gemma3(ConfigReader& reader);
 
 /// Qwen's windows: layers from max_window_layers on slide when use_sliding_window is set.

@@ -10,8 +10,8 @@ struct Family {
 };
 
 constexpr Family kFamilies[] = {
-    {"gemma3_text", parse_gemma3}, {"llama", parse_llama}, {"mistral", parse_mistral},
-    {"qwen2", parse_qwen2},        {"qwen3", parse_qwen3},
+    {"gemma", parse_gemma},     {"gemma2", parse_gemma2}, {"gemma3_text", parse_gemma3}, {"llama", parse_llama},
+    {"mistral", parse_mistral}, {"qwen2", parse_qwen2},   {"qwen3", parse_qwen3},
 };
 
 }  // namespace

@@ -60,6 +60,32 @@ TEST(ParseDecoderConfig, DefaultsAreThoseOfTransformers) {
   EXPECT_EQ(gemma.layer_is_sliding[5], 0);
 }
 
+TEST(ParseDecoderConfig, OlderGemmas) {
+  // The first Gemma's files name plain gelu and mean its tanh form.
+  const auto one = parse({{"model_type", "gemma"}, {"hidden_act", "gelu"}, {"hidden_activation", nullptr}});
+  EXPECT_EQ(one.activation, Activation::kGeluTanh);
+  EXPECT_DOUBLE_EQ(one.embedding_scale, std::sqrt(3072.0));
+  EXPECT_TRUE(one.norm_plus_one);
+  EXPECT_FALSE(one.pre_post_norms);
+  EXPECT_EQ(one.final_softcap, 0.0);
+  EXPECT_EQ(one.sliding_window, 0);
+
+  const auto two = parse({{"model_type", "gemma2"}, {"num_hidden_layers", 3}});
+  EXPECT_TRUE(two.pre_post_norms);
+  EXPECT_DOUBLE_EQ(two.query_scale, 1.0 / 16);
+  EXPECT_EQ(two.attention_softcap, 50.0);
+  EXPECT_EQ(two.final_softcap, 30.0);
+  EXPECT_EQ(two.sliding_window, 4096);
+  EXPECT_EQ(two.layer_is_sliding, (std::vector<uint8_t>{1, 0, 1}));
+  const auto plain = parse({{"model_type", "gemma2"},
+                            {"attn_logit_softcapping", nullptr},
+                            {"final_logit_softcapping", nullptr},
+                            {"sliding_window", nullptr}});
+  EXPECT_EQ(plain.attention_softcap, 0.0);
+  EXPECT_EQ(plain.final_softcap, 0.0);
+  EXPECT_EQ(plain.sliding_window, 0);
+}
+
 TEST(ParseDecoderConfig, ReadsRopeAsTransformers4And5WriteIt) {
   const Json rope{{"rope_type", "llama3"},
                   {"factor", 8.0},
@@ -110,7 +136,8 @@ TEST(ParseDecoderConfig, EosMayBeAList) {
 
 TEST(ParseDecoderConfig, UnknownFamiliesNameTheKnownOnes) {
   const std::string text = message({{"model_type", "lama"}});
-  EXPECT_THAT(text, HasSubstr("got \"lama\", expected one of gemma3_text, llama, mistral, qwen2, qwen3"));
+  EXPECT_THAT(text,
+              HasSubstr("got \"lama\", expected one of gemma, gemma2, gemma3_text, llama, mistral, qwen2, qwen3"));
   EXPECT_THAT(text, HasSubstr("Did you mean llama?"));
   EXPECT_THAT(message(Json::object()), HasSubstr("model_type"));
   EXPECT_THAT(message(Json::array()), HasSubstr("expected a JSON object"));

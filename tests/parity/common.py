@@ -58,6 +58,9 @@ FAMILIES = {
     "qwen2-window": Family(transformers.Qwen2Config, dict(
         hidden_size=36, use_sliding_window=True, sliding_window=6, max_window_layers=1, tie_word_embeddings=True)),
     "qwen3": Family(transformers.Qwen3Config),
+    "gemma": Family(transformers.GemmaConfig, dict(rope_parameters=_rope(rope_type="default"))),
+    "gemma2": Family(transformers.Gemma2Config, dict(
+        query_pre_attn_scalar=13, sliding_window=5, attn_logit_softcapping=3.0, final_logit_softcapping=4.0)),
     "gemma3": Family(transformers.Gemma3TextConfig, dict(
         query_pre_attn_scalar=13, sliding_window=5, layer_types=["sliding_attention", "full_attention",
                                                                  "sliding_attention"],
@@ -104,7 +107,7 @@ def make_model(name, folder=None, seed=0):
     """A tiny random model in eval mode, saved to `folder` when one is given."""
     config = FAMILIES[name].config()
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    if getattr(config, "attn_logit_softcapping", None):
+    if config.model_type == "gemma3_text" and config.attn_logit_softcapping:
         # transformers 5.23 reads this key for Gemma 3 but never hands it to its attention function, which knows it.
         for layer in model.model.layers:
             layer.self_attn.register_forward_pre_hook(
