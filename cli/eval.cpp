@@ -30,6 +30,7 @@ int run(Options options, const CommonOptions& common) {
   MOESAIC_CHECK(!options.log_samples || !options.output_path.empty(), UsageError,
                 "--log_samples needs --output_path: that is where the samples go");
   const std::vector<eval::Task> tasks = eval::load_tasks(options.tasks, options.task);
+  for (const eval::Task& task : tasks) eval::check_metrics(task, options.eval);
   const LoadedModel loaded = load_model(options.model, common, {.composition = true});
   const eval::EvalModel model = loaded.for_evaluation();
   options.eval.generation.eos_ids = loaded.eos_ids();
@@ -73,12 +74,12 @@ int run(Options options, const CommonOptions& common) {
 
 Runner add_eval(CLI::App& app, CommonOptions& common) {
   auto options = std::make_shared<Options>();
-  options->eval.generation.max_new_tokens = 128;
+  options->eval.generation.max_new_tokens = 0;  // the task's own
   add_model_options(app, options->model);
   add_task_options(app, options->tasks, options->task, options->eval);
   app.add_option("--batch_size", options->batch_size, "Questions side by side, or auto")->capture_default_str();
   app.add_option("--num_fewshot", options->task.num_fewshot,
-                 "Positive examples in the prompt (Super-NaturalInstructions)")
+                 "Solved examples in the prompt (Super-NaturalInstructions, MBPP)")
       ->capture_default_str()
       ->check(CLI::Range(0, 100));
   app.add_flag("--generate", options->task.generate, "Let the model write even where the answers are a closed set");
@@ -86,11 +87,20 @@ Runner add_eval(CLI::App& app, CommonOptions& common) {
   app.add_option("--target_delimiter", options->eval.target_delimiter,
                  "Between prompt and choice, without chat template")
       ->capture_default_str();
-  app.add_option("--max_gen_toks", options->eval.generation.max_new_tokens, "Tokens of a generated answer at most")
-      ->capture_default_str();
+  app.add_option(
+         "--max_gen_toks", options->eval.generation.max_new_tokens,
+         "Tokens of a generated answer at most; 0 = the task's own: 128, arithmetic and MBPP 256, HumanEval 1024")
+      ->capture_default_str()
+      ->check(CLI::NonNegativeNumber);
   app.add_option("--until", options->eval.generation.stop, "Text that ends a generated answer; may be repeated")
       ->expected(1)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  app.add_option("--metrics", options->eval.metrics,
+                 "Metrics of generated answers, comma-separated: exact_match, f1, rougeL, number, pass@1, bleu, chrf, "
+                 "chrf1, codexglue_bleu; default: the task's own")
+      ->delimiter(',');
+  app.add_flag("--confirm_run_unsafe_code", options->eval.run_code,
+               "Agree that pass@1 runs programs the model wrote, shut off from network, files and processes");
   app.add_option("--output_path", options->output_path, "Folder for results_*.json");
   app.add_flag("--log_samples", options->log_samples, "Write every question and answer beside the results");
   app.add_flag("--json", options->json, "Print the results as JSON instead of a table");

@@ -3,6 +3,8 @@
 #include <chrono>
 
 #include "moesaic/base/sha256.h"
+#include "moesaic/eval/code_runner.h"
+#include "moesaic/eval/corpus_metrics.h"
 #include "moesaic/generate/sentence.h"
 
 namespace moesaic::eval {
@@ -21,6 +23,35 @@ std::string strip(const std::string& text) {
 /// Characters (code points) of UTF-8 text.
 int64_t characters(const std::string& text) {
   return std::count_if(text.begin(), text.end(), [](char c) { return (static_cast<unsigned char>(c) & 0xC0) != 0x80; });
+}
+
+/// A metric of each generated answer.
+struct AnswerMetric {
+  const char* name;
+  double (*score)(const std::string& answer, const std::vector<std::string>& references);
+};
+constexpr AnswerMetric kAnswerMetrics[] = {
+    {"exact_match", exact_match}, {"f1", token_f1}, {"rougeL", rouge_l}, {"number", number_match}};
+
+/// A metric of all answers of a task together.
+struct CorpusMetric {
+  const char* name;
+  double (*score)(const std::vector<std::string>& answers, const std::vector<References>& references);
+};
+constexpr CorpusMetric kCorpusMetrics[] = {
+    {"bleu", bleu},
+    {"chrf", [](const auto& answers, const auto& references) { return chrf(answers, references, 2); }},
+    {"chrf1", [](const auto& answers, const auto& references) { return chrf(answers, references, 1); }},
+    {"codexglue_bleu", codexglue_bleu}};
+
+constexpr const char* kPassAt1 = "pass@1";
+
+const std::vector<std::string>& metrics_of(const Task& task, const EvalOptions& options) {
+  return options.metrics.empty() ? task.metrics : options.metrics;
+}
+
+bool wanted(const std::vector<std::string>& metrics, const char* name) {
+  return std::find(metrics.begin(), metrics.end(), name) != metrics.end();
 }
 
 /// Metric values per question, and their means over all and per variant.
@@ -156,6 +187,10 @@ void evaluate_ranked(const EvalModel& model, const Task& task, const EvalOptions
 
 void evaluate_generated(const EvalModel& model, const Task& task, const EvalOptions& options, TaskResult& result,
                         const generate::RoutingCallback& routing, const ProgressCallback& progress) {
+  generate::SamplingOptions sampling = sampling_of(task, options);
+  const std::vector<std::string>& metrics = metrics_of(task, options);
+  std::optional<CodeRunner> runner;
+  if (wanted(metrics, kPassAt1)) runner.emplace();
   std::vector<std::vector<int64_t>> questions;
   std::vector<std::string> prompts;
   std::vector<int64_t> tokens;
@@ -163,38 +198,84 @@ void evaluate_generated(const EvalModel& model, const Task& task, const EvalOpti
     const auto [prompt, special] = prompt_text(model, item, options.apply_chat_template);
     questions.push_back(model.tokenizer.encode(prompt, special));
     prompts.push_back(prompt);
-    tokens.push_back(static_cast<int64_t>(questions.back().size()) + options.generation.max_new_tokens);
+    tokens.push_back(static_cast<int64_t>(questions.back().size()) + sampling.max_new_tokens);
   }
   Scores scores;
+  std::vector<std::string> texts;
+  std::vector<References> references;
   for (const auto& [begin, end] : batches(tokens, options.batch_size)) {
     const std::vector<std::vector<int64_t>> ids(questions.begin() + begin, questions.begin() + end);
-    generate::SamplingOptions sampling = options.generation;
-    sampling.seed += begin;  // an answer's draw does not depend on the batch size
+    sampling.seed = options.generation.seed + begin;  // an answer's draw does not depend on the batch size
     const torch::Tensor sentence = sentence_vectors(model, pointers(task, begin, end), ids);
     const auto answers =
         model.composition ? generate::generate(*model.composition, model.tokenizer, ids, sampling)
                           : generate::generate(model.model, model.tokenizer, ids, sampling, nullptr, sentence, routing);
     for (size_t i = begin; i < end; ++i) {
       const Item& item = task.items[i];
-      const std::string answer = strip(answers[i - begin].text);
-      const std::map<std::string, double> values = {{"exact_match", exact_match(answer, item.targets)},
-                                                    {"f1", token_f1(answer, item.targets)},
-                                                    {"rougeL", rouge_l(answer, item.targets)}};
+      // Blanks in front belong to code.
+      const std::string answer = item.program ? code_in(answers[i - begin].text) : strip(answers[i - begin].text);
+      std::map<std::string, double> values;
+      for (const AnswerMetric& metric : kAnswerMetrics) {
+        if (wanted(metrics, metric.name)) values[metric.name] = metric.score(answer, item.targets);
+      }
+      std::optional<Verdict> verdict;
+      if (runner) {
+        verdict = runner->run(item.program->before + answer + item.program->after);
+        values[kPassAt1] = verdict == Verdict::kPassed ? 1 : 0;
+      }
       scores.add(item.variant, values);
+      texts.push_back(answer);
+      references.push_back(item.targets);
       OrderedJson row = sample_row(i, item, prompts[i], values);
       row["arguments"] = {
           {"gen_args_0",
            {{"arg_0", prompts[i]}, {"arg_1", {{"until", sampling.stop}, {"max_gen_toks", sampling.max_new_tokens}}}}}};
       row["resps"] = OrderedJson::array({OrderedJson::array({answers[i - begin].text})});
       row["filtered_resps"] = OrderedJson::array({answer});
+      if (verdict) row["verdict"] = name_of(*verdict);
       result.samples.push_back(std::move(row));
     }
     if (progress) progress(static_cast<int64_t>(end));
   }
   scores.finish(result);
+  for (const CorpusMetric& metric : kCorpusMetrics) {
+    if (wanted(metrics, metric.name)) result.corpus_metrics[metric.name] = metric.score(texts, references);
+  }
 }
 
 }  // namespace
+
+void check_metrics(const Task& task, const EvalOptions& options) {
+  std::vector<std::string> known{kPassAt1};
+  for (const AnswerMetric& metric : kAnswerMetrics) known.push_back(metric.name);
+  for (const CorpusMetric& metric : kCorpusMetrics) known.push_back(metric.name);
+  for (const std::string& metric : options.metrics) {
+    MOESAIC_CHECK(wanted(known, metric.c_str()), UsageError, "--metrics: got '{}', expected one of {}", metric,
+                  fmt::join(known, ", "));
+  }
+  if (task.ranked()) {
+    MOESAIC_CHECK(options.metrics.empty(), UsageError,
+                  "--metrics: task {} ranks choices, and its metrics are acc and acc_norm. Add --generate to let the "
+                  "model write, or leave the task out.",
+                  task.name);
+    return;
+  }
+  if (!wanted(metrics_of(task, options), kPassAt1)) return;
+  MOESAIC_CHECK(task.code(), UsageError, "--metrics pass@1: task {} has no tests to run (HumanEval and MBPP have)",
+                task.name);
+  MOESAIC_CHECK(options.run_code, UsageError,
+                "task {}: pass@1 runs programs that the model wrote on this machine, shut off from network, files and "
+                "processes as far as the kernel can. If that is what you want, add --confirm_run_unsafe_code.",
+                task.name);
+}
+
+generate::SamplingOptions sampling_of(const Task& task, const EvalOptions& options) {
+  generate::SamplingOptions sampling = options.generation;
+  if (sampling.max_new_tokens == 0) sampling.max_new_tokens = task.max_new_tokens;
+  // With a chat template the end of the turn ends an answer, which may well hold a "def" or a "Question:".
+  if (!options.apply_chat_template) sampling.stop.insert(sampling.stop.end(), task.stop.begin(), task.stop.end());
+  return sampling;
+}
 
 std::pair<std::string, bool> prompt_text(const EvalModel& model, const Item& item, bool apply_chat_template) {
   if (apply_chat_template) {
@@ -229,6 +310,7 @@ torch::Tensor sentence_vectors(const EvalModel& model, const std::vector<const I
 TaskResult evaluate(const EvalModel& model, const Task& task, const EvalOptions& options,
                     const ProgressCallback& progress) {
   const auto start = std::chrono::steady_clock::now();
+  check_metrics(task, options);
   TaskResult result;
   result.name = task.name;
   result.ranked = task.ranked();

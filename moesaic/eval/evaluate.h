@@ -26,7 +26,9 @@ struct EvalOptions {
   bool apply_chat_template = false;        // else the bare text of a single user message
   std::string target_delimiter = " ";      // between prompt and choice; not used with a chat template
   bool score_eos = false;                  // the EOS behind a choice counts (T0's rule; harness: it does not)
-  generate::SamplingOptions generation{};  // for tasks whose answers are generated
+  generate::SamplingOptions generation{};  // for tasks whose answers are generated; max_new_tokens 0: the task's own
+  std::vector<std::string> metrics{};      // of generated answers; empty: the task's own
+  bool run_code = false;                   // the user agrees that programs a model wrote are run (metric pass@1)
 };
 
 /// Everything known about one task afterwards.
@@ -34,7 +36,8 @@ struct TaskResult {
   std::string name;
   bool ranked = false;
   int64_t questions = 0, available = 0;
-  std::map<std::string, Mean> metrics;                          // acc, acc_norm; or exact_match, f1, rougeL
+  std::map<std::string, Mean> metrics;                          // acc, acc_norm; or exact_match, f1, rougeL, ...
+  std::map<std::string, double> corpus_metrics;                 // bleu, chrf, ...: one figure for all answers
   std::map<std::string, std::map<std::string, Mean>> variants;  // the same per prompt template, when there are any
   std::map<std::string, double> variant_median;                 // median over the templates
   int64_t ties = 0;                  // questions whose best choices scored equally; the first one counts
@@ -45,6 +48,13 @@ struct TaskResult {
 
 /// Called with the number of questions done.
 using ProgressCallback = std::function<void(int64_t done)>;
+
+/// Throws UsageError for a metric that is unknown or does not fit the task, and when pass@1 would run programs unasked.
+/// To be called before a model is loaded; evaluate() calls it too.
+void check_metrics(const Task& task, const EvalOptions& options);
+
+/// How the answers to a task are generated: the options, filled up with the task's own length and stops.
+generate::SamplingOptions sampling_of(const Task& task, const EvalOptions& options);
 
 /// The prompt of an item as text, and whether the tokenizer shall add its special tokens to it.
 /// Throws UsageError when a conversation needs a chat template.

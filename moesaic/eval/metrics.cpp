@@ -97,6 +97,28 @@ double rouge_l(const std::string& answer, const std::vector<std::string>& refere
   });
 }
 
+std::string last_number(const std::string& text) {
+  // The last match of  -?[$0-9.,]{2,} | -?[0-9]+  read from the left.
+  auto numeric = [](char c) { return std::string_view("$.,0123456789").find(c) != std::string_view::npos; };
+  std::string number;
+  for (size_t i = 0; i < text.size();) {
+    const size_t begin = i + (text[i] == '-' ? 1 : 0);
+    size_t end = begin;
+    while (end < text.size() && numeric(text[end])) ++end;
+    const bool found = end - begin >= 2 || (end - begin == 1 && std::isdigit(static_cast<unsigned char>(text[begin])));
+    if (found) number = text.substr(i, end - i);
+    i = found ? end : i + 1;
+  }
+  std::erase_if(number, [](char c) { return c == ',' || c == '$'; });
+  if (number.ends_with('.')) number.pop_back();
+  return number;
+}
+
+double number_match(const std::string& answer, const std::vector<std::string>& references) {
+  const std::string number = last_number(answer);
+  return !number.empty() && std::find(references.begin(), references.end(), number) != references.end() ? 1 : 0;
+}
+
 Mean mean_of(const std::vector<double>& values) {
   if (values.empty()) return {};
   const double n = static_cast<double>(values.size());

@@ -1,4 +1,4 @@
-// How good an answer is: exact match, token F1 and ROUGE-L; and means with their standard errors.
+// How good an answer is: exact match, token F1, ROUGE-L and the number in it; and means with their standard errors.
 #pragma once
 #include <string>
 #include <vector>
@@ -20,6 +20,13 @@ double token_f1(const std::string& answer, const std::vector<std::string>& refer
 /// lower-casing, without stemming, as the rouge_score package's rougeL.
 /// Differs: texts without such a word (other alphabets) are compared by whitespace words.
 double rouge_l(const std::string& answer, const std::vector<std::string>& references);
+
+/// The last number in a text as written, without `,` and `$` and a full stop behind it; "" when there is none.
+std::string last_number(const std::string& text);
+
+/// 1 when the last number of the answer is one of the references, which are numbers, as text: "5.0" is not "5".
+/// Source: lm-evaluation-harness's gsm8k, exact_match with the filter flexible-extract.
+double number_match(const std::string& answer, const std::vector<std::string>& references);
 
 /// A mean of per-question values and its standard error, sample deviation / sqrt(n) (0 for one value).
 struct Mean {

@@ -56,6 +56,10 @@ OrderedJson results_json(const std::vector<TaskResult>& results, const std::vect
     const std::string& name = result.name;
     scores[name] = {{"alias", name}};
     scores[name].update(metrics_json(result.metrics));
+    for (const auto& [metric, value] : result.corpus_metrics) {
+      scores[name][metric + ",none"] = value;
+      scores[name][metric + "_stderr,none"] = "N/A";  // as the harness writes where it knows none
+    }
     for (const auto& [metric, value] : result.variant_median) scores[name][metric + "_template_median,none"] = value;
     subtasks[name] = OrderedJson::array();
     configs[name] = {{"task", name},
@@ -67,15 +71,18 @@ OrderedJson results_json(const std::vector<TaskResult>& results, const std::vect
       configs[name]["target_delimiter"] = options.apply_chat_template ? "" : options.target_delimiter;
       configs[name]["score_eos"] = options.score_eos;
     } else {
-      configs[name]["generation_kwargs"] = {{"until", options.generation.stop},
-                                            {"max_gen_toks", options.generation.max_new_tokens},
-                                            {"do_sample", options.generation.temperature > 0},
-                                            {"temperature", options.generation.temperature}};
+      const generate::SamplingOptions sampling = sampling_of(tasks[i], options);
+      configs[name]["generation_kwargs"] = {{"until", sampling.stop},
+                                            {"max_gen_toks", sampling.max_new_tokens},
+                                            {"do_sample", sampling.temperature > 0},
+                                            {"temperature", sampling.temperature}};
+      if (tasks[i].code()) configs[name]["unsafe_code"] = true;
     }
     versions[name] = 1;
     shots[name] = info.num_fewshot;
     samples[name] = {{"original", result.available}, {"effective", result.questions}};
     for (const auto& [metric, mean] : result.metrics) higher[name][metric] = true;
+    for (const auto& [metric, value] : result.corpus_metrics) higher[name][metric] = true;
     for (const auto& [variant, metrics] : result.variants) variants[name][variant] = metrics_json(metrics);
     if (result.ranked) ties[name] = result.ties;
     if (!result.routing.empty()) routing[name] = result.routing.json();
@@ -159,6 +166,7 @@ std::string results_table(const std::vector<TaskResult>& results) {
     };
     for (const auto& [metric, mean] : result.metrics)
       line(metric, mean.value, fmt::format("{:.4f}", mean.standard_error));
+    for (const auto& [metric, value] : result.corpus_metrics) line(metric, value, "");
     for (const auto& [metric, value] : result.variant_median) line(metric + " (median)", value, "");
     if (result.ties > 0)
       table += fmt::format("| {:<{}} | {:>6} | {:<20} | {:>6} | {:>7} |\n", "", width, "", "ties", result.ties, "");

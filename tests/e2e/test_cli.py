@@ -326,6 +326,57 @@ def test_eval_generates(folder, tmp_path):
     assert limited["n-samples"]["task"] == {"original": 2, "effective": 1}
 
 
+def test_eval_scores_a_corpus(folder, tmp_path):
+    """--metrics: corpus figures as sacrebleu gives them for the logged answers, and nothing else."""
+    from sacrebleu.metrics import BLEU, CHRF
+    (tmp_path / "task.jsonl").write_text("".join(json.dumps({"prompt": prompt, "response": answer}) + "\n" for prompt, answer in
+                                                 [("red cat", "the dog is not red"), ("who", "yes no"), ("one two", "three")]))
+    done = run("eval", "--model", folder / "model", "--tasks", tmp_path / "task.jsonl", "--metrics", "bleu,chrf,chrf1,codexglue_bleu",
+               "--max_gen_toks", 6, "--output_path", tmp_path / "out", "--log_samples")
+    results = json.loads(next((tmp_path / "out").glob("*/results_*.json")).read_text())
+    scores = results["results"]["task"]
+    rows = [json.loads(line) for line in next((tmp_path / "out").glob("*/samples_*.jsonl")).read_text().splitlines()]
+    answers, references = [row["filtered_resps"][0] for row in rows], [[row["target"] for row in rows]]
+    assert any(answers)
+    assert scores["bleu,none"] == pytest.approx(BLEU().corpus_score(answers, references).score, abs=1e-9)
+    assert scores["chrf,none"] == pytest.approx(CHRF().corpus_score(answers, references).score, abs=1e-9)
+    assert scores["chrf1,none"] == pytest.approx(CHRF(beta=1).corpus_score(answers, references).score, abs=1e-9)
+    assert scores["chrf_stderr,none"] == "N/A" and 0 <= scores["codexglue_bleu,none"] <= 100
+    assert "exact_match,none" not in scores and "chrf1" in done.stdout
+    assert set(results["higher_is_better"]["task"]) == {"bleu", "chrf", "chrf1", "codexglue_bleu"}
+
+
+CODE = {"task_id": "x/0", "prompt": "red = one = two = three = 0\nclass A:\n    pass\n#", "canonical_solution": "",
+        "test": "", "entry_point": "print"}
+
+
+def test_eval_runs_programs_only_when_told(folder, tmp_path):
+    """The model's words are a comment behind the prompt's #, so that the first program passes whatever they are."""
+    failing = {**CODE, "task_id": "x/1", "test": "raise ValueError"}
+    (tmp_path / "code.jsonl").write_text(json.dumps(CODE) + "\n" + json.dumps(failing) + "\n")
+    command = ["eval", "--model", folder / "model", "--tasks", tmp_path / "code.jsonl", "--max_gen_toks", 4]
+    refused = moesaic(*command)
+    assert refused.returncode == 2 and "--confirm_run_unsafe_code" in refused.stderr
+    run(*command, "--confirm_run_unsafe_code", "--output_path", tmp_path / "out", "--log_samples")
+    results = json.loads(next((tmp_path / "out").glob("*/results_*.json")).read_text())
+    assert results["results"]["code"]["pass@1,none"] == 0.5
+    assert results["configs"]["code"]["unsafe_code"] is True
+    assert results["configs"]["code"]["generation_kwargs"]["until"][0] == "\nclass"
+    rows = [json.loads(line) for line in next((tmp_path / "out").glob("*/samples_*.jsonl")).read_text().splitlines()]
+    assert [row["verdict"] for row in rows] == ["passed", "failed"]
+    nowhere = subprocess.run([str(tiny_run.PROGRAM), *map(str, command), "--confirm_run_unsafe_code"], capture_output=True,
+                             text=True, timeout=300, env={"PATH": str(tmp_path), "OMP_NUM_THREADS": "1"})
+    assert nowhere.returncode == 2 and "python3" in nowhere.stderr
+
+
+def test_eval_refuses_metrics_that_do_not_fit(folder, task, tmp_path):
+    (tmp_path / "free.jsonl").write_text('{"prompt": "who", "response": "12"}\n')
+    for tasks, metrics, message in [(tmp_path / "free.jsonl", "exact_match,blue", "got 'blue', expected one of pass@1, exact_match"),
+                                    (tmp_path / "free.jsonl", "pass@1", "has no tests to run"), (task, "f1", "ranks choices")]:
+        done = moesaic("eval", "--model", folder / "model", "--tasks", tasks, "--metrics", metrics)
+        assert done.returncode == 2 and message in done.stderr
+
+
 def test_eval_lists_every_damaged_row(folder, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"inputs": "a", "answer_choices": ["b"], "target": "c"}\n'
                                         '{"inputs": "a", "answer_choices": [], "target": "c"}\n')

@@ -43,6 +43,27 @@ TEST(RougeL, OtherAlphabetsByWhitespaceWords) {
   EXPECT_EQ(rouge_l("Привет", {"мир"}), 0);
 }
 
+TEST(NumberMatch, ComparesTheLastNumberAsTheHarnessExtractsIt) {
+  EXPECT_EQ(number_match("So 16 - 3 = 13 eggs.\n#### 13", {"13"}), 1);
+  EXPECT_EQ(number_match("She makes $1,300.", {"1300"}), 1);  // , and $ and the full stop go
+  EXPECT_EQ(number_match("13 eggs, not 12", {"13"}), 0);      // the last one counts
+  EXPECT_EQ(number_match("It is -5", {"-5"}), 1);
+  EXPECT_EQ(number_match("It is 5-3", {"-3"}), 1);
+  EXPECT_EQ(number_match("5.0", {"5"}), 0);  // as text
+  EXPECT_EQ(number_match("none", {"5"}), 0);
+  EXPECT_EQ(number_match("", {""}), 0);
+}
+
+TEST(LastNumber, TakesRunsOfItsSignsFromTheLeft) {
+  EXPECT_EQ(last_number("a 12 b -3.5 c"), "-3.5");
+  EXPECT_EQ(last_number("5 , 6 ."), "6");     // a lone stop is no number
+  EXPECT_EQ(last_number("7... "), "7..");     // one stop goes
+  EXPECT_EQ(last_number("is 4 ... "), "..");  // two stops and more match the harness's expression
+  EXPECT_EQ(last_number("--8"), "-8");
+  EXPECT_EQ(last_number("8-"), "8");
+  EXPECT_EQ(last_number("9 $"), "9");
+}
+
 TEST(MeanOf, StandardErrorIsTheSampleDeviationOverRootN) {
   // values 0, 0, 1, 1: mean 1/2, sample variance (4/4)/3 = 1/3, error sqrt(1/3/4)
   const Mean mean = mean_of({0, 0, 1, 1});

@@ -8,6 +8,7 @@
 namespace moesaic::eval {
 namespace {
 namespace fs = std::filesystem;
+using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
@@ -115,6 +116,85 @@ TEST_F(TaskFiles, MessagesAskForTheLastAnswer) {
   EXPECT_EQ(task.items[0].messages.size(), 1u);
 }
 
+std::string prompt_of(const Item& item) { return item.messages[0]["content"].get<std::string>(); }
+
+TEST_F(TaskFiles, HumanEvalIsCompletedAndRun) {
+  const OrderedJson row = {{"task_id", "HumanEval/0"},
+                           {"prompt", "def one():\n"},
+                           {"canonical_solution", "    return 1\n"},
+                           {"test", "def check(f):\n    assert f() == 1\n"},
+                           {"entry_point", "one"}};
+  const Task task = load_tasks({write("humaneval.jsonl", row.dump() + "\n" + row.dump())}, {.limit = 1})[0];
+  EXPECT_TRUE(task.code());
+  EXPECT_THAT(task.metrics, ElementsAre("pass@1"));
+  EXPECT_THAT(task.stop, ElementsAre("\nclass", "\ndef", "\n#", "\nif", "\nprint"));
+  EXPECT_EQ(task.available, 2);
+  ASSERT_EQ(task.items.size(), 1u);
+  EXPECT_EQ(prompt_of(task.items[0]), "def one():\n");
+  EXPECT_EQ(task.items[0].program->before, "def one():\n");
+  EXPECT_EQ(task.items[0].program->after, "\ndef check(f):\n    assert f() == 1\n\ncheck(one)");
+}
+
+OrderedJson mbpp_row(int id) {
+  return {{"text", fmt::format("Write f{}.", id)},
+          {"code", fmt::format("def f{}(): pass", id)},
+          {"task_id", id},
+          {"test_setup_code", id == 11 ? "import math" : ""},
+          {"test_list", {fmt::format("assert f{}()", id), "assert True"}}};
+}
+
+TEST_F(TaskFiles, MbppTakesItsTestSplitAndExamples) {
+  std::string lines;
+  for (int id : {1, 2, 3, 4, 10, 11, 510, 511}) lines += mbpp_row(id).dump() + "\n";
+  const std::string path = write("mbpp.jsonl", lines);
+  const Task task = load_tasks({path}, {})[0];
+  ASSERT_EQ(task.items.size(), 2u);
+  EXPECT_EQ(task.available, 2);
+  EXPECT_THAT(task.stop, ElementsAre("[DONE]"));
+  EXPECT_EQ(prompt_of(task.items[0]),
+            "You are an expert Python programmer, and here is your task: Write f11. Your code should pass these "
+            "tests:\n\nassert f11()\nassert True\n[BEGIN]\n");
+  EXPECT_EQ(task.items[0].program->before, "");
+  EXPECT_EQ(task.items[0].program->after, "\nimport math\nassert f11()\nassert True");
+
+  const std::string shown = prompt_of(load_tasks({path}, {.num_fewshot = 2})[0].items[0]);
+  EXPECT_TRUE(shown.starts_with("You are an expert Python programmer, and here is your task: Write f2. Your"));
+  EXPECT_THAT(shown, HasSubstr("\n[BEGIN]\ndef f2(): pass\n[DONE]\n\nYou are an expert Python programmer, and here is "
+                               "your task: Write f3. "));
+  EXPECT_THAT(shown, HasSubstr("def f3(): pass\n[DONE]\n\nYou are an expert Python programmer, and here is your task: "
+                               "Write f11. "));
+  EXPECT_THAT(error_of({path}, {.num_fewshot = 4}), HasSubstr("MBPP's examples are three"));
+  EXPECT_THAT(error_of({write("train.jsonl", mbpp_row(700).dump())}), HasSubstr("no task has an id from 11 to 510"));
+}
+
+TEST_F(TaskFiles, Gsm8kAsksForTheNumberBehindTheMark) {
+  const std::string row = R"({"question": "How much?", "answer": "3 * 4 = <<3*4=12>>12\n#### 1,200"})";
+  const std::string path = write("gsm8k.jsonl", row + "\n");
+  const Task task = load_tasks({path}, {})[0];
+  EXPECT_EQ(prompt_of(task.items[0]), "Question: How much?\nAnswer:");
+  EXPECT_THAT(task.items[0].targets, ElementsAre("1200"));
+  EXPECT_THAT(task.metrics, ElementsAre("number"));
+  EXPECT_THAT(error_of({path}, {.num_fewshot = 5}), HasSubstr("has no solved examples"));
+  const std::string bad =
+      write("bad.jsonl", row + "\n" + R"({"question": "Why?", "answer": "#### because"})" + "\n" + row);
+  EXPECT_THAT(error_of({bad}), HasSubstr("line 2: \"answer\" has no number behind ####"));
+}
+
+TEST_F(TaskFiles, MgsmAsksInItsLanguage) {
+  write("mgsm_sw.tsv", "Ngapi?\t18\nNgapi tena?\t1,000\n\n");
+  write("mgsm_tn.tsv", "Di kae?\t-2.5\r\n");
+  const std::vector<Task> tasks = load_tasks({dir_.string()}, {});
+  ASSERT_EQ(tasks.size(), 2u);
+  EXPECT_EQ(tasks[0].items.size(), 2u);
+  EXPECT_EQ(prompt_of(tasks[0].items[0]), "Swali: Ngapi?\nAnswer:");
+  EXPECT_THAT(tasks[0].stop, ElementsAre("Swali:"));
+  EXPECT_THAT(tasks[0].items[1].targets, ElementsAre("1000"));
+  EXPECT_EQ(prompt_of(tasks[1].items[0]), "Question: Di kae?\nAnswer:");  // no words of its own
+  EXPECT_THAT(tasks[1].items[0].targets, ElementsAre("-2.5"));
+  EXPECT_THAT(error_of({write("lexicon.tsv", "water\tmetsi\nalone\n")}),
+              AllOf(HasSubstr("2 damaged rows"), HasSubstr("line 2: expected a question, a tab and a number")));
+}
+
 TEST_F(TaskFiles, FoldersGiveTheirFilesByName) {
   write("b.jsonl", R"({"query": "q", "choices": ["a"], "gold": 0})");
   write("a.jsonl", R"({"query": "q", "choices": ["a"], "gold": 0})");
@@ -137,6 +217,10 @@ TEST(SharedData, RealTasksLoad) {
   EXPECT_EQ(std::count_if(superni.begin(), superni.end(), [](const Task& task) { return task.ranked(); }), 10);
   for (const Task& task : load_tasks({(data / "p3_rendered/eval").string()}, {}))
     EXPECT_TRUE(task.ranked()) << task.name;
+  EXPECT_EQ(load_tasks({(data / "humaneval").string()}, {})[0].items.size(), 164u);
+  EXPECT_EQ(load_tasks({(data / "mbpp").string()}, {.num_fewshot = 3})[0].items.size(), 500u);
+  EXPECT_EQ(load_tasks({(data / "gsm8k/test.jsonl").string()}, {})[0].items.size(), 1319u);
+  for (const Task& task : load_tasks({(data / "mgsm").string()}, {})) EXPECT_EQ(task.items.size(), 250u) << task.name;
 }
 
 }  // namespace

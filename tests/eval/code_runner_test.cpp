@@ -1,0 +1,169 @@
+#include "moesaic/eval/code_runner.h"
+
+#include <gtest/gtest.h>
+#include <linux/landlock.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+
+#include "moesaic/base/json.h"
+#include "moesaic/eval/task.h"
+
+namespace moesaic::eval {
+namespace {
+namespace fs = std::filesystem;
+
+Verdict run(const std::string& program) {
+  static const CodeRunner runner({.cpu_seconds = 2, .seconds = 5, .memory = int64_t{512} << 20});
+  return runner.run(program);
+}
+
+/// A program that passes when `statement` is refused.
+std::string refused(const std::string& statement) {
+  return "import ctypes, os, resource, signal, socket, sys\ntry:\n    " + statement +
+         "\nexcept OSError as error:\n    assert error.errno in (1, 13), error\nelse:\n    raise SystemExit(1)\n";
+}
+
+bool has_landlock() { return syscall(SYS_landlock_create_ruleset, nullptr, 0, LANDLOCK_CREATE_RULESET_VERSION) >= 1; }
+
+TEST(CodeRunner, PassesWhatRunsToItsEnd) {
+  EXPECT_EQ(run("import math, typing, collections\nassert math.gcd(6, 9) == 3"), Verdict::kPassed);
+  EXPECT_EQ(run(""), Verdict::kPassed);
+  EXPECT_EQ(run("print('x' * 1000000)\nassert input is not None"), Verdict::kPassed);
+  EXPECT_EQ(run("if __name__ == '__main__':\n    raise SystemExit(1)"), Verdict::kPassed);  // as a module is tested
+}
+
+TEST(CodeRunner, FailsWhatRaises) {
+  EXPECT_EQ(run("assert 1 == 2"), Verdict::kFailed);
+  EXPECT_EQ(run("def broken(:\n"), Verdict::kFailed);
+  EXPECT_EQ(run("\xFF\xFE"), Verdict::kFailed);
+  EXPECT_EQ(run(std::string("x = 1\0", 6)), Verdict::kFailed);
+  EXPECT_EQ(run("input()"), Verdict::kFailed);  // no standard input
+}
+
+TEST(CodeRunner, LeavingEarlyIsNoPass) {
+  EXPECT_EQ(run("import sys\nsys.exit(0)\nassert False"), Verdict::kFailed);
+  EXPECT_EQ(run("import os\nos._exit(0)"), Verdict::kFailed);
+}
+
+TEST(CodeRunner, StopsEndlessPrograms) {
+  EXPECT_EQ(run("while True: pass"), Verdict::kTimedOut);  // by its CPU time
+  const CodeRunner hurried({.cpu_seconds = 2, .seconds = 1});
+  EXPECT_EQ(hurried.run("import time\ntime.sleep(600)"), Verdict::kTimedOut);
+  EXPECT_EQ(hurried.run("import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)"),
+            Verdict::kTimedOut);
+}
+
+TEST(CodeRunner, BoundsMemoryAndFiles) {
+  EXPECT_EQ(run("x = bytearray(2 << 30)"), Verdict::kFailed);
+  EXPECT_EQ(run("x = []\nwhile True: x.append(bytearray(1 << 20))"), Verdict::kFailed);
+  EXPECT_EQ(run("file = open('big', 'wb')\nwhile True: file.write(bytes(1 << 20)); file.flush()"), Verdict::kFailed);
+}
+
+TEST(CodeRunner, TellsDeathBySignal) {
+  EXPECT_EQ(run("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)"), Verdict::kKilled);
+}
+
+TEST(CodeRunner, StartsNoProcess) {
+  EXPECT_EQ(run(refused("os.fork()")), Verdict::kPassed);
+  EXPECT_EQ(run(refused("os.system('true') == 0 or os.posix_spawn('/bin/true', ['true'], {})")), Verdict::kPassed);
+  EXPECT_EQ(run("import os\nwhile True: os.fork()"), Verdict::kFailed);
+  EXPECT_EQ(run("import subprocess\nsubprocess.Popen(['sleep', '600'], start_new_session=True)"), Verdict::kFailed);
+}
+
+TEST(CodeRunner, LeavesNothingBehind) {
+  // a thread that never ends must neither hold up the end nor outlive it
+  EXPECT_EQ(run("import threading, time\nthreading.Thread(target=time.sleep, args=(600,)).start()"), Verdict::kPassed);
+  EXPECT_EQ(waitpid(-1, nullptr, WNOHANG), -1);
+  EXPECT_EQ(errno, ECHILD);
+  for (const fs::directory_entry& entry : fs::directory_iterator(fs::temp_directory_path())) {
+    EXPECT_FALSE(entry.path().filename().string().starts_with(fmt::format("moesaic_program_{}_", getpid())))
+        << entry.path();
+  }
+}
+
+TEST(CodeRunner, HasNoNetwork) {
+  EXPECT_EQ(run(refused("socket.socket()")), Verdict::kPassed);
+  EXPECT_EQ(run(refused("socket.socket(socket.AF_UNIX)")), Verdict::kPassed);
+  EXPECT_EQ(run(refused("socket.socketpair()")), Verdict::kPassed);
+  EXPECT_EQ(run("import urllib.request\nurllib.request.urlopen('http://127.0.0.1:9')"), Verdict::kFailed);
+}
+
+TEST(CodeRunner, TouchesNoOtherProcess) {
+  EXPECT_EQ(run(refused("os.kill(os.getppid(), 0)")), Verdict::kPassed);
+  EXPECT_EQ(run(refused("os.kill(0, signal.SIGTERM)")), Verdict::kPassed);
+  EXPECT_EQ(run(refused("resource.prlimit(os.getppid(), resource.RLIMIT_NOFILE)")), Verdict::kPassed);
+  EXPECT_EQ(run("import os\nassert set(os.environ) <= {'PYTHONHASHSEED', 'LC_CTYPE'}, os.environ"), Verdict::kPassed);
+  // standard streams, and the one that lists them
+  EXPECT_EQ(run("import os\nassert len(os.listdir('/proc/self/fd')) == 4"), Verdict::kPassed);
+}
+
+TEST(CodeRunner, WritesInItsOwnFolderAlone) {
+  EXPECT_EQ(run("open('a', 'w').write('x')\nimport os\nos.mkdir('d')\nos.rename('a', 'd/a')\nos.remove('d/a')"),
+            Verdict::kPassed);
+  const fs::path outside = fs::temp_directory_path() / fmt::format("moesaic_outside_{}", getpid());
+  std::ofstream(outside) << "kept";
+  EXPECT_EQ(run(refused(fmt::format("os.chmod('{}', 0)", outside.string()))), Verdict::kPassed);
+  if (!has_landlock()) {
+    fs::remove(outside);
+    GTEST_SKIP() << "this kernel has no Landlock, so writes outside are not refused";
+  }
+  for (const char* statement : {"open('{}', 'w')", "open('{}', 'a')", "os.remove('{}')", "os.truncate('{}', 0)",
+                                "os.symlink('x', '{}2')", "os.mkdir('{}2')", "os.rename('program.py', '{}2')"}) {
+    std::string filled = statement;
+    filled.replace(filled.find("{}"), 2, outside.string());
+    if (filled.starts_with("os.rename")) {  // EXDEV, what Landlock answers to a move out of the folder
+      EXPECT_EQ(run("import os\n" + filled), Verdict::kFailed) << filled;
+    } else {
+      EXPECT_EQ(run(refused(filled)), Verdict::kPassed) << filled;
+    }
+  }
+  EXPECT_EQ(read_file(outside), "kept");
+  EXPECT_FALSE(fs::exists(outside.string() + "2"));
+  fs::remove(outside);
+}
+
+TEST(CodeRunner, TheOrderOfSetsIsFixed) {
+  const std::string order = "text = ''.join({'red', 'green', 'blue', 'white', 'black', 'pink'})\n";
+  const Verdict first = run(order + "assert text < 'c'");
+  for (int i = 0; i < 3; ++i) EXPECT_EQ(run(order + "assert text < 'c'"), first);
+}
+
+TEST(CodeIn, TakesTheFencedBlock) {
+  EXPECT_EQ(code_in("    return x\n"), "    return x\n");
+  EXPECT_EQ(code_in("Here it is:\n```python\ndef f():\n    return 1\n```\nIt returns 1."), "def f():\n    return 1\n");
+  EXPECT_EQ(code_in("```\nx = 1\n```"), "x = 1\n");
+  EXPECT_EQ(code_in("```py\nx = 1\n"), "x = 1\n");  // cut short
+  EXPECT_EQ(code_in("```"), "");
+  EXPECT_EQ(code_in("Sure: ```python\n```"), "");
+}
+
+TEST(CodeIn, AFenceBehindBareCodeEndsIt) {
+  EXPECT_EQ(code_in("    return x\n```\n\nExample:\n```\nf(1)\n```"), "    return x\n");
+  EXPECT_EQ(code_in("def f():\n    return 1\n```\n"), "def f():\n    return 1\n");
+}
+
+TEST(SharedData, CanonicalSolutionsPass) {
+  const char* given = std::getenv("MOESAIC_DATA_DIR");
+  const fs::path data = given ? fs::path(given) : fs::path(MOESAIC_SOURCE_DIR) / "../shared/data";
+  if (!fs::exists(data / "humaneval")) GTEST_SKIP() << "no data set folder at " << data;
+  const CodeRunner runner;
+  // Every seventh of HumanEval and fiftieth of MBPP; MOESAIC_ALL_PROGRAMS=1 runs all.
+  const bool all = std::getenv("MOESAIC_ALL_PROGRAMS") != nullptr;
+  for (const Task& task : load_tasks({(data / "humaneval").string(), (data / "mbpp").string()}, {})) {
+    const size_t step = all ? 1 : task.name == "mbpp" ? 50 : 7;
+    for (size_t i = 0; i < task.items.size(); i += step) {
+      const Item& item = task.items[i];
+      const Verdict verdict = runner.run(item.program->before + item.targets[0] + item.program->after);
+      EXPECT_EQ(verdict, Verdict::kPassed) << task.name << " " << item.doc["task_id"] << " " << name_of(verdict);
+      EXPECT_EQ(runner.run(item.program->before + "    pass\n" + item.program->after), Verdict::kFailed)
+          << item.doc["task_id"];
+    }
+  }
+}
+
+}  // namespace
+}  // namespace moesaic::eval
