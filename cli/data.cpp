@@ -2,7 +2,9 @@
 #include <unistd.h>
 
 #include "cli/command.h"
+#include "cli/new_model.h"
 #include "moesaic/base/yaml.h"
+#include "moesaic/data/key_files.h"
 #include "moesaic/data/skills.h"
 #include "moesaic/data/validate.h"
 #include "moesaic/formats/checkpoint.h"
@@ -16,8 +18,8 @@ struct DataOptions {
   std::vector<std::string> overrides;
   int64_t examples = 3;
   std::string file, formatting = "auto";  // validate
-  std::string folder;                     // skills
-  int64_t train_rows = 400, test_rows = 40;
+  std::string folder;                     // skills, keys
+  int64_t train_rows = 400, test_rows = 40, key_test_rows = 200;
 };
 
 /// One line per token: its place, its id, `*` where it is a target, and its text.
@@ -41,7 +43,8 @@ int preview(const DataOptions& options) {
   Json config = read_yaml(options.run);
   apply_overrides(config, options.overrides);
   const train::RunConfig run = train::parse_run_config(config, options.run);
-  const auto checkpoint = formats::Checkpoint::open(run.model_name_or_path);
+  const auto checkpoint =
+      run.init == "random" ? open_new_model(run).checkpoint : formats::Checkpoint::open(run.model_name_or_path);
   const auto renderer = data::Renderer::open(*checkpoint, run.render);
   auto datasets =
       data::train_validation(data::resolve_datasets(run.dataset, run.dataset_dir), run.val_size, run.train.seed).first;
@@ -86,11 +89,18 @@ Runner add_data(CLI::App& app, CommonOptions& common) {
   skills_app->add_option("folder", options->folder, "Folder; created")->required();
   skills_app->add_option("--train_rows", options->train_rows, "Rows of each trained skill")->capture_default_str();
   skills_app->add_option("--test_rows", options->test_rows, "Test rows of each skill")->capture_default_str();
+  CLI::App* keys_app = app.add_subcommand("keys", "Write key-value arithmetic as data sets and tasks into a folder");
+  keys_app->add_option("folder", options->folder, "Folder; created")->required();
+  keys_app->add_option("--test_rows", options->key_test_rows, "Questions of each task")->capture_default_str();
   // The common flags may follow the sub-command.
-  for (CLI::App* verb : {preview_app, validate_app, skills_app}) verb->fallthrough();
-  return [options, preview_app, validate_app, &common] {
+  for (CLI::App* verb : {preview_app, validate_app, skills_app, keys_app}) verb->fallthrough();
+  return [options, preview_app, validate_app, keys_app, &common] {
     if (preview_app->parsed()) return preview(*options);
     if (validate_app->parsed()) return validate(*options);
+    if (keys_app->parsed()) {
+      data::write_key_files(options->folder, options->key_test_rows, common.seed);
+      return 0;
+    }
     data::write_skills(options->folder, options->train_rows, options->test_rows, common.seed);
     return 0;
   };

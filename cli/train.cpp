@@ -2,6 +2,7 @@
 #include <iostream>
 
 #include "cli/load.h"
+#include "cli/new_model.h"
 #include "moesaic/base/device.h"
 #include "moesaic/base/progress.h"
 #include "moesaic/base/seed.h"
@@ -67,6 +68,10 @@ class TrainCommand {
       composition_ = compose::load_composition(run_.model_name_or_path, {.dtype = dtype_, .device = device_});
       checkpoint_ = composition_->anchor_member().checkpoint;
     } else {
+    } else if (random) {
+      NewModel made = open_new_model(run_);
+      checkpoint_ = made.checkpoint;
+      tokenizer_origin_ = made.tokenizer;
       checkpoint_ = formats::Checkpoint::open(run_.model_name_or_path, !random);
     }
     config_ = checkpoint_->config();
@@ -152,6 +157,7 @@ class TrainCommand {
     fmt::print("model      {} ({}, {} parameters, {} on {})\n", run_.model_name_or_path, model_->config().model_type,
                format_count(static_cast<double>(base_parameters_)), dtype_name(dtype_), device_.str());
     int64_t trainable = base_parameters_;
+    if (!tokenizer_origin_.empty()) fmt::print("tokenizer  {}\n", tokenizer_origin_);
     if (composed()) {
       trainable = 0;
       for (const auto& parameter : composition_->parameters()) trainable += parameter.numel();
@@ -212,7 +218,7 @@ class TrainCommand {
     const fs::path& dir = run_.train.output_dir;
     fs::create_directories(dir);
     write_file_atomically(dir / "run.yaml", to_yaml(run_.resolved));
-    if (full() || composed()) return;  // the folder brings its own, or names the models that do
+    if (composed()) return;  // the folder names the models that bring their own
     write_file_atomically(dir / "tokenizer.json", renderer_->tokenizer().json());
     write_file_atomically(dir / "tokenizer_config.json", renderer_->tokenizer().config().dump(2) + "\n");
     if (chat_template_) write_file_atomically(dir / "chat_template.jinja", *chat_template_);
@@ -298,6 +304,7 @@ class TrainCommand {
   std::shared_ptr<compose::Composition> composition_;  // finetuning_type calm; model_ is then its anchor
   std::shared_ptr<models::CausalLM> model_;
   std::unique_ptr<adapters::Adapter> adapter_;  // after the model: it detaches first
+  std::string tokenizer_origin_;  // of a model from nothing with another tokenizer than its folder's
   std::shared_ptr<data::Renderer> renderer_;
   std::unique_ptr<data::Mixture> mixture_;
   std::vector<data::Example> eval_examples_;

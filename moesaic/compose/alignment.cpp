@@ -86,8 +86,9 @@ size_t closed_chunk(std::string_view text) {
 Alignment::Alignment(std::shared_ptr<const tokenizer::Tokenizer> anchor,
                      std::shared_ptr<const tokenizer::Tokenizer> augmenting, const std::string& rule,
                      const std::string& policy)
-    : by_word_(rule == "word"), policy_(policy) {
-  MOESAIC_CHECK(rule == "word" || rule == "token", ConfigError, "align: got '{}', expected word or token", rule);
+    : prompt_by_word_(rule != "token"), answer_by_word_(rule == "word"), policy_(policy) {
+  MOESAIC_CHECK(rule == "word" || rule == "token" || rule == "mixed", ConfigError,
+                "align: got '{}', expected word, token or mixed", rule);
   MOESAIC_CHECK(policy == "causal" || policy == "prefix" || policy == "full", ConfigError,
                 "mask: got '{}', expected causal, prefix or full", policy);
   MOESAIC_CHECK((anchor == nullptr) == (augmenting == nullptr), ConfigError,
@@ -129,10 +130,12 @@ std::vector<int64_t> Aligner::read(int64_t id, bool border) {
   open_ += decoder_->push(id);
   const bool special =
       id >= 0 && id < std::ssize(alignment_->is_special_) && alignment_->is_special_[static_cast<size_t>(id)];
-  if (alignment_->by_word_) {
+  const bool by_word = answering_ ? alignment_->answer_by_word_ : alignment_->prompt_by_word_;
+  answering_ = answering_ || border;
+  if (by_word) {
     while (const size_t bytes = closed_chunk(open_)) close(bytes, ids);
   }
-  if (!open_.empty() && (border || special || !alignment_->by_word_)) close(open_.size(), ids);
+  if (!open_.empty() && (border || special || !by_word)) close(open_.size(), ids);
   return ids;
 }
 

@@ -20,13 +20,15 @@ bool same_tokenizer(const tokenizer::Tokenizer& a, const tokenizer::Tokenizer& b
 ///   word   a chunk is a run of white space with the run of other characters behind it; it closes at the next white
 ///          space, at a border (a special token, the end of a prompt) or after 32 characters
 ///   token  the characters that an anchor token completes
+///   mixed  word up to the first border, token behind it: a prompt is read as the augmenting model knows it, and an
+///          answer without the delay of a word
 ///
 /// Each stretch is tokenised by itself. So what is committed after a prefix of the text depends on that prefix alone
 /// and only grows: the anchor position that ends the prefix may see it without knowing anything of what follows.
 /// With equal tokenizers the ids pass through.
 class Alignment {
  public:
-  /// rule: word | token. policy: causal (as above) | prefix (nothing behind the first border is read) | full (every
+  /// rule: word | token | mixed. policy: causal (as above) | prefix (nothing behind the first border is read) | full (every
   /// position sees all, also the future: for comparison with other code only).
   /// Throws ConfigError for another word. Without tokenizers (both nullptr) the ids pass through.
   Alignment(std::shared_ptr<const tokenizer::Tokenizer> anchor, std::shared_ptr<const tokenizer::Tokenizer> augmenting,
@@ -41,7 +43,7 @@ class Alignment {
   std::shared_ptr<const tokenizer::Tokenizer> continuation_;  // augmenting_ without a blank put in front of a text
   std::vector<int64_t> start_;                                // BOS, or EOS where there is none, in front of the text
   std::vector<uint8_t> is_special_;                           // by anchor id
-  bool by_word_;
+  bool prompt_by_word_, answer_by_word_;
   std::string policy_;
 };
 
@@ -70,6 +72,7 @@ class Aligner {
   std::optional<tokenizer::StreamDecoder> decoder_;
   std::string open_;  // characters that are not committed yet
   bool at_start_ = true, frozen_ = false;
+  bool answering_ = false;  // behind the first border
 };
 
 /// Bytes of the first chunk of `text` when it is closed, else 0 (see Alignment, rule `word`). UTF-8.

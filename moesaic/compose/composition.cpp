@@ -83,7 +83,7 @@ void validate(const CompositionConfig& config, const models::DecoderConfig& anch
   for (size_t m = 0; m < std::min(config.augmenting.size(), augmenting.size()); ++m) {
     const AugmentingConfig& entry = config.augmenting[m];
     const std::string name = fmt::format("augmenting[{}]", m);
-    one_of((name + ".align").c_str(), entry.align, {"word", "token"});
+    one_of((name + ".align").c_str(), entry.align, {"word", "token", "mixed"});
     one_of((name + ".mask").c_str(), entry.mask, {"causal", "prefix", "full"});
     require(!entry.connections.empty(), name + ".connections: got none, expected at least one");
     for (const ConnectionPair& pair : entry.connections) {

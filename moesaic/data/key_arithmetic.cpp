@@ -18,34 +18,10 @@ int64_t draw(std::mt19937_64& random, int64_t below) {
   return static_cast<int64_t>(random() % static_cast<uint64_t>(below));
 }
 
-/// Each value five times over the keys, mixed: a permutation of 0 .. 499, modulo 100. Keys 0 .. 99 are held in.
+/// Each value five times over the keys. Keys 0 .. 99 are held in.
 const Ids& key_values() {
-  static const Ids values = [] {
-    Ids permutation(kKeys);
-    std::iota(permutation.begin(), permutation.end(), 0);
-    std::mt19937_64 random(derive_seed(0, "key values"));
-    for (int64_t i = kKeys - 1; i > 0; --i) std::swap(permutation[i], permutation[draw(random, i + 1)]);
-    for (int64_t& value : permutation) value %= kValues;
-    return permutation;
-  }();
+  static const Ids values = draw_key_values(kKeys, kValues, 0);
   return values;
-}
-
-/// Pronounceable strings of 2 to 6 letters, all different.
-std::vector<std::string> key_names() {
-  constexpr std::string_view consonants = "bcdfghjklmnprstvwz", vowels = "aeiou";
-  std::mt19937_64 random(derive_seed(0, "key names"));
-  std::set<std::string> seen;
-  std::vector<std::string> names;
-  while (std::ssize(names) < kKeys) {
-    std::string name;
-    for (int64_t i = 0, length = 2 + draw(random, 5); i < length; ++i) {
-      const std::string_view letters = i % 2 == 0 ? consonants : vowels;
-      name += letters[static_cast<size_t>(draw(random, std::ssize(letters)))];
-    }
-    if (seen.insert(name).second) names.push_back(name);
-  }
-  return names;
 }
 
 struct Expression {
@@ -98,13 +74,38 @@ Ids arithmetic_prompt(std::mt19937_64& random) {
 
 }  // namespace
 
+std::vector<int64_t> draw_key_values(int64_t keys, int64_t values, uint64_t seed) {
+  Ids permutation(keys);
+  std::iota(permutation.begin(), permutation.end(), 0);
+  std::mt19937_64 random(derive_seed(seed, "key values"));
+  for (int64_t i = keys - 1; i > 0; --i) std::swap(permutation[i], permutation[draw(random, i + 1)]);
+  for (int64_t& value : permutation) value %= values;
+  return permutation;
+}
+
+std::vector<std::string> draw_key_names(int64_t keys, uint64_t seed) {
+  constexpr std::string_view consonants = "bcdfghjklmnprstvwz", vowels = "aeiou";
+  std::mt19937_64 random(derive_seed(seed, "key names"));
+  std::set<std::string> seen;
+  std::vector<std::string> names;
+  while (std::ssize(names) < keys) {
+    std::string name;
+    for (int64_t i = 0, length = 2 + draw(random, 5); i < length; ++i) {
+      const std::string_view letters = i % 2 == 0 ? consonants : vowels;
+      name += letters[static_cast<size_t>(draw(random, std::ssize(letters)))];
+    }
+    if (seen.insert(name).second) names.push_back(name);
+  }
+  return names;
+}
+
 int64_t key_bos_id() { return kBos; }
 int64_t key_eos_id() { return kEos; }
 
 Json key_tokenizer_json() {
   Json vocabulary = Json::object();
   for (int64_t digit = 0; digit < 10; ++digit) vocabulary[std::to_string(digit)] = digit;
-  const std::vector<std::string> names = key_names();
+  const std::vector<std::string> names = draw_key_names(kKeys, 0);
   for (const auto& [name, id] : {std::pair("+", kPlus),
                                  {"-", kMinus},
                                  {"*", kTimes},

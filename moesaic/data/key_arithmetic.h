@@ -29,6 +29,11 @@ struct KeyQuestion {
   std::vector<int64_t> wanted;  // the substituted expression, or the digits of the answer
 };
 
+/// What each key is worth: a permutation of 0 .. keys-1, modulo `values`.
+std::vector<int64_t> draw_key_values(int64_t keys, int64_t values, uint64_t seed);
+/// Pronounceable strings of 2 to 6 letters, all different.
+std::vector<std::string> draw_key_names(int64_t keys, uint64_t seed);
+
 /// tokenizer.json and tokenizer_config.json of the 520 tokens, which stand apart by blanks in a text.
 Json key_tokenizer_json();
 Json key_tokenizer_config();

@@ -57,6 +57,8 @@ std::vector<std::string> known_keys() {
     for (const auto& [inner, inner_value] : value.items()) keys.push_back(key + "." + inner);
   }
   keys.push_back("router.renormalize");
+  keys.push_back("tokenizer.train");
+  keys.push_back("tokenizer.vocab_size");
   return keys;
 }
 
@@ -68,6 +70,27 @@ std::vector<std::string> split_commas(const std::string& text) {
     if (begin != std::string::npos) parts.push_back(part.substr(begin, end - begin + 1));
   }
   return parts;
+}
+
+/// tokenizer: a path, or {train: bpe, vocab_size: N}.
+void parse_tokenizer(const Json& json, const std::string& where, RunConfig& run) {
+  if (json.is_null()) return;
+  MOESAIC_CHECK(run.init == "random" && run.finetuning_type == "full", UsageError,
+                "{}: got one for init {} and finetuning_type {}, expected random and full: a trained model keeps the "
+                "tokenizer it was trained with",
+                where, run.init, run.finetuning_type);
+  MOESAIC_CHECK((json.is_string() && !json.get_ref<const std::string&>().empty()) || json.is_object(), UsageError,
+                "{}: got {}, expected a folder, a file or {{train: bpe, vocab_size: N}}", where, json.dump());
+  if (json.is_string()) {
+    run.tokenizer = json.get<std::string>();
+    return;
+  }
+  const auto kind = get<std::string>(json, "train", where);
+  MOESAIC_CHECK(kind == "bpe", UsageError, "{}.train: got '{}', expected bpe", where, kind);
+  run.tokenizer_vocab_size = get<int64_t>(json, "vocab_size", where);
+  MOESAIC_CHECK(run.tokenizer_vocab_size >= tokenizer::Tokenizer::kSmallestTrained, UsageError,
+                "{}.vocab_size: got {}, expected at least {}: 256 bytes, <bos>, <eos> and <pad>", where,
+                run.tokenizer_vocab_size, tokenizer::Tokenizer::kSmallestTrained);
 }
 
 /// lora_target: a preset, a list of names, names separated by commas, or one regex over whole module paths.
@@ -210,6 +233,7 @@ const Json& run_defaults() {
               {"finetuning_type", "molora"},
               {"adapter_name_or_path", nullptr},
               {"lora_target", nullptr},
+              {"tokenizer", nullptr},
               {"feedforward_modules", nullptr},
               {"layers_to_transform", nullptr},
               {"num_experts", nullptr},
@@ -265,6 +289,7 @@ RunConfig parse_run_config(const Json& given, const std::string& where) {
 
     auto& adapter = run.adapter;
     adapter.method = run.finetuning_type;
+    parse_tokenizer(json.at("tokenizer"), where + ": tokenizer", run);
     auto read = [&](const char* key, auto& field) {
       field = get<std::remove_reference_t<decltype(field)>>(json, key, where);
     };

@@ -13,6 +13,8 @@ namespace moesaic::train {
 struct RunConfig {
   std::string model_name_or_path;
   std::string init = "pretrained";   // pretrained | random (from config.json alone)
+  std::string tokenizer;             // of a model from nothing: folder or file; "" = the model's own, or trained
+  int64_t tokenizer_vocab_size = 0;  // above 0: trained on the run's texts
   std::string finetuning_type;       // lora | ia3 | mov | molora | calm | full
   std::string adapter_name_or_path;  // start from this adapter's numbers
   adapters::AdapterConfig adapter;   // targets are empty when `target_preset` names them

@@ -1,0 +1,146 @@
+#include "cli/new_model.h"
+
+#include "moesaic/data/texts.h"
+#include "moesaic/tokenizer/tokenizer.h"
+#include "moesaic/train/checkpoint.h"
+
+namespace moesaic::cli {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr size_t kMostTrainingText = size_t{64} << 20;  // bytes that a tokenizer is trained on
+
+struct TokenizerFiles {
+  std::string json;              // tokenizer.json
+  Json config = Json::object();  // tokenizer_config.json
+  std::optional<std::string> chat_template;
+};
+
+/// A configuration with another tokenizer and no weights.
+class BlankCheckpoint : public formats::Checkpoint {
+ public:
+  BlankCheckpoint(const Checkpoint& model, Json config, TokenizerFiles tokenizer) : tokenizer_(std::move(tokenizer)) {
+    path_ = model.path();
+    config_ = std::move(config);
+  }
+  std::vector<std::string> names() const override { return {}; }
+  bool contains(const std::string&) const override { return false; }
+  std::vector<int64_t> shape(const std::string& name) const override {
+    return no_weights(name), std::vector<int64_t>();
+  }
+  at::ScalarType dtype(const std::string& name) const override { return no_weights(name), at::kFloat; }
+  at::Tensor tensor(const std::string& name) const override { return no_weights(name), at::Tensor(); }
+  void read_into(const std::string& name, at::Tensor) const override { no_weights(name); }
+  std::optional<std::string> tokenizer_json() const override { return tokenizer_.json; }
+  Json tokenizer_config() const override { return tokenizer_.config; }
+  std::optional<std::string> chat_template() const override { return tokenizer_.chat_template; }
+  Json generation_config() const override { return Json::object(); }
+  std::string fingerprint() const override { return ""; }
+
+ private:
+  void no_weights(const std::string& name) const {
+    throw DataError(fmt::format("{}: has no tensor '{}': it is made from nothing", path_.string(), name));
+  }
+  TokenizerFiles tokenizer_;
+};
+
+/// `path`: a folder with tokenizer.json, that file itself, or a .gguf file.
+TokenizerFiles read_tokenizer(const fs::path& path) {
+  if (path.extension() == ".gguf") {
+    const auto checkpoint = formats::Checkpoint::open(path, false);
+    const auto json = checkpoint->tokenizer_json();
+    MOESAIC_CHECK(json, DataError, "{}: holds no tokenizer", path.string());
+    return {*json, checkpoint->tokenizer_config(), checkpoint->chat_template()};
+  }
+  const fs::path file = fs::is_directory(path) ? path / "tokenizer.json" : path;
+  MOESAIC_CHECK(fs::is_regular_file(file), DataError,
+                "tokenizer: {}: no such file; expected a folder with tokenizer.json, that file, or a .gguf file",
+                file.string());
+  TokenizerFiles files;
+  files.json = read_file(file, size_t{256} << 20);
+  if (const fs::path config = file.parent_path() / "tokenizer_config.json"; fs::exists(config)) {
+    files.config = read_json(config, size_t{64} << 20);
+    MOESAIC_CHECK(files.config.is_object(), FormatError, "{}: is not a JSON object", config.string());
+  }
+  if (const fs::path chat = file.parent_path() / "chat_template.jinja"; fs::exists(chat)) {
+    files.chat_template = read_file(chat, size_t{16} << 20);
+  } else if (files.config.contains("chat_template") && files.config["chat_template"].is_string()) {
+    files.chat_template = files.config["chat_template"].get<std::string>();
+  }
+  return files;
+}
+
+/// The output folder of the run that this one goes on with, if it left its tokenizer there.
+std::optional<fs::path> resumed_folder(const train::TrainConfig& config) {
+  fs::path folder;
+  if (config.resume_from_checkpoint == "auto") {
+    if (!train::list_checkpoints(config.output_dir).empty()) folder = config.output_dir;
+  } else if (config.resume_from_checkpoint != "none") {
+    folder = fs::path(config.resume_from_checkpoint).lexically_normal();
+    if (!folder.has_filename()) folder = folder.parent_path();  // "out/checkpoint-5/"
+    folder = folder.parent_path();
+    if (folder.empty()) folder = ".";
+  }
+  if (folder.empty() || !fs::exists(folder / "tokenizer.json")) return std::nullopt;
+  return folder;
+}
+
+}  // namespace
+
+NewModel open_new_model(const train::RunConfig& run) {
+  fs::path folder = run.model_name_or_path;
+  if (folder.filename() == "config.json") folder = folder.has_parent_path() ? folder.parent_path() : ".";
+  const auto model = formats::Checkpoint::open(folder, false);
+  const int64_t config_vocabulary = get_or<int64_t>(model->config(), "vocab_size", 0, folder.string());
+  auto check_size = [&](int64_t tokens, const std::string& where) {
+    MOESAIC_CHECK(tokens <= config_vocabulary, DataError,
+                  "{}: config.json has a vocab_size of {}, expected at least the {} tokens of {}\nhint: leave "
+                  "vocab_size out of config.json, and it follows the tokenizer that the run's key `tokenizer` gives",
+                  folder.string(), config_vocabulary, tokens, where);
+  };
+  if (run.tokenizer.empty() && run.tokenizer_vocab_size == 0) {
+    if (model->tokenizer_json()) {
+      check_size(tokenizer::Tokenizer::open(*model)->vocab_size(), "the tokenizer beside it");
+    }
+    return {model, ""};
+  }
+
+  std::string origin;
+  TokenizerFiles files;
+  if (const auto begun = resumed_folder(run.train)) {
+    origin = fmt::format("from {}, as the run began", begun->string());
+    files = read_tokenizer(*begun);
+  } else if (!run.tokenizer.empty()) {
+    origin = "from " + run.tokenizer;
+    files = read_tokenizer(run.tokenizer);
+  } else {
+    const auto datasets =
+        data::train_validation(data::resolve_datasets(run.dataset, run.dataset_dir), run.val_size, run.train.seed)
+            .first;
+    const std::vector<std::string> texts = data::plain_texts(datasets, kMostTrainingText);
+    const auto trained = tokenizer::Tokenizer::train(texts, run.tokenizer_vocab_size);
+    origin = fmt::format("trained on {} texts", texts.size());
+    files = {trained->json(), trained->config(), model->chat_template()};
+  }
+  const tokenizer::Tokenizer tokenizer(files.json, files.config, origin);
+  const int64_t tokens = tokenizer.vocab_size();
+  if (config_vocabulary > 0 && !run.tokenizer.empty()) check_size(tokens, run.tokenizer);
+  const int64_t vocabulary = run.tokenizer.empty() ? tokens : std::max(tokens, config_vocabulary);
+  Json config = model->config();
+  config["vocab_size"] = vocabulary;
+  auto follow = [&](const char* key, std::optional<int64_t> id) {
+    config.erase(key);
+    if (id) config[key] = *id;
+  };
+  follow("bos_token_id", tokenizer.bos_id());
+  follow("eos_token_id", tokenizer.eos_id());
+  const auto pad = tokenizer.special_tokens().find("pad_token");
+  follow("pad_token_id", pad == tokenizer.special_tokens().end() ? std::nullopt : tokenizer.token_to_id(pad->second));
+  return {std::make_shared<BlankCheckpoint>(*model, std::move(config), std::move(files)),
+          fmt::format("{} tokens, {}; config.json follows: vocab_size {}{}{}", tokens, origin, vocabulary,
+                      tokenizer.bos_id() ? fmt::format(", bos {}", *tokenizer.bos_id()) : "",
+                      tokenizer.eos_id() ? fmt::format(", eos {}", *tokenizer.eos_id()) : "")};
+}
+
+}  // namespace moesaic::cli
