@@ -67,12 +67,12 @@ class TrainCommand {
     if (composed()) {
       composition_ = compose::load_composition(run_.model_name_or_path, {.dtype = dtype_, .device = device_});
       checkpoint_ = composition_->anchor_member().checkpoint;
-    } else {
     } else if (random) {
       NewModel made = open_new_model(run_);
       checkpoint_ = made.checkpoint;
       tokenizer_origin_ = made.tokenizer;
-      checkpoint_ = formats::Checkpoint::open(run_.model_name_or_path, !random);
+    } else {
+      checkpoint_ = formats::Checkpoint::open(run_.model_name_or_path);
     }
     config_ = checkpoint_->config();
     generation_config_ = checkpoint_->generation_config();
