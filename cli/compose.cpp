@@ -19,22 +19,47 @@ struct ComposeOptions {
 const std::vector<std::string> kKeys{
     "anchor",         "augmenting", "num_connections", "connections", "align",      "mask", "num_heads",
     "cross_position", "norm",       "attention_bias",  "output_init", "output_dir", "seed"};
-const std::vector<std::string> kEntryKeys{"model", "num_connections", "connections", "align", "mask"};
+const std::vector<std::string> kMemberKeys{"model", "adapter", "init", "seed"};
+const std::vector<std::string> kEntryKeys{"model",           "adapter",     "init",  "seed",
+                                          "num_connections", "connections", "align", "mask"};
+
+/// A model as the file gives it.
+struct MemberEntry {
+  std::string model;
+  compose::MemberOptions options;
+};
 
 /// One augmenting model as the file gives it: its own keys over the file's.
 struct Entry {
-  std::string model;
+  MemberEntry member;
   Json num_connections, connections;  // at most one is not null
   std::string align, mask;
 };
 
-Entry parse_entry(const Json& json, const Json& shared, const std::string& where) {
+/// A folder, or keys and values.
+Json member_keys(const Json& json, const std::vector<std::string>& known, const std::string& where) {
   Json own = json.is_string() ? Json{{"model", json}} : json;
   MOESAIC_CHECK(own.is_object(), UsageError, "{}: got {}, expected a folder or keys and values", where,
                 json.dump().substr(0, 80));
-  check_known_keys(own, kEntryKeys, where);
+  check_known_keys(own, known, where);
+  return own;
+}
+
+MemberEntry parse_member(const Json& own, const Json& shared, uint64_t seed, const std::string& where) {
+  MemberEntry entry{get<std::string>(own, "model", where), {}};
+  const auto init = get_or<std::string>(own, "init", "pretrained", where);
+  MOESAIC_CHECK(init == "pretrained" || init == "random", UsageError,
+                "{}: init: got '{}', expected pretrained or random", where, init);
+  const auto own_seed = get_or<uint64_t>(own, "seed", get_or<uint64_t>(shared, "seed", seed, where), where);
+  if (init == "random") entry.options.random_seed = own_seed;
+  entry.options.adapter = get_or<std::string>(own, "adapter", "", where);
+  return entry;
+}
+
+Entry parse_entry(const Json& json, const Json& shared, uint64_t seed, const std::string& where) {
+  const Json own = member_keys(json, kEntryKeys, where);
   Entry entry;
-  entry.model = get<std::string>(own, "model", where);
+  entry.member = parse_member(own, shared, seed, where);
   const Json& joins = own.contains("num_connections") || own.contains("connections") ? own : shared;
   entry.num_connections = joins.value("num_connections", Json());
   entry.connections = joins.value("connections", Json());
@@ -69,6 +94,14 @@ std::vector<compose::ConnectionPair> pairs_of(const Entry& entry, int64_t anchor
   return pairs;
 }
 
+std::string describe(const MemberEntry& entry, const models::DecoderConfig& config) {
+  std::string text = fmt::format("{} ({}, {} blocks of width {}", entry.model, config.model_type, config.num_layers,
+                                 config.hidden_size);
+  if (entry.options.random_seed) text += fmt::format(", random numbers of seed {}", *entry.options.random_seed);
+  if (!entry.options.adapter.empty()) text += ", adapter " + entry.options.adapter.string();
+  return text + ")";
+}
+
 int run(const ComposeOptions& options, const CommonOptions& common) {
   Json json = read_yaml(options.file);
   apply_overrides(json, options.overrides);
@@ -79,26 +112,38 @@ int run(const ComposeOptions& options, const CommonOptions& common) {
 
   const c10::Device device = parse_device(common.device);
   const models::LoadOptions load{parse_dtype(common.dtype, device), device, false};
-  auto open = [&](const std::string& path) { return compose::open_member(formats::Checkpoint::open(path), load); };
+  auto config_of = [](const formats::Checkpoint& checkpoint) {
+    return models::parse_decoder_config(checkpoint.config(), checkpoint.path().string());
+  };
   try {
+    const auto seed = get_or<uint64_t>(json, "seed", common.seed, where);
     const Json& list = json.contains("augmenting") ? json["augmenting"] : Json();
     MOESAIC_CHECK(!list.is_null(), UsageError, "{}: key 'augmenting' is missing", where);
     std::vector<Entry> entries;
     for (size_t m = 0; m < (list.is_array() ? list.size() : 1); ++m) {
       entries.push_back(
-          parse_entry(list.is_array() ? list[m] : list, json, fmt::format("{}: augmenting[{}]", where, m)));
+          parse_entry(list.is_array() ? list[m] : list, json, seed, fmt::format("{}: augmenting[{}]", where, m)));
     }
     const fs::path output_dir = get<std::string>(json, "output_dir", where);
-    const compose::Member anchor = open(get<std::string>(json, "anchor", where));
+    const std::string anchor_where = where + ": anchor";
+    MOESAIC_CHECK(json.contains("anchor"), UsageError, "{}: key 'anchor' is missing", where);
+    const MemberEntry anchor_entry =
+        parse_member(member_keys(json["anchor"], kMemberKeys, anchor_where), json, seed, anchor_where);
+    const compose::Member anchor =
+        compose::open_member(formats::Checkpoint::open(anchor_entry.model), load, anchor_entry.options);
     const models::DecoderConfig& anchor_config = anchor.model->config();
     std::vector<compose::Member> augmenting;
+    std::vector<models::DecoderConfig> aug_configs;
     compose::CompositionConfig config;
     for (size_t m = 0; m < entries.size(); ++m) {
-      augmenting.push_back(open(entries[m].model));
-      config.augmenting.push_back(
-          {pairs_of(entries[m], anchor_config.num_layers, augmenting.back().model->config().num_layers,
-                    fmt::format("{}: augmenting[{}]", where, m)),
-           entries[m].align, entries[m].mask});
+      const auto checkpoint = formats::Checkpoint::open(entries[m].member.model);
+      aug_configs.push_back(config_of(*checkpoint));
+      config.augmenting.push_back({pairs_of(entries[m], anchor_config.num_layers, aug_configs[m].num_layers,
+                                            fmt::format("{}: augmenting[{}]", where, m)),
+                                   entries[m].align, entries[m].mask});
+      compose::MemberOptions options = entries[m].member.options;
+      options.num_blocks = compose::num_blocks(config.augmenting[m]);
+      augmenting.push_back(compose::open_member(checkpoint, load, options));
     }
     compose::ConnectionConfig& connection = config.connection;
     connection.num_heads = get_or<int64_t>(json, "num_heads", compose::default_heads(anchor_config), where);
@@ -106,21 +151,18 @@ int run(const ComposeOptions& options, const CommonOptions& common) {
     connection.norm = get_or<std::string>(json, "norm", connection.norm, where);
     connection.attention_bias = get_or<bool>(json, "attention_bias", connection.attention_bias, where);
     connection.output_init = get_or<std::string>(json, "output_init", connection.output_init, where);
-    const uint64_t seed = get_or<uint64_t>(json, "seed", common.seed, where);
+    compose::validate(config, anchor_config, aug_configs, where);
 
     const compose::Composition composition(config, anchor, augmenting, seed);
     compose::save_composition(composition, output_dir);
     int64_t anchor_parameters = 0, trainable = 0;
     for (const auto& parameter : anchor.model->parameters()) anchor_parameters += parameter.numel();
     for (const auto& parameter : composition.parameters()) trainable += parameter.numel();
-    fmt::print("anchor      {} ({}, {} blocks of width {})\n", anchor.checkpoint->path().string(),
-               anchor_config.model_type, anchor_config.num_layers, anchor_config.hidden_size);
+    fmt::print("anchor      {}\n", describe(anchor_entry, anchor_config));
     for (size_t m = 0; m < entries.size(); ++m) {
-      const models::DecoderConfig& aug = augmenting[m].model->config();
       const bool same = anchor.tokenizer && augmenting[m].tokenizer &&
                         compose::same_tokenizer(*anchor.tokenizer, *augmenting[m].tokenizer);
-      fmt::print("augmenting  {} ({}, {} blocks of width {}), {}, mask {}\n", entries[m].model, aug.model_type,
-                 aug.num_layers, aug.hidden_size,
+      fmt::print("augmenting  {}, {}, mask {}\n", describe(entries[m].member, aug_configs[m]),
                  same ? "the same tokenizer" : "another tokenizer, aligned by " + entries[m].align, entries[m].mask);
       for (const compose::ConnectionPair& pair : config.augmenting[m].connections) {
         fmt::print("            block {} -> anchor block {}\n", pair.aug, pair.anchor);

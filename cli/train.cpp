@@ -66,6 +66,7 @@ class TrainCommand {
                   composed() ? "a composition's folder" : "a single model, or finetuning_type calm");
     if (composed()) {
       composition_ = compose::load_composition(run_.model_name_or_path, {.dtype = dtype_, .device = device_});
+      composition_->train_adapters(run_.train.train_adapters);
       checkpoint_ = composition_->anchor_member().checkpoint;
     } else if (random) {
       NewModel made = open_new_model(run_);
@@ -156,12 +157,16 @@ class TrainCommand {
   void describe() {
     fmt::print("model      {} ({}, {} parameters, {} on {})\n", run_.model_name_or_path, model_->config().model_type,
                format_count(static_cast<double>(base_parameters_)), dtype_name(dtype_), device_.str());
-    int64_t trainable = base_parameters_;
     if (!tokenizer_origin_.empty()) fmt::print("tokenizer  {}\n", tokenizer_origin_);
+    int64_t trainable = base_parameters_;
     if (composed()) {
       trainable = 0;
-      for (const auto& parameter : composition_->parameters()) trainable += parameter.numel();
+      for (const auto& tensor : train::trainable_tensors(*composition_, run_.train)) trainable += tensor.tensor.numel();
       fmt::print("method     calm, augmenting {}\n", fmt::join(augmenting_paths(), ", "));
+      for (const auto& [place, adapter] : composition_->adapters()) {
+        fmt::print("adapter    {} of the {}, {}\n", adapter->config().method, place,
+                   run_.train.train_adapters ? "trained too" : "frozen");
+      }
     } else if (!full()) {
       trainable = 0;
       for (const auto& parameter : adapter_->parameters()) trainable += parameter.tensor.numel();
@@ -186,10 +191,6 @@ class TrainCommand {
 
   /// The largest of the run's first micro-batches stands for all.
   void describe_memory() {
-    if (composed()) {
-      fmt::print("memory     no estimate for compositions\n");
-      return;
-    }
     int64_t most_tokens = 0, most_targets = 0, tokens = 0, targets = 0;
     constexpr int64_t kSampled = 32;
     for (int64_t i = 0; i < kSampled; ++i) {
@@ -206,7 +207,9 @@ class TrainCommand {
       most_targets = std::max(most_targets, targets);
     }
     const auto estimate =
-        train::estimate_memory(*model_, adapter_.get(), run_.train, most_tokens, most_targets, dtype_, device_);
+        composed()
+            ? train::estimate_memory(*composition_, run_.train, most_tokens, most_targets)
+            : train::estimate_memory(*model_, adapter_.get(), run_.train, most_tokens, most_targets, dtype_, device_);
     fmt::print("memory     {:.0f} MiB for micro-batches of up to {} tokens ({} targets), the largest of {} drawn\n",
                static_cast<double>(estimate.total()) / (1 << 20), most_tokens, most_targets, kSampled);
     for (const auto& [name, bytes] : estimate.parts) {
@@ -301,10 +304,10 @@ class TrainCommand {
   std::shared_ptr<formats::Checkpoint> checkpoint_;  // while the model is built
   Json config_, generation_config_;
   std::optional<std::string> chat_template_;
+  std::string tokenizer_origin_;  // of a model from nothing with another tokenizer than its folder's
   std::shared_ptr<compose::Composition> composition_;  // finetuning_type calm; model_ is then its anchor
   std::shared_ptr<models::CausalLM> model_;
   std::unique_ptr<adapters::Adapter> adapter_;  // after the model: it detaches first
-  std::string tokenizer_origin_;  // of a model from nothing with another tokenizer than its folder's
   std::shared_ptr<data::Renderer> renderer_;
   std::unique_ptr<data::Mixture> mixture_;
   std::vector<data::Example> eval_examples_;

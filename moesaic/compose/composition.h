@@ -1,12 +1,17 @@
 // An anchor model that reads augmenting models through learned connections. All models are frozen; only the
 // connections are trained.
 #pragma once
+#include <functional>
+#include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "moesaic/adapters/adapter.h"
 #include "moesaic/compose/alignment.h"
 #include "moesaic/compose/connection.h"
+#include "moesaic/compose/state_cache.h"
 #include "moesaic/models/causal_lm.h"
 
 namespace moesaic::compose {
@@ -31,6 +36,9 @@ struct AugmentingConfig {
   bool operator==(const AugmentingConfig&) const = default;
 };
 
+/// Blocks of the augmenting model that are run: up to the highest connected one.
+int64_t num_blocks(const AugmentingConfig& config);
+
 /// Everything that defines a composition beside its models.
 struct CompositionConfig {
   ConnectionConfig connection;
@@ -46,6 +54,8 @@ struct Member {
   std::shared_ptr<models::CausalLM> model;
   std::shared_ptr<const tokenizer::Tokenizer> tokenizer;
   std::shared_ptr<formats::Checkpoint> checkpoint{};  // where it came from; nullptr when made in memory
+  std::optional<uint64_t> random_seed{};              // its numbers are drawn, not read from the checkpoint
+  std::shared_ptr<adapters::Adapter> adapter{};       // attached to `model`, of which it must be destroyed first
 };
 
 /// For each sequence the numbers of its tokens behind which the text is known to end, ascending: the ends of prompts.
@@ -75,9 +85,27 @@ struct CompositionState {
   CompositionState select(const std::vector<int64_t>& rows) const;
 };
 
+/// How a training pass saves work.
+struct TrainingPass {
+  StateCache* states = nullptr;  // of what is frozen: nullptr = computed every time
+  /// Runs one of the anchor's blocks that have a graph; empty = CausalLM::run_layers.
+  std::function<torch::Tensor(int64_t block, const torch::Tensor& h)> run_block;
+};
+
+/// What one connection did in a pass, for people to look at.
+struct ConnectionRecord {
+  size_t augmenting, connection;       // the connection's place among those of its augmenting model
+  torch::Tensor added;                 // [N] |Y| / |H_B|
+  std::vector<torch::Tensor> weights;  // ConnectionImpl::attention_weights
+};
+
 /// H_B,j <- H_B,j + sum_k Y_k over the connections k at block j, each from the same H_B,j. Augmenting models run up to
 /// their highest connected block, without their heads. parameters() are the connections' alone, float32, named
 /// "connections.<k>.{proj,q_proj,k_proj,v_proj,o_proj}.{weight,bias}"; k runs over the augmenting models' in order.
+///
+/// Without a state, what is frozen is computed without a graph: the augmenting models, and the anchor up to its lowest
+/// connected block. On the CPU in float32 a sequence's frozen states are the same bit for bit whatever is beside it in
+/// the batch: every GEMM gets so many rows that the library computes each of them alike.
 class Composition : public torch::nn::Module {
  public:
   /// Connections with their start values. Throws ConfigError.
@@ -91,30 +119,52 @@ class Composition : public torch::nn::Module {
   /// What each augmenting model reads of `batch`. With a `state` the tokens continue its readings.
   std::vector<AlignedBatch> align(const nn::RaggedBatch& batch, const Borders& borders,
                                   CompositionState* state = nullptr) const;
-  /// The last block's output with its connections added, before the final norm: [N, D_B]. Without a cache;
-  /// differentiable. `context` is the anchor's.
+  /// The last block's output with its connections added, before the final norm: [N, D_B]. Differentiable. `context` is
+  /// the anchor's.
   torch::Tensor run_layers(const nn::RaggedBatch& batch, const std::vector<AlignedBatch>& aligned,
-                           nn::ForwardContext& context);
+                           nn::ForwardContext& context, const TrainingPass& pass = {});
   /// The final norm's output, [N, D_B]. With a `state` the batch continues it (gradients off, no mask `full`).
   torch::Tensor hidden_states(const nn::RaggedBatch& batch, const Borders& borders, nn::ForwardContext& context,
                               CompositionState* state = nullptr);
 
   CompositionState make_state(int64_t batch_size) const;
 
+  /// What every connection does in a pass without a cache, in their order.
+  std::vector<ConnectionRecord> watch(const nn::RaggedBatch& batch, const std::vector<AlignedBatch>& aligned);
+
+  /// Whether the models' adapters are trained with the connections; at first they are frozen.
+  void train_adapters(bool on);
+  bool trains_adapters() const { return trains_adapters_; }
+  /// The adapters with their places: "anchor" or "augmenting.<m>".
+  std::vector<std::pair<std::string, adapters::Adapter*>> adapters() const;
+  /// The anchor's first block that needs a graph.
+  int64_t first_trained_block() const;
+
  private:
   struct Stream {
     std::shared_ptr<const Alignment> alignment;
     std::vector<Connection> connections;
+    std::vector<int64_t> blocks;  // of the augmenting model, by connection
   };
-  std::vector<KeysValues> read(size_t m, const AlignedBatch& aligned, CompositionState::Stream* state);
+  bool is_trained(const Member& member) const { return trains_adapters_ && member.adapter != nullptr; }
+  std::string identity(const Member& member, const std::string& role) const;
+  std::vector<torch::Tensor> frozen_states(const Member& member, const std::string& role,
+                                           const std::vector<int64_t>& blocks,
+                                           const std::vector<std::vector<int64_t>>& sequences, StateCache* cache) const;
+  std::vector<KeysValues> read(size_t m, const AlignedBatch& aligned, CompositionState::Stream* state, bool training,
+                               StateCache* cache);
   torch::Tensor run(const nn::RaggedBatch& batch, const std::vector<AlignedBatch>& aligned, nn::ForwardContext& context,
-                    CompositionState* state);
+                    CompositionState* state, const TrainingPass& pass,
+                    std::vector<ConnectionRecord>* records = nullptr);
 
   CompositionConfig config_;
   Member anchor_;
   std::vector<Member> augmenting_;
   std::vector<Stream> streams_;
   std::unique_ptr<nn::Rope> rope_;  // nullptr without cross positions
+  int64_t lowest_anchor_block_ = 0;
+  bool trains_adapters_ = false;
+  mutable std::map<std::string, std::string> identities_;  // of frozen members by role, once asked for
 };
 
 }  // namespace moesaic::compose

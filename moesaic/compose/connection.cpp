@@ -7,8 +7,6 @@
 namespace moesaic::compose {
 namespace {
 
-constexpr double kNormEpsilon = 1e-6;
-
 nn::Linear make_linear(int64_t in, int64_t out, bool bias, const torch::TensorOptions& options) {
   nn::Linear linear(torch::empty({out, in}, options), bias ? torch::empty({out}, options) : torch::Tensor());
   for (torch::Tensor& parameter : linear->parameters()) parameter.set_requires_grad(true);
@@ -36,6 +34,16 @@ bool is_causal_square(const KeysValues& keys_values, const Visibility& seen) {
   return true;
 }
 
+/// Keys and values of each sequence, [S, H, k].
+std::vector<std::pair<torch::Tensor, torch::Tensor>> by_sequence(const KeysValues& keys_values) {
+  if (!keys_values.cached.empty()) return keys_values.cached;
+  const auto k = keys_values.k.split_with_sizes(lengths(keys_values.offsets));
+  const auto v = keys_values.v.split_with_sizes(lengths(keys_values.offsets));
+  std::vector<std::pair<torch::Tensor, torch::Tensor>> sequences;
+  for (size_t b = 0; b < k.size(); ++b) sequences.emplace_back(k[b], v[b]);
+  return sequences;
+}
+
 /// One sequence's queries [T, H, k], of which each sees at least one key [S, H, k].
 torch::Tensor attend(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
                      std::span<const int64_t> visible) {
@@ -60,12 +68,7 @@ torch::Tensor prefix_attention(const torch::Tensor& q, const KeysValues& keys_va
   }
   const std::vector<int64_t> rows = lengths(seen.query_offsets);
   const std::vector<torch::Tensor> queries = q.split_with_sizes(rows);
-  auto sequences = keys_values.cached;
-  if (sequences.empty()) {
-    const auto k = keys_values.k.split_with_sizes(lengths(keys_values.offsets));
-    const auto v = keys_values.v.split_with_sizes(lengths(keys_values.offsets));
-    for (size_t b = 0; b < k.size(); ++b) sequences.emplace_back(k[b], v[b]);
-  }
+  const auto sequences = by_sequence(keys_values);
   std::vector<torch::Tensor> parts;
   for (size_t b = 0; b < rows.size(); ++b) {
     const std::span<const int64_t> visible(seen.visible.data() + seen.query_offsets[b], static_cast<size_t>(rows[b]));
@@ -92,7 +95,7 @@ ConnectionImpl::ConnectionImpl(const ConnectionConfig& config, int64_t augmentin
   v_proj_ = square("v_proj");
   o_proj_ = square("o_proj");
   if (config.norm == "post") {
-    norm_ = register_module("norm", nn::RmsNorm(anchor_width, kNormEpsilon, /*offset=*/1.0, options));
+    norm_ = register_module("norm", nn::RmsNorm(anchor_width, config.norm_eps, /*offset=*/1.0, options));
     norm_->weight.set_requires_grad(true);
   }
 }
@@ -117,12 +120,37 @@ std::pair<torch::Tensor, torch::Tensor> ConnectionImpl::keys_values(const torch:
   return {k, project(v_proj_, p).view({-1, heads_, head_dim_})};
 }
 
+torch::Tensor ConnectionImpl::queries(const torch::Tensor& h, const nn::RotaryTables& rope) {
+  const torch::Tensor q = project(q_proj_, h.to(q_proj_->weight.dtype())).view({h.size(0), heads_, head_dim_});
+  return config_.cross_position == "rope" ? nn::apply_rope(q, rope) : q;
+}
+
+std::vector<torch::Tensor> ConnectionImpl::attention_weights(const torch::Tensor& h, const nn::RotaryTables& rope,
+                                                             const KeysValues& keys_values, const Visibility& seen) {
+  torch::NoGradGuard no_grad;
+  const auto sequences = by_sequence(keys_values);
+  const torch::Tensor counts = torch::tensor(seen.visible, torch::kInt64).to(h.device()).unsqueeze(1);  // [N, 1]
+  const torch::Tensor q = queries(h, rope);
+  std::vector<torch::Tensor> weights;
+  for (size_t b = 0; b < sequences.size(); ++b) {
+    const int64_t begin = seen.query_offsets[b], end = seen.query_offsets[b + 1];
+    const torch::Tensor& k = sequences[b].first;
+    if (!k.defined() || k.size(0) == 0) {
+      weights.push_back(torch::zeros({heads_, end - begin, 0}, q.options()));
+      continue;
+    }
+    const torch::Tensor hidden = torch::arange(k.size(0), counts.options()) >= counts.slice(0, begin, end);  // [T, S]
+    const torch::Tensor scores = at::matmul(q.slice(0, begin, end).transpose(0, 1), k.permute({1, 2, 0})) /
+                                 std::sqrt(static_cast<double>(head_dim_));
+    weights.push_back(scores.masked_fill(hidden, -INFINITY).softmax(-1).masked_fill(hidden, 0.0));
+  }
+  return weights;
+}
+
 torch::Tensor ConnectionImpl::forward(const torch::Tensor& h, const nn::RotaryTables& rope,
                                       const KeysValues& keys_values, const Visibility& seen) {
-  const int64_t rows = h.size(0);
-  torch::Tensor q = project(q_proj_, h.to(q_proj_->weight.dtype())).view({rows, heads_, head_dim_});
-  if (config_.cross_position == "rope") q = nn::apply_rope(q, rope);
-  torch::Tensor y = project(o_proj_, prefix_attention(q, keys_values, seen).reshape({rows, heads_ * head_dim_}));
+  const torch::Tensor mixed = prefix_attention(queries(h, rope), keys_values, seen);
+  torch::Tensor y = project(o_proj_, mixed.reshape({h.size(0), heads_ * head_dim_}));
   if (!norm_.is_empty()) y = norm_->forward(y);
   if (std::find(seen.visible.begin(), seen.visible.end(), 0) != seen.visible.end()) {
     const torch::Tensor counts = torch::tensor(seen.visible, torch::kInt64).to(y.device());

@@ -15,6 +15,7 @@ struct ConnectionConfig {
   std::string cross_position = "rope";  // rope | none (the paper)
   std::string norm = "none";            // none | post (the released code: RMSNorm with scale 1 + w on the output)
   bool attention_bias = false;          // biases at q, k, v, o (the released code)
+  double norm_eps = 1e-6;               // of norm post; a composition takes the anchor's
   std::string output_init = "zero";     // zero: the composition starts as the anchor | normal
 };
 
@@ -53,8 +54,14 @@ struct ConnectionImpl : torch::nn::Module {
   /// Y [N, D_B] in h's dtype; rows that see nothing are exactly 0.
   torch::Tensor forward(const torch::Tensor& h, const nn::RotaryTables& rope, const KeysValues& keys_values,
                         const Visibility& seen);
+  /// What `forward` gives the values as weights, for people to look at: per sequence [H, T, S] float32, 0 where nothing
+  /// is seen.
+  std::vector<torch::Tensor> attention_weights(const torch::Tensor& h, const nn::RotaryTables& rope,
+                                               const KeysValues& keys_values, const Visibility& seen);
 
  private:
+  torch::Tensor queries(const torch::Tensor& h, const nn::RotaryTables& rope);
+
   ConnectionConfig config_;
   int64_t heads_, head_dim_;
   nn::Linear proj_{nullptr}, q_proj_{nullptr}, k_proj_{nullptr}, v_proj_{nullptr}, o_proj_{nullptr};

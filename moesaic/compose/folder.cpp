@@ -4,6 +4,7 @@
 #include "moesaic/base/device.h"
 #include "moesaic/base/sha256.h"
 #include "moesaic/formats/safetensors.h"
+#include "moesaic/models/initialize.h"
 
 namespace moesaic::compose {
 namespace {
@@ -11,11 +12,14 @@ namespace {
 namespace fs = std::filesystem;
 constexpr const char* kConfigName = "calm_config.json";
 constexpr const char* kTensorsName = "calm_model.safetensors";
+const std::string kAdaptersName = "adapters";
+const std::vector<std::string> kReferenceKeys{"model", "fingerprint", "tokenizer", "dtype", "random_seed", "adapter"};
 
 /// What calm_config.json says of one model.
 struct Reference {
   fs::path path;
   std::string fingerprint, tokenizer;
+  MemberOptions options;
 };
 
 struct FolderConfig {
@@ -29,13 +33,16 @@ std::string tokenizer_hash(const formats::Checkpoint& checkpoint) {
   return json ? "sha256:" + sha256_hex(*json) : "";
 }
 
-Json reference_json(const Member& member, const fs::path& dir) {
+Json reference_json(const Member& member, const std::string& place, const fs::path& dir) {
   MOESAIC_CHECK(member.checkpoint, DataError, "{}: a model of the composition has no file to refer to", dir.string());
   const formats::Checkpoint& checkpoint = *member.checkpoint;
-  return {{"model", fs::proximate(fs::absolute(checkpoint.path()), fs::absolute(dir)).string()},
-          {"fingerprint", checkpoint.fingerprint()},
-          {"tokenizer", tokenizer_hash(checkpoint)},
-          {"dtype", dtype_name(member.model->dtype())}};
+  Json json{{"model", fs::proximate(fs::absolute(checkpoint.path()), fs::absolute(dir)).string()},
+            {"fingerprint", checkpoint.fingerprint()},
+            {"tokenizer", tokenizer_hash(checkpoint)},
+            {"dtype", dtype_name(member.model->dtype())}};
+  if (member.random_seed) json["random_seed"] = *member.random_seed;
+  if (member.adapter) json["adapter"] = kAdaptersName + ("/" + place);
+  return json;
 }
 
 void refuse_unknown_keys(const Json& json, const std::vector<std::string>& known, const std::string& where) {
@@ -47,13 +54,21 @@ void refuse_unknown_keys(const Json& json, const std::vector<std::string>& known
                 fmt::join(known, ", "));
 }
 
-Reference parse_reference(const Json& json, const fs::path& dir, const std::string& where) {
+Reference parse_reference(const Json& json, const fs::path& dir, const std::string& where,
+                          const std::vector<std::string>& more_keys) {
+  MOESAIC_CHECK(json.is_object(), ConfigError, "{}: got {}, expected keys and values", where,
+                json.dump().substr(0, 80));
+  std::vector<std::string> keys = kReferenceKeys;
+  keys.insert(keys.end(), more_keys.begin(), more_keys.end());
+  refuse_unknown_keys(json, keys, where);
   Reference reference;
   reference.path = get<std::string>(json, "model", where);
   if (reference.path.is_relative()) reference.path = dir / reference.path;
   reference.path = reference.path.lexically_normal();
   reference.fingerprint = get<std::string>(json, "fingerprint", where);
   reference.tokenizer = get<std::string>(json, "tokenizer", where);
+  if (json.contains("random_seed")) reference.options.random_seed = get<uint64_t>(json, "random_seed", where);
+  if (json.contains("adapter")) reference.options.adapter = dir / get<std::string>(json, "adapter", where);
   return reference;
 }
 
@@ -72,25 +87,27 @@ FolderConfig parse_folder_config(const Json& json, const fs::path& dir) {
   connection.cross_position = get<std::string>(json, "cross_position", where);
   connection.norm = get<std::string>(json, "norm", where);
   connection.attention_bias = get<bool>(json, "attention_bias", where);
-  config.anchor = parse_reference(get<Json>(json, "anchor", where), dir, where + ": anchor");
+  config.anchor = parse_reference(get<Json>(json, "anchor", where), dir, where + ": anchor", {});
   const Json list = get<Json>(json, "augmenting", where);
   MOESAIC_CHECK(list.is_array(), ConfigError, "{}: key 'augmenting': got {}, expected a list", where,
                 list.dump().substr(0, 80));
   for (size_t m = 0; m < list.size(); ++m) {
     const std::string entry_where = fmt::format("{}: augmenting[{}]", where, m);
-    refuse_unknown_keys(list[m], {"model", "fingerprint", "tokenizer", "dtype", "connections", "align", "mask"},
-                        entry_where);
-    config.augmenting.push_back(parse_reference(list[m], dir, entry_where));
+    config.augmenting.push_back(parse_reference(list[m], dir, entry_where, {"connections", "align", "mask"}));
     AugmentingConfig entry;
     entry.align = get<std::string>(list[m], "align", entry_where);
     entry.mask = get<std::string>(list[m], "mask", entry_where);
-    for (const Json& pair : get<Json>(list[m], "connections", entry_where)) {
+    const Json pairs = get<Json>(list[m], "connections", entry_where);
+    MOESAIC_CHECK(pairs.is_array(), ConfigError, "{}: connections: got {}, expected a list", entry_where,
+                  pairs.dump().substr(0, 80));
+    for (const Json& pair : pairs) {
       MOESAIC_CHECK(pair.is_object(), ConfigError,
                     "{}: connections: got {}, expected {{\"anchor\": block, \"aug\": block}}", entry_where,
                     pair.dump().substr(0, 80));
       refuse_unknown_keys(pair, {"anchor", "aug"}, entry_where + ": connections");
       entry.connections.push_back({get<int64_t>(pair, "anchor", entry_where), get<int64_t>(pair, "aug", entry_where)});
     }
+    config.augmenting.back().options.num_blocks = num_blocks(entry);
     config.composition.augmenting.push_back(std::move(entry));
   }
   return config;
@@ -115,12 +132,16 @@ std::shared_ptr<formats::Checkpoint> open_reference(const Reference& reference, 
   auto compare = [&](const char* what, const std::string& got, const std::string& expected) {
     if (got == expected) return;
     problems.push_back(fmt::format(
-        "{}: the {} of {} is not the one the connections were trained on: got {}, expected "
-        "{}",
+        "{}: the {} of {} is not the one the connections were trained on: got {}, expected {}; put that model back, "
+        "or compose and train anew",
         role, what, reference.path.string(), got.empty() ? "none" : got, expected.empty() ? "none" : expected));
   };
   compare("weights' hash", checkpoint->fingerprint(), reference.fingerprint);
   compare("tokenizer's hash", tokenizer_hash(*checkpoint), reference.tokenizer);
+  const fs::path& adapter = reference.options.adapter;
+  if (!adapter.empty() && !fs::exists(adapter / "adapter_config.json", ignored)) {
+    problems.push_back(fmt::format("{}: its adapter {} does not exist; put the folder back", role, adapter.string()));
+  }
   return checkpoint;
 }
 
@@ -160,12 +181,24 @@ bool is_composition(const fs::path& path) {
   return fs::exists(path / kConfigName, ignored);
 }
 
-Member open_member(const std::shared_ptr<formats::Checkpoint>& checkpoint, const models::LoadOptions& options) {
+Member open_member(const std::shared_ptr<formats::Checkpoint>& checkpoint, const models::LoadOptions& load,
+                   const MemberOptions& options) {
   Member member;
   member.checkpoint = checkpoint;
-  if (member.checkpoint->tokenizer_json()) member.tokenizer = tokenizer::Tokenizer::open(*member.checkpoint);
-  member.model = models::CausalLM::load(*member.checkpoint, options);
+  member.random_seed = options.random_seed;
+  if (checkpoint->tokenizer_json()) member.tokenizer = tokenizer::Tokenizer::open(*checkpoint);
+  models::LoadOptions wanted = load;
+  if (options.adapter.empty() && !options.random_seed) wanted.num_blocks = options.num_blocks;
+  member.model = models::CausalLM::load(*checkpoint, wanted);
   member.model->eval();
+  if (options.random_seed) models::initialize(*member.model, *options.random_seed);
+  if (options.adapter.empty()) return member;
+  member.adapter =
+      adapters::Adapter::load(options.adapter, member.model->sites(), load.device, checkpoint->fingerprint());
+  MOESAIC_CHECK(member.adapter->config().router.input != "sentence", DataError,
+                "{}: its router reads sentence embeddings, which the models of a composition are not given; expected "
+                "an adapter that routes by token",
+                options.adapter.string());
   return member;
 }
 
@@ -176,14 +209,14 @@ void save_composition(const Composition& composition, const fs::path& dir) {
   const CompositionConfig& config = composition.config();
   Json json{{"type", "calm"},
             {"version", 1},
-            {"anchor", reference_json(composition.anchor_member(), dir)},
+            {"anchor", reference_json(composition.anchor_member(), "anchor", dir)},
             {"augmenting", Json::array()},
             {"num_heads", config.connection.num_heads},
             {"cross_position", config.connection.cross_position},
             {"norm", config.connection.norm},
             {"attention_bias", config.connection.attention_bias}};
   for (size_t m = 0; m < config.augmenting.size(); ++m) {
-    Json entry = reference_json(composition.augmenting()[m], dir);
+    Json entry = reference_json(composition.augmenting()[m], fmt::format("augmenting.{}", m), dir);
     entry["align"] = config.augmenting[m].align;
     entry["mask"] = config.augmenting[m].mask;
     entry["connections"] = Json::array();
@@ -195,6 +228,7 @@ void save_composition(const Composition& composition, const fs::path& dir) {
   formats::TensorMap tensors;
   for (const auto& item : composition.named_parameters()) tensors[item.key()] = item.value().detach().to(torch::kCPU);
   formats::save_safetensors(dir / kTensorsName, tensors);
+  for (const auto& [place, adapter] : composition.adapters()) adapter->save(dir / kAdaptersName / place);
   write_file_atomically(dir / kConfigName, json.dump(2) + "\n");
 }
 
@@ -213,7 +247,13 @@ std::shared_ptr<Composition> load_composition(const fs::path& dir, const models:
   for (const auto& checkpoint : checkpoints) {
     models.push_back(models::parse_decoder_config(checkpoint->config(), checkpoint->path().string()));
   }
-  validate(config.composition, models[0], {models.begin() + 1, models.end()}, (dir / kConfigName).string());
+  try {
+    validate(config.composition, models[0], {models.begin() + 1, models.end()}, (dir / kConfigName).string());
+  } catch (const ConfigError& error) {
+    if (problems.empty()) throw;
+    problems.push_back(error.what());  // of another model than the one that was replaced
+    throw_problems(dir, problems);
+  }
   std::map<std::string, std::vector<int64_t>> shapes;
   int64_t k = 0;
   for (size_t m = 0; m < config.augmenting.size(); ++m) {
@@ -225,19 +265,26 @@ std::shared_ptr<Composition> load_composition(const fs::path& dir, const models:
       }
     }
   }
+  if (!formats::is_there(dir / kTensorsName)) {
+    problems.push_back(fmt::format("{} is missing; put it back, or compose and train anew", kTensorsName));
+    throw_problems(dir, problems);
+  }
   const formats::SafetensorsFile file(dir / kTensorsName);
   check_tensors(file, shapes, problems);
   throw_problems(dir, problems);
 
   std::vector<Member> members;
-  for (const auto& checkpoint : checkpoints) members.push_back(open_member(checkpoint, options));
+  members.push_back(open_member(checkpoints[0], options, config.anchor.options));
+  for (size_t m = 0; m < config.augmenting.size(); ++m) {
+    members.push_back(open_member(checkpoints[m + 1], options, config.augmenting[m].options));
+  }
   auto composition = std::make_shared<Composition>(config.composition, members[0],
                                                    std::vector<Member>(members.begin() + 1, members.end()), /*seed=*/0);
   copy_tensors(*composition, file);
   return composition;
 }
 
-void load_connections(Composition& composition, const fs::path& dir) {
+void load_trained(Composition& composition, const fs::path& dir) {
   std::map<std::string, std::vector<int64_t>> shapes;
   for (const auto& item : composition.named_parameters()) shapes[item.key()] = item.value().sizes().vec();
   const formats::SafetensorsFile file(dir / kTensorsName);
@@ -245,6 +292,10 @@ void load_connections(Composition& composition, const fs::path& dir) {
   check_tensors(file, shapes, problems);
   throw_problems(dir, problems);
   copy_tensors(composition, file);
+  if (!composition.trains_adapters()) return;
+  for (const auto& [place, adapter] : composition.adapters()) {
+    adapter->load_tensors(formats::read_adapter_folder(dir / kAdaptersName / place).tensors);
+  }
 }
 
 }  // namespace moesaic::compose

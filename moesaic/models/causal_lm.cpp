@@ -130,6 +130,10 @@ std::shared_ptr<CausalLM> CausalLM::load(const formats::Checkpoint& checkpoint, 
   // Nothing is allocated before every shape fits.
   check_tensors(checkpoint, CausalLM(config, torch::TensorOptions(torch::kMeta).dtype(options.dtype)),
                 config.tie_word_embeddings && stored_head);
+  if (options.num_blocks >= 0) {
+    config.num_layers = std::min(config.num_layers, options.num_blocks);
+    config.tie_word_embeddings = true;  // no head of its own
+  }
 
   auto model = std::make_shared<CausalLM>(config, torch::TensorOptions(options.device).dtype(options.dtype));
   auto read = [&](torch::nn::Module& module, const std::string& prefix) {

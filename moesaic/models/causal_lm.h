@@ -52,6 +52,7 @@ struct LoadOptions {
   torch::ScalarType dtype = torch::kFloat32;  // of the frozen weights and activations
   torch::Device device = torch::kCPU;
   bool quantize_int8 = false;  // weight-only int8, for decoding
+  int64_t num_blocks = -1;     // the first blocks alone, without the head: the whole file is checked, this much is read
 };
 
 /// A decoder-only model. Parameters carry the Hugging Face names; none requires grad.

@@ -76,6 +76,41 @@ int64_t saved_per_row(const models::DecoderConfig& c, const LayerExperts& e, boo
   return n;
 }
 
+/// Bytes of a model's weights at `element` bytes each.
+int64_t weight_bytes(const models::CausalLM& model, int64_t element) {
+  int64_t bytes = 0;
+  for (const auto& item : model.named_parameters()) {
+    const bool tied_head = model.config().tie_word_embeddings && item.key() == "lm_head.weight";
+    if (!tied_head) bytes += item.value().numel() * element;
+  }
+  return bytes;
+}
+
+/// What the backward pass needs of the blocks `first` .. of a model.
+int64_t activation_bytes(const models::DecoderConfig& c, const std::vector<LayerExperts>& layers, int64_t first,
+                         bool full, bool checkpointing, int64_t row_bytes) {
+  int64_t saved = 0, largest = 0;
+  for (size_t layer = static_cast<size_t>(first); layer < layers.size(); ++layer) {
+    const int64_t bytes = saved_per_row(c, layers[layer], full) * row_bytes;
+    largest = std::max(largest, bytes);
+    saved += checkpointing ? c.hidden_size * row_bytes : bytes;
+  }
+  return checkpointing ? saved + largest : saved;
+}
+
+/// The backward pass of a layer holds, at its widest, the gradients of gate and up, of the branch's product and of the
+/// layer's input beside what was saved.
+int64_t scratch_bytes(const models::DecoderConfig& c, int64_t row_bytes) {
+  return (3 * c.intermediate_size + 3 * c.hidden_size) * row_bytes;
+}
+
+int64_t loss_bytes(const models::DecoderConfig& c, int64_t targets, int64_t element, torch::Device device) {
+  const int64_t logits = std::min(cross_entropy_chunk_bytes(device), targets * c.vocab_size * 4);
+  return logits + 3 * targets * c.hidden_size * element;
+}
+
+int64_t optimizer_slots(const TrainConfig& config) { return config.optim == "adamw" ? 2 : 1; }
+
 }  // namespace
 
 int64_t MemoryEstimate::total() const {
@@ -93,12 +128,7 @@ MemoryEstimate estimate_memory(models::CausalLM& model, adapters::Adapter* adapt
   auto add = [&](const std::string& name, int64_t bytes) { estimate.parts.emplace_back(name, bytes); };
 
   const bool loaded = !model.device().is_meta();
-  int64_t weights = 0;
-  std::set<std::string> counted;
-  for (const auto& item : model.named_parameters()) {
-    const bool tied_head = c.tie_word_embeddings && item.key() == "lm_head.weight";
-    if (!tied_head) weights += item.value().numel() * element;
-  }
+  const int64_t weights = weight_bytes(model, element);
   // Where the weights are loaded already, what the process holds includes them.
   const int64_t resident = resident_bytes();
   add("program", std::max<int64_t>(0, loaded && device.is_cpu() ? resident - weights : resident));
@@ -108,24 +138,65 @@ MemoryEstimate estimate_memory(models::CausalLM& model, adapters::Adapter* adapt
   if (!full) {
     for (const auto& parameter : adapter->parameters()) trained += parameter.tensor.numel() * 4;
   }
-  const int64_t slots = config.optim == "adamw" ? 2 : 1;
   if (!full && !(loaded && device.is_cpu())) add("adapter", trained);
   add("gradients", trained);
-  add("optimizer state", slots * trained);
-
+  add("optimizer state", optimizer_slots(config) * trained);
   const auto layers = experts_by_layer(model, adapter);
-  int64_t saved = 0, largest = 0;
-  for (const auto& layer : layers) {
-    const int64_t bytes = saved_per_row(c, layer, full) * tokens * element;
-    largest = std::max(largest, bytes);
-    saved += config.gradient_checkpointing ? c.hidden_size * tokens * element : bytes;
+  add("activations", activation_bytes(c, layers, 0, full, config.gradient_checkpointing, tokens * element));
+  add("backward scratch", scratch_bytes(c, tokens * element));
+  add("loss", loss_bytes(c, targets, element, device));
+  return estimate;
+}
+
+MemoryEstimate estimate_memory(compose::Composition& composition, const TrainConfig& config, int64_t tokens,
+                               int64_t targets) {
+  models::CausalLM& anchor = composition.anchor();
+  const auto& c = anchor.config();
+  const int64_t element = static_cast<int64_t>(c10::elementSize(anchor.dtype()));
+  const bool on_cpu = anchor.device().is_cpu();
+  MemoryEstimate estimate;
+  auto add = [&](const std::string& name, int64_t bytes) { estimate.parts.emplace_back(name, bytes); };
+
+  int64_t weights = weight_bytes(anchor, element), trained = 0;
+  for (const auto& member : composition.augmenting()) weights += weight_bytes(*member.model, element);
+  for (const auto& tensor : trainable_tensors(composition, config)) trained += tensor.tensor.numel() * 4;
+  const int64_t resident = resident_bytes();
+  add("program", std::max<int64_t>(0, on_cpu ? resident - weights - trained : resident));
+  add("frozen weights", weights);
+  add("trained tensors", trained);
+  add("gradients", trained);
+  add("optimizer state", optimizer_slots(config) * trained);
+
+  adapters::Adapter* adapter = composition.trains_adapters() ? composition.anchor_member().adapter.get() : nullptr;
+  const int64_t first = composition.first_trained_block();
+  int64_t activations = activation_bytes(c, experts_by_layer(anchor, adapter), first, /*full=*/false,
+                                         config.gradient_checkpointing, tokens * element);
+  int64_t connections = 0, states_per_token = first > 0 ? c.hidden_size : 0;
+  for (size_t m = 0; m < composition.augmenting().size(); ++m) {
+    const compose::Member& member = composition.augmenting()[m];
+    const auto& aug = member.model->config();
+    const auto count = std::ssize(composition.config().augmenting[m].connections);
+    // The state and P; keys and values before and after the rotation; queries likewise, the attention's output, Y.
+    connections += count * (aug.hidden_size + 4 * c.hidden_size + 4 * c.hidden_size) * tokens * 4;
+    if (member.adapter && composition.trains_adapters()) {
+      activations += activation_bytes(aug, experts_by_layer(*member.model, member.adapter.get()), 0, /*full=*/false,
+                                      /*checkpointing=*/false, tokens * element);
+    } else {
+      states_per_token += count * aug.hidden_size;
+    }
   }
-  add("activations", config.gradient_checkpointing ? saved + largest : saved);
-  // The backward pass of a layer holds, at its widest, the gradients of gate and up, of the branch's product and of
-  // the layer's input beside what was saved.
-  add("backward scratch", (3 * c.intermediate_size + 3 * c.hidden_size) * tokens * element);
-  const int64_t logits = std::min(cross_entropy_chunk_bytes(device), targets * c.vocab_size * 4);
-  add("loss", logits + 3 * targets * c.hidden_size * element);
+  add("activations", activations);
+  add("connections", connections);
+  add("backward scratch", scratch_bytes(c, tokens * element));
+  add("loss", loss_bytes(c, targets, element, anchor.device()));
+  if (config.state_cache_gib > 0 && config.state_cache_dir.empty()) {
+    const double limit = config.state_cache_gib * (1 << 30);
+    const double all = config.max_steps > 0
+                           ? static_cast<double>(states_per_token * tokens * element) *
+                                 static_cast<double>(config.max_steps * config.gradient_accumulation_steps)
+                           : limit;
+    add("state cache, most", static_cast<int64_t>(std::min(limit, all)));
+  }
   return estimate;
 }
 

@@ -24,4 +24,9 @@ struct MemoryEstimate {
 MemoryEstimate estimate_memory(models::CausalLM& model, adapters::Adapter* adapter, const TrainConfig& config,
                                int64_t tokens, int64_t targets, torch::ScalarType dtype, torch::Device device);
 
+/// The same for a composition, whose models are loaded; each augmenting model is taken to read as many tokens as the
+/// anchor. The cache of frozen states is a part of its own, at its limit.
+MemoryEstimate estimate_memory(compose::Composition& composition, const TrainConfig& config, int64_t tokens,
+                               int64_t targets);
+
 }  // namespace moesaic::train

@@ -189,6 +189,9 @@ void each_train_key(Config& train, Visit visit) {
   visit("gradient_checkpointing", train.gradient_checkpointing);
   visit("moe_aux_loss_coef", train.moe_aux_loss_coef);
   visit("router_z_loss_coef", train.router_z_loss_coef);
+  visit("train_adapters", train.train_adapters);
+  visit("state_cache_gib", train.state_cache_gib);
+  visit("state_cache_dir", train.state_cache_dir);
   visit("seed", train.seed);
   visit("deterministic", train.deterministic);
   visit("overwrite_output_dir", train.overwrite_output_dir);
@@ -230,10 +233,10 @@ const Json& run_defaults() {
     router["dtype"] = "float32";
     Json json{{"model_name_or_path", nullptr},
               {"init", run.init},
+              {"tokenizer", nullptr},
               {"finetuning_type", "molora"},
               {"adapter_name_or_path", nullptr},
               {"lora_target", nullptr},
-              {"tokenizer", nullptr},
               {"feedforward_modules", nullptr},
               {"layers_to_transform", nullptr},
               {"num_experts", nullptr},
@@ -286,10 +289,10 @@ RunConfig parse_run_config(const Json& given, const std::string& where) {
                   "{}: finetuning_type: got '{}', expected one of {}", where, run.finetuning_type,
                   fmt::join(kTypes, ", "));
     run.adapter_name_or_path = get_or<std::string>(json, "adapter_name_or_path", "", where);
+    parse_tokenizer(json.at("tokenizer"), where + ": tokenizer", run);
 
     auto& adapter = run.adapter;
     adapter.method = run.finetuning_type;
-    parse_tokenizer(json.at("tokenizer"), where + ": tokenizer", run);
     auto read = [&](const char* key, auto& field) {
       field = get<std::remove_reference_t<decltype(field)>>(json, key, where);
     };
@@ -312,6 +315,10 @@ RunConfig parse_run_config(const Json& given, const std::string& where) {
         "{}: finetuning_type calm trains the connections of the folder that model_name_or_path names: got init "
         "{} and adapter_name_or_path '{}', expected pretrained and none",
         where, run.init, run.adapter_name_or_path);
+
+    MOESAIC_CHECK(run.finetuning_type == "calm" || (!run.train.train_adapters && run.train.state_cache_dir.empty()),
+                  UsageError, "{}: train_adapters, state_cache_dir: got them for {}, expected finetuning_type calm",
+                  where, run.finetuning_type);
 
     run.eval_dataset = json.at("eval_dataset");
     run.dataset_dir = get<std::string>(json, "dataset_dir", where);

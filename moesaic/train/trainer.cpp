@@ -156,6 +156,7 @@ void check_config(const TrainConfig& config, int64_t epoch_size) {
   require(config.warmup_ratio >= 0 && config.warmup_ratio <= 1, "warmup_ratio must lie in 0..1");
   require(config.logging_steps > 0, "logging_steps must be at least 1");
   require(config.task_eval_steps >= 0, "eval.steps must not be negative");
+  require(std::isfinite(config.state_cache_gib) && config.state_cache_gib >= 0, "state_cache_gib must not be negative");
   for (const std::string& target : config.report_to) {
     require(target == "jsonl" || target == "tensorboard" || target == "none",
             fmt::format("report_to: got '{}', expected jsonl, tensorboard or none", target));
@@ -187,6 +188,7 @@ Json identity(const TrainConfig& config, int64_t max_steps) {
           {"loss_normalization", config.loss_normalization},
           {"moe_aux_loss_coef", config.moe_aux_loss_coef},
           {"router_z_loss_coef", config.router_z_loss_coef},
+          {"train_adapters", config.train_adapters},
           {"seed", config.seed}};
 }
 
@@ -232,19 +234,40 @@ double mean_loss(const models::CausalLM& model, const std::vector<data::Example>
 /// Throws UsageError when the trainer can't train `composition`.
 void check_trainable(const compose::Composition& composition, const TrainConfig& config) {
   std::vector<std::string> wrong;
-  if (config.gradient_checkpointing) wrong.push_back("gradient_checkpointing is for single models");
   for (const auto& entry : composition.config().augmenting) {
     if (entry.mask == "full") {
       wrong.push_back("mask full shows every position the token it shall predict; expected causal or prefix");
     }
   }
+  if (config.train_adapters && composition.adapters().empty()) {
+    wrong.push_back("train_adapters: none of its models carries an adapter");
+  }
   MOESAIC_CHECK(wrong.empty(), UsageError, "a composition can't be trained so: {}", fmt::join(wrong, "; "));
 }
 
 /// The composed forward pass up to the final norm; prompts end where the examples' do.
-torch::Tensor composed_layers(compose::Composition& composition, const data::Batch& batch,
-                              nn::ForwardContext& context) {
-  return composition.run_layers(batch.tokens, composition.align(batch.tokens, batch.prompt_ends), context);
+torch::Tensor composed_layers(compose::Composition& composition, const data::Batch& batch, nn::ForwardContext& context,
+                              const compose::TrainingPass& pass) {
+  return composition.run_layers(batch.tokens, composition.align(batch.tokens, batch.prompt_ends), context, pass);
+}
+
+double composed_loss(compose::Composition& composition, const std::vector<data::Example>& examples, int64_t batch_size,
+                     const compose::TrainingPass& pass) {
+  return mean_loss(composition.anchor(), examples, batch_size, [&](const data::Batch& batch, const auto&) {
+    nn::ForwardContext context;
+    return composed_layers(composition, batch, context, pass);
+  });
+}
+
+void add_adapter_tensors(adapters::Adapter& adapter, const std::string& prefix, const TrainConfig& config,
+                         std::vector<OptimizedTensor>& tensors) {
+  const bool vectors = adapter.config().method == "ia3" || adapter.config().method == "mov";
+  for (const auto& parameter : adapter.parameters()) {
+    const bool own_rate = parameter.router && config.router_learning_rate > 0;
+    tensors.push_back({prefix + parameter.name, parameter.tensor,
+                       own_rate ? config.router_learning_rate : config.learning_rate,
+                       parameter.router || vectors ? 0.0 : config.weight_decay, false});
+  }
 }
 
 class Trainer {
@@ -271,7 +294,11 @@ class Trainer {
                         ? config.warmup_steps
                         : static_cast<int64_t>(std::ceil(static_cast<double>(max_steps_) * config.warmup_ratio));
     schedule_factor(config.lr_scheduler_type, 0, warmup_steps_, max_steps_);  // an unknown type is said before the work
-    if (composition != nullptr) check_trainable(*composition, config);
+    if (composition != nullptr) {
+      check_trainable(*composition, config);
+      composition->train_adapters(config.train_adapters);
+      open_state_cache();
+    }
     tensors_ =
         composition != nullptr ? trainable_tensors(*composition, config) : trainable_tensors(model, adapter, config);
     if (config.optim == "adamw") {
@@ -335,10 +362,26 @@ class Trainer {
     result.best_eval_loss = best_eval_loss_;
     result.seconds = std::chrono::duration<double>(Clock::now() - begin).count();
     result.tokens = tokens_;
+    if (states_ && states_->hits() + states_->misses() > 0) {
+      spdlog::info("frozen states: {} of {} sequences from the cache of {:.2f} GiB", states_->hits(),
+                   states_->hits() + states_->misses(), static_cast<double>(states_->bytes()) / kGib);
+    }
     return result;
   }
 
  private:
+  static constexpr double kGib = 1 << 30;
+
+  /// Frozen states are kept where they are needed again: in another epoch, another evaluation or another run.
+  void open_state_cache() {
+    const int64_t examples = max_steps_ * config_.per_device_train_batch_size * config_.gradient_accumulation_steps;
+    const bool again = (epoch_size_ > 0 && (config_.max_batch_tokens > 0 || examples > epoch_size_)) ||
+                       (config_.eval_steps > 0 && !eval_examples_.empty()) || !config_.state_cache_dir.empty();
+    if (!again || config_.state_cache_gib <= 0) return;
+    states_.emplace(static_cast<int64_t>(config_.state_cache_gib * kGib), config_.state_cache_dir);
+  }
+  compose::TrainingPass composed_pass() { return {states_ ? &*states_ : nullptr, nullptr}; }
+
   bool writes_files() const { return !config_.output_dir.empty(); }
   bool reports_to(const std::string& target) const {
     return writes_files() &&
@@ -455,6 +498,14 @@ class Trainer {
     return sum;
   }
 
+  /// One layer that runs again in the backward pass; its routing's loss is added to `aux`.
+  torch::Tensor checkpointed(int64_t layer, const torch::Tensor& h, nn::ForwardContext& context, torch::Tensor& aux) {
+    const auto result = run_layer_checkpointed(
+        model_, layer, h, context, [this](const auto& layer_records) { return routing_loss(layer_records); });
+    aux = aux.defined() ? aux + result.routing_loss : result.routing_loss;
+    return result.hidden;
+  }
+
   /// The cross-entropy part and the routers' part (undefined when off) of the step's loss that this micro-batch makes.
   std::pair<torch::Tensor, torch::Tensor> batch_loss(const data::Batch& collated, const MicroBatch& batch,
                                                      const torch::Tensor& weights, double share, bool logs_routing) {
@@ -467,18 +518,19 @@ class Trainer {
     torch::Tensor hidden, aux;
     const int64_t layers = model_.config().num_layers;
     if (composition_ != nullptr) {
-      hidden = composed_layers(*composition_, collated, context);
+      compose::TrainingPass pass = composed_pass();
+      if (config_.gradient_checkpointing) {
+        pass.run_block = [&](int64_t layer, const torch::Tensor& h) { return checkpointed(layer, h, context, aux); };
+      }
+      hidden = composed_layers(*composition_, collated, context, pass);
+      if (!config_.gradient_checkpointing) aux = routing_loss(records);
     } else {
       model_.prepare(collated.tokens, context);
       hidden = model_.embed(collated.tokens.tokens);
       if (config_.gradient_checkpointing) {
         hidden = model_.run_layers(hidden, 0, first_trained_layer_, context);
         for (int64_t layer = first_trained_layer_; layer < layers; ++layer) {
-          const auto result = run_layer_checkpointed(model_, layer, hidden, context, [this](const auto& layer_records) {
-            return routing_loss(layer_records);
-          });
-          hidden = result.hidden;
-          aux = aux.defined() ? aux + result.routing_loss : result.routing_loss;
+          hidden = checkpointed(layer, hidden, context, aux);
         }
       } else {
         hidden = model_.run_layers(hidden, 0, layers, context);
@@ -590,8 +642,9 @@ class Trainer {
   /// True when this is the best so far.
   bool evaluate() {
     const int64_t batch_size = config_.per_device_train_batch_size;
-    const double loss = composition_ != nullptr ? evaluate_loss(*composition_, eval_examples_, batch_size)
-                                                : evaluate_loss(model_, adapter_, eval_examples_, batch_size);
+    const double loss = composition_ != nullptr
+                            ? composed_loss(*composition_, eval_examples_, batch_size, composed_pass())
+                            : evaluate_loss(model_, adapter_, eval_examples_, batch_size);
     Json row{{"step", step_}, {"eval_loss", loss}};
     history_.push_back(row);
     if (log_) log_->write(row);
@@ -649,7 +702,7 @@ class Trainer {
   }
 
   void load_weights(const fs::path& dir) {
-    if (composition_ != nullptr) return compose::load_connections(*composition_, dir);
+    if (composition_ != nullptr) return compose::load_trained(*composition_, dir);
     if (adapter_ != nullptr) return adapter_->load_tensors(formats::read_adapter_folder(dir).tensors);
     torch::NoGradGuard no_grad;
     const formats::SafetensorsFile file(dir / "model.safetensors");
@@ -707,6 +760,7 @@ class Trainer {
   models::CausalLM& model_;
   adapters::Adapter* adapter_;
   compose::Composition* composition_;  // nullptr, or what is trained; model_ is then its anchor
+  std::optional<compose::StateCache> states_;
   BatchReader reader_;
   const std::vector<data::Example>& eval_examples_;
   const TrainConfig& config_;
@@ -748,12 +802,7 @@ std::vector<OptimizedTensor> trainable_tensors(models::CausalLM& model, adapters
     }
     return tensors;
   }
-  const bool vectors = adapter->config().method == "ia3" || adapter->config().method == "mov";
-  for (const auto& parameter : adapter->parameters()) {
-    const bool own_rate = parameter.router && config.router_learning_rate > 0;
-    tensors.push_back({parameter.name, parameter.tensor, own_rate ? config.router_learning_rate : config.learning_rate,
-                       parameter.router || vectors ? 0.0 : config.weight_decay, false});
-  }
+  add_adapter_tensors(*adapter, "", config, tensors);
   return tensors;
 }
 
@@ -762,6 +811,10 @@ std::vector<OptimizedTensor> trainable_tensors(compose::Composition& composition
   for (const auto& item : composition.named_parameters()) {
     const bool matrix = item.value().dim() == 2;
     tensors.push_back({item.key(), item.value(), config.learning_rate, matrix ? config.weight_decay : 0.0, false});
+  }
+  if (!composition.trains_adapters()) return tensors;
+  for (const auto& [place, adapter] : composition.adapters()) {
+    add_adapter_tensors(*adapter, place + ".", config, tensors);
   }
   return tensors;
 }
@@ -778,10 +831,7 @@ double evaluate_loss(models::CausalLM& model, const adapters::Adapter* adapter,
 
 double evaluate_loss(compose::Composition& composition, const std::vector<data::Example>& examples,
                      int64_t batch_size) {
-  return mean_loss(composition.anchor(), examples, batch_size, [&](const data::Batch& batch, const auto&) {
-    nn::ForwardContext context;
-    return composed_layers(composition, batch, context);
-  });
+  return composed_loss(composition, examples, batch_size, {});
 }
 
 TrainResult train(models::CausalLM& model, adapters::Adapter* adapter, data::ExampleStream& stream,

@@ -38,6 +38,9 @@ struct TrainConfig {
   int64_t early_stopping_patience = 0;          // evaluations without improvement; 0 = off
   std::string resume_from_checkpoint = "none";  // auto | none | DIR
   std::vector<std::string> report_to{"jsonl"};  // jsonl, tensorboard
+  bool train_adapters = false;                  // of a composition's models, with the connections
+  double state_cache_gib = 2;                   // GiB of a composition's frozen states kept between epochs; 0 = off
+  std::string state_cache_dir;                  // "" = kept in memory; else a folder, which outlives the run
   uint64_t seed = 42;
   bool deterministic = false;  // PyTorch's deterministic algorithms only; on the CPU runs repeat themselves either way
 };
@@ -92,8 +95,9 @@ TrainResult train(models::CausalLM& model, adapters::Adapter* adapter, data::Exa
                   const TaskEvaluation& evaluate_tasks = nullptr);
 
 /// The same for the connections of a composition whose models were opened from files; an answer's beginning is a border
-/// (compose::Borders). Checkpoints and output_dir are composition folders. Throws UsageError for a mask that shows the
-/// future and for gradient_checkpointing.
+/// (compose::Borders). Checkpoints and output_dir are composition folders. Frozen states are kept (state_cache_*) when
+/// the run reads its data more than once, or when they have a folder; the losses are the same without. Throws
+/// UsageError for a mask that shows the future.
 TrainResult train(compose::Composition& composition, data::ExampleStream& stream,
                   const std::vector<data::Example>& eval_examples, const TrainConfig& config, int64_t epoch_size,
                   const std::function<void(const StepLog&)>& on_log = nullptr,

@@ -118,6 +118,23 @@ TEST(Alignment, TokenRuleReadsEachAnchorTokenAtOnce) {
   EXPECT_EQ(reading.ids, expected);
 }
 
+TEST(Alignment, MixedRuleReadsWordsUpToTheFirstBorderAndTokensBehindIt) {
+  const TokenizerPtr anchor = golden_tokenizer("llama3"), aug = golden_tokenizer("gpt2");
+  const Ids prompt = anchor->encode("The keeper wrote", false), answer = anchor->encode(" until dawn", false);
+  Ids ids = prompt;
+  ids.insert(ids.end(), answer.begin(), answer.end());
+  const std::vector<size_t> borders{prompt.size(), prompt.size() + 1};
+  const Reading mixed = read(alignment(anchor, aug, "mixed"), ids, borders);
+  const Reading words = read(alignment(anchor, aug, "word"), prompt, borders);
+  EXPECT_EQ(Ids(mixed.counts.begin(), mixed.counts.begin() + std::ssize(prompt)), words.counts);
+  Ids expected = words.ids;
+  for (size_t i = 0; i < answer.size(); ++i) {
+    for (const int64_t id : aug->encode(anchor->decode({answer[i]}, true), false)) expected.push_back(id);
+    EXPECT_EQ(mixed.counts[prompt.size() + i], std::ssize(expected)) << "nothing waits for a blank";
+  }
+  EXPECT_EQ(mixed.ids, expected);
+}
+
 TEST(Alignment, HalfACharacterCommitsNothing) {
   const TokenizerPtr anchor = golden_tokenizer("gpt2"), aug = golden_tokenizer("llama3");
   const Ids ids = anchor->encode("👍", false);
@@ -181,7 +198,7 @@ TEST(AlignmentLaw, CommittedIdsAreAFunctionOfTheKnownText) {
 }
 
 TEST(AlignmentLaw, NothingBehindTheKnownTextIsRead) {
-  for (const char* rule : {"word", "token"}) {
+  for (const char* rule : {"word", "token", "mixed"}) {
     for (const auto& [anchor_name, aug_name] : {std::pair("gpt2", "llama3"), std::pair("llama3", "gpt2"),
                                                 std::pair("llama2", "gpt2"), std::pair("llama3", "llama2")}) {
       const TokenizerPtr anchor = golden_tokenizer(anchor_name), aug = golden_tokenizer(aug_name);

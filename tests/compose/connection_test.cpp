@@ -120,6 +120,37 @@ TEST(Connection, RowsThatSeeNothingGetExactlyNothing) {
   }
 }
 
+TEST(Connection, AttentionWeightsAreWhatForwardMixesBy) {
+  const nn::Rope rope(nn::RopeConfig{}, 4);
+  Connection connection(ConnectionConfig{.num_heads = 2, .cross_position = "rope", .attention_bias = true}, 3, 8,
+                        torch::TensorOptions(torch::kFloat64));
+  torch::manual_seed(7);
+  torch::NoGradGuard no_grad;
+  for (auto& parameter : connection->parameters()) parameter.normal_(0, 0.8);
+  auto parameters = connection->named_parameters();
+  const auto h = torch::randn({11, 8}, torch::kFloat64), states = torch::randn({9, 3}, torch::kFloat64);
+  const auto tables = rope.tables(torch::arange(11), {}, {}), key_tables = rope.tables(torch::arange(9), {}, {});
+  const auto [k, v] = connection->keys_values(states, key_tables);
+  const KeysValues keys_values{k, v, kKeyOffsets, {}};
+  const auto weights = connection->attention_weights(h, tables, keys_values, kSeen);
+  const auto y = connection->forward(h, tables, keys_values, kSeen);
+  ASSERT_EQ(weights.size(), 3u);
+  for (size_t b = 0; b < 3; ++b) {
+    const int64_t begin = kSeen.query_offsets[b], end = kSeen.query_offsets[b + 1];
+    ASSERT_EQ(weights[b].sizes(), (std::vector<int64_t>{2, end - begin, kKeyOffsets[b + 1] - kKeyOffsets[b]}));
+    const auto values = v.slice(0, kKeyOffsets[b], kKeyOffsets[b + 1]).transpose(0, 1);  // [H, S, k]
+    const auto mixed = at::matmul(weights[b], values).transpose(0, 1).reshape({-1, 8});
+    const auto expected = at::matmul(mixed, parameters["o_proj.weight"].t()) + parameters["o_proj.bias"];
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t seen = kSeen.visible[n];
+      EXPECT_EQ(weights[b].slice(2, seen).select(1, n - begin).abs().sum().item<double>(), 0.0) << n;
+      if (seen == 0) continue;  // forward gives exactly nothing, without the bias
+      EXPECT_NEAR(weights[b].select(1, n - begin).sum().item<double>(), 2.0, 1e-12) << "each head's sum to 1";
+      EXPECT_LT(relative_error(y[n], expected[n - begin]), 1e-12) << n;
+    }
+  }
+}
+
 TEST(Connection, GradientsOfEveryParameter) {
   for (const char* position : {"rope", "none"}) {
     Connection connection(ConnectionConfig{.num_heads = 2, .cross_position = position, .attention_bias = true}, 3, 8,

@@ -73,7 +73,7 @@ TEST_F(CompositionFolder, MovesWithItsModels) {
 TEST_F(CompositionFolder, ConnectionsAloneCanBeLoaded) {
   const auto loaded = load_composition(dir(), {});
   test::randomise(*loaded, 99);
-  load_connections(*loaded, dir());
+  load_trained(*loaded, dir());
   for (const auto& item : loaded->named_parameters()) {
     EXPECT_TRUE(torch::equal(item.value(), composition_->named_parameters()[item.key()]));
   }
@@ -91,6 +91,40 @@ TEST_F(CompositionFolder, ChangedModelsAreRefusedTogether) {
 TEST_F(CompositionFolder, MissingModelSaysWhatToDo) {
   fs::remove_all(root_.path() / "aug");
   EXPECT_THAT(error(), AllOf(HasSubstr("augmenting[0]"), HasSubstr("does not exist"), HasSubstr("correct its path")));
+}
+
+TEST_F(CompositionFolder, AModelOfAnotherWidthNamesTheModelAndEveryTensor) {
+  test::write_small_model(root_.path() / "aug", "llama3", 16, 4, 2);
+  EXPECT_THAT(error(), AllOf(HasSubstr("augmenting[0]: the weights' hash"), HasSubstr("put that model back"),
+                             HasSubstr("connections.0.proj.weight: got [20, 14], expected [20, 16]"),
+                             HasSubstr("connections.1.proj.weight: got [20, 14], expected [20, 16]")));
+}
+
+TEST_F(CompositionFolder, AModelOfFewerBlocksIsNamedBesideTheBlockItLacks) {
+  test::write_small_model(root_.path() / "anchor", "gpt2", 20, 2, 1);
+  EXPECT_THAT(error(), AllOf(HasSubstr("anchor: the weights' hash"), HasSubstr("got anchor 2, aug 2")));
+}
+
+TEST_F(CompositionFolder, WhatIsNoModelIsNamed) {
+  fs::remove(root_.path() / "anchor" / "config.json");
+  fs::remove(root_.path() / "aug" / "model.safetensors");
+  EXPECT_THAT(error(), AllOf(HasSubstr("anchor: "), HasSubstr("has no config.json"), HasSubstr("augmenting[0]: "),
+                             HasSubstr("has no model.safetensors")));
+  edit([](Json& json) { json["anchor"]["model"] = "."; });
+  EXPECT_THAT(error(), HasSubstr("has no config.json"));
+}
+
+TEST_F(CompositionFolder, MissingOrDamagedConnections) {
+  const fs::path file = dir() / "calm_model.safetensors";
+  const std::string bytes = read_file(file);
+  fs::remove(root_.path() / "aug" / "tokenizer.json");
+  fs::remove(file);
+  EXPECT_THAT(error(), AllOf(HasSubstr("calm_model.safetensors is missing; put it back"),
+                             HasSubstr("augmenting[0]: the tokenizer's hash"), HasSubstr("got none")));
+  write_file_atomically(file, bytes.substr(0, bytes.size() - 7));
+  EXPECT_THAT(error(), HasSubstr("calm_model.safetensors"));
+  write_file_atomically(dir() / "calm_config.json", "{\"type\": \"calm\", ");
+  EXPECT_THAT(error(), HasSubstr("calm_config.json"));
 }
 
 TEST_F(CompositionFolder, EveryWrongTensorIsListed) {
@@ -114,6 +148,8 @@ TEST_F(CompositionFolder, BadConfigsAreRefused) {
       {[](Json& json) { json.erase("norm"); }, "'norm' is missing"},
       {[](Json& json) { json["augmenting"][0]["connections"][0] = {0, 1}; }, "expected {\"anchor\": block"},
       {[](Json& json) { json["augmenting"][0]["connections"][0]["aug"] = 9; }, "aug 9"},
+      {[](Json& json) { json["augmenting"][0]["connections"] = {{"anchor", 0}}; }, "expected a list"},
+      {[](Json& json) { json["augmenting"][0] = "model"; }, "augmenting[0]: got \"model\""},
       {[](Json& json) { json["augmenting"] = Json::array(); }, "expected at least one"},
       {[](Json& json) { json["anchor"] = 3; }, "anchor"},
       {[](Json& json) { json = Json::array(); }, "type none"},

@@ -347,7 +347,7 @@ def test_eval_scores_a_corpus(folder, tmp_path):
 
 
 CODE = {"task_id": "x/0", "prompt": "red = one = two = three = 0\nclass A:\n    pass\n#", "canonical_solution": "",
-        "test": "", "entry_point": "print"}
+        "test": "def check(f):\n    pass", "entry_point": "print"}
 
 
 def test_eval_runs_programs_only_when_told(folder, tmp_path):

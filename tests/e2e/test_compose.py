@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 import yaml
@@ -84,6 +85,40 @@ def test_training_generation_and_evaluation(folder):
 
     resumed = run("train", run_file, "max_steps=202", "--resume", "auto")
     assert "step 202" in resumed
+
+
+def test_models_that_carry_adapters(folder):
+    """An anchor with a LoRA, an augmenting model of random numbers: frozen, trained along, with and without a cache."""
+    base = dict(num_experts=None, lora_rank=2, max_steps=20, learning_rate=1e-2, save_steps=0)
+    run("train", make_run(folder, finetuning_type="lora", output_dir=str(folder / "lora"), **base))
+    printed = run("compose", folder / "compose.yaml", f"anchor={{model: {folder / 'model'}, adapter: {folder / 'lora'}}}",
+                  f"augmenting=[{{model: {folder / 'aug'}, init: random, seed: 5}}]", f"output_dir={folder / 'carrying'}")
+    assert "adapter" in printed and "random numbers of seed 5" in printed
+    assert generate(folder / "carrying") == generate(folder / "model", "--adapter", folder / "lora")
+    shutil.rmtree(folder / "lora")  # the composition has its own copy
+
+    losses = {}
+    for name, keys in {"cached": [], "computed": ["state_cache_gib=0"], "on_disk": [f"state_cache_dir={folder / 'states'}"],
+                       "together": ["train_adapters=true"]}.items():
+        out = folder / f"carrying_{name}"
+        printed = run("train", make_run(folder, finetuning_type="calm", model_name_or_path=str(folder / "carrying"),
+                                        logging_steps=1, output_dir=str(out), num_train_epochs=3, num_experts=None,
+                                        learning_rate=1e-2, save_steps=0, max_steps=None), *keys)
+        assert ("trained too" if name == "together" else "frozen") in printed
+        losses[name] = [json.loads(line)["loss"] for line in (out / "train_log.jsonl").read_text().splitlines()]
+    assert losses["cached"] == losses["computed"] == losses["on_disk"]
+    assert losses["together"] != losses["cached"] and losses["together"][-1] < losses["together"][0]
+    assert any((folder / "states").iterdir())
+    changed, frozen = (safetensors.torch.load_file(folder / f"carrying_{name}" / "adapters" / "anchor" /
+                                                   "adapter_model.safetensors") for name in ("together", "cached"))
+    assert any(not torch.equal(changed[name], frozen[name]) for name in frozen)
+
+    dry = run("train", make_run(folder, finetuning_type="calm", model_name_or_path=str(folder / "carrying"),
+                                output_dir=str(folder / "unused"), num_experts=None), "--dry-run")
+    assert "connections" in dry and "state cache" in dry
+    done = moesaic("train", make_run(folder, finetuning_type="lora", output_dir=str(folder / "unused"), lora_rank=2,
+                                     num_experts=None), "train_adapters=true")
+    assert done.returncode == 2 and "expected finetuning_type calm" in done.stderr
 
 
 def test_a_changed_model_is_refused(folder, tmp_path):

@@ -102,7 +102,7 @@ class Composition:
         y = self.linear(f"connections.{k}.o_proj", mixed.transpose(0, 1).reshape(rows, -1))
         norm = self.weights.get(f"connections.{k}.norm.weight")
         if norm is not None:
-            y = y * (y.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * (1 + norm)
+            y = y * (y.pow(2).mean(-1, keepdim=True) + self.anchor.config.rms_norm_eps).rsqrt() * (1 + norm)
         return y.to(h.dtype)
 
     def taps(self, model, ids):

@@ -96,17 +96,141 @@ TEST_F(CompositionTraining, ResumesExactly) {
   EXPECT_TRUE(torch::equal(values(*compose::load_composition(half.output_dir, {})), values(*whole)));
 }
 
+/// What a run logs of every step, and the numbers it ends with.
+struct RunResult {
+  std::vector<double> losses;
+  torch::Tensor values;
+  bool operator==(const RunResult& other) const { return losses == other.losses && torch::equal(values, other.values); }
+};
+
+/// Three epochs in batches of two, so that every sentence has other company each time.
+class FrozenStates : public CompositionTraining {
+ protected:
+  RunResult run(const std::function<void(TrainConfig&)>& change, const std::string& mask = "causal") const {
+    const auto composition = fresh(mask);
+    Sentences stream(*composition->anchor_member().tokenizer);
+    TrainConfig settings = config(9);
+    settings.gradient_accumulation_steps = 1;
+    settings.eval_steps = 4;
+    change(settings);
+    RunResult result;
+    train(*composition, stream, stream.examples(), settings, /*epoch_size=*/3,
+          [&](const StepLog& log) { result.losses.push_back(log.loss); });
+    result.values = values(*composition);
+    return result;
+  }
+  static void off(TrainConfig& config) { config.state_cache_gib = 0; }
+  static void nothing(TrainConfig&) {}
+};
+
+TEST_F(FrozenStates, FromTheCacheGiveTheSameRunBitForBit) {
+  for (const char* mask : {"causal", "prefix"}) EXPECT_EQ(run(off, mask), run(nothing, mask)) << mask;
+}
+
+TEST_F(FrozenStates, FromAFolderGiveTheSameRunBitForBit) {
+  const auto states = root_.path() / "states";
+  auto on_disk = [&](TrainConfig& config) { config.state_cache_dir = states.string(); };
+  const RunResult computed = run(off);
+  EXPECT_EQ(computed, run(on_disk));
+  // Three sentences in two models; the next run finds all of them and writes none.
+  auto files = [&] { return std::distance(std::filesystem::directory_iterator(states), {}); };
+  EXPECT_EQ(files(), 6);
+  EXPECT_EQ(computed, run(on_disk));
+  EXPECT_EQ(files(), 6);
+}
+
+TEST_F(FrozenStates, OfAnotherModelAreNotTaken) {
+  const auto states = root_.path() / "states";
+  auto on_disk = [&](TrainConfig& config) { config.state_cache_dir = states.string(); };
+  const RunResult before = run(on_disk);
+  test::write_small_model(root_.path() / "aug", "llama3", 14, 4, 3);
+  const RunResult changed = run(on_disk);
+  EXPECT_FALSE(before == changed);
+  EXPECT_EQ(changed, run(off));
+}
+
+TEST_F(FrozenStates, ASmallCacheGivesTheSameRunToo) {
+  auto one_sentence = [](TrainConfig& config) { config.state_cache_gib = 2000.0 / (1 << 30); };
+  EXPECT_EQ(run(off), run(one_sentence));
+}
+
+/// The anchor's adapter learns beside the connections, survives a stop, and is not touched where it is frozen.
+TEST_F(CompositionTraining, AdaptersAreTrainedTogetherOrFrozen) {
+  {
+    const auto anchor = compose::open_member(formats::Checkpoint::open(root_.path() / "anchor"), {});
+    adapters::AdapterConfig config;
+    config.method = "molora";
+    config.num_experts = 2;
+    config.lora_rank = 2;
+    config.targets = std::vector<std::string>{"q_proj", "up_proj"};
+    adapters::Adapter::create(config, anchor.model->sites(), torch::kCPU, 3)->save(root_.path() / "adapter");
+  }
+  auto carrying = [&] {
+    auto open = [&](const char* name, const std::filesystem::path& adapter) {
+      return compose::open_member(formats::Checkpoint::open(root_.path() / name), {}, {.adapter = adapter});
+    };
+    return std::make_shared<compose::Composition>(test::config_of({{{{0, 1}, {2, 2}}}}),
+                                                  open("anchor", root_.path() / "adapter"),
+                                                  std::vector{open("aug", {})}, 7);
+  };
+  auto adapter_values = [](const compose::Composition& composition) {
+    std::vector<torch::Tensor> flat;
+    for (const auto& parameter : composition.adapters()[0].second->parameters()) {
+      flat.push_back(parameter.tensor.detach().flatten());
+    }
+    return torch::cat(flat);
+  };
+  const torch::Tensor start = adapter_values(*carrying());
+  TrainConfig settings = config(6);
+  const auto frozen = carrying();
+  Sentences frozen_stream(*frozen->anchor_member().tokenizer);
+  train(*frozen, frozen_stream, {}, settings, 0);
+  EXPECT_TRUE(torch::equal(adapter_values(*frozen), start));
+
+  settings.train_adapters = true;
+  settings.moe_aux_loss_coef = 0.01;
+  settings.output_dir = root_.path() / "out";
+  settings.save_steps = 3;
+  const auto trained = carrying();
+  Sentences stream(*trained->anchor_member().tokenizer);
+  double aux_loss = 0;
+  train(*trained, stream, {}, settings, 0, [&](const StepLog& log) { aux_loss = log.aux_loss; });
+  EXPECT_FALSE(torch::equal(adapter_values(*trained), start));
+  EXPECT_GT(aux_loss, 0.0);
+  const auto resumed = carrying();
+  Sentences resumed_stream(*resumed->anchor_member().tokenizer);
+  settings.resume_from_checkpoint = (settings.output_dir / "checkpoint-3").string();
+  train(*resumed, resumed_stream, {}, settings, 0);
+  EXPECT_TRUE(torch::equal(adapter_values(*resumed), adapter_values(*trained)));
+  EXPECT_TRUE(torch::equal(values(*resumed), values(*trained)));
+  EXPECT_TRUE(
+      torch::equal(adapter_values(*compose::load_composition(settings.output_dir, {})), adapter_values(*trained)));
+}
+
+TEST_F(CompositionTraining, CheckpointedBlocksGiveTheSameRun) {
+  std::vector<torch::Tensor> ends;
+  for (const bool checkpointing : {false, true}) {
+    const auto composition = fresh();
+    Sentences stream(*composition->anchor_member().tokenizer);
+    TrainConfig settings = config(5);
+    settings.gradient_checkpointing = checkpointing;
+    train(*composition, stream, {}, settings, 0);
+    ends.push_back(values(*composition));
+  }
+  EXPECT_TRUE(torch::equal(ends[0], ends[1]));
+}
+
 TEST_F(CompositionTraining, WhatCannotBeTrainedIsRefused) {
   const auto composition = fresh("full");
   Sentences stream(*composition->anchor_member().tokenizer);
   TrainConfig wrong = config(1);
-  wrong.gradient_checkpointing = true;
+  wrong.train_adapters = true;
   try {
     train(*composition, stream, {}, wrong, 0);
     FAIL();
   } catch (const UsageError& error) {
     EXPECT_THAT(error.what(), HasSubstr("mask full"));
-    EXPECT_THAT(error.what(), HasSubstr("gradient_checkpointing"));
+    EXPECT_THAT(error.what(), HasSubstr("none of its models carries an adapter"));
   }
 }
 

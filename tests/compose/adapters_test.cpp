@@ -1,0 +1,200 @@
+// Compositions whose models carry adapters, or random numbers.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "tests/compose/small_models.h"
+#include "tests/nn/gradcheck.h"
+#include "tests/temporary_folder.h"
+
+namespace moesaic::compose {
+namespace {
+
+using ::testing::HasSubstr;
+namespace fs = std::filesystem;
+
+const std::vector<std::vector<int64_t>> kSequences{{40, 90, 91, 3, 55, 56, 57}, {17, 18, 200}};
+
+class CarriedAdapters : public ::testing::Test {
+ protected:
+  CarriedAdapters() {
+    test::write_small_model(path("anchor"), "gpt2", 20, 3, 1);
+    test::write_small_model(path("aug"), "llama3", 14, 4, 2);
+    write_adapter("anchor", "molora", {"q_proj", "down_proj"});
+    write_adapter("aug", "lora", {"v_proj", "up_proj"});
+  }
+  fs::path path(const std::string& name) const { return root_.path() / name; }
+
+  /// An adapter of a model, with numbers that show.
+  void write_adapter(const std::string& model, const std::string& method, std::vector<std::string> targets) const {
+    const Member member = open_member(formats::Checkpoint::open(path(model)), {});
+    adapters::AdapterConfig config;
+    config.method = method;
+    config.num_experts = method == "molora" ? 3 : 1;
+    config.lora_rank = 2;
+    config.targets = std::move(targets);
+    const auto adapter = adapters::Adapter::create(config, member.model->sites(), torch::kCPU, 3);
+    torch::NoGradGuard no_grad;
+    torch::manual_seed(11);
+    for (const auto& parameter : adapter->parameters()) parameter.tensor.normal_(0.0, 0.3);
+    adapter->save(path(model + "_adapter"));
+  }
+  Member open(const std::string& model, bool with_adapter) const {
+    return open_member(formats::Checkpoint::open(path(model)), {},
+                       {.adapter = with_adapter ? path(model + "_adapter") : fs::path()});
+  }
+  std::shared_ptr<Composition> composition(bool anchor_adapter, bool aug_adapter) const {
+    auto made = std::make_shared<Composition>(test::config_of({{{{0, 1}, {2, 2}}}}), open("anchor", anchor_adapter),
+                                              std::vector{open("aug", aug_adapter)}, 7);
+    test::randomise(*made);
+    return made;
+  }
+
+  test::TemporaryFolder root_;
+};
+
+TEST_F(CarriedAdapters, EachChangesTheWhole) {
+  const auto plain = test::logits_of(*composition(false, false), kSequences);
+  for (const auto& [anchor, aug] : {std::pair{true, false}, {false, true}}) {
+    EXPECT_GT(test::relative_error(test::logits_of(*composition(anchor, aug), kSequences), plain), 0.01);
+  }
+}
+
+TEST_F(CarriedAdapters, TheAnchorsIsTheWholeWhereConnectionsAddNothing) {
+  const Composition untrained(test::config_of({{{{0, 1}}}}), open("anchor", true), {open("aug", true)}, 7);
+  auto& composed = const_cast<Composition&>(untrained);
+  const Member alone = open("anchor", true);
+  torch::NoGradGuard no_grad;
+  nn::ForwardContext context;
+  const auto expected =
+      alone.model->logits(alone.model->hidden_states(nn::RaggedBatch::from_sequences(kSequences), context));
+  EXPECT_LT(test::relative_error(test::logits_of(composed, kSequences), expected), 1e-6);
+}
+
+TEST_F(CarriedAdapters, TokenByTokenIsTheFullPass) {
+  const auto made = composition(true, true);
+  const auto full = test::logits_of(*made, {kSequences[0]});
+  CompositionState state = made->make_state(1);
+  std::vector<torch::Tensor> rows;
+  for (const int64_t id : kSequences[0]) rows.push_back(test::logits_of(*made, {{id}}, {}, &state));
+  EXPECT_LT(test::relative_error(torch::cat(rows), full), 1e-4);  // another order of the same float32 sums
+}
+
+TEST_F(CarriedAdapters, AreFrozenUntilAskedFor) {
+  const auto made = composition(true, true);
+  auto gradients = [&](bool train) {
+    made->train_adapters(train);
+    nn::ForwardContext context;
+    made->hidden_states(nn::RaggedBatch::from_sequences(kSequences), {}, context).square().sum().backward();
+    std::map<std::string, torch::Tensor> found;
+    for (const auto& [place, adapter] : made->adapters()) {
+      for (const auto& parameter : adapter->parameters()) {
+        if (parameter.tensor.grad().defined()) found[place + "." + parameter.name] = parameter.tensor.grad();
+      }
+    }
+    return found;
+  };
+  EXPECT_TRUE(gradients(false).empty());
+  const auto trained = gradients(true);
+  EXPECT_TRUE(trained.contains("anchor.model.layers.2.mlp.down_proj.lora_A"));
+  EXPECT_TRUE(trained.contains("augmenting.0.model.layers.0.self_attn.v_proj.lora_B"));
+  // The augmenting model's block 3 lies above its highest connection.
+  EXPECT_FALSE(trained.contains("augmenting.0.model.layers.3.self_attn.v_proj.lora_B"));
+
+  // The slope in the gradient's own direction is its norm: central differences of the loss, in float32, so 2 %.
+  auto loss = [&] {
+    torch::NoGradGuard no_grad;
+    nn::ForwardContext context;
+    return made->hidden_states(nn::RaggedBatch::from_sequences(kSequences), {}, context)
+        .to(torch::kFloat64)
+        .square()
+        .sum()
+        .item<double>();
+  };
+  for (const auto& [place, adapter] : made->adapters()) {
+    for (const auto& parameter : adapter->parameters()) {
+      const torch::Tensor gradient = parameter.tensor.grad();
+      if (!gradient.defined()) continue;
+      const double norm = gradient.norm().item<double>();
+      if (norm < 1.0) continue;  // too flat for differences of float32
+      const torch::Tensor values = parameter.tensor.detach();
+      const torch::Tensor step = gradient / norm * 1e-3;
+      torch::NoGradGuard no_grad;
+      values.add_(step);
+      const double above = loss();
+      values.sub_(2 * step);
+      const double below = loss();
+      values.add_(step);
+      EXPECT_NEAR((above - below) / 2e-3 / norm, 1.0, 0.02) << place << " " << parameter.name;
+    }
+  }
+}
+
+TEST_F(CarriedAdapters, TravelWithTheFolder) {
+  const auto made = composition(true, true);
+  save_composition(*made, path("calm"));
+  fs::remove_all(path("anchor_adapter"));
+  fs::remove_all(path("aug_adapter"));
+  const auto loaded = load_composition(path("calm"), {});
+  EXPECT_TRUE(torch::equal(test::logits_of(*loaded, kSequences), test::logits_of(*made, kSequences)));
+
+  // Trained, their numbers come back like the connections'.
+  made->train_adapters(true);
+  loaded->train_adapters(true);
+  for (const auto& [place, adapter] : loaded->adapters()) {
+    torch::NoGradGuard no_grad;
+    for (const auto& parameter : adapter->parameters()) parameter.tensor.zero_();
+  }
+  load_trained(*loaded, path("calm"));
+  EXPECT_TRUE(torch::equal(test::logits_of(*loaded, kSequences), test::logits_of(*made, kSequences)));
+
+  fs::remove_all(path("calm") / "adapters" / "anchor");
+  EXPECT_THAT([&] { load_composition(path("calm"), {}); },
+              ::testing::ThrowsMessage<DataError>(HasSubstr("anchor: its adapter")));
+}
+
+TEST_F(CarriedAdapters, ThatRouteBySentenceAreRefused) {
+  Json config = read_json(path("anchor_adapter") / "adapter_config.json");
+  config["moesaic"]["router"]["input"] = "sentence";
+  write_file_atomically(path("anchor_adapter") / "adapter_config.json", config.dump());
+  EXPECT_THAT([&] { open("anchor", true); },
+              ::testing::ThrowsMessage<DataError>(::testing::AnyOf(HasSubstr("sentence"), HasSubstr("router"))));
+}
+
+TEST_F(CarriedAdapters, OfAnAugmentingModelKeepTheWholeModel) {
+  auto layers = [&](const MemberOptions& options) {
+    return open_member(formats::Checkpoint::open(path("aug")), {}, options).model->config().num_layers;
+  };
+  EXPECT_EQ(layers({.num_blocks = 2}), 2);
+  EXPECT_EQ(layers({.adapter = path("aug_adapter"), .num_blocks = 2}), 4);
+}
+
+TEST_F(CarriedAdapters, BlocksAboveTheHighestConnectionAreNotHeld) {
+  const auto made = composition(false, false);
+  save_composition(*made, path("calm"));
+  const auto loaded = load_composition(path("calm"), {});
+  const auto names = loaded->augmenting()[0].model->named_parameters();
+  EXPECT_TRUE(names.contains("model.layers.2.mlp.up_proj.weight"));
+  EXPECT_FALSE(names.contains("model.layers.3.mlp.up_proj.weight"));
+  EXPECT_FALSE(names.contains("lm_head.weight"));
+  EXPECT_TRUE(torch::equal(test::logits_of(*loaded, kSequences), test::logits_of(*made, kSequences)));
+}
+
+TEST_F(CarriedAdapters, RandomNumbersComeFromTheirSeed) {
+  auto with = [&](std::optional<uint64_t> seed) {
+    const Member aug = open_member(formats::Checkpoint::open(path("aug")), {}, {.random_seed = seed});
+    auto made =
+        std::make_shared<Composition>(test::config_of({{{{0, 1}}}}), open("anchor", false), std::vector{aug}, 7);
+    test::randomise(*made);
+    return made;
+  };
+  const auto one = test::logits_of(*with(1), kSequences);
+  EXPECT_TRUE(torch::equal(one, test::logits_of(*with(1), kSequences)));
+  EXPECT_GT(test::relative_error(test::logits_of(*with(2), kSequences), one), 0.01);
+  EXPECT_GT(test::relative_error(test::logits_of(*with({}), kSequences), one), 0.01);
+  save_composition(*with(1), path("calm"));
+  EXPECT_EQ(load_composition(path("calm"), {})->augmenting()[0].random_seed, 1u);
+  EXPECT_TRUE(torch::equal(test::logits_of(*load_composition(path("calm"), {}), kSequences), one));
+}
+
+}  // namespace
+}  // namespace moesaic::compose
