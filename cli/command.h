@@ -30,6 +30,7 @@ using AddVerb = Runner (*)(CLI::App& app, CommonOptions& common);
 
 Runner add_chat(CLI::App& app, CommonOptions& common);
 Runner add_compose(CLI::App& app, CommonOptions& common);
+Runner add_convert(CLI::App& app, CommonOptions& common);
 Runner add_data(CLI::App& app, CommonOptions& common);
 Runner add_demo(CLI::App& app, CommonOptions& common);
 Runner add_doctor(CLI::App& app, CommonOptions& common);

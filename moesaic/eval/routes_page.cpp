@@ -1,4 +1,5 @@
 // The page of routes_html(): a fixed document that draws the JSON put into it.
+#include "moesaic/eval/page.h"
 #include "moesaic/eval/routes.h"
 
 namespace moesaic::eval {
@@ -199,13 +200,6 @@ draw(); drawSimilarity();
 
 }  // namespace
 
-std::string routes_html(const OrderedJson& routes) {
-  std::string json = routes.dump(-1, ' ', false, OrderedJson::error_handler_t::replace);
-  // "</" would end the script element; JSON allows the escaped slash.
-  for (size_t at = 0; (at = json.find("</", at)) != std::string::npos; at += 3) json.insert(at + 1, "\\");
-  // "<!--" would open a comment in it.
-  for (size_t at = 0; (at = json.find("<!--", at)) != std::string::npos; at += 9) json.replace(at, 1, "\\u003c");
-  return kHead + json + kTail;
-}
+std::string routes_html(const OrderedJson& routes) { return page_with(kHead, routes, kTail); }
 
 }  // namespace moesaic::eval
