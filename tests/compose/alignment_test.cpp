@@ -205,7 +205,7 @@ TEST(AlignmentLaw, NothingBehindTheKnownTextIsRead) {
       const auto how = alignment(anchor, aug, rule);
       for (const std::string& text : all_texts()) {
         const Ids ids = anchor->encode(text, false);
-        const Reading reading = read(how, ids);
+        const Reading reading = read(how, ids, {ids.size() / 2});
         const auto known = complete_texts(anchor, ids);
         for (size_t t = 0; t < ids.size(); ++t) {
           const Ids committed(reading.ids.begin(), reading.ids.begin() + reading.counts[t]);
