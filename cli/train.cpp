@@ -124,6 +124,7 @@ class TrainCommand {
 
   void open_tasks() {
     if (!run_.eval_tasks.empty()) tasks_ = eval::load_tasks(run_.eval_tasks, {.limit = run_.eval_limit});
+    for (const eval::Task& task : tasks_) eval::check_metrics(task, {});
   }
 
   /// {"<task>/<metric>", value} for every task: asked as training renders its data.

@@ -70,7 +70,7 @@ TEST(CodeRunner, TellsDeathBySignal) {
 TEST(CodeRunner, StartsNoProcess) {
   EXPECT_EQ(run(refused("os.fork()")), Verdict::kPassed);
   EXPECT_EQ(run(refused("os.system('true') == 0 or os.posix_spawn('/bin/true', ['true'], {})")), Verdict::kPassed);
-  EXPECT_EQ(run("import os\nwhile True: os.fork()"), Verdict::kFailed);
+  EXPECT_EQ(run("import os\nfor i in range(5): os.fork()"), Verdict::kFailed);
   EXPECT_EQ(run("import subprocess\nsubprocess.Popen(['sleep', '600'], start_new_session=True)"), Verdict::kFailed);
 }
 
@@ -159,7 +159,8 @@ TEST(SharedData, CanonicalSolutionsPass) {
       const Item& item = task.items[i];
       const Verdict verdict = runner.run(item.program->before + item.targets[0] + item.program->after);
       EXPECT_EQ(verdict, Verdict::kPassed) << task.name << " " << item.doc["task_id"] << " " << name_of(verdict);
-      EXPECT_EQ(runner.run(item.program->before + "    pass\n" + item.program->after), Verdict::kFailed)
+      const std::string nothing = task.name == "mbpp" ? "pass\n" : "    pass\n";
+      EXPECT_EQ(runner.run(item.program->before + nothing + item.program->after), Verdict::kFailed)
           << item.doc["task_id"];
     }
   }
