@@ -31,6 +31,7 @@ class CarriedAdapters : public ::testing::Test {
     config.method = method;
     config.num_experts = method == "molora" ? 3 : 1;
     config.lora_rank = 2;
+    config.lora_dropout = 0.5;
     config.targets = std::move(targets);
     const auto adapter = adapters::Adapter::create(config, member.model->sites(), torch::kCPU, 3);
     torch::NoGradGuard no_grad;
@@ -96,6 +97,7 @@ TEST_F(CarriedAdapters, AreFrozenUntilAskedFor) {
   EXPECT_TRUE(gradients(false).empty());
   const auto trained = gradients(true);
   EXPECT_TRUE(trained.contains("anchor.model.layers.2.mlp.down_proj.lora_A"));
+  EXPECT_TRUE(trained.contains("anchor.model.layers.0.self_attn.q_proj.lora_B")) << "at the lowest connection";
   EXPECT_TRUE(trained.contains("augmenting.0.model.layers.0.self_attn.v_proj.lora_B"));
   // The augmenting model's block 3 lies above its highest connection.
   EXPECT_FALSE(trained.contains("augmenting.0.model.layers.3.self_attn.v_proj.lora_B"));
@@ -127,6 +129,19 @@ TEST_F(CarriedAdapters, AreFrozenUntilAskedFor) {
       EXPECT_NEAR((above - below) / 2e-3 / norm, 1.0, 0.02) << place << " " << parameter.name;
     }
   }
+}
+
+TEST_F(CarriedAdapters, DropNothingWhileTheyAreFrozen) {
+  const auto made = composition(true, true);
+  auto pass = [&](bool training) {
+    torch::NoGradGuard no_grad;
+    nn::ForwardContext context;
+    context.training = training;
+    return made->hidden_states(nn::RaggedBatch::from_sequences(kSequences), {}, context);
+  };
+  EXPECT_TRUE(torch::equal(pass(true), pass(false)));
+  made->train_adapters(true);
+  EXPECT_FALSE(torch::equal(pass(true), pass(false)));
 }
 
 TEST_F(CarriedAdapters, TravelWithTheFolder) {
