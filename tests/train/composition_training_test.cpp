@@ -14,8 +14,8 @@ using ::testing::HasSubstr;
 class Sentences : public data::ExampleStream {
  public:
   explicit Sentences(const tokenizer::Tokenizer& tokenizer) {
-    for (const char* text :
-         {"The keeper wrote until tomorrow", "ships passed before dawn, 12 👍🏽", "every name into a long grey book", "So it"}) {
+    for (const char* text : {"The keeper wrote until tomorrow", "ships passed before dawn, 12 👍🏽",
+                             "every name into a long grey book", "So it"}) {
       data::Example& example = examples_.emplace_back();
       example.ids = tokenizer.encode(text, false);
       for (size_t i = 0; i < example.ids.size(); ++i) example.mask.push_back(i >= example.ids.size() / 2);
