@@ -15,7 +15,7 @@ import random
 
 import composing
 
-LONGEST = 600  # characters of a function that is trained with the anchor, or asked
+LONGEST = 350  # characters of a text that is trained with the anchor, or of a function that is asked
 
 
 def read_jsonl(path):

@@ -32,14 +32,15 @@ def write_data(data, out, seed, composed_pairs):
     news = list(pairs_of(folder / "mafand" / "en-tsn" / "train.jsonl"))
     ntrex = [(folder / "ntrex128" / f"newstest2019-{name}.txt").read_text(encoding="utf-8").splitlines()[1000:]
              for name in ("ref.tsn", "src.eng")]
-    known = [(setswana, english) for english, setswana, *_ in lexicon] + news + list(zip(*ntrex))
-    composing.write_jsonl(out / "knowledge.jsonl", [row(*pair) for pair in known])
+    sentences = news + list(zip(*ntrex))
+    composing.write_jsonl(out / "lexicon.jsonl", [row(setswana, english) for english, setswana, *_ in lexicon])
+    composing.write_jsonl(out / "sentences.jsonl", [row(*pair) for pair in sentences])
     short = [pair for pair in news if len(pair[0]) <= SHORT]
     random.Random(seed).shuffle(short)
     composing.write_jsonl(out / "composition.jsonl", [row(*pair) for pair in short[:composed_pairs]])
     test = [pair for pair in pairs_of(folder / "mafand" / "en-tsn" / "test.jsonl") if len(pair[0]) <= SHORT]
     composing.write_jsonl(out / "tsn_en.jsonl", [row(*pair) for pair in test])
-    return {"knowledge": len(known), "composition": min(len(short), composed_pairs), "test": len(test)}
+    return {"lexicon": len(lexicon), "sentences": len(sentences), "composition": min(len(short), composed_pairs), "test": len(test)}
 
 
 def main():
