@@ -67,16 +67,14 @@ std::map<std::string, std::string_view> zip_entries(const Bytes& bytes) {
     const std::string name(file.text(at + 46, name_size));
     MOESAIC_CHECK(method == 0 && (flags & 1) == 0, FormatError,
                   "{}: '{}' is compressed or encrypted, expected it stored as it is", bytes.where, name);
+    constexpr uint32_t kFull = 0xffffffff;  // the value stands in the zip64 field, which has those that are full
     for (size_t extra = at + 46 + name_size, stop = extra + extra_size; extra + 4 <= stop;) {
       const size_t length = file.number<uint16_t>(extra + 2);
-      if (file.number<uint16_t>(extra) == 1) {  // the 64-bit values of fields that are full, in this order
+      if (file.number<uint16_t>(extra) == 1) {
         size_t field = extra + 4;
-        for (uint64_t* value : {&size, static_cast<uint64_t*>(nullptr), &header}) {
-          const size_t place = value == &size ? at + 24 : value == &header ? at + 42 : at + 20;
-          if (file.number<uint32_t>(place) != 0xffffffff) continue;
-          if (value) *value = file.number<uint64_t>(field);
-          field += 8;
-        }
+        if (size == kFull) size = file.number<uint64_t>(field), field += 8;
+        if (file.number<uint32_t>(at + 20) == kFull) field += 8;  // the compressed size, which is the same
+        if (header == kFull) header = file.number<uint64_t>(field);
       }
       extra += 4 + length;
     }

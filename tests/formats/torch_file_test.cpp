@@ -15,22 +15,35 @@ using test::raw_all;
 
 using Files = std::vector<std::pair<std::string, std::string>>;
 
-/// A zip archive of stored files.
-std::string zip(const Files& files, uint16_t method = 0) {
+/// A zip archive of stored files; with `zip64` as for one of more than 4 GiB.
+std::string zip(const Files& files, uint16_t method = 0, bool zip64 = false) {
   std::string bytes, directory;
   for (const auto& [name, content] : files) {
-    const auto size = static_cast<uint32_t>(content.size()), offset = static_cast<uint32_t>(bytes.size());
     // version, flags, method, time, date, CRC (not looked at), sizes, length of the name
-    const std::string common = raw<uint16_t>(0) + raw<uint16_t>(0) + raw(method) + raw<uint32_t>(0) + raw<uint32_t>(0) +
-                               raw(size) + raw(size) + raw(static_cast<uint16_t>(name.size()));
-    bytes += raw<uint32_t>(0x04034b50) + common + raw<uint16_t>(0) + name + content;
-    directory += raw<uint32_t>(0x02014b50) + raw<uint16_t>(0) + common + raw<uint16_t>(0) + raw<uint16_t>(0) +
-                 raw<uint16_t>(0) + raw<uint16_t>(0) + raw<uint32_t>(0) + raw(offset) + name;
+    auto common = [&](uint32_t size) {
+      return raw<uint16_t>(0) + raw<uint16_t>(0) + raw(method) + raw<uint32_t>(0) + raw<uint32_t>(0) + raw(size) +
+             raw(size) + raw(static_cast<uint16_t>(name.size()));
+    };
+    const uint64_t size = content.size(), offset = bytes.size();
+    bytes += raw<uint32_t>(0x04034b50) + common(static_cast<uint32_t>(size)) + raw<uint16_t>(0) + name + content;
+    const std::string extra =
+        zip64 ? raw<uint16_t>(1) + raw<uint16_t>(24) + raw(size) + raw(size) + raw(offset) : std::string();
+    directory += raw<uint32_t>(0x02014b50) + raw<uint16_t>(0) +
+                 common(zip64 ? UINT32_MAX : static_cast<uint32_t>(size)) + raw(static_cast<uint16_t>(extra.size())) +
+                 raw<uint16_t>(0) + raw<uint16_t>(0) + raw<uint16_t>(0) + raw<uint32_t>(0) +
+                 raw(zip64 ? UINT32_MAX : static_cast<uint32_t>(offset)) + name + extra;
   }
-  const auto count = static_cast<uint16_t>(files.size());
-  const auto start = static_cast<uint32_t>(bytes.size()), size = static_cast<uint32_t>(directory.size());
-  return bytes + directory + raw<uint32_t>(0x06054b50) + raw<uint32_t>(0) + raw(count) + raw(count) + raw(size) +
-         raw(start) + raw<uint16_t>(0);
+  const uint64_t count = files.size(), start = bytes.size(), size = directory.size(), end = start + size;
+  bytes += directory;
+  if (zip64) {
+    bytes += raw<uint32_t>(0x06064b50) + raw<uint64_t>(44) + raw<uint32_t>(0) + raw<uint64_t>(0) + raw(count) +
+             raw(count) + raw(size) + raw(start) + raw<uint32_t>(0x07064b50) + raw<uint32_t>(0) + raw(end) +
+             raw<uint32_t>(1);
+    return bytes + raw<uint32_t>(0x06054b50) + std::string(16, '\xff') + raw<uint16_t>(0);
+  }
+  return bytes + raw<uint32_t>(0x06054b50) + raw<uint32_t>(0) + raw(static_cast<uint16_t>(count)) +
+         raw(static_cast<uint16_t>(count)) + raw(static_cast<uint32_t>(size)) + raw(static_cast<uint32_t>(start)) +
+         raw<uint16_t>(0);
 }
 
 // Pieces of pickles.
@@ -87,6 +100,11 @@ TEST(TorchFile, ReadsStateDictsWithAttributesAndParameters) {
   const std::string pickle = "\x80\x02" + global("collections", "OrderedDict") + ")Rq\x01" + text("w") + parameter +
                              "s}" + text("_metadata") + global("collections", "OrderedDict") + ")Rsbh\x01" + ".";
   EXPECT_TRUE(torch::equal(parse(archive(pickle)).at("w"), torch::tensor({1.f, 2.f, 3.f, 4.f, 5.f, 6.f})));
+}
+
+TEST(TorchFile, ReadsArchivesOfMoreThan4GiB) {
+  const Files files{{"m/data.pkl", dict({{"w", tensor(kStorage, 0, {6}, {1})}})}, {"m/data/0", kSix}};
+  EXPECT_TRUE(torch::equal(parse(zip(files, 0, true)).at("w"), parse(zip(files)).at("w")));
 }
 
 TEST(TorchFile, OtherDtypes) {
