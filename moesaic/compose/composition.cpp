@@ -83,7 +83,7 @@ void validate(const CompositionConfig& config, const models::DecoderConfig& anch
   };
   const ConnectionConfig& shared = config.connection;
   one_of("cross_position", shared.cross_position, {"rope", "none"});
-  one_of("norm", shared.norm, {"none", "post"});
+  one_of("norm", shared.norm, {"none", "pre", "post"});
   one_of("output_init", shared.output_init, {"zero", "normal"});
   const bool divides = shared.num_heads > 0 && anchor.hidden_size % shared.num_heads == 0;
   require(divides, fmt::format("num_heads: got {}, expected a divisor of the anchor's width {}", shared.num_heads,

@@ -112,16 +112,23 @@ void ConnectionImpl::initialize(at::Generator generator) {
   if (!norm_.is_empty()) norm_->weight.zero_();
 }
 
+/// What a projection reads: float32, with norm `pre` scaled to a root mean square of one.
+torch::Tensor ConnectionImpl::input(const torch::Tensor& x) const {
+  const torch::Tensor wide = x.to(proj_->weight.dtype());
+  if (config_.norm != "pre") return wide;
+  return wide * (wide.square().mean(-1, /*keepdim=*/true) + config_.norm_eps).rsqrt();
+}
+
 std::pair<torch::Tensor, torch::Tensor> ConnectionImpl::keys_values(const torch::Tensor& states,
                                                                     const nn::RotaryTables& rope) {
-  const torch::Tensor p = project(proj_, states.to(proj_->weight.dtype()));
+  const torch::Tensor p = project(proj_, input(states));
   torch::Tensor k = project(k_proj_, p).view({-1, heads_, head_dim_});
   if (config_.cross_position == "rope") k = nn::apply_rope(k, rope);
   return {k, project(v_proj_, p).view({-1, heads_, head_dim_})};
 }
 
 torch::Tensor ConnectionImpl::queries(const torch::Tensor& h, const nn::RotaryTables& rope) {
-  const torch::Tensor q = project(q_proj_, h.to(q_proj_->weight.dtype())).view({h.size(0), heads_, head_dim_});
+  const torch::Tensor q = project(q_proj_, input(h)).view({h.size(0), heads_, head_dim_});
   return config_.cross_position == "rope" ? nn::apply_rope(q, rope) : q;
 }
 

@@ -13,7 +13,7 @@ namespace moesaic::compose {
 struct ConnectionConfig {
   int64_t num_heads = 1;                // of width D_B / num_heads
   std::string cross_position = "rope";  // rope | none (the paper)
-  std::string norm = "none";            // none | post (the released code: RMSNorm with scale 1 + w on the output)
+  std::string norm = "none";            // none | pre (H_A, H_B at unit RMS) | post (released: RMSNorm 1 + w on Y)
   bool attention_bias = false;          // biases at q, k, v, o (the released code)
   double norm_eps = 1e-6;               // of norm post; a composition takes the anchor's
   std::string output_init = "zero";     // zero: the composition starts as the anchor | normal
@@ -60,6 +60,7 @@ struct ConnectionImpl : torch::nn::Module {
                                                const KeysValues& keys_values, const Visibility& seen);
 
  private:
+  torch::Tensor input(const torch::Tensor& x) const;
   torch::Tensor queries(const torch::Tensor& h, const nn::RotaryTables& rope);
 
   ConnectionConfig config_;

@@ -72,7 +72,7 @@ TEST(Connection, EqualsTheFormulaOfThePaper) {
   // D_A = 3, D_B = 4, two heads of width 2. One query sees two augmenting states.
   torch::manual_seed(4);
   for (const bool biases : {false, true}) {
-    for (const char* norm : {"none", "post"}) {
+    for (const char* norm : {"none", "pre", "post"}) {
       ConnectionConfig config{.num_heads = 2, .cross_position = "none", .norm = norm, .attention_bias = biases};
       Connection connection(config, 3, 4, torch::TensorOptions(torch::kFloat32));
       torch::NoGradGuard no_grad;
@@ -83,7 +83,12 @@ TEST(Connection, EqualsTheFormulaOfThePaper) {
         return biases || name == "proj" ? y + parameter(name + ".bias") : y;
       };
       const auto states = torch::randn({2, 3}), h = torch::randn({1, 4});
-      const auto p = linear("proj", states), q = linear("q_proj", h), k = linear("k_proj", p), v = linear("v_proj", p);
+      // Rows at unit root mean square.
+      auto scaled = [&](const torch::Tensor& x) {
+        return std::string(norm) == "pre" ? x / (x.pow(2).mean(1, /*keepdim=*/true) + 1e-6).sqrt() : x;
+      };
+      const auto p = linear("proj", scaled(states)), q = linear("q_proj", scaled(h));
+      const auto k = linear("k_proj", p), v = linear("v_proj", p);
       std::vector<torch::Tensor> heads;
       for (int64_t head : {0, 1}) {
         auto part = [&](const torch::Tensor& x) { return x.slice(1, 2 * head, 2 * head + 2); };

@@ -88,12 +88,16 @@ class Composition:
     def connection(self, k, h, states, visible, coordinates):
         heads, rows = self.config["num_heads"], len(h)
         precision = next(iter(self.weights.values())).dtype
-        p = self.linear(f"connections.{k}.proj", states.to(precision))
+        h_in, states = h.to(precision), states.to(precision)
+        if self.config.get("norm") == "pre":
+            h_in, states = (x * (x.pow(2).mean(-1, keepdim=True) + self.anchor.config.rms_norm_eps).rsqrt()
+                            for x in (h_in, states))
+        p = self.linear(f"connections.{k}.proj", states)
 
         def split(name, x):
             return self.linear(f"connections.{k}.{name}", x).view(len(x), heads, -1).transpose(0, 1)
 
-        q, key, value = split("q_proj", h.to(precision)), split("k_proj", p), split("v_proj", p)
+        q, key, value = split("q_proj", h_in), split("k_proj", p), split("v_proj", p)
         if self.config.get("cross_position", "rope") == "rope":
             q, key = rotate(q, torch.arange(rows), self.theta), rotate(key, coordinates, self.theta)
         scores = q @ key.transpose(1, 2) / q.shape[-1] ** 0.5
@@ -214,7 +218,7 @@ def test_one_tokenizer(driver, make, tokenizers, tmp_path):
           ids_of(tokenizers, "gpt2"), same_tokenizer=True)
 
 
-@pytest.mark.parametrize("align", ["word", "token"])
+@pytest.mark.parametrize("align", ["word", "token", "mixed"])
 def test_two_tokenizers(align, driver, make, tokenizers, tmp_path):
     ids = ids_of(tokenizers, "gpt2")
     config = dict(num_heads=2, augmenting=[dict(connections=[[-1, 0], [1, 2]], align=align)])
@@ -226,6 +230,12 @@ def test_without_positions(driver, make, tokenizers, tmp_path):
     config = dict(num_heads=4, cross_position="none", augmenting=[dict(connections=[[1, -1], [2, 1]])])
     check(driver, tmp_path, make("anchor", "qwen3", "llama3", 1), [make("aug", "llama", "gpt2", 2)], config,
           ids_of(tokenizers, "llama3"))
+
+
+def test_norm_before_the_projections(driver, make, tokenizers, tmp_path):
+    config = dict(num_heads=2, norm="pre", augmenting=[dict(connections=[[0, 1], [2, 2]])])
+    check(driver, tmp_path, make("anchor", "llama", "gpt2", 1), [make("aug", "qwen2", "llama3", 2)], config,
+          ids_of(tokenizers, "gpt2"))
 
 
 def test_two_augmenting_models(driver, make, tokenizers, tmp_path):
