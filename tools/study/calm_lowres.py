@@ -35,6 +35,7 @@ def write_data(data, out, seed, composed_pairs):
     sentences = news + list(zip(*ntrex))
     composing.write_jsonl(out / "lexicon.jsonl", [row(setswana, english) for english, setswana, *_ in lexicon])
     composing.write_jsonl(out / "sentences.jsonl", [row(*pair) for pair in sentences])
+    composing.write_jsonl(out / "setswana.jsonl", [{"text": setswana.strip()} for setswana, _ in sentences])
     short = [pair for pair in news if len(pair[0]) <= SHORT]
     random.Random(seed).shuffle(short)
     composing.write_jsonl(out / "composition.jsonl", [row(*pair) for pair in short[:composed_pairs]])
@@ -52,7 +53,7 @@ def main():
     study.step("data", lambda: write_data(options.data, data, options.seed, options.composed_pairs))
     newline = ("--until", "\n")
     scores = study.run([
-        composing.Task(data / "tsn_en.jsonl", ["chrf", "chrf1", "bleu"], limit=60, max_tokens=48, flags=newline),
+        composing.Task(data / "tsn_en.jsonl", ["chrf", "chrf1", "bleu"], limit=50, max_tokens=48, flags=newline),
         composing.Task(options.data / "mgsm" / "mgsm_sw.tsv", ["number"], limit=10, max_tokens=128,
                        only=("anchor", "composition")),
     ])

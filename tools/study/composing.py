@@ -131,7 +131,7 @@ class Study:
         rank = self.rank_of(run["trained"])
         self.train("lora", "composition.yaml", options.composition_steps, model_name_or_path=options.anchor,
                    finetuning_type="lora", lora_rank=rank, lora_alpha=2 * rank, lora_target="all-linear",
-                   dataset_dir=self.out / "data")
+                   learning_rate=1e-3, dataset_dir=self.out / "data")
         systems[f"LoRA, rank {rank}"] = ["--model", options.anchor, "--adapter", self.out / "lora"]
         scores = {system: {task.path.stem: self.ask(system, flags, task) for task in tasks
                            if not task.only or system in task.only} for system, flags in systems.items()}
@@ -146,15 +146,19 @@ class Study:
         for system, row in scores.items():
             cells = [f"{row[task][metric]:.3g}" if task in row else "" for task, metric in columns]
             lines.append(f"| {system} | " + " | ".join(cells) + " |")
-        lines += ["", "| trained | numbers | loss | minutes | CPU minutes |", "|---|---|---|---|---|"]
+        lines += ["", *self.times()]
+        (self.out / "table.md").write_text("\n".join(lines) + "\n")
+        print("\n".join(lines))
+
+    def times(self):
+        """What was trained and how long all took, as lines of a table."""
+        lines = ["| trained | numbers | loss | minutes | CPU minutes |", "|---|---|---|---|---|"]
         for name, run in self.results.items():
             if name.startswith("train "):
                 lines.append(f"| {name[6:]} | {run['trained']:,} | {run['train_loss']:.3f} | "
                              f"{run['seconds'] / 60:.1f} | {run['cpu_seconds'] / 60:.1f} |")
         total = sum(run["seconds"] for run in self.results.values())
-        lines += ["", f"{total / 60:.1f} minutes in all, {self.options.threads} thread(s), seed {self.options.seed}."]
-        (self.out / "table.md").write_text("\n".join(lines) + "\n")
-        print("\n".join(lines))
+        return [*lines, "", f"{total / 60:.1f} minutes in all, {self.options.threads} thread(s), seed {self.options.seed}."]
 
 
 def plot_bars(path, title, scores):
