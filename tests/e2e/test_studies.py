@@ -36,3 +36,21 @@ def test_a_study_runs_from_data_to_table(name, tasks, tmp_path):
     # A second call finds everything done.
     again = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60)
     assert again.returncode == 0 and "==" not in again.stdout
+
+
+def test_key_arithmetic_runs_from_data_to_table(tmp_path):
+    make_model(tmp_path / "anchor", num_hidden_layers=30)
+    out = tmp_path / "out"
+    command = [sys.executable, ROOT / "tools" / "study" / "key_arithmetic.py", "--output_dir", out, "--anchor",
+               tmp_path / "anchor", "--augmenting_steps", 2, "--lora_steps", 2, "--composition_steps", 2, "--limit", 2]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "MOESAIC_BUILD_DIR": str(PROGRAM.parent)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    table = (out / "table.md").read_text()
+    assert "| | KV-SUB | NUM-MATH | KV-MATH | KV-SUB, held-in | KV-MATH, held-in |" in table
+    for system in ["augmenting model", "anchor", "anchor + LoRA", "composition"]:
+        assert f"| {system} |" in table
+    # Two questions each: nothing trained for two steps answers them.
+    results = json.loads((out / "results.json").read_text())
+    assert results["ask composition, KV-MATH: kv_math"]["exact_match"] == 0
+    assert results["train composition"]["trained"] == 2 * (64 * 32 + 32 + 4 * 32 * 32)

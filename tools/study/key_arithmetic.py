@@ -1,0 +1,53 @@
+"""Key-value arithmetic with a real anchor (docs/study/key-arithmetic.md): SmolLM2-135M-Instruct helped by a LoRA in
+arithmetic, joined to a small model that was made from nothing and knows what 500 words are worth.
+
+Writes OUT/table.md: {augmenting model, anchor, anchor + LoRA, composition} x {KV-SUB, NUM-MATH, KV-MATH}.
+"""
+
+import composing
+
+
+def table(scores, names):
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for system, row in scores.items():
+        cells = [f"{100 * row[name]['exact_match']:.1f} %" if name in row else "" for name in names]
+        lines.append(f"| {system} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def main():
+    parser = composing.arguments(__doc__.splitlines()[0], "keys")
+    parser.add_argument("--lora_steps", type=int, help="of the anchor's LoRA; default: the recipe's")
+    options = parser.parse_args()
+    study = composing.Study(options, composing.ROOT / "recipes" / "keys")
+    data = study.out / "data"
+    study.call("data", "keys", data, "--seed", options.seed)
+    study.train("augmenting", "augmenting.yaml", options.augmenting_steps, dataset_dir=data)
+    study.train("anchor_lora", "anchor_lora.yaml", options.lora_steps, dataset_dir=data,
+                model_name_or_path=options.anchor)
+    anchor, lora, augmenting = options.anchor, study.out / "anchor_lora", study.out / "augmenting"
+    start = study.compose("composition", anchor=f"{{model: {anchor}, adapter: {lora}}}", augmenting=augmenting)
+    study.train("composition", "composition.yaml", options.composition_steps, model_name_or_path=start,
+                dataset_dir=data)
+
+    # What comes behind a substitution is another task's: "12 + 34 = 46" answers both KV-SUB and KV-MATH.
+    until = ("--until", " =")
+    tasks = {"KV-SUB": ("test/kv_sub", until), "NUM-MATH": ("test/num_math", ()), "KV-MATH": ("test/kv_math", ()),
+             "KV-SUB, held-in": ("held_in/kv_sub", until), "KV-MATH, held-in": ("held_in/kv_math", ())}
+    systems = {"augmenting model": ["--model", augmenting], "anchor": ["--model", anchor],
+               "anchor + LoRA": ["--model", anchor, "--adapter", lora],
+               "composition": ["--model", study.out / "composition"]}
+    scores = {system: {} for system in systems}
+    for system, flags in systems.items():
+        for name, (path, more) in tasks.items():
+            if "held-in" in name and system != "composition":
+                continue
+            task = composing.Task(data / f"{path}.jsonl", ["exact_match"], 200, 16, more)
+            scores[system][name] = study.ask(f"{system}, {name}", flags, task)
+    lines = table(scores, list(tasks)) + ["", *study.times()]
+    (study.out / "table.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
