@@ -26,11 +26,9 @@ class BlankCheckpoint : public formats::Checkpoint {
   }
   std::vector<std::string> names() const override { return {}; }
   bool contains(const std::string&) const override { return false; }
-  std::vector<int64_t> shape(const std::string& name) const override {
-    return no_weights(name), std::vector<int64_t>();
-  }
-  at::ScalarType dtype(const std::string& name) const override { return no_weights(name), at::kFloat; }
-  at::Tensor tensor(const std::string& name) const override { return no_weights(name), at::Tensor(); }
+  std::vector<int64_t> shape(const std::string& name) const override { no_weights(name); }
+  at::ScalarType dtype(const std::string& name) const override { no_weights(name); }
+  at::Tensor tensor(const std::string& name) const override { no_weights(name); }
   void read_into(const std::string& name, at::Tensor) const override { no_weights(name); }
   std::optional<std::string> tokenizer_json() const override { return tokenizer_.json; }
   Json tokenizer_config() const override { return tokenizer_.config; }
@@ -39,7 +37,7 @@ class BlankCheckpoint : public formats::Checkpoint {
   std::string fingerprint() const override { return ""; }
 
  private:
-  void no_weights(const std::string& name) const {
+  [[noreturn]] void no_weights(const std::string& name) const {
     throw DataError(fmt::format("{}: has no tensor '{}': it is made from nothing", path_.string(), name));
   }
   TokenizerFiles tokenizer_;
@@ -100,9 +98,11 @@ NewModel open_new_model(const train::RunConfig& run) {
                   folder.string(), config_vocabulary, tokens, where);
   };
   if (run.tokenizer.empty() && run.tokenizer_vocab_size == 0) {
-    if (model->tokenizer_json()) {
-      check_size(tokenizer::Tokenizer::open(*model)->vocab_size(), "the tokenizer beside it");
-    }
+    MOESAIC_CHECK(model->tokenizer_json(), DataError,
+                  "{}: no tokenizer found, expected tokenizer.json beside config.json\nhint: the run's key `tokenizer` "
+                  "names one, or {{train: bpe, vocab_size: N}} trains one on the run's texts",
+                  folder.string());
+    check_size(tokenizer::Tokenizer::open(*model)->vocab_size(), "the tokenizer beside it");
     return {model, ""};
   }
 
