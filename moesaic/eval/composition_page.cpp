@@ -242,7 +242,7 @@ function drawText() {
 /// Draws a map of weights with square cells; labels where there is room.
 function drawMap(canvas, k, head, cell, labels) {
   const rows = weights(k, head), stream = streamOf(k), columns = stream.tokens.length, ratio = devicePixelRatio || 1;
-  const left = labels ? 96 : 0, top = labels ? 84 : 0, width = left + Math.max(1, columns) * cell, height = top + rows.length * cell;
+  const named = labels && cell >= 11, left = named ? 96 : 0, top = named ? 84 : 0, width = left + Math.max(1, columns) * cell, height = top + rows.length * cell;
   canvas.width = width * ratio; canvas.height = height * ratio;
   canvas.style.width = width + 'px'; canvas.style.height = height + 'px';
   const g = canvas.getContext('2d');
@@ -258,7 +258,7 @@ function drawMap(canvas, k, head, cell, labels) {
   if (labels) {
     g.font = '12px ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace'; g.textBaseline = 'middle';
     const short = token => { const w = word(token).trim() || '\u2423'; return w.length > 11 ? w.slice(0, 10) + '\u2026' : w; };
-    if (cell >= 11) {
+    if (named) {
       text.tokens.forEach((token, t) => { g.fillStyle = variable(t === state.token ? '--ink' : '--soft'); g.textAlign = 'right'; g.fillText(short(token), left - 6, top + (t + 0.5) * cell); });
       g.fillStyle = variable('--soft'); g.textAlign = 'left';
       stream.tokens.forEach((token, s) => { g.save(); g.translate(left + (s + 0.5) * cell, top - 6); g.rotate(-Math.PI / 2); g.fillText(short(token), 0, 0); g.restore(); });

@@ -6,7 +6,7 @@ namespace moesaic::eval {
 namespace {
 
 constexpr int64_t kBatchTokens = 4096;
-constexpr int64_t kMaxWeights = 10'000'000;
+constexpr int64_t kMaxWeights = 4'000'000;
 
 double rounded(double value) { return std::round(value * 1e4) / 1e4; }
 

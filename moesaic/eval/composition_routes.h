@@ -39,7 +39,7 @@ struct TextReading {
   std::vector<Stream> streams;      // per augmenting model
   std::vector<Connection> connections;
 };
-/// Throws UsageError for a text whose attention would fill a file of hundreds of megabytes.
+/// Throws UsageError for a text with more weights than a browser can show.
 TextReading read_text(const EvalModel& model, const std::vector<int64_t>& ids);
 
 /// {model, adapters, num_heads, anchor: {model, blocks}, augmenting: [{model, blocks, align, mask}],
