@@ -131,7 +131,7 @@ class Study:
         rank = self.rank_of(run["trained"])
         self.train("lora", "composition.yaml", options.composition_steps, model_name_or_path=options.anchor,
                    finetuning_type="lora", lora_rank=rank, lora_alpha=2 * rank, lora_target="all-linear",
-                   learning_rate=1e-3, dataset_dir=self.out / "data")
+                   dataset_dir=self.out / "data")
         systems[f"LoRA, rank {rank}"] = ["--model", options.anchor, "--adapter", self.out / "lora"]
         scores = {system: {task.path.stem: self.ask(system, flags, task) for task in tasks
                            if not task.only or system in task.only} for system, flags in systems.items()}
