@@ -27,6 +27,7 @@ std::vector<KeyRow> run_experiment(KeyExperiment& experiment, bool ablations) {
   rows.push_back(experiment.make_model("anchor", KeyText::kArithmetic, 800));
   compose::CompositionConfig config;
   config.connection.num_heads = 4;
+  config.connection.norm = "none";  // the paper's form: models this small have no large states
   config.augmenting = {{compose::evenly_spaced(2, 4, 4)}};
   rows.push_back(experiment.compose("composition", "anchor", "augmenting", config));
   if (!ablations) return rows;

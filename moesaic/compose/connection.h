@@ -13,9 +13,9 @@ namespace moesaic::compose {
 struct ConnectionConfig {
   int64_t num_heads = 1;                // of width D_B / num_heads
   std::string cross_position = "rope";  // rope | none (the paper)
-  std::string norm = "none";            // none | pre (H_A, H_B at unit RMS) | post (released: RMSNorm 1 + w on Y)
+  std::string norm = "pre";             // pre (H_A and H_B at unit RMS) | none (paper) | post (released: RMSNorm on Y)
   bool attention_bias = false;          // biases at q, k, v, o (the released code)
-  double norm_eps = 1e-6;               // of norm post; a composition takes the anchor's
+  double norm_eps = 1e-6;               // of norms; a composition takes the anchor's
   std::string output_init = "zero";     // zero: the composition starts as the anchor | normal
 };
 

@@ -102,7 +102,8 @@ TEST_F(CarriedAdapters, AreFrozenUntilAskedFor) {
   // The augmenting model's block 3 lies above its highest connection.
   EXPECT_FALSE(trained.contains("augmenting.0.model.layers.3.self_attn.v_proj.lora_B"));
 
-  // The slope in the gradient's own direction is its norm: central differences of the loss, in float32, so 2 %.
+  // The slope in the gradient's own direction is its norm: central differences of a float32 loss, which bends
+  // within the step and is rounded: right to a few percent.
   auto loss = [&] {
     torch::NoGradGuard no_grad;
     nn::ForwardContext context;
@@ -126,7 +127,7 @@ TEST_F(CarriedAdapters, AreFrozenUntilAskedFor) {
       values.sub_(2 * step);
       const double below = loss();
       values.add_(step);
-      EXPECT_NEAR((above - below) / 2e-3 / norm, 1.0, 0.02) << place << " " << parameter.name;
+      EXPECT_NEAR((above - below) / 2e-3 / norm, 1.0, 0.05) << place << " " << parameter.name;
     }
   }
 }

@@ -32,13 +32,13 @@ TEST(EvenlySpaced, EndsOfEqualGroups) {
 
 TEST(Composition, EverythingThatDoesNotFitIsSaidAtOnce) {
   CompositionConfig config = config_of({{{{0, 4}, {3, 0}}, "words"}, {{}, "word", "half"}}, 3);
-  config.connection.norm = "pre";
+  config.connection.norm = "front";
   const auto anchor = member("gpt2", 20, 3, 1), aug = member("llama3", 14, 4, 2);
   try {
     Composition(config, anchor, {aug, aug}, 1);
     FAIL();
   } catch (const ConfigError& error) {
-    for (const char* part : {"num_heads: got 3", "norm: got 'pre'", "anchor 0, aug 4", "anchor 3, aug 0", "'words'",
+    for (const char* part : {"num_heads: got 3", "norm: got 'front'", "anchor 0, aug 4", "anchor 3, aug 0", "'words'",
                              "augmenting[1].mask: got 'half'", "augmenting[1].connections: got none"}) {
       EXPECT_THAT(error.what(), HasSubstr(part));
     }

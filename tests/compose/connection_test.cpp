@@ -127,7 +127,7 @@ TEST(Connection, RowsThatSeeNothingGetExactlyNothing) {
 
 TEST(Connection, AttentionWeightsAreWhatForwardMixesBy) {
   const nn::Rope rope(nn::RopeConfig{}, 4);
-  Connection connection(ConnectionConfig{.num_heads = 2, .cross_position = "rope", .attention_bias = true}, 3, 8,
+  Connection connection(ConnectionConfig{.num_heads = 2, .cross_position = "rope", .norm = "none", .attention_bias = true}, 3, 8,
                         torch::TensorOptions(torch::kFloat64));
   torch::manual_seed(7);
   torch::NoGradGuard no_grad;
@@ -158,7 +158,7 @@ TEST(Connection, AttentionWeightsAreWhatForwardMixesBy) {
 
 TEST(Connection, GradientsOfEveryParameter) {
   for (const char* position : {"rope", "none"}) {
-    Connection connection(ConnectionConfig{.num_heads = 2, .cross_position = position, .attention_bias = true}, 3, 8,
+    Connection connection(ConnectionConfig{.num_heads = 2, .cross_position = position, .norm = "none", .attention_bias = true}, 3, 8,
                           torch::TensorOptions(torch::kFloat64));
     torch::manual_seed(6);
     std::vector<torch::Tensor> inputs{leaf(torch::randn({4, 8})), leaf(torch::randn({5, 3}))};

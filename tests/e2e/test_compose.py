@@ -95,6 +95,7 @@ def test_models_that_carry_adapters(folder):
                   f"augmenting=[{{model: {folder / 'aug'}, init: random, seed: 5}}]", f"output_dir={folder / 'carrying'}")
     assert "adapter" in printed and "random numbers of seed 5" in printed
     assert generate(folder / "carrying") == generate(folder / "model", "--adapter", folder / "lora")
+    assert generate(folder / "calm", "--adapter", folder / "lora") == generate(folder / "carrying")
     shutil.rmtree(folder / "lora")  # the composition has its own copy
 
     losses = {}
