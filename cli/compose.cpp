@@ -78,7 +78,11 @@ std::vector<compose::ConnectionPair> pairs_of(const Entry& entry, int64_t anchor
     if (!entry.num_connections.is_null()) {
       count = get<int64_t>(Json{{"num_connections", entry.num_connections}}, "num_connections", where);
     }
-    return compose::evenly_spaced(count, anchor_layers, aug_layers);
+    try {
+      return compose::evenly_spaced(count, anchor_layers, aug_layers);
+    } catch (const ConfigError& error) {
+      throw UsageError(fmt::format("{}: {}", where, error.what()));
+    }
   }
   MOESAIC_CHECK(entry.connections.is_array(), UsageError,
                 "{}: connections: got {}, expected a list of {{anchor: block, "
@@ -125,6 +129,9 @@ int run(const ComposeOptions& options, const CommonOptions& common) {
           parse_entry(list.is_array() ? list[m] : list, json, seed, fmt::format("{}: augmenting[{}]", where, m)));
     }
     const fs::path output_dir = get<std::string>(json, "output_dir", where);
+    MOESAIC_CHECK(!fs::exists(output_dir / "run.yaml"), UsageError,
+                  "{}: output_dir {}: got the folder of a training run, expected another: its numbers would be lost",
+                  where, output_dir.string());
     const std::string anchor_where = where + ": anchor";
     MOESAIC_CHECK(json.contains("anchor"), UsageError, "{}: key 'anchor' is missing", where);
     const MemberEntry anchor_entry =
@@ -170,10 +177,13 @@ int run(const ComposeOptions& options, const CommonOptions& common) {
     }
     fmt::print("trainable   {} ({:.2f} % of the anchor's {})\n", trainable,
                100.0 * static_cast<double>(trainable) / static_cast<double>(anchor_parameters), anchor_parameters);
-    fmt::print(
-        "written     {0}; it is the anchor until it is trained:\n"
-        "  moesaic train run.yaml model_name_or_path={0} finetuning_type=calm\n",
-        output_dir.string());
+    const bool shows_future = std::any_of(config.augmenting.begin(), config.augmenting.end(),
+                                          [](const auto& entry) { return entry.mask == "full"; });
+    fmt::print("written     {0}; {1}\n", output_dir.string(),
+               shows_future ? "mask full shows the future: it can be neither trained nor generated with"
+                            : fmt::format("it is the anchor until it is trained:\n"
+                                          "  moesaic train run.yaml model_name_or_path={} finetuning_type=calm",
+                                          output_dir.string()));
   } catch (const ConfigError& error) {
     throw UsageError(error.what());  // the keys are the user's words
   }

@@ -65,6 +65,9 @@ class TrainCommand {
                   run_.model_name_or_path, is_composition ? "a composition" : "none of `moesaic compose`",
                   composed() ? "a composition's folder" : "a single model, or finetuning_type calm");
     if (composed()) {
+      MOESAIC_CHECK(!fs::exists(run_.train.output_dir / "config.json"), UsageError,
+                    "output_dir {}: got a folder that holds a model, expected another for the composition",
+                    run_.train.output_dir.string());
       composition_ = compose::load_composition(run_.model_name_or_path, {.dtype = dtype_, .device = device_});
       composition_->train_adapters(run_.train.train_adapters);
       checkpoint_ = composition_->anchor_member().checkpoint;

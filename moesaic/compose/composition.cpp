@@ -285,8 +285,16 @@ std::vector<torch::Tensor> Composition::frozen_states(const Member& member, cons
   std::vector<std::optional<std::vector<torch::Tensor>>> found;
   std::vector<std::vector<int64_t>> missing;
   for (const auto& ids : sequences) {
+    const std::vector<int64_t> shape{std::ssize(ids), model.config().hidden_size};
+    const auto fits = [&](const torch::Tensor& state) {
+      return state.sizes() == shape && state.dtype() == model.dtype();
+    };
     keys.push_back(StateCache::key(known->second, blocks, ids));
     found.push_back(ids.empty() ? std::vector<torch::Tensor>() : cache->find(keys.back()));
+    if (found.back() && !ids.empty() &&
+        (found.back()->size() != blocks.size() || !std::all_of(found.back()->begin(), found.back()->end(), fits))) {
+      found.back().reset();  // a file that something else wrote
+    }
     if (!found.back()) missing.push_back(ids);
   }
   const auto computed = missing.empty() ? std::vector<torch::Tensor>() : compute_frozen_states(model, blocks, missing);
@@ -437,8 +445,8 @@ CompositionState Composition::make_state(int64_t batch_size) const {
     const models::CausalLM& aug = *augmenting_[m].model;
     state.streams.push_back(
         {std::vector<Aligner>(batch_size, Aligner(streams_[m].alignment)),
-         nn::KvCache(num_blocks(config_.augmenting[m]), aug.config().num_kv_heads, aug.config().head_dim,
-                     batch_size, torch::dtype(aug.dtype()).device(aug.device())),
+         nn::KvCache(num_blocks(config_.augmenting[m]), aug.config().num_kv_heads, aug.config().head_dim, batch_size,
+                     torch::dtype(aug.dtype()).device(aug.device())),
          nn::KvCache(std::ssize(streams_[m].connections), heads, model.config().hidden_size / heads, batch_size,
                      torch::dtype(torch::kFloat32).device(model.device()))});
   }

@@ -33,10 +33,18 @@ std::string tokenizer_hash(const formats::Checkpoint& checkpoint) {
   return json ? "sha256:" + sha256_hex(*json) : "";
 }
 
+/// `model` as seen from `dir`. Links to either folder are followed, a link that is the model is not: its name says what
+/// kind of file it is.
+fs::path relative_to(const fs::path& dir, const fs::path& model) {
+  fs::path path = fs::absolute(model).lexically_normal();
+  if (!path.has_filename()) path = path.parent_path();  // "models/a/"
+  return fs::proximate(path.parent_path(), fs::absolute(dir)) / path.filename();
+}
+
 Json reference_json(const Member& member, const std::string& place, const fs::path& dir) {
   MOESAIC_CHECK(member.checkpoint, DataError, "{}: a model of the composition has no file to refer to", dir.string());
   const formats::Checkpoint& checkpoint = *member.checkpoint;
-  Json json{{"model", fs::proximate(fs::absolute(checkpoint.path()), fs::absolute(dir)).string()},
+  Json json{{"model", relative_to(dir, checkpoint.path()).lexically_normal().string()},
             {"fingerprint", checkpoint.fingerprint()},
             {"tokenizer", tokenizer_hash(checkpoint)},
             {"dtype", dtype_name(member.model->dtype())}};
@@ -63,7 +71,7 @@ Reference parse_reference(const Json& json, const fs::path& dir, const std::stri
   refuse_unknown_keys(json, keys, where);
   Reference reference;
   reference.path = get<std::string>(json, "model", where);
-  if (reference.path.is_relative()) reference.path = dir / reference.path;
+  if (reference.path.is_relative()) reference.path = fs::canonical(dir) / reference.path;
   reference.path = reference.path.lexically_normal();
   reference.fingerprint = get<std::string>(json, "fingerprint", where);
   reference.tokenizer = get<std::string>(json, "tokenizer", where);
@@ -204,6 +212,8 @@ Member open_member(const std::shared_ptr<formats::Checkpoint>& checkpoint, const
 
 void save_composition(const Composition& composition, const fs::path& dir) {
   std::error_code error;
+  MOESAIC_CHECK(!fs::exists(dir / "config.json", error), UsageError,
+                "{}: got a folder that holds a model, expected another for the composition", dir.string());
   fs::create_directories(dir, error);
   MOESAIC_CHECK(!error, DataError, "{}: the folder can't be made: {}", dir.string(), error.message());
   const CompositionConfig& config = composition.config();

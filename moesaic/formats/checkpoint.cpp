@@ -30,6 +30,7 @@ std::string first_few(const std::vector<std::string>& items) {
 /// What a folder without config.json probably is.
 std::string folder_hint(const fs::path& dir) {
   if (is_there(dir / "adapter_config.json")) return " It is an adapter's folder: give it as the adapter.";
+  if (is_there(dir / "calm_config.json")) return " It is a composition; expected a single model here.";
   for (const auto& entry : fs::directory_iterator(dir)) {
     if (entry.path().extension() == ".gguf") return fmt::format(" Did you mean '{}'?", entry.path().string());
   }

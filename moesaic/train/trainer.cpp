@@ -295,7 +295,6 @@ class Trainer {
                         : static_cast<int64_t>(std::ceil(static_cast<double>(max_steps_) * config.warmup_ratio));
     schedule_factor(config.lr_scheduler_type, 0, warmup_steps_, max_steps_);  // an unknown type is said before the work
     if (composition != nullptr) {
-      check_trainable(*composition, config);
       composition->train_adapters(config.train_adapters);
       open_state_cache();
     }
@@ -363,8 +362,8 @@ class Trainer {
     result.seconds = std::chrono::duration<double>(Clock::now() - begin).count();
     result.tokens = tokens_;
     if (states_ && states_->hits() + states_->misses() > 0) {
-      spdlog::info("frozen states: {} of {} sequences from the cache of {:.2f} GiB", states_->hits(),
-                   states_->hits() + states_->misses(), static_cast<double>(states_->bytes()) / kGib);
+      spdlog::info("frozen states: {} of {} sequences from the cache, which holds {:.1f} MiB", states_->hits(),
+                   states_->hits() + states_->misses(), static_cast<double>(states_->bytes()) / (1 << 20));
     }
     return result;
   }
@@ -807,6 +806,7 @@ std::vector<OptimizedTensor> trainable_tensors(models::CausalLM& model, adapters
 }
 
 std::vector<OptimizedTensor> trainable_tensors(compose::Composition& composition, const TrainConfig& config) {
+  check_trainable(composition, config);
   std::vector<OptimizedTensor> tensors;
   for (const auto& item : composition.named_parameters()) {
     const bool matrix = item.value().dim() == 2;

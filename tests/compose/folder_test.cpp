@@ -70,6 +70,25 @@ TEST_F(CompositionFolder, MovesWithItsModels) {
   EXPECT_NO_THROW(load_composition(other / "calm", {}));
 }
 
+TEST_F(CompositionFolder, LinksToFoldersAndModelsAreFollowed) {
+  const fs::path other = root_.path() / "elsewhere" / "below";
+  fs::create_directories(other);
+  fs::create_directory_symlink(dir(), other / "calm");
+  EXPECT_NO_THROW(load_composition(other / "calm", {}));
+  // A link's name stays: files of a download cache are links to names without an ending.
+  fs::create_directory_symlink(root_.path() / "aug", root_.path() / "aug-link");
+  Composition linked(composition_->config(), composition_->anchor_member(),
+                     {open_member(formats::Checkpoint::open(root_.path() / "aug-link/"), {})}, 7);
+  save_composition(linked, other / "calm");  // through the link
+  EXPECT_EQ(read_json(dir() / "calm_config.json")["augmenting"][0]["model"], "../aug-link");
+  EXPECT_NO_THROW(load_composition(dir(), {}));
+}
+
+TEST_F(CompositionFolder, AModelsFolderIsNotWrittenInto) {
+  EXPECT_THROW(save_composition(*composition_, root_.path() / "anchor"), UsageError);
+  EXPECT_FALSE(is_composition(root_.path() / "anchor"));
+}
+
 TEST_F(CompositionFolder, ConnectionsAloneCanBeLoaded) {
   const auto loaded = load_composition(dir(), {});
   test::randomise(*loaded, 99);

@@ -155,6 +155,58 @@ def test_wrong_keys(folder, overrides, message):
     assert not (folder / "unused").exists()
 
 
+def test_other_folders_are_not_written_into(folder):
+    done = moesaic("compose", folder / "compose.yaml", f"output_dir={folder / 'aug'}")
+    assert done.returncode == 2 and "holds a model" in done.stderr
+    assert not (folder / "aug" / "calm_config.json").exists()
+    run_file = make_run(folder, finetuning_type="calm", model_name_or_path=str(folder / "calm"), num_experts=None,
+                        max_steps=1, output_dir=str(folder / "aug"))
+    done = moesaic("train", run_file)
+    assert done.returncode == 2 and "holds a model" in done.stderr
+    (folder / "done").mkdir()
+    (folder / "done" / "run.yaml").touch()
+    done = moesaic("compose", folder / "compose.yaml", f"output_dir={folder / 'done'}")
+    assert done.returncode == 2 and "training run" in done.stderr
+
+
+def test_compositions_are_no_members(folder):
+    done = moesaic("compose", folder / "compose.yaml", f"anchor={folder / 'calm'}", f"output_dir={folder / 'unused'}")
+    assert done.returncode == 3 and "is a composition; expected a single model" in done.stderr
+
+
+def test_preview_shows_what_the_anchor_reads(folder):
+    run_file = make_run(folder, finetuning_type="calm", model_name_or_path=str(folder / "calm"), num_experts=None,
+                        output_dir=str(folder / "preview"))
+    printed = run("data", "preview", run_file, "-n", 1)
+    assert printed == run("data", "preview", run_file, "-n", 1, f"model_name_or_path={folder / 'model'}",
+                          "finetuning_type=lora")
+    assert '"</s>"' in printed
+
+
+def test_a_dry_run_refuses_what_training_refuses(folder):
+    run("compose", folder / "compose.yaml", "mask=full", f"output_dir={folder / 'full'}")
+    run_file = make_run(folder, finetuning_type="calm", model_name_or_path=str(folder / "full"), num_experts=None,
+                        output_dir=str(folder / "dry"))
+    for flags in ([], ["--dry-run"]):
+        done = moesaic("train", run_file, *flags)
+        assert done.returncode == 2 and "mask full" in done.stderr
+
+
+def test_kept_states_of_other_shapes_are_computed_again(folder):
+    def losses(name):
+        run("train", make_run(folder, finetuning_type="calm", model_name_or_path=str(folder / "calm"), num_experts=None,
+                              max_steps=3, save_steps=0, logging_steps=1, output_dir=str(folder / name)),
+            f"state_cache_dir={folder / 'replaced_states'}")
+        return [json.loads(line)["loss"] for line in (folder / name / "train_log.jsonl").read_text().splitlines()]
+
+    fresh = losses("fresh")
+    files = list((folder / "replaced_states").iterdir())
+    assert files
+    for file in files:
+        safetensors.torch.save_file({"0": torch.zeros(1, 1)}, file)
+    assert losses("replaced") == fresh
+
+
 def test_what_runs_single_models_only_says_so(folder):
     done = moesaic("score", "--model", folder / "calm", "--text", "cat")
     assert done.returncode == 2 and "single models only" in done.stderr
