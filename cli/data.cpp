@@ -4,6 +4,7 @@
 #include "cli/command.h"
 #include "cli/new_model.h"
 #include "moesaic/base/yaml.h"
+#include "moesaic/compose/folder.h"
 #include "moesaic/data/key_files.h"
 #include "moesaic/data/skills.h"
 #include "moesaic/data/validate.h"
@@ -39,13 +40,18 @@ void print_example(const data::Example& example, const tokenizer::Tokenizer& tok
   fmt::print("\n");
 }
 
+/// What the run's texts are rendered for: its model, a composition's anchor.
+std::shared_ptr<formats::Checkpoint> checkpoint_of(const train::RunConfig& run) {
+  if (run.init == "random") return open_new_model(run).checkpoint;
+  if (!compose::is_composition(run.model_name_or_path)) return formats::Checkpoint::open(run.model_name_or_path);
+  return compose::load_composition(run.model_name_or_path, {})->anchor_member().checkpoint;
+}
+
 int preview(const DataOptions& options) {
   Json config = read_yaml(options.run);
   apply_overrides(config, options.overrides);
   const train::RunConfig run = train::parse_run_config(config, options.run);
-  const auto checkpoint =
-      run.init == "random" ? open_new_model(run).checkpoint : formats::Checkpoint::open(run.model_name_or_path);
-  const auto renderer = data::Renderer::open(*checkpoint, run.render);
+  const auto renderer = data::Renderer::open(*checkpoint_of(run), run.render);
   auto datasets =
       data::train_validation(data::resolve_datasets(run.dataset, run.dataset_dir), run.val_size, run.train.seed).first;
   data::Mixture mixture(datasets, renderer, run.train.seed, run.mixture_rule);
@@ -99,9 +105,10 @@ Runner add_data(CLI::App& app, CommonOptions& common) {
     if (validate_app->parsed()) return validate(*options);
     if (keys_app->parsed()) {
       data::write_key_files(options->folder, options->key_test_rows, common.seed);
-      return 0;
+    } else {
+      data::write_skills(options->folder, options->train_rows, options->test_rows, common.seed);
     }
-    data::write_skills(options->folder, options->train_rows, options->test_rows, common.seed);
+    fmt::print("Written: {}\n", options->folder);
     return 0;
   };
 }

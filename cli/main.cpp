@@ -149,6 +149,8 @@ int main(int argc, char** argv) {
     return fail(ExitCode::kInternal, fmt::format("{}\nThis is a defect of moesaic, not of your input: please report it "
                                                  "with the command and the output of `moesaic doctor`.",
                                                  error.what()));
+  } catch (const std::filesystem::filesystem_error& error) {  // no right to write, a file in a folder's place
+    return fail(ExitCode::kData, error.what());
   } catch (const std::exception& error) {
     return fail(ExitCode::kInternal,
                 fmt::format("{}\nThis is a defect of moesaic: please report it with the command and "

@@ -154,6 +154,12 @@ def test_a_tokenizer_larger_than_the_config(tmp_path):
     assert done.returncode == 3 and "expected at least the 13 tokens of the tokenizer beside it" in done.stderr
 
 
+def test_a_file_in_the_place_of_a_folder_is_the_users_mistake(tmp_path):
+    (tmp_path / "file").touch()
+    done = tiny_run.moesaic("data", "keys", tmp_path / "file")
+    assert done.returncode == 3 and "Not a directory" in done.stderr and "defect" not in done.stderr
+
+
 def test_data_keys(tmp_path):
     tiny_run.run("data", "keys", tmp_path / "a", "--test_rows", 5)
     tiny_run.run("data", "keys", tmp_path / "b", "--test_rows", 5, "--seed", 7)
