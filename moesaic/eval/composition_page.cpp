@@ -35,7 +35,8 @@ constexpr const char* kHead = R"html(<!doctype html>
   td { height: 28px; text-align: center; font-size: 12px; border-radius: 4px; font-variant-numeric: tabular-nums; }
   td.cell { min-width: 18px; width: 22px; }
   td.value { min-width: 70px; }
-  .chosen { outline: 2px solid var(--accent); outline-offset: -1px; color: var(--ink) !important; }
+  .chosen { outline: 2px solid var(--accent); outline-offset: -1px; }
+  th.chosen { color: var(--ink); }
   .text { line-height: 2.1; font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: 14px; white-space: pre-wrap; overflow-wrap: anywhere; }
   .text span { padding: 3px 1px; border-radius: 3px; margin-right: 2px; }
   .text.anchor span { cursor: pointer; }
