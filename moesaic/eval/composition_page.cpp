@@ -94,26 +94,13 @@ constexpr const char* kHead = R"html(<!doctype html>
 <div id="tip"></div>
 <script id="data" type="application/json">)html";
 
-constexpr const char* kTail = R"html(</script>
-<script>
-'use strict';
-const data = JSON.parse(document.getElementById('data').textContent);
-const el = id => document.getElementById(id);
-const make = (tag, props, ...kids) => { const e = Object.assign(document.createElement(tag), props || {}); e.append(...kids); return e; };
-const svg = (tag, attrs, ...kids) => { const e = document.createElementNS('http://www.w3.org/2000/svg', tag); for (const k in attrs) e.setAttribute(k, attrs[k]); e.append(...kids); return e; };
-const dark = matchMedia('(prefers-color-scheme: dark)');
+constexpr const char* kTail = R"html(const dark = matchMedia('(prefers-color-scheme: dark)');
 const text = data.text, joins = data.connections, names = Object.keys(data.tasks);
 const state = { connection: 0, head: -1, token: text ? text.tokens.length - 1 : 0 };
 
-// From the card's colour to a strong blue, through points chosen to differ evenly in lightness.
-const ramps = { light: [[247, 249, 253], [205, 221, 245], [143, 180, 232], [79, 131, 208], [36, 87, 173], [14, 45, 106]],
-                dark: [[30, 37, 49], [29, 58, 102], [36, 87, 160], [66, 128, 210], [128, 178, 240], [214, 231, 255]] };
-function shade(x) {
-  const ramp = ramps[dark.matches ? 'dark' : 'light'], p = Math.max(0, Math.min(1, x)) * (ramp.length - 1), i = Math.min(ramp.length - 2, Math.floor(p)), f = p - i;
-  return ramp[i].map((a, c) => Math.round(a + (ramp[i + 1][c] - a) * f));
-}
-const css = c => `rgb(${c[0]},${c[1]},${c[2]})`;
-const inkOn = c => 0.299 * c[0] + 0.587 * c[1] + 0.114 * c[2] < 140 ? '#fff' : '#1d2433';
+// From the card's colour to a strong blue.
+const ramp = () => dark.matches ? [[30, 37, 49], [29, 58, 102], [36, 87, 160], [66, 128, 210], [128, 178, 240], [214, 231, 255]] : blues;
+const shade = x => between(ramp(), x);
 const variable = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const paint = (e, x) => { const c = shade(x); e.style.background = css(c); e.style.color = inkOn(c); };
 
@@ -201,7 +188,7 @@ function drawAdded() {
   const bar = make('i'); bar.style.background = gradient();
   el('added_scale').replaceChildren(make('span', {}, '0', bar, addedMost.toFixed(3)));
 }
-const gradient = () => `linear-gradient(90deg, ${ramps[dark.matches ? 'dark' : 'light'].map(css).join(',')})`;
+const gradient = () => `linear-gradient(90deg, ${ramp().map(css).join(',')})`;
 
 /// Weights are shown by their square root: most are small.
 const strength = w => Math.sqrt(w);

@@ -71,26 +71,12 @@ constexpr const char* kHead = R"html(<!doctype html>
 <div id="tip"></div>
 <script id="data" type="application/json">)html";
 
-constexpr const char* kTail = R"html(</script>
-<script>
-'use strict';
-const data = JSON.parse(document.getElementById('data').textContent);
-const el = id => document.getElementById(id);
-const make = (tag, props, ...kids) => { const e = Object.assign(document.createElement(tag), props || {}); e.append(...kids); return e; };
-const svg = (tag, attrs, ...kids) => { const e = document.createElementNS('http://www.w3.org/2000/svg', tag); for (const k in attrs) e.setAttribute(k, attrs[k]); e.append(...kids); return e; };
-const tasks = Object.keys(data.tasks);
+constexpr const char* kTail = R"html(const tasks = Object.keys(data.tasks);
 const siteKind = name => name.replace(/^.*\.layers\.\d+\./, '');
 const kinds = [...new Set(Object.keys(data.sites).map(siteKind))];
 const sitesOf = kind => Object.keys(data.sites).filter(n => siteKind(n) === kind).sort((a, b) => data.sites[a].layer - data.sites[b].layer);
 
-// Light to dark blue, through points chosen to differ evenly in lightness.
-const ramp = [[247, 249, 253], [205, 221, 245], [143, 180, 232], [79, 131, 208], [36, 87, 173], [14, 45, 106]];
-function shade(x) {
-  const p = Math.max(0, Math.min(1, x)) * (ramp.length - 1), i = Math.min(ramp.length - 2, Math.floor(p)), f = p - i;
-  return ramp[i].map((a, c) => Math.round(a + (ramp[i + 1][c] - a) * f));
-}
-const css = c => `rgb(${c[0]},${c[1]},${c[2]})`;
-const inkOn = c => 0.299 * c[0] + 0.587 * c[1] + 0.114 * c[2] < 140 ? '#fff' : '#1d2433';
+const shade = x => between(blues, x);
 const hue = (i, n) => (i * 360 / n + 210 + (i % 2) * 8) % 360;
 const lineColour = (i, n) => `hsl(${hue(i, n)} 62% 44%)`;
 const expertColour = (i, n, p) => `hsl(${hue(i, n)} 70% ${92 - 34 * p}%)`;
@@ -124,7 +110,7 @@ function drawHeat() {
   }
   el('uniform').textContent = (1 / experts).toFixed(3);
   el('overall').replaceChildren(heatTable(tasks, Array.from({ length: experts }, (_, e) => 'expert ' + e), mean, meanLow, meanHigh));
-  const bar = make('i'); bar.style.background = `linear-gradient(90deg, ${ramp.map(css).join(',')})`;
+  const bar = make('i'); bar.style.background = `linear-gradient(90deg, ${blues.map(css).join(',')})`;
   el('scale').replaceChildren('layers: ' + low.toFixed(3), bar, high.toFixed(3));
   const cell = Math.max(7, Math.min(16, Math.floor(150 / experts)));
   el('layers').replaceChildren(...sites.map(site => {
