@@ -233,6 +233,11 @@ void print(const OrderedJson& report) {
         std::cout << fmt::format("  {:<30} {:>7} {:>14}\n", row["pattern"].get<std::string>(),
                                  row["sites"].get<int64_t>(), row["trainable_parameters"].get<int64_t>());
       }
+    } else if (value.is_array() && !value.empty() && value[0].is_object()) {
+      for (size_t i = 0; i < value.size(); ++i) {
+        std::cout << fmt::format("{}[{}]\n", key, i);
+        for (const auto& [name, entry] : value[i].items()) std::cout << fmt::format("  {:<20} {}\n", name, text(entry));
+      }
     } else if (value.is_object() && !value.empty()) {
       std::cout << key << '\n';
       for (const auto& [name, entry] : value.items()) {

@@ -121,6 +121,9 @@ NewModel open_new_model(const train::RunConfig& run) {
     const std::vector<std::string> texts = data::plain_texts(datasets, kMostTrainingText);
     const auto trained = tokenizer::Tokenizer::train(texts, run.tokenizer_vocab_size);
     origin = fmt::format("trained on {} texts", texts.size());
+    if (trained->vocab_size() < run.tokenizer_vocab_size) {
+      origin += fmt::format(", which give no more of the {} asked for", run.tokenizer_vocab_size);
+    }
     files = {trained->json(), trained->config(), model->chat_template()};
   }
   const tokenizer::Tokenizer tokenizer(files.json, files.config, origin);

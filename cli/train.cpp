@@ -186,7 +186,9 @@ class TrainCommand {
     }
     fmt::print("trainable  {} ({:.4f} % of {})\n", trainable,
                100.0 * static_cast<double>(trainable) / static_cast<double>(base_parameters_), base_parameters_);
-    fmt::print("data       {} examples an epoch, {} for evaluation\n", mixture_->epoch_size(), eval_examples_.size());
+    const bool unused = !eval_examples_.empty() && run_.train.eval_steps == 0;
+    fmt::print("data       {} examples an epoch, {} for evaluation{}\n", mixture_->epoch_size(), eval_examples_.size(),
+               unused ? " (never: eval_steps is 0)" : "");
     for (const auto& count : mixture_->counts()) {
       fmt::print("           {}: {} rows, rate {:.3f}\n", count.name, count.rows, count.rate);
     }

@@ -36,7 +36,7 @@ std::string tokenizer_hash(const formats::Checkpoint& checkpoint) {
 /// `model` as seen from `dir`. Links to either folder are followed, a link that is the model is not: its name says what
 /// kind of file it is.
 fs::path relative_to(const fs::path& dir, const fs::path& model) {
-  fs::path path = fs::absolute(model).lexically_normal();
+  fs::path path = fs::absolute(model);
   if (!path.has_filename()) path = path.parent_path();  // "models/a/"
   return fs::proximate(path.parent_path(), fs::absolute(dir)) / path.filename();
 }
