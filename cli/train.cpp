@@ -26,6 +26,17 @@ struct TrainOptions {
   bool dry_run = false;
 };
 
+/// `text` as one word of a shell's command.
+std::string shell_word(const std::string& text) {
+  const bool plain = !text.empty() && std::all_of(text.begin(), text.end(), [](unsigned char c) {
+    return std::isalnum(c) || c >= 0x80 || std::strchr("_-+=.,:/@%", c) != nullptr;
+  });
+  if (plain) return text;
+  std::string word = "'";
+  for (const char c : text) word += c == '\'' ? "'\\''" : std::string(1, c);
+  return word + "'";
+}
+
 /// Everything a run needs, made in the order of its dependencies.
 class TrainCommand {
  public:
@@ -53,9 +64,6 @@ class TrainCommand {
  private:
   bool full() const { return run_.finetuning_type == "full"; }
   bool composed() const { return run_.finetuning_type == "calm"; }
-  int64_t step_examples() const {
-    return run_.train.per_device_train_batch_size * run_.train.gradient_accumulation_steps;
-  }
 
   void open_model() {
     const bool random = run_.init == "random";
@@ -249,9 +257,9 @@ class TrainCommand {
             : train::train(*model_, adapter_.get(), *mixture_, eval_examples_, run_.train, epoch, show, evaluate_tasks);
     if (progress) progress->finish();
     if (result.interrupted) {
-      fmt::print(stderr, "stopped after step {}; go on with:\n  moesaic train {}{} --resume auto\n", result.steps,
-                 options_.run,
-                 options_.overrides.empty() ? "" : fmt::format(" {}", fmt::join(options_.overrides, " ")));
+      std::string command = "moesaic train " + shell_word(options_.run);
+      for (const std::string& word : options_.overrides) command += " " + shell_word(word);
+      fmt::print(stderr, "stopped after step {}; go on with:\n  {} --resume auto\n", result.steps, command);
       return static_cast<int>(ExitCode::kInterrupted);
     }
     if (full()) write_model();

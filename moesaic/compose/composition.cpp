@@ -174,6 +174,7 @@ std::vector<std::pair<std::string, adapters::Adapter*>> Composition::adapters() 
 
 void Composition::train_adapters(bool on) {
   trains_adapters_ = on;
+  identities_.clear();  // adapters that were trained are others than they were
   for (const auto& [place, adapter] : adapters()) {
     for (const auto& parameter : adapter->parameters()) parameter.tensor.set_requires_grad(on);
   }

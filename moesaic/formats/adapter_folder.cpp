@@ -24,6 +24,8 @@ fs::path find_adapter(const fs::path& dir) {
     hint = fmt::format(" Adapters stand in its sub-folders: {}. Name one.", fmt::join(others, ", "));
   } else if (is_there(dir / "config.json")) {
     hint = " It looks like a whole model.";
+  } else if (is_there(dir / "calm_config.json")) {
+    hint = " It is a composition: give it as the model.";
   }
   throw DataError(fmt::format("{}: has no {}.{}", dir.string(), kConfigName, hint));
 }

@@ -33,6 +33,9 @@ std::string folder_hint(const fs::path& dir) {
   if (is_there(dir / "calm_config.json")) return " It is a composition; expected a single model here.";
   for (const auto& entry : fs::directory_iterator(dir)) {
     if (entry.path().extension() == ".gguf") return fmt::format(" Did you mean '{}'?", entry.path().string());
+    if (entry.path().filename().string().starts_with("checkpoint-")) {
+      return " It is of a training run that has not ended: go on with `moesaic train RUN --resume auto`.";
+    }
   }
   return "";
 }

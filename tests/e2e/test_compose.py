@@ -172,6 +172,8 @@ def test_other_folders_are_not_written_into(folder):
 def test_compositions_are_no_members(folder):
     done = moesaic("compose", folder / "compose.yaml", f"anchor={folder / 'calm'}", f"output_dir={folder / 'unused'}")
     assert done.returncode == 3 and "is a composition; expected a single model" in done.stderr
+    done = moesaic("generate", "--model", folder / "model", "--adapter", folder / "calm", "-p", "cat")
+    assert done.returncode == 3 and "give it as the model" in done.stderr
 
 
 def test_preview_shows_what_the_anchor_reads(folder):
