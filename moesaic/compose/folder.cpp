@@ -126,8 +126,8 @@ std::shared_ptr<formats::Checkpoint> open_reference(const Reference& reference, 
                                                     std::vector<std::string>& problems) {
   std::error_code ignored;
   if (!fs::exists(reference.path, ignored)) {
-    problems.push_back(
-        fmt::format("{}: {} does not exist; put the model back or correct its path", role, reference.path.string()));
+    problems.push_back(fmt::format("{}: {} does not exist; put the model back or correct its path in {}", role,
+                                   reference.path.string(), kConfigName));
     return nullptr;
   }
   std::shared_ptr<formats::Checkpoint> checkpoint;
