@@ -35,7 +35,6 @@ def write_data(data, out, seed, composed_pairs):
     sentences = news + list(zip(*ntrex))
     composing.write_jsonl(out / "lexicon.jsonl", [row(setswana, english) for english, setswana, *_ in lexicon])
     composing.write_jsonl(out / "sentences.jsonl", [row(*pair) for pair in sentences])
-    composing.write_jsonl(out / "setswana.jsonl", [{"text": setswana.strip()} for setswana, _ in sentences])
     short = [pair for pair in news if len(pair[0]) <= SHORT]
     random.Random(seed).shuffle(short)
     composing.write_jsonl(out / "composition.jsonl", [row(*pair) for pair in short[:composed_pairs]])
