@@ -51,6 +51,7 @@ class TrainCommand {
     attach_adapter();
     open_data();
     open_tasks();
+    train::check_config(run_.train, mixture_->epoch_size());
     checkpoint_.reset();  // unmaps the files: the weights are copied
     describe();
     if (options_.dry_run) {
@@ -220,10 +221,9 @@ class TrainCommand {
       most_tokens = std::max(most_tokens, tokens);
       most_targets = std::max(most_targets, targets);
     }
-    const auto estimate =
-        composed()
-            ? train::estimate_memory(*composition_, run_.train, most_tokens, most_targets)
-            : train::estimate_memory(*model_, adapter_.get(), run_.train, most_tokens, most_targets, dtype_, device_);
+    const auto estimate = composed() ? train::estimate_memory(*composition_, run_.train, most_tokens, most_targets)
+                                     : train::estimate_memory(*model_, adapter_.get(), run_.train, most_tokens,
+                                                              most_targets, dtype_, device_);
     fmt::print("memory     {:.0f} MiB for micro-batches of up to {} tokens ({} targets), the largest of {} drawn\n",
                static_cast<double>(estimate.total()) / (1 << 20), most_tokens, most_targets, kSampled);
     for (const auto& [name, bytes] : estimate.parts) {

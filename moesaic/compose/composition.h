@@ -31,7 +31,7 @@ int64_t default_heads(const models::DecoderConfig& anchor);
 /// How one augmenting model is joined.
 struct AugmentingConfig {
   std::vector<ConnectionPair> connections;
-  std::string align = "word";   // word | token
+  std::string align = "word";   // word | token | mixed
   std::string mask = "causal";  // causal | prefix | full; see Alignment
   bool operator==(const AugmentingConfig&) const = default;
 };

@@ -297,8 +297,20 @@ std::shared_ptr<Composition> load_composition(const fs::path& dir, const models:
 void load_trained(Composition& composition, const fs::path& dir) {
   std::map<std::string, std::vector<int64_t>> shapes;
   for (const auto& item : composition.named_parameters()) shapes[item.key()] = item.value().sizes().vec();
-  const formats::SafetensorsFile file(dir / kTensorsName);
   std::vector<std::string> problems;
+  const FolderConfig saved = parse_folder_config(read_json(dir / kConfigName), dir);
+  auto compare = [&](const std::string& place, const Reference& reference, const Member& member) {
+    const std::string fingerprint = member.checkpoint ? member.checkpoint->fingerprint() : "";
+    if (reference.fingerprint != fingerprint) {
+      problems.push_back(fmt::format("{}: got numbers trained on other weights ({}), expected {}", place,
+                                     reference.fingerprint, fingerprint));
+    }
+  };
+  compare("anchor", saved.anchor, composition.anchor_member());
+  for (size_t m = 0; m < std::min(saved.augmenting.size(), composition.augmenting().size()); ++m) {
+    compare(fmt::format("augmenting[{}]", m), saved.augmenting[m], composition.augmenting()[m]);
+  }
+  const formats::SafetensorsFile file(dir / kTensorsName);
   check_tensors(file, shapes, problems);
   throw_problems(dir, problems);
   copy_tensors(composition, file);

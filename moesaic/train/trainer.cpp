@@ -134,39 +134,6 @@ class JsonLines {
   std::ofstream file_;
 };
 
-void check_config(const TrainConfig& config, int64_t epoch_size) {
-  std::vector<std::string> wrong;
-  auto require = [&](bool ok, const std::string& message) {
-    if (!ok) wrong.push_back(message);
-  };
-  require(config.per_device_train_batch_size > 0, "per_device_train_batch_size must be at least 1");
-  require(config.gradient_accumulation_steps > 0, "gradient_accumulation_steps must be at least 1");
-  require(config.max_batch_tokens >= 0, "max_batch_tokens must not be negative");
-  require(std::isfinite(config.learning_rate) && config.learning_rate >= 0, "learning_rate must not be negative");
-  require(std::isfinite(config.router_learning_rate) && config.router_learning_rate >= 0,
-          "router_learning_rate must not be negative");
-  require(config.optim == "adamw" || config.optim == "adafactor",
-          fmt::format("optim: got '{}', expected adamw or adafactor", config.optim));
-  require(config.loss_normalization == "tokens" || config.loss_normalization == "sequences",
-          fmt::format("loss_normalization: got '{}', expected tokens or sequences", config.loss_normalization));
-  require(config.max_steps > 0 || (epoch_size > 0 && config.num_train_epochs > 0),
-          "give max_steps, or num_train_epochs with data of known size");
-  require(config.max_steps > 0 || config.max_batch_tokens == 0,
-          "max_batch_tokens needs max_steps: how many steps an epoch has is not known before");
-  require(config.warmup_ratio >= 0 && config.warmup_ratio <= 1, "warmup_ratio must lie in 0..1");
-  require(config.logging_steps > 0, "logging_steps must be at least 1");
-  require(config.task_eval_steps >= 0, "eval.steps must not be negative");
-  require(std::isfinite(config.state_cache_gib) && config.state_cache_gib >= 0, "state_cache_gib must not be negative");
-  for (const std::string& target : config.report_to) {
-    require(target == "jsonl" || target == "tensorboard" || target == "none",
-            fmt::format("report_to: got '{}', expected jsonl, tensorboard or none", target));
-  }
-  require(config.early_stopping_patience == 0 ||
-              (config.eval_steps > 0 && config.save_steps > 0 && !config.output_dir.empty()),
-          "early_stopping_patience needs eval_steps, save_steps and output_dir: the best weights are a checkpoint");
-  MOESAIC_CHECK(wrong.empty(), UsageError, "run config: {}", fmt::join(wrong, "; "));
-}
-
 /// What must not differ for a resumed run to be the same run.
 Json identity(const TrainConfig& config, int64_t max_steps) {
   return {{"per_device_train_batch_size", config.per_device_train_batch_size},
@@ -786,6 +753,39 @@ class Trainer {
 };
 
 }  // namespace
+
+void check_config(const TrainConfig& config, int64_t epoch_size) {
+  std::vector<std::string> wrong;
+  auto require = [&](bool ok, const std::string& message) {
+    if (!ok) wrong.push_back(message);
+  };
+  require(config.per_device_train_batch_size > 0, "per_device_train_batch_size must be at least 1");
+  require(config.gradient_accumulation_steps > 0, "gradient_accumulation_steps must be at least 1");
+  require(config.max_batch_tokens >= 0, "max_batch_tokens must not be negative");
+  require(std::isfinite(config.learning_rate) && config.learning_rate >= 0, "learning_rate must not be negative");
+  require(std::isfinite(config.router_learning_rate) && config.router_learning_rate >= 0,
+          "router_learning_rate must not be negative");
+  require(config.optim == "adamw" || config.optim == "adafactor",
+          fmt::format("optim: got '{}', expected adamw or adafactor", config.optim));
+  require(config.loss_normalization == "tokens" || config.loss_normalization == "sequences",
+          fmt::format("loss_normalization: got '{}', expected tokens or sequences", config.loss_normalization));
+  require(config.max_steps > 0 || (epoch_size > 0 && config.num_train_epochs > 0),
+          "give max_steps, or num_train_epochs with data of known size");
+  require(config.max_steps > 0 || config.max_batch_tokens == 0,
+          "max_batch_tokens needs max_steps: how many steps an epoch has is not known before");
+  require(config.warmup_ratio >= 0 && config.warmup_ratio <= 1, "warmup_ratio must lie in 0..1");
+  require(config.logging_steps > 0, "logging_steps must be at least 1");
+  require(config.task_eval_steps >= 0, "eval.steps must not be negative");
+  require(std::isfinite(config.state_cache_gib) && config.state_cache_gib >= 0, "state_cache_gib must not be negative");
+  for (const std::string& target : config.report_to) {
+    require(target == "jsonl" || target == "tensorboard" || target == "none",
+            fmt::format("report_to: got '{}', expected jsonl, tensorboard or none", target));
+  }
+  require(config.early_stopping_patience == 0 ||
+              (config.eval_steps > 0 && config.save_steps > 0 && !config.output_dir.empty()),
+          "early_stopping_patience needs eval_steps, save_steps and output_dir: the best weights are a checkpoint");
+  MOESAIC_CHECK(wrong.empty(), UsageError, "run config: {}", fmt::join(wrong, "; "));
+}
 
 std::vector<OptimizedTensor> trainable_tensors(models::CausalLM& model, adapters::Adapter* adapter,
                                                const TrainConfig& config) {

@@ -55,6 +55,10 @@ struct StepLog {
   double seconds, eta;
 };
 
+/// Throws UsageError with everything about `config` that can't be run, in one message. `epoch_size` as train() takes
+/// it.
+void check_config(const TrainConfig& config, int64_t epoch_size);
+
 /// Scores tasks with the weights of this moment: {"rte/acc", 0.61}. Must not draw from the global random generators.
 using TaskEvaluation = std::function<std::vector<std::pair<std::string, double>>()>;
 

@@ -98,6 +98,13 @@ TEST_F(CompositionFolder, ConnectionsAloneCanBeLoaded) {
   }
 }
 
+TEST_F(CompositionFolder, NumbersOfAnotherCompositionAreRefused) {
+  const auto loaded = load_composition(dir(), {});
+  edit([](Json& json) { json["augmenting"][0]["fingerprint"] = "sha256:0"; });
+  EXPECT_THAT([&] { load_trained(*loaded, dir()); },
+              ::testing::ThrowsMessage<DataError>(HasSubstr("augmenting[0]: got numbers trained on other weights")));
+}
+
 TEST_F(CompositionFolder, ChangedModelsAreRefusedTogether) {
   test::write_small_model(root_.path() / "anchor", "gpt2", 20, 3, 5);
   test::write_small_model(root_.path() / "aug", "llama3", 14, 4, 6);

@@ -117,6 +117,10 @@ def test_models_that_carry_adapters(folder):
     dry = run("train", make_run(folder, finetuning_type="calm", model_name_or_path=str(folder / "carrying"),
                                 output_dir=str(folder / "unused"), num_experts=None), "--dry-run")
     assert "connections" in dry and "state cache" in dry
+    done = moesaic("train", make_run(folder, finetuning_type="calm", model_name_or_path=str(folder / "carrying"),
+                                     output_dir=str(folder / "unused"), num_experts=None), "--dry-run",
+                   "state_cache_gib=-1")
+    assert done.returncode == 2 and "state_cache_gib must not be negative" in done.stderr
     done = moesaic("train", make_run(folder, finetuning_type="lora", output_dir=str(folder / "unused"), lora_rank=2,
                                      num_experts=None), "train_adapters=true")
     assert done.returncode == 2 and "expected finetuning_type calm" in done.stderr
