@@ -36,6 +36,12 @@ def test_a_study_runs_from_data_to_table(name, tasks, tmp_path):
     # A second call finds everything done.
     again = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60)
     assert again.returncode == 0 and "==" not in again.stdout
+    # What is asked for later is added to what is there.
+    more = subprocess.run([*map(str, command), "--vanilla", out / "augmenting"], capture_output=True, text=True,
+                          timeout=300)
+    assert more.returncode == 0, more.stderr[-3000:]
+    assert "== train vanilla" in more.stdout and "== train random" not in more.stdout
+    assert "| vanilla augmenting model |" in (out / "table.md").read_text()
 
 
 def test_key_arithmetic_runs_from_data_to_table(tmp_path):

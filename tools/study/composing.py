@@ -39,6 +39,8 @@ def arguments(description, name):
     parser.add_argument("--augmenting_steps", type=int, help="default: the recipe's")
     parser.add_argument("--composition_steps", type=int,
                         help="of the composition, its ablation and LoRA; default: the recipe's")
+    parser.add_argument("--vanilla", type=pathlib.Path, metavar="MODEL",
+                        help="also compose with this one, which learnt something else (the paper's vanilla m_A)")
     parser.add_argument("--limit", type=int, default=10**6, help="questions per task at most")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -121,9 +123,12 @@ class Study:
         self.train("augmenting", "augmenting.yaml", options.augmenting_steps, dataset_dir=self.out / "data")
         trained = self.out / "augmenting"
         systems = {"anchor": ["--model", options.anchor], "augmenting model": ["--model", trained]}
-        for system, name, augmenting in [
-                ("composition", "composition", f"[{{model: {trained}}}]"),
-                ("random augmenting model", "random", f"[{{model: {trained}, init: random, seed: {options.seed}}}]")]:
+        compositions = [("composition", "composition", f"[{{model: {trained}}}]"),
+                        ("random augmenting model", "random",
+                         f"[{{model: {trained}, init: random, seed: {options.seed}}}]")]
+        if options.vanilla:
+            compositions.append(("vanilla augmenting model", "vanilla", f"[{{model: {options.vanilla}}}]"))
+        for system, name, augmenting in compositions:
             start = self.compose(name, augmenting=augmenting)
             run = self.train(name, "composition.yaml", options.composition_steps, model_name_or_path=start,
                              dataset_dir=self.out / "data")

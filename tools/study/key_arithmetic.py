@@ -51,6 +51,8 @@ def main():
             scores[system][name] = study.ask(f"{system}, {name}", flags, task)
     lines = table(scores, list(tasks)) + ["", *study.times()]
     (study.out / "table.md").write_text("\n".join(lines) + "\n")
+    composing.plot_bars(study.out / "plot.svg", "KV-MATH with SmolLM2 as the anchor, % right",
+                        {system: 100 * row["KV-MATH"]["exact_match"] for system, row in scores.items()})
     print("\n".join(lines))
 
 
