@@ -1,5 +1,7 @@
 // What is trained beside a frozen model: LoRA, (IA)^3, MoV and MoLoRA, attached to the model's sites.
 #pragma once
+#include <filesystem>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -7,6 +9,7 @@
 #include "moesaic/adapters/claim.h"
 #include "moesaic/adapters/targets.h"
 #include "moesaic/formats/adapter_folder.h"
+#include "moesaic/nn/learner.h"
 #include "moesaic/nn/site.h"
 
 namespace moesaic::adapters {
@@ -54,32 +57,23 @@ struct AdapterConfig {
   int64_t experts_at(int64_t layer) const { return layer_experts.empty() ? num_experts : layer_experts.at(layer); }
 };
 
-/// A trainable tensor and the group it belongs to.
-struct AdapterParameter {
-  std::string name;      // "model.layers.0.self_attn.q_proj.lora_A"
-  torch::Tensor tensor;  // leaf, float32, in-memory layout
-  bool router = false;   // routers may have their own learning rate and no weight decay
-};
-
 /// The method's preset targets: `reference` or `all-linear` (lora, molora; "" means all-linear); keys, values and the
 /// FFN branch for ia3 and mov.
 AdapterConfig resolve_targets(AdapterConfig config, const std::string& preset);
 
-class Adapter {
+/// One trained thing beside a frozen model: what a run learns, and what a model carries.
+class Adapter : public nn::Learner, public nn::Attachment {
  public:
-  /// Attaches new parameters (start state of the spec) to `sites`. Throws UsageError when a target matches no site,
-  /// with the nearest site name and all hit counts.
-  static std::unique_ptr<Adapter> create(AdapterConfig config, nn::Sites& sites, const torch::Device& device,
+  /// Attaches new parameters (start state of the spec) to `sites`, trainable. Throws UsageError when a target matches
+  /// no site, with the nearest site name and all hit counts.
+  static std::shared_ptr<Adapter> create(AdapterConfig config, nn::Sites& sites, const torch::Device& device,
                                          uint64_t seed);
-  /// Attaches a folder's adapter. Every tensor is claimed once and every target gets one, or DataError lists all
-  /// offenders. `scale` multiplies its effect.
-  static std::unique_ptr<Adapter> load(const std::filesystem::path& dir, nn::Sites& sites, const torch::Device& device,
+  /// Attaches a folder's adapter, frozen. Every tensor is claimed once and every target gets one, or DataError lists
+  /// all offenders. `scale` multiplies its effect.
+  static std::shared_ptr<Adapter> open(const std::filesystem::path& dir, nn::Sites& sites, const torch::Device& device,
                                        const std::string& base_fingerprint, double scale = 1.0);
-  virtual ~Adapter() = default;  // detaches
 
   const AdapterConfig& config() const { return config_; }
-  /// Trainable leaves, ordered by layer and site.
-  virtual std::vector<AdapterParameter> parameters() = 0;
   /// The parameters' gradients in the file's names and layouts (zeros where none was computed). For parity tests.
   formats::TensorMap gradients() const;
   /// The adapter in the file's names and layouts (float32).
@@ -89,7 +83,14 @@ class Adapter {
   void load_tensors(const formats::TensorMap& tensors) { claim_tensors(file_tensors(), tensors); }
   /// Sites per target pattern: {"q_proj", 30}.
   const std::vector<std::pair<std::string, int64_t>>& matches() const { return matches_; }
-  void save(const std::filesystem::path& dir) const { formats::write_adapter_folder(dir, folder()); }
+  /// Whether its parameters require gradients.
+  void set_trainable(bool on);
+
+  // nn::Learner
+  void save(const std::filesystem::path& dir) const override { formats::write_adapter_folder(dir, folder()); }
+  void load(const std::filesystem::path& dir) override { load_tensors(formats::read_adapter_folder(dir).tensors); }
+  // nn::Attachment
+  nn::Needs needs() const override;
 
  protected:
   /// Every parameter as it stands in the folder.
@@ -98,6 +99,25 @@ class Adapter {
   AdapterConfig config_;
   std::vector<std::pair<std::string, int64_t>> matches_;
 };
+
+/// What a method is: one row per method, in its own file; the table is in registry.cpp.
+struct Method {
+  const char* name;       // finetuning_type: "molora"
+  const char* peft_type;  // adapter_config.json: "MOLORA"
+  const char* summary;    // for help texts
+  bool mixes;             // has several experts and a router
+  const char* expert;     // the method each expert alone is: "lora"; of one that does not mix itself
+  bool low_rank;          // has ranks, else vectors
+  std::vector<nn::Role> reference, all_linear;  // roles of the target presets
+  std::shared_ptr<Adapter> (*make)(AdapterConfig config, nn::Sites& sites, const torch::Device& device, uint64_t seed,
+                                   bool trainable, double effect);
+  /// W' (and b') of one linear with one expert folded in, in float32; see fold().
+  void (*fold)(const AdapterConfig& config, const std::string& site, formats::TensorMap& tensors,
+               torch::Tensor& weight, torch::Tensor& bias);
+};
+/// Throws UsageError with the known names.
+const Method& method_of(const std::string& name);
+std::vector<std::string> method_names();
 
 /// adapter_config.json <-> AdapterConfig. Settings that would change the function and are not implemented (DoRA,
 /// biases, modules_to_save, ...) are refused, all in one message.

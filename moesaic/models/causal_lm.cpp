@@ -2,7 +2,6 @@
 
 #include "moesaic/base/check.h"
 #include "moesaic/nn/decoder_layer.h"
-#include "moesaic/nn/kernels.h"
 
 namespace moesaic::models {
 namespace {
@@ -10,13 +9,13 @@ namespace {
 constexpr size_t kShownNames = 20;  // per kind of error
 
 /// A module that is one matrix: embed_tokens, lm_head.
-struct MatrixImpl : torch::nn::Module {
-  MatrixImpl(int64_t rows, int64_t columns, const torch::TensorOptions& options) {
+struct MatrixModuleImpl : torch::nn::Module {
+  MatrixModuleImpl(int64_t rows, int64_t columns, const torch::TensorOptions& options) {
     weight = register_parameter("weight", torch::empty({rows, columns}, options), /*requires_grad=*/false);
   }
   torch::Tensor weight;
 };
-TORCH_MODULE(Matrix);
+TORCH_MODULE(MatrixModule);
 
 nn::DecoderLayerConfig layer_config(const DecoderConfig& config, int64_t layer) {
   const bool sliding =
@@ -82,41 +81,38 @@ void check_tensors(const formats::Checkpoint& checkpoint, const CausalLM& model,
 
 }  // namespace
 
-struct CausalLM::Impl {
-  Matrix embed_tokens{nullptr}, lm_head{nullptr};  // lm_head only when untied
-  std::vector<nn::DecoderLayer> layers;
-  nn::RmsNorm norm{nullptr};
-  std::unique_ptr<nn::Rope> rope, rope_local;
-  double embedding_scale = 1.0;               // in the weights' precision
-  torch::Tensor head_quantized, head_scales;  // int8 [V, d], float32 [V]
-};
-
-CausalLM::CausalLM(const DecoderConfig& config, const torch::TensorOptions& options)
-    : config_(config), impl_(std::make_unique<Impl>()) {
+CausalLM::CausalLM(const DecoderConfig& config, const torch::TensorOptions& options) : config_(config) {
   auto model = std::make_shared<torch::nn::Module>();
   auto layers = std::make_shared<torch::nn::Module>();
-  impl_->embed_tokens = model->register_module("embed_tokens", Matrix(config.vocab_size, config.hidden_size, options));
+  const auto embedding =
+      model->register_module("embed_tokens", MatrixModule(config.vocab_size, config.hidden_size, options));
+  stack_.embedding = embedding->weight;
   model->register_module("layers", layers);
   for (int64_t i = 0; i < config.num_layers; ++i) {
     const std::string index = std::to_string(i);
-    impl_->layers.push_back(layers->register_module(index, nn::DecoderLayer(layer_config(config, i), i, options)));
-    impl_->layers.back()->add_sites("model.layers." + index, sites_);
+    const auto layer = layers->register_module(index, nn::DecoderLayer(layer_config(config, i), i, options));
+    layer->add_sites("model.layers." + index, sites_);
+    stack_.blocks.push_back(layer.get());
   }
-  impl_->norm = model->register_module(
+  stack_.norm = model->register_module(
       "norm", nn::RmsNorm(config.hidden_size, config.rms_norm_eps, config.norm_plus_one ? 1.0 : 0.0, options));
   register_module("model", model);
+  torch::Tensor head = stack_.embedding;
   if (!config.tie_word_embeddings) {
-    impl_->lm_head = register_module("lm_head", Matrix(config.vocab_size, config.hidden_size, options));
+    head = register_module("lm_head", MatrixModule(config.vocab_size, config.hidden_size, options))->weight;
   }
-  impl_->rope = std::make_unique<nn::Rope>(config.rope, config.head_dim);
-  if (config.rope_local) impl_->rope_local = std::make_unique<nn::Rope>(*config.rope_local, config.head_dim);
-  impl_->embedding_scale =
+  head_ = std::make_unique<nn::Head>(head, config.final_softcap);
+  stack_.rope = std::make_unique<nn::Rope>(config.rope, config.head_dim);
+  if (config.rope_local) stack_.rope_local = std::make_unique<nn::Rope>(*config.rope_local, config.head_dim);
+  facts_ = {config.model_type, config.vocab_size,  config.hidden_size,         config.num_layers,
+            config.eos_ids,    head.device(), head.scalar_type()};
+  stack_.embedding_scale =
       torch::tensor(config.embedding_scale, torch::kFloat64).to(dtype()).to(torch::kFloat64).item<double>();
   sites_.has_qk_norm = config.qk_norm;
   sites_.model_type = config.model_type;
 }
 
-CausalLM::~CausalLM() = default;
+CausalLM::~CausalLM() { detach_all(); }
 
 std::shared_ptr<CausalLM> CausalLM::load(const formats::Checkpoint& checkpoint, const LoadOptions& options) {
   torch::NoGradGuard no_grad;
@@ -148,87 +144,107 @@ std::shared_ptr<CausalLM> CausalLM::load(const formats::Checkpoint& checkpoint, 
       }
     }
   };
-  Impl& impl = *model->impl_;
-  read(*impl.embed_tokens, "model.embed_tokens.");
-  for (size_t i = 0; i < impl.layers.size(); ++i) {
-    read(*impl.layers[i], fmt::format("model.layers.{}.", i));
-    if (options.quantize_int8) impl.layers[i]->quantize_int8();  // layer by layer: only one is held twice
+  const auto modules = model->named_modules();
+  read(*modules["model.embed_tokens"], "model.embed_tokens.");
+  for (int64_t i = 0; i < config.num_layers; ++i) {
+    const std::string name = fmt::format("model.layers.{}", i);
+    auto& layer = static_cast<nn::DecoderLayerImpl&>(*modules[name]);
+    read(layer, name + ".");
+    if (options.quantize_int8) layer.quantize_int8();  // layer by layer: only one is held twice
   }
-  read(*impl.norm, "model.norm.");
-  if (!impl.lm_head.is_empty()) read(*impl.lm_head, "lm_head.");
-  if (options.quantize_int8)
-    std::tie(impl.head_quantized, impl.head_scales) = nn::quantize_rows_int8(model->head_weight());
+  read(*modules["model.norm"], "model.norm.");
+  if (!config.tie_word_embeddings) read(*modules["lm_head"], "lm_head.");
+  if (options.quantize_int8 && options.num_blocks < 0) model->quantize_head();
   return model;
 }
 
-torch::Device CausalLM::device() const { return impl_->embed_tokens->weight.device(); }
-torch::ScalarType CausalLM::dtype() const { return impl_->embed_tokens->weight.scalar_type(); }
+void CausalLM::quantize_head() {
+  head_->quantize_int8();
+  if (config_.tie_word_embeddings) return;  // the embedding needs its floats
+  torch::Tensor& weight = named_modules()["lm_head"]->named_parameters()["weight"];
+  weight.set_data(torch::empty({0}, weight.options()));
+}
 
-void CausalLM::prepare(const nn::RaggedBatch& batch, nn::ForwardContext& context) const {
+std::vector<torch::Tensor> CausalLM::weights() const {
+  std::vector<torch::Tensor> all;
+  for (const auto& item : named_parameters()) all.push_back(item.value());
+  return all;
+}
+
+void CausalLM::prepare(const nn::RaggedBatch& batch, nn::Pass& pass) const {
   torch::NoGradGuard no_grad;
-  const int64_t count = batch.batch_size();
-  if (context.cache) {
-    MOESAIC_CHECK(context.cache->batch_size() == count, ShapeError, "KV cache: got {} sequences, expected {}",
-                  context.cache->batch_size(), count);
-  }
-  const auto [least, most] = batch.tokens.aminmax();
-  for (const int64_t id : {least.item<int64_t>(), most.item<int64_t>()}) {
-    MOESAIC_CHECK(id >= 0 && id < config_.vocab_size, DataError, "token id: got {}, expected 0 to {} (the vocabulary)",
-                  id, config_.vocab_size - 1);
-  }
   std::vector<int64_t> positions, segments, lengths;
-  for (int64_t b = 0; b < count; ++b) {
-    const int64_t start = context.cache ? context.cache->length(b) : 0;
+  for (int64_t b = 0; b < batch.batch_size(); ++b) {
+    const int64_t start = pass.cache ? pass.cache->length(b) : 0;
     const int64_t rows = batch.offsets[b + 1] - batch.offsets[b];
     for (int64_t i = 0; i < rows; ++i) positions.push_back(start + i);
     segments.insert(segments.end(), rows, b);
     lengths.push_back(start + rows);
   }
-  context.offsets = batch.offsets;
-  context.positions = torch::tensor(positions, torch::kInt64).to(device());
-  context.segments = torch::tensor(segments, torch::kInt64).to(device());
-  context.rope = impl_->rope->tables(context.positions, context.offsets, lengths);
-  if (impl_->rope_local) context.rope_local = impl_->rope_local->tables(context.positions, context.offsets, lengths);
+  pass.offsets = batch.offsets;
+  pass.positions = torch::tensor(positions, torch::kInt64).to(device());
+  pass.segments = torch::tensor(segments, torch::kInt64).to(device());
+  pass.rope = stack_.rope->tables(pass.positions, pass.offsets, lengths);
+  if (stack_.rope_local) pass.rope_local = stack_.rope_local->tables(pass.positions, pass.offsets, lengths);
 }
 
 torch::Tensor CausalLM::embed(const torch::Tensor& tokens) const {
-  torch::Tensor h = at::embedding(impl_->embed_tokens->weight, tokens);
-  return impl_->embedding_scale == 1.0 ? h : h * impl_->embedding_scale;
+  torch::Tensor h = at::embedding(stack_.embedding, tokens);
+  return stack_.embedding_scale == 1.0 ? h : h * stack_.embedding_scale;
 }
 
-torch::Tensor CausalLM::run_layers(torch::Tensor h, int64_t first, int64_t last, nn::ForwardContext& context) {
-  for (int64_t i = first; i < last; ++i) h = impl_->layers[i]->forward(h, context);
+torch::Tensor CausalLM::run_blocks(torch::Tensor h, int64_t first, int64_t last, nn::Pass& pass) {
+  for (int64_t i = first; i < last; ++i) h = pass.forward(*stack_.blocks[i], h);
   return h;
 }
 
-torch::Tensor CausalLM::final_norm(const torch::Tensor& h) const { return impl_->norm->forward(h); }
-
-torch::Tensor CausalLM::hidden_states(const nn::RaggedBatch& batch, nn::ForwardContext& context) {
-  prepare(batch, context);
-  torch::Tensor h = final_norm(run_layers(embed(batch.tokens), 0, config_.num_layers, context));
-  if (context.cache) {
-    std::vector<int64_t> counts;
-    for (int64_t b = 0; b < batch.batch_size(); ++b) counts.push_back(batch.offsets[b + 1] - batch.offsets[b]);
-    context.cache->commit(counts);
-  }
-  return h;
+torch::Tensor CausalLM::finish(const torch::Tensor& h, const torch::Tensor& rows) const {
+  // A holder of modules has no const forward.
+  return nn::RmsNorm(stack_.norm)->forward(rows.defined() ? h.index_select(0, rows) : h);
 }
 
-torch::Tensor CausalLM::logits(const torch::Tensor& hidden) const {
-  torch::Tensor z = impl_->head_quantized.defined()
-                        ? nn::linear_rows_int8(hidden, impl_->head_quantized, impl_->head_scales, {})
-                        : nn::linear_rows(hidden, head_weight(), {});
-  z = z.to(torch::kFloat32);
-  return config_.final_softcap > 0 ? at::tanh(z / config_.final_softcap) * config_.final_softcap : z;
-}
-
-const torch::Tensor& CausalLM::head_weight() const {
-  return impl_->lm_head.is_empty() ? impl_->embed_tokens->weight : impl_->lm_head->weight;
+torch::Tensor CausalLM::run(const Text& text, nn::Pass& pass, Memory* memory) {
+  auto* remembered = static_cast<CacheMemory*>(memory);
+  pass.cache = remembered != nullptr ? &remembered->cache : nullptr;
+  prepare(text.tokens, pass);
+  const torch::Tensor h = run_blocks(embed(text.tokens.tokens), 0, config_.num_layers, pass);
+  if (remembered != nullptr) remembered->cache.commit(text.tokens.counts());
+  return finish(h, text.rows);
 }
 
 nn::KvCache CausalLM::make_cache(int64_t batch_size) const {
   return nn::KvCache(config_.num_layers, config_.num_kv_heads, config_.head_dim, batch_size,
                      torch::TensorOptions(device()).dtype(dtype()));
+}
+
+std::unique_ptr<Memory> CausalLM::memory(int64_t sequences) const {
+  return std::make_unique<CacheMemory>(make_cache(sequences));
+}
+
+AllWeights::AllWeights(std::shared_ptr<CausalLM> model, formats::ModelFolder folder)
+    : model_(std::move(model)), folder_(std::move(folder)) {}
+
+std::vector<nn::Parameter> AllWeights::parameters() {
+  std::vector<nn::Parameter> all;
+  for (auto& item : model_->named_parameters()) {
+    item.value().set_requires_grad(true);
+    all.push_back({item.key(), item.value(),
+                   item.value().dim() == 1 ? nn::Parameter::Kind::kVector : nn::Parameter::Kind::kMatrix});
+  }
+  return all;
+}
+
+void AllWeights::save(const std::filesystem::path& dir) const {
+  formats::ModelFolder folder = folder_;
+  for (const auto& item : model_->named_parameters()) folder.tensors[item.key()] = item.value().detach();
+  formats::write_model_folder(dir, folder);
+}
+
+void AllWeights::load(const std::filesystem::path& dir) {
+  torch::NoGradGuard no_grad;
+  const auto checkpoint = formats::Checkpoint::open(dir);
+  check_tensors(*checkpoint, *model_, /*ignore_head=*/false);
+  for (auto& item : model_->named_parameters()) item.value().copy_(checkpoint->tensor(item.key()));
 }
 
 }  // namespace moesaic::models

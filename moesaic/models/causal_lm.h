@@ -1,52 +1,20 @@
-// Decoder-only language models. One DecoderConfig describes every family; models/<family>.cpp fills it from
-// config.json.
+// Decoder-only language models of every family.
 #pragma once
+#include <torch/torch.h>
+
 #include <memory>
-#include <optional>
 #include <string>
 #include <vector>
 
 #include "moesaic/formats/checkpoint.h"
-#include "moesaic/nn/context.h"
-#include "moesaic/nn/kernel_table.h"
+#include "moesaic/formats/model_folder.h"
+#include "moesaic/models/decoder_config.h"
+#include "moesaic/models/language_model.h"
+#include "moesaic/models/stack.h"
 #include "moesaic/nn/kv_cache.h"
-#include "moesaic/nn/rope.h"
-#include "moesaic/nn/site.h"
+#include "moesaic/nn/learner.h"
 
 namespace moesaic::models {
-
-using Activation = nn::GluKind;
-using nn::RopeConfig;
-
-/// Everything that differs between decoder families.
-struct DecoderConfig {
-  std::string model_type;
-  int64_t vocab_size = 0, hidden_size = 0, intermediate_size = 0, num_layers = 0;
-  int64_t num_heads = 0, num_kv_heads = 0, head_dim = 0;
-  int64_t max_position = 2048;
-  double rms_norm_eps = 1e-6;
-  Activation activation = Activation::kSilu;
-  bool qkv_bias = false, o_bias = false, mlp_bias = false;
-  bool qk_norm = false;  // per-head RMSNorm on queries and keys (qwen3, gemma3)
-  bool tie_word_embeddings = false;
-  bool norm_plus_one = false;                           // RMSNorm multiplies by (1 + weight) (gemma)
-  bool pre_post_norms = false;                          // norms before and after both halves of a layer (gemma3)
-  double embedding_scale = 1.0;                         // gemma: sqrt(d), rounded to the weights' dtype
-  double query_scale = 0.0;                             // attention scale; 0 = 1/sqrt(head_dim)
-  double attention_softcap = 0.0, final_softcap = 0.0;  // 0 = off
-  int64_t sliding_window = 0;                           // 0 = none
-  std::vector<uint8_t> layer_is_sliding;                // per layer; empty = all layers sliding when sliding_window > 0
-  RopeConfig rope;                                      // global layers
-  std::optional<RopeConfig> rope_local;                 // sliding layers, when they have their own base (gemma3)
-  std::vector<int64_t> eos_ids;
-  int64_t bos_id = -1;
-};
-
-/// Parses config.json (as transformers 4 and 5 write it) of any registered family.
-/// Throws ConfigError for an unknown model_type (with the known ones) or impossible values (zero, negative, NaN, huge).
-DecoderConfig parse_decoder_config(const Json& config, const std::string& where);
-/// The registered model_type names.
-std::vector<std::string> known_model_types();
 
 struct LoadOptions {
   torch::ScalarType dtype = torch::kFloat32;  // of the frozen weights and activations
@@ -55,8 +23,23 @@ struct LoadOptions {
   int64_t num_blocks = -1;     // the first blocks alone, without the head: the whole file is checked, this much is read
 };
 
+/// A key-value cache as a Memory.
+class CacheMemory : public Memory {
+ public:
+  explicit CacheMemory(nn::KvCache of) : cache(std::move(of)) {}
+  int64_t sequences() const override { return cache.batch_size(); }
+  int64_t length(int64_t b) const override { return cache.length(b); }
+  void truncate(int64_t b, int64_t length) override { cache.truncate(b, length); }
+
+  nn::KvCache cache;
+
+ protected:
+  void keep_sequences(const std::vector<int64_t>& rows) override { cache.keep(rows); }
+  void add_sequences(int64_t count) override { cache.add(count); }
+};
+
 /// A decoder-only model. Parameters carry the Hugging Face names; none requires grad.
-class CausalLM : public torch::nn::Module {
+class CausalLM : public torch::nn::Module, public LanguageModel {
  public:
   /// Builds with uninitialised weights; device kMeta allocates nothing.
   CausalLM(const DecoderConfig& config, const torch::TensorOptions& options);
@@ -68,31 +51,52 @@ class CausalLM : public torch::nn::Module {
 
   const DecoderConfig& config() const { return config_; }
   nn::Sites& sites() { return sites_; }
-  torch::Device device() const;
-  torch::ScalarType dtype() const;
+  torch::Device device() const { return facts_.device; }
+  torch::ScalarType dtype() const { return facts_.dtype; }
 
-  /// Fills offsets, positions and segments of `context` (positions start at the cache's lengths).
-  void prepare(const nn::RaggedBatch& batch, nn::ForwardContext& context) const;
+  const Facts& facts() const override { return facts_; }
+  const nn::Head& head() const override { return *head_; }
+  std::unique_ptr<Memory> memory(int64_t sequences) const override;
+  std::vector<Part> parts() override { return {{"", &sites_}}; }
+  std::vector<nn::Block*> blocks() override { return stack_.blocks; }
+  std::vector<torch::Tensor> weights() const override;
+
+  // The pieces of a forward pass, for who joins several models.
+  /// Fills offsets, positions, segments and rotary tables of `pass` (positions start at pass.cache's lengths).
+  void prepare(const nn::RaggedBatch& batch, nn::Pass& pass) const;
   /// [N] tokens -> [N, d] embeddings.
   torch::Tensor embed(const torch::Tensor& tokens) const;
-  /// Runs layers first .. last-1 on h [N, d]. `context` was prepared.
-  torch::Tensor run_layers(torch::Tensor h, int64_t first, int64_t last, nn::ForwardContext& context);
-  /// The final norm.
-  torch::Tensor final_norm(const torch::Tensor& h) const;
-  /// prepare + embed + all layers + final norm (+ cache commit): [N, d].
-  torch::Tensor hidden_states(const nn::RaggedBatch& batch, nn::ForwardContext& context);
-  /// hidden [M, d] -> logits [M, V] float32, soft-capped where configured.
-  torch::Tensor logits(const torch::Tensor& hidden) const;
-  /// The head's matrix [V, d] (the embedding's when tied).
-  const torch::Tensor& head_weight() const;
-
+  /// Runs blocks first .. last-1 on h [N, d], each through pass.forward. `pass` was prepared.
+  torch::Tensor run_blocks(torch::Tensor h, int64_t first, int64_t last, nn::Pass& pass);
+  /// The final norm of the rows wanted (undefined = all) of h [N, d].
+  torch::Tensor finish(const torch::Tensor& h, const torch::Tensor& rows) const;
   nn::KvCache make_cache(int64_t batch_size) const;
 
+ protected:
+  torch::Tensor run(const Text& text, nn::Pass& pass, Memory* memory) override;
+
  private:
-  struct Impl;
+  void quantize_head();
+
   DecoderConfig config_;
+  Facts facts_;
   nn::Sites sites_;
-  std::unique_ptr<Impl> impl_;
+  Stack stack_;
+  std::unique_ptr<nn::Head> head_;
+};
+
+/// Every weight of a model, trained: full fine-tuning. Folders are those of Hugging Face.
+class AllWeights : public nn::Learner {
+ public:
+  /// `folder` holds what save() writes beside the weights: config, tokenizer, chat template, dtype.
+  AllWeights(std::shared_ptr<CausalLM> model, formats::ModelFolder folder);
+  std::vector<nn::Parameter> parameters() override;
+  void save(const std::filesystem::path& dir) const override;
+  void load(const std::filesystem::path& dir) override;
+
+ private:
+  std::shared_ptr<CausalLM> model_;
+  formats::ModelFolder folder_;
 };
 
 }  // namespace moesaic::models

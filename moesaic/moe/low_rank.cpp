@@ -11,21 +11,27 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-/// What `JointLinear` needs of a group for one call.
-struct JointWeights {
-  torch::Tensor weight;            // [O, in], frozen
-  torch::Tensor bias;              // [O] or undefined
-  torch::Tensor down;              // [K, in], float32: every A, then the router weights
-  int64_t rank_rows;               // rows of `down` that are A's
-  std::vector<int64_t> leaf_rows;  // rows of each leaf, in order
+/// Keeps a matrix alive in an autograd context.
+struct KeptMatrix : torch::CustomClassHolder {
+  explicit KeptMatrix(std::shared_ptr<nn::Matrix> m) : matrix(std::move(m)) {}
+  std::shared_ptr<nn::Matrix> matrix;
 };
 
-/// x [N, in] -> y = x W^T + b [N, O], U = x A^T [N, sum E*r], L = fp32(x) W_r^T [N, sum E].
+/// What `JointLinear` needs of a group for one call.
+struct JointWeights {
+  std::shared_ptr<nn::Matrix> matrix;  // W [O, in], frozen; nullptr: y is made elsewhere
+  torch::Tensor bias;                  // [O] or undefined
+  torch::Tensor down;                  // [K, in], float32: every A, then the router weights
+  int64_t rank_rows;                   // rows of `down` that are A's
+  std::vector<int64_t> leaf_rows;      // rows of each leaf, in order
+  bool trains;                         // a leaf requires a gradient
+};
+
+/// x [N, in] -> U = x A^T [N, sum E*r], L = fp32(x) W_r^T [N, sum E] and, with a matrix, y = x W^T + b [N, O].
 /// With a float32 x, U and L are one GEMM. Saves x only.
 struct JointLinear : torch::autograd::Function<JointLinear> {
   static variable_list forward(AutogradContext* ctx, const torch::Tensor& x, const JointWeights* joint,
                                at::TensorList leaves) {
-    torch::Tensor y = nn::linear_rows(x, joint->weight, joint->bias);
     torch::Tensor u, logits;
     const int64_t router_rows = joint->down.size(0) - joint->rank_rows;
     if (x.scalar_type() == joint->down.scalar_type()) {
@@ -39,44 +45,51 @@ struct JointLinear : torch::autograd::Function<JointLinear> {
                    : at::linear(x.to(joint->down.scalar_type()), joint->down.narrow(0, joint->rank_rows, router_rows));
     }
     ctx->save_for_backward({x});
-    ctx->saved_data["weight"] = joint->weight;
     ctx->saved_data["down"] = joint->down;
     ctx->saved_data["rank_rows"] = joint->rank_rows;
     ctx->saved_data["leaf_rows"] = joint->leaf_rows;
-    return {y, u, logits};
+    ctx->saved_data["trains"] = joint->trains;
+    if (!joint->matrix) return {u, logits};
+    ctx->saved_data["matrix"] = c10::IValue::make_capsule(c10::make_intrusive<KeptMatrix>(joint->matrix));
+    return {u, logits, joint->matrix->product(x, joint->bias)};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const torch::Tensor x = ctx->get_saved_variables()[0];
-    const torch::Tensor weight = ctx->saved_data["weight"].toTensor();
     const torch::Tensor down = ctx->saved_data["down"].toTensor();
     const int64_t rank_rows = ctx->saved_data["rank_rows"].toInt();
+    const int64_t router_rows = down.size(0) - rank_rows;
     const std::vector<int64_t> leaf_rows = ctx->saved_data["leaf_rows"].toIntVector();
-    const torch::Tensor& gy = grads[0];
+    const bool trains = ctx->saved_data["trains"].toBool();
     const bool same_dtype = x.scalar_type() == down.scalar_type();
 
     torch::Tensor gx;
-    if (ctx->needs_input_grad(0)) gx = at::mm(gy, weight);
+    if (ctx->needs_input_grad(0)) {
+      if (grads.size() == 3) {
+        const auto kept = c10::static_intrusive_pointer_cast<KeptMatrix>(ctx->saved_data["matrix"].toCapsule());
+        gx = kept->matrix->product_back(grads[2]);
+      } else {
+        gx = torch::zeros_like(x);
+      }
+    }
     torch::Tensor gdown;  // [K, in] float32
     if (same_dtype) {
-      const torch::Tensor gc = torch::cat({grads[1], grads[2]}, 1);
-      gdown = nn::thin_outer(gc, x, 1.0);
+      const torch::Tensor gc = torch::cat({grads[0], grads[1]}, 1);
+      if (trains) gdown = nn::thin_outer(gc, x, 1.0);
       if (gx.defined()) nn::thin_add(gc, down, 1.0, gx);
     } else {
-      const torch::Tensor gu = grads[1].contiguous();
-      gdown = at::mm(gu.t(), x).to(down.scalar_type());
+      const torch::Tensor gu = grads[0].contiguous();
+      if (trains) gdown = at::mm(gu.t(), x).to(down.scalar_type());
       if (gx.defined()) gx.addmm_(gu, down.narrow(0, 0, rank_rows).to(x.scalar_type()));
-      if (const int64_t router_rows = down.size(0) - rank_rows; router_rows > 0) {
-        gdown = torch::cat({gdown, at::mm(grads[2].t(), x.to(down.scalar_type()))}, 0);
-        if (gx.defined()) {
-          gx.add_(at::mm(grads[2], down.narrow(0, rank_rows, router_rows)).to(x.scalar_type()));
-        }
+      if (router_rows > 0) {
+        if (trains) gdown = torch::cat({gdown, at::mm(grads[1].t(), x.to(down.scalar_type()))}, 0);
+        if (gx.defined()) gx.add_(at::mm(grads[1], down.narrow(0, rank_rows, router_rows)).to(x.scalar_type()));
       }
     }
     variable_list result{gx, torch::Tensor()};
     int64_t row = 0;
     for (int64_t rows : leaf_rows) {
-      result.push_back(gdown.narrow(0, row, rows));
+      result.push_back(trains ? gdown.narrow(0, row, rows) : torch::Tensor());
       row += rows;
     }
     return result;
@@ -117,8 +130,14 @@ struct AddUp : torch::autograd::Function<AddUp> {
       const torch::Tensor& b = saved[j + 1];
       const torch::Tensor gy_j = gy.narrow(1, columns[j], b.size(1));
       const torch::Tensor gg_j = gg.defined() ? gg.narrow(1, k, b.size(0)) : gg;
-      const torch::Tensor gb = nn::thin_outer(g.narrow(1, k, b.size(0)), gy_j, scales[j], b.to(gy.scalar_type()), gg_j);
-      result.push_back(gb.to(b.scalar_type()));
+      if (b.requires_grad()) {
+        const torch::Tensor gb =
+            nn::thin_outer(g.narrow(1, k, b.size(0)), gy_j, scales[j], b.to(gy.scalar_type()), gg_j);
+        result.push_back(gb.to(b.scalar_type()));
+      } else {
+        if (gg_j.defined()) gg_j.copy_(at::mm(gy_j, b.to(gy.scalar_type()).t()).mul_(scales[j]));
+        result.emplace_back();
+      }
       k += b.size(0);
     }
     return result;
@@ -238,10 +257,18 @@ torch::Tensor gate_ranks(const torch::Tensor& u, const torch::Tensor& logits, co
 }
 
 std::shared_ptr<LowRankGroup> LowRankGroup::of(nn::LinearGroup& group) {
-  if (!group.adapter) group.adapter = std::make_shared<LowRankGroup>();
-  auto low_rank = std::dynamic_pointer_cast<LowRankGroup>(group.adapter);
-  MOESAIC_CHECK(low_rank, UsageError, "a linear group already carries another kind of adapter");
-  return low_rank;
+  if (!group.delta) group.delta = std::make_shared<LowRankGroup>();
+  return std::static_pointer_cast<LowRankGroup>(group.delta);
+}
+
+bool LowRankGroup::trains() const {
+  return std::any_of(experts_.begin(), experts_.end(), [](const auto& e) { return e->a.requires_grad(); });
+}
+
+int64_t LowRankGroup::saved_per_row() const {
+  int64_t numbers = 0;  // x A^T with the logits, gated ranks, routing weights
+  for (const auto& e : experts_) numbers += 2 * e->width() + (e->router.defined() ? 2 * e->experts : 0);
+  return numbers;
 }
 
 void LowRankGroup::add(std::shared_ptr<LowRankExperts> experts, bool trainable) {
@@ -255,7 +282,7 @@ void LowRankGroup::add(std::shared_ptr<LowRankExperts> experts, bool trainable) 
 void LowRankGroup::remove(const std::shared_ptr<LowRankExperts>& experts, nn::LinearGroup& group) {
   std::erase(experts_, experts);
   if (experts_.empty()) {
-    group.adapter.reset();
+    group.delta.reset();
   } else {
     fuse();
   }
@@ -279,26 +306,62 @@ void LowRankGroup::fuse() {
   }
 }
 
-torch::Tensor LowRankGroup::forward(const torch::Tensor& x, const nn::LinearGroup& group, nn::ForwardContext& context) {
-  bool dropout = false, plain = true;
+torch::Tensor LowRankGroup::gate(const torch::Tensor& x, const torch::Tensor& u, const torch::Tensor& logits,
+                                 nn::Pass& pass) const {
+  bool routed = false, weighed = false, plain = true;
   for (const auto& e : experts_) {
-    dropout |= context.training && e->dropout > 0;
+    routed |= e->experts > 1;
+    weighed |= pass.mixture.defined() && e->column >= 0;
     plain &= !e->router.defined() || e->router.options.plain();
   }
-
-  std::vector<torch::Tensor> leaves, bs;
-  std::vector<int64_t> columns, experts, ranks;
-  std::vector<double> scales, temperatures;
-  JointWeights joint{group.weight(), group.bias(), down_, 0, {}};
+  if (!routed && !weighed) return u;
+  if (plain && !weighed && pass.routing == nullptr && u.device().is_cpu() && u.scalar_type() == torch::kFloat32) {
+    std::vector<int64_t> experts, ranks;
+    std::vector<double> temperatures;
+    for (const auto& e : experts_) {
+      experts.push_back(e->experts);
+      ranks.push_back(e->rank);
+      temperatures.push_back(e->router.options.temperature);
+    }
+    return gate_ranks(u, logits, experts, ranks, temperatures);
+  }
+  std::vector<torch::Tensor> gated;
+  int64_t k = 0, l = 0;
   for (const auto& e : experts_) {
+    torch::Tensor u_e = u.narrow(1, k, e->width());
+    k += e->width();
+    if (e->router.defined()) {
+      const RouterOptions& options = e->router.options;
+      torch::Tensor weights;
+      if (options.plain()) {
+        weights = e->router.route(logits.narrow(1, l, e->experts) / options.temperature, pass, 1);
+        l += e->experts;
+      } else if (options.input == RouterInput::kToken || options.input == RouterInput::kFfnProduct) {
+        weights = e->router.route(e->router.logits(x, pass), pass, 1);
+      } else {
+        weights = e->router.route_from_pass(pass);
+      }
+      u_e = (u_e.view({-1, e->experts, e->rank}) * weights.to(u.scalar_type()).unsqueeze(-1)).flatten(1);
+    }
+    if (const torch::Tensor w = pass.adapter_weight(e->column); w.defined()) u_e = u_e * w.to(u.scalar_type());
+    gated.push_back(u_e);
+  }
+  return torch::cat(gated, 1);
+}
+
+torch::Tensor LowRankGroup::forward(const torch::Tensor& x, const nn::LinearGroup& group, nn::Pass& pass) {
+  bool dropout = false;
+  std::vector<torch::Tensor> leaves, bs;
+  std::vector<int64_t> columns;
+  std::vector<double> scales;
+  JointWeights joint{nullptr, {}, down_, 0, {}, trains()};
+  for (const auto& e : experts_) {
+    dropout |= pass.training && e->dropout > 0;
     leaves.push_back(e->a.view({e->width(), -1}));
     joint.rank_rows += e->width();
     bs.push_back(e->b);
     columns.push_back(group.column(e->index));
-    experts.push_back(e->experts);
-    ranks.push_back(e->rank);
     scales.push_back(e->scale);
-    temperatures.push_back(e->router.options.temperature);
   }
   for (const auto& e : experts_) {
     if (e->router.defined() && e->router.options.plain()) leaves.push_back(e->router.weight);
@@ -306,11 +369,11 @@ torch::Tensor LowRankGroup::forward(const torch::Tensor& x, const nn::LinearGrou
   for (const torch::Tensor& leaf : leaves) joint.leaf_rows.push_back(leaf.size(0));
 
   torch::Tensor y, u, logits;
-  if (dropout || group.quantized()) {
-    y = group.base_forward(x);
+  if (dropout || group.scaled()) y = group.base(x, pass);
+  if (dropout) {
     std::vector<torch::Tensor> us, ls;
     for (const auto& e : experts_) {
-      const torch::Tensor input = dropout && e->dropout > 0 ? at::dropout(x, e->dropout, /*train=*/true) : x;
+      const torch::Tensor input = e->dropout > 0 ? at::dropout(x, e->dropout, /*train=*/true) : x;
       us.push_back(at::linear(input.to(e->a.scalar_type()), e->a.view({e->width(), -1})).to(x.scalar_type()));
       if (e->router.defined() && e->router.options.plain()) {
         ls.push_back(at::linear(x.to(e->router.weight.scalar_type()), e->router.weight));
@@ -319,42 +382,17 @@ torch::Tensor LowRankGroup::forward(const torch::Tensor& x, const nn::LinearGrou
     u = torch::cat(us, 1);
     logits = ls.empty() ? torch::empty({x.size(0), 0}, down_.options()) : torch::cat(ls, 1);
   } else {
-    variable_list joined = JointLinear::apply(x, static_cast<const JointWeights*>(&joint), at::TensorList(leaves));
-    y = joined[0];
-    u = joined[1];
-    logits = joined[2];
-  }
-
-  torch::Tensor g = u;
-  const bool routed = std::any_of(experts.begin(), experts.end(), [](int64_t e) { return e > 1; });
-  if (routed) {
-    if (plain && context.routing == nullptr && u.device().is_cpu() && u.scalar_type() == torch::kFloat32) {
-      g = gate_ranks(u, logits, experts, ranks, temperatures);
-    } else {
-      std::vector<torch::Tensor> gated;
-      int64_t k = 0, l = 0;
-      for (const auto& e : experts_) {
-        torch::Tensor u_e = u.narrow(1, k, e->width());
-        k += e->width();
-        if (e->router.defined()) {
-          torch::Tensor weights;
-          if (e->router.options.plain()) {
-            weights = e->router.route(logits.narrow(1, l, e->experts) / e->router.options.temperature, context, 1);
-            l += e->experts;
-          } else if (e->router.options.input == RouterInput::kToken ||
-                     e->router.options.input == RouterInput::kFfnProduct) {
-            weights = e->router.route(e->router.logits(x, context), context, 1);
-          } else {
-            weights = e->router.route_from_context(context);
-          }
-          u_e = (u_e.view({-1, e->experts, e->rank}) * weights.to(u.scalar_type()).unsqueeze(-1)).flatten(1);
-        }
-        gated.push_back(u_e);
-      }
-      g = torch::cat(gated, 1);
+    if (!y.defined()) {
+      joint.matrix = group.matrix();
+      joint.bias = group.bias();
     }
+    const variable_list joined =
+        JointLinear::apply(x, static_cast<const JointWeights*>(&joint), at::TensorList(leaves));
+    u = joined[0];
+    logits = joined[1];
+    if (!y.defined()) y = joined[2];
   }
-  return AddUp::apply(y, g, columns, scales, at::TensorList(bs));
+  return AddUp::apply(y, gate(x, u, logits, pass), columns, scales, at::TensorList(bs));
 }
 
 }  // namespace moesaic::moe

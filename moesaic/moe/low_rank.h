@@ -1,5 +1,7 @@
 // The gated low-rank product: LoRA and MoLoRA at all linears that read one input, as one GEMM down and one up per site.
 #pragma once
+#include <torch/torch.h>
+
 #include <memory>
 #include <vector>
 
@@ -11,7 +13,9 @@ namespace moesaic::moe {
 /// E low-rank experts at one linear of a group.
 ///
 ///   p = softmax(u W_r)                                  (E = 1: no router, p = 1)
-///   y_site += scale * sum_e p_e (x A_e^T) B_e           one product over the E*r concatenated ranks
+///   y_site += scale * sum_e w p_e (x A_e^T) B_e         one product over the E*r concatenated ranks
+///
+/// w: what the row's request gives the adapter (nn::Pass::mixture), 1 without one: the request is one more router.
 ///
 /// Leaves are float32 whatever the base's dtype; B lies as [E*r, out] because its gradient h^T dy is far faster on CPUs
 /// than PEFT's dy^T h (docs/methods.md).
@@ -24,6 +28,7 @@ struct LowRankExperts {
   torch::Tensor a;  // [E, r, in]
   torch::Tensor b;  // [E*r, out]
   Router router;    // weight [E, in]
+  int64_t column = -1;  // of the pass's mixture; -1 = none
 
   int64_t width() const { return experts * rank; }
 };
@@ -44,10 +49,14 @@ class LowRankGroup : public nn::GroupAdapter {
   /// Removes them; the group's slot is emptied with the last.
   void remove(const std::shared_ptr<LowRankExperts>& experts, nn::LinearGroup& group);
 
-  torch::Tensor forward(const torch::Tensor& x, const nn::LinearGroup& group, nn::ForwardContext& context) override;
+  torch::Tensor forward(const torch::Tensor& x, const nn::LinearGroup& group, nn::Pass& pass) override;
+  bool trains() const override;
+  int64_t saved_per_row() const override;
 
  private:
   void fuse();
+  /// The gated ranks [N, sum E*r] from U and the logits of plain routers.
+  torch::Tensor gate(const torch::Tensor& x, const torch::Tensor& u, const torch::Tensor& logits, nn::Pass& pass) const;
 
   std::vector<std::shared_ptr<LowRankExperts>> experts_;
   torch::Tensor down_;  // [sum E*r + sum E, in]: every A, then every router weight that reads x

@@ -12,33 +12,34 @@ torch::Tensor topk_weights(const torch::Tensor& probs, int64_t k, TopkMode mode)
   return mode == TopkMode::kRenorm ? masked / masked.sum(-1, /*keepdim=*/true) : masked;
 }
 
-torch::Tensor Router::logits(const torch::Tensor& u, const nn::ForwardContext& context) const {
+torch::Tensor Router::logits(const torch::Tensor& u, const nn::Pass& pass) const {
   torch::Tensor input = u.to(weight.scalar_type());
-  if (options.jitter > 0 && context.training) {
+  if (options.jitter > 0 && pass.training) {
     input = input * torch::empty_like(input).uniform_(1.0 - options.jitter, 1.0 + options.jitter);
   }
   const torch::Tensor product = at::linear(input, weight);
   return options.temperature == 1.0 ? product : product / options.temperature;
 }
 
-torch::Tensor Router::route(const torch::Tensor& logits, nn::ForwardContext& context, int64_t rows_per_token) const {
+torch::Tensor Router::route(const torch::Tensor& logits, nn::Pass& pass, int64_t rows_per_token) const {
   const torch::Tensor probs = logits.softmax(-1);
   const torch::Tensor weights = topk_weights(probs, options.top_k, options.topk_mode);
-  if (context.routing != nullptr) {
-    context.routing->push_back({site, layer, logits, probs, weights, rows_per_token});
+  if (pass.routing != nullptr) {
+    pass.routing->push_back(
+        {owner, site, layer, weight.requires_grad(), logits, probs, weights, rows_per_token});
   }
   return weights;
 }
 
-torch::Tensor Router::route_from_context(nn::ForwardContext& context) const {
-  if (options.input == RouterInput::kLayerInput) return route(logits(context.layer_input, context), context, 1);
-  MOESAIC_CHECK(context.sentence.defined(), UsageError,
+torch::Tensor Router::route_from_pass(nn::Pass& pass) const {
+  if (options.input == RouterInput::kLayerInput) return route(logits(pass.layer_input, pass), pass, 1);
+  MOESAIC_CHECK(pass.sentence.defined(), UsageError,
                 "router of {}: got no sentence vectors, expected [{}, {}]: the router's input is `sentence`", site,
-                context.offsets.size() - 1, weight.size(1));
-  MOESAIC_CHECK(context.sentence.size(1) == weight.size(1), ShapeError,
-                "router of {}: got sentence vectors of width {}, expected {}", site, context.sentence.size(1),
+                pass.offsets.size() - 1, weight.size(1));
+  MOESAIC_CHECK(pass.sentence.size(1) == weight.size(1), ShapeError,
+                "router of {}: got sentence vectors of width {}, expected {}", site, pass.sentence.size(1),
                 weight.size(1));
-  return route(logits(context.sentence, context), context, 0).index_select(0, context.segments);
+  return route(logits(pass.sentence, pass), pass, 0).index_select(0, pass.segments);
 }
 
 torch::Tensor balance_loss(const nn::RoutingRecord& record) {

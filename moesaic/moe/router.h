@@ -5,7 +5,7 @@
 #include <optional>
 #include <string>
 
-#include "moesaic/nn/context.h"
+#include "moesaic/nn/pass.h"
 
 namespace moesaic::moe {
 
@@ -27,18 +27,19 @@ struct RouterOptions {
 struct Router {
   torch::Tensor weight;  // [E, d_u], a float32 leaf; undefined when there is one expert
   RouterOptions options;
-  std::string site;
+  std::string owner{};  // see nn::RoutingRecord
+  std::string site{};
   int64_t layer = 0;
 
   bool defined() const { return weight.defined(); }
   /// u: [..., d_u] of any float dtype -> [..., E] float32.
-  torch::Tensor logits(const torch::Tensor& u, const nn::ForwardContext& context) const;
-  /// logits [M, E] -> weights [M, E]; records them when the context collects routing.
+  torch::Tensor logits(const torch::Tensor& u, const nn::Pass& pass) const;
+  /// logits [M, E] -> weights [M, E]; records them when the pass collects routing.
   /// rows_per_token: see nn::RoutingRecord.
-  torch::Tensor route(const torch::Tensor& logits, nn::ForwardContext& context, int64_t rows_per_token) const;
+  torch::Tensor route(const torch::Tensor& logits, nn::Pass& pass, int64_t rows_per_token) const;
   /// The router's input at this site when it is not the site's own: layer_input [N, d] or one sentence row per token.
   /// Weights of shape [N, E] for the inputs `layer_input` and `sentence`. Throws UsageError without sentence vectors.
-  torch::Tensor route_from_context(nn::ForwardContext& context) const;
+  torch::Tensor route_from_pass(nn::Pass& pass) const;
 };
 
 /// Weights after top-k, from probabilities over all experts.

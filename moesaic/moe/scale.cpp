@@ -87,69 +87,46 @@ torch::Tensor ScaleExperts::merge(const torch::Tensor& weights) const {
   return residual ? m + 1 : m;
 }
 
-torch::Tensor ScaleExperts::merged(const torch::Tensor& own_input, nn::ForwardContext& context) const {
+torch::Tensor ScaleExperts::merged(const torch::Tensor& own_input, nn::Pass& pass) const {
   torch::Tensor m;
   if (!router.defined()) {
     m = vectors.squeeze(0);
   } else if (router.options.input == RouterInput::kSentence || router.options.input == RouterInput::kLayerInput) {
-    m = merge(router.route_from_context(context));
+    m = merge(router.route_from_pass(pass));
   } else {
     const int64_t rows_per_token = own_input.dim() == 3 ? own_input.size(1) : 1;
-    const torch::Tensor logits = router.logits(own_input, context);
-    const torch::Tensor weights = router.route(logits.flatten(0, -2), context, rows_per_token);
+    const torch::Tensor logits = router.logits(own_input, pass);
+    const torch::Tensor weights = router.route(logits.flatten(0, -2), pass, rows_per_token);
     m = merge(weights.view(logits.sizes()));
   }
-  return effect_ == 1.0 ? m : 1 + effect_ * (m - 1);
+  torch::Tensor weight = pass.adapter_weight(column);  // [N, 1]
+  if (!weight.defined()) return effect_ == 1.0 ? m : 1 + effect_ * (m - 1);
+  if (own_input.dim() == 3) weight = weight.unsqueeze(2);
+  return 1 + effect_ * weight * (m - 1);
 }
 
-torch::Tensor ScaleExperts::forward(const torch::Tensor& y, nn::ForwardContext& context) {
-  if (y.dim() == 3 && vectors.dim() == 2) return forward(y.flatten(1), context).view(y.sizes());
-  if (router.defined() && router.options.plain() && router.options.temperature == 1.0 && effect_ == 1.0 &&
-      context.routing == nullptr && y.dim() == 3 && y.scalar_type() == vectors.scalar_type()) {
-    return MovHeads::apply(y, router.weight, vectors);
-  }
-  const torch::Tensor m = merged(y, context);
+bool ScaleExperts::fused(const torch::Tensor& input, const nn::Pass& pass) const {
+  return router.defined() && router.options.plain() && router.options.temperature == 1.0 && effect_ == 1.0 &&
+         pass.routing == nullptr && !(pass.mixture.defined() && column >= 0) &&
+         input.scalar_type() == vectors.scalar_type();
+}
+
+int64_t ScaleExperts::saved_per_row() const {
+  return vectors.size(0) * (vectors.dim() == 3 ? vectors.size(1) : 1);
+}
+
+torch::Tensor ScaleExperts::forward(const torch::Tensor& y, nn::Pass& pass) {
+  if (y.dim() == 3 && vectors.dim() == 2) return forward(y.flatten(1), pass).view(y.sizes());
+  if (y.dim() == 3 && fused(y, pass)) return MovHeads::apply(y, router.weight, vectors);
+  const torch::Tensor m = merged(y, pass);
   return (y.to(m.scalar_type()) * m).to(y.scalar_type());
 }
 
-torch::Tensor ScaleExperts::forward_ffn(const torch::Tensor& act, const torch::Tensor& up,
-                                        nn::ForwardContext& context) {
-  if (router.defined() && router.options.plain() && router.options.temperature == 1.0 && effect_ == 1.0 &&
-      context.routing == nullptr && act.scalar_type() == vectors.scalar_type()) {
-    return MovFfn::apply(act, up, router.weight, vectors);
-  }
+torch::Tensor ScaleExperts::forward_ffn(const torch::Tensor& act, const torch::Tensor& up, nn::Pass& pass) {
+  if (fused(act, pass)) return MovFfn::apply(act, up, router.weight, vectors);
   const bool product = router.defined() && router.options.input == RouterInput::kFfnProduct;
-  const torch::Tensor m = merged(product ? act * up : act, context);
+  const torch::Tensor m = merged(product ? act * up : act, pass);
   return (act.to(m.scalar_type()) * m).to(act.scalar_type()) * up;
-}
-
-std::shared_ptr<InputScales> InputScales::of(nn::LinearGroup& group) {
-  if (!group.adapter) group.adapter = std::make_shared<InputScales>();
-  auto scales = std::dynamic_pointer_cast<InputScales>(group.adapter);
-  MOESAIC_CHECK(scales, UsageError, "a linear group already carries another kind of adapter");
-  return scales;
-}
-
-void InputScales::remove(const std::shared_ptr<ScaleExperts>& experts, nn::LinearGroup& group) {
-  std::erase_if(members_, [&](const auto& member) { return member.second == experts; });
-  if (members_.empty()) group.adapter.reset();
-}
-
-torch::Tensor InputScales::forward(const torch::Tensor& x, const nn::LinearGroup& group, nn::ForwardContext& context) {
-  std::map<int64_t, torch::Tensor> inputs;
-  for (const auto& [index, experts] : members_) {
-    torch::Tensor& input = inputs.try_emplace(index, x).first->second;
-    input = experts->forward(input, context);
-  }
-  torch::Tensor base;
-  if (inputs.size() < group.outs().size()) base = group.base_forward(x);
-  std::vector<torch::Tensor> outputs;
-  for (size_t j = 0; j < group.outs().size(); ++j) {
-    const auto input = inputs.find(static_cast<int64_t>(j));
-    const torch::Tensor y = input == inputs.end() ? base : group.base_forward(input->second);
-    outputs.push_back(y.narrow(1, group.column(static_cast<int64_t>(j)), group.outs()[j]));
-  }
-  return outputs.size() == 1 ? outputs.front() : torch::cat(outputs, 1);
 }
 
 }  // namespace moesaic::moe

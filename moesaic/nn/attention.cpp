@@ -192,8 +192,8 @@ torch::Tensor ragged_attention(const torch::Tensor& q, const torch::Tensor& k, c
 }
 
 torch::Tensor cached_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v, int64_t layer,
-                               const ForwardContext& context, const AttentionOptions& options) {
-  const std::vector<int64_t>& offsets = context.offsets;
+                               const Pass& pass, const AttentionOptions& options) {
+  const std::vector<int64_t>& offsets = pass.offsets;
   const int64_t batch = static_cast<int64_t>(offsets.size()) - 1;
   bool fresh = true;   // nothing cached yet
   bool single = true;  // one row per sequence
@@ -201,9 +201,9 @@ torch::Tensor cached_attention(const torch::Tensor& q, const torch::Tensor& k, c
   for (int64_t b = 0; b < batch; ++b) {
     auto rows = [&](const torch::Tensor& x) { return x.slice(0, offsets[b], offsets[b + 1]); };
     const int64_t count = offsets[b + 1] - offsets[b];
-    fresh = fresh && count > 0 && context.cache->length(b) == 0;
+    fresh = fresh && count > 0 && pass.cache->length(b) == 0;
     single = single && count == 1;
-    if (count > 0) cached[b] = context.cache->append(layer, b, rows(k), rows(v));
+    if (count > 0) cached[b] = pass.cache->append(layer, b, rows(k), rows(v));
   }
   if (fresh) return ragged_attention(q, k, v, offsets, options);
   if (single && q.is_cpu() && q.scalar_type() == torch::kFloat32)
@@ -219,19 +219,13 @@ torch::Tensor cached_attention(const torch::Tensor& q, const torch::Tensor& k, c
   return at::cat(parts);
 }
 
-torch::Tensor apply_slot(const ScaleSlot& slot, torch::Tensor y, ForwardContext& context) {
-  if (slot.empty()) return y;
-  for (const auto& adapter : slot.adapters) y = adapter->forward(y, context);
-  return y;
-}
-
 SelfAttentionImpl::SelfAttentionImpl(const SelfAttentionConfig& config, int64_t layer,
                                      const torch::TensorOptions& options)
     : config_(config),
       layer_(layer),
       qkv_(config.hidden_size,
            {config.heads * config.head_dim, config.kv_heads * config.head_dim, config.kv_heads * config.head_dim},
-           config.qkv_bias, options),
+           config.qkv_bias, options, {config.heads, config.kv_heads, config.kv_heads}),
       o_(config.heads * config.head_dim, {config.hidden_size}, config.o_bias, options) {
   register_module("q_proj", qkv_.members()[0]);
   register_module("k_proj", qkv_.members()[1]);
@@ -243,38 +237,50 @@ SelfAttentionImpl::SelfAttentionImpl(const SelfAttentionConfig& config, int64_t 
   }
 }
 
-torch::Tensor SelfAttentionImpl::forward(const torch::Tensor& x, ForwardContext& context) {
+torch::Tensor SelfAttentionImpl::forward(const torch::Tensor& x, Pass& pass) {
   const int64_t rows = x.size(0), k_width = config_.head_dim;
-  const auto parts = split_columns(qkv_.forward(x, context), qkv_.outs());
-  torch::Tensor q = apply_slot(q_slot_, parts[0].view({rows, config_.heads, k_width}), context);
-  torch::Tensor k = apply_slot(k_slot_, parts[1].view({rows, config_.kv_heads, k_width}), context);
-  torch::Tensor v = apply_slot(v_slot_, parts[2].view({rows, config_.kv_heads, k_width}), context);
+  const auto parts = qkv_.parts(x, pass);
+  torch::Tensor q = parts[0].view({rows, config_.heads, k_width});
+  torch::Tensor k = parts[1].view({rows, config_.kv_heads, k_width});
+  torch::Tensor v = parts[2].view({rows, config_.kv_heads, k_width});
   if (config_.qk_norm) {
-    q = apply_slot(q_normed_slot_, q_norm_->forward(q), context);
-    k = apply_slot(k_normed_slot_, k_norm_->forward(k), context);
+    q = q_normed_slot_.apply(q_norm_->forward(q), pass);
+    k = k_normed_slot_.apply(k_norm_->forward(k), pass);
   }
-  const RotaryTables& tables = config_.local_rope ? context.rope_local : context.rope;
+  const RotaryTables& tables = config_.local_rope ? pass.rope_local : pass.rope;
   q = apply_rope(q, tables);
   k = apply_rope(k, tables);
-  const torch::Tensor mixed = context.cache ? cached_attention(q, k, v, layer_, context, config_.options)
-                                            : ragged_attention(q, k, v, context.offsets, config_.options);
-  return apply_slot(o_slot_, o_.forward(mixed.reshape({rows, config_.heads * k_width}), context), context);
+  const torch::Tensor mixed = pass.cache ? cached_attention(q, k, v, layer_, pass, config_.options)
+                                            : ragged_attention(q, k, v, pass.offsets, config_.options);
+  return o_.forward(mixed.reshape({rows, config_.heads * k_width}), pass);
 }
 
 void SelfAttentionImpl::add_sites(const std::string& path, Sites& sites) {
-  const int64_t d = config_.hidden_size, k = config_.head_dim, heads = config_.heads, kv_heads = config_.kv_heads;
-  sites.linears.push_back({path + ".q_proj", layer_, &qkv_, 0, d, heads * k});
-  sites.linears.push_back({path + ".k_proj", layer_, &qkv_, 1, d, kv_heads * k});
-  sites.linears.push_back({path + ".v_proj", layer_, &qkv_, 2, d, kv_heads * k});
-  sites.linears.push_back({path + ".o_proj", layer_, &o_, 0, heads * k, d});
-  sites.scales.push_back({path + ".q_proj", layer_, ScaleKind::kOutput, &q_slot_, heads, k, d});
-  sites.scales.push_back({path + ".k_proj", layer_, ScaleKind::kOutput, &k_slot_, kv_heads, k, d});
-  sites.scales.push_back({path + ".v_proj", layer_, ScaleKind::kOutput, &v_slot_, kv_heads, k, d});
-  sites.scales.push_back({path + ".o_proj", layer_, ScaleKind::kOutput, &o_slot_, 0, d, d});
-  if (config_.qk_norm) {
-    sites.scales.push_back({path + ".q_proj", layer_, ScaleKind::kPostHeadNorm, &q_normed_slot_, heads, k, d});
-    sites.scales.push_back({path + ".k_proj", layer_, ScaleKind::kPostHeadNorm, &k_normed_slot_, kv_heads, k, d});
+  const int64_t d = config_.hidden_size, k = config_.head_dim;
+  auto add = [&](const char* name, Role role, LinearGroup& group, int64_t index, int64_t heads, ScaleSlot* normed) {
+    const std::string site = path + name;
+    const int64_t out = group.outs()[index], width = heads > 0 ? k : out;
+    sites.linears.push_back({site, role, layer_, &group, index, group.in(), out});
+    sites.scales.push_back({site, role, layer_, ScaleKind::kInput, &group.input_slot(index), 0, group.in(), d});
+    sites.scales.push_back({site, role, layer_, ScaleKind::kOutput, &group.output_slot(index), heads, width, d});
+    if (normed != nullptr) sites.scales.push_back({site, role, layer_, ScaleKind::kPostHeadNorm, normed, heads, k, d});
+  };
+  const bool norm = config_.qk_norm;
+  add(".q_proj", Role::kQuery, qkv_, 0, config_.heads, norm ? &q_normed_slot_ : nullptr);
+  add(".k_proj", Role::kKey, qkv_, 1, config_.kv_heads, norm ? &k_normed_slot_ : nullptr);
+  add(".v_proj", Role::kValue, qkv_, 2, config_.kv_heads, nullptr);
+  add(".o_proj", Role::kAttentionOut, o_, 0, 0, nullptr);
+}
+
+int64_t SelfAttentionImpl::saved_per_row(bool whole) const {
+  const int64_t q = config_.heads * config_.head_dim, kv = config_.kv_heads * config_.head_dim;
+  // Rotated queries and keys, values, the output and its log-sum-exp.
+  int64_t numbers = 2 * q + 2 * kv + config_.heads;
+  if (whole || qkv_.delta) numbers += config_.hidden_size;  // the normed input
+  for (const LinearGroup* group : {&qkv_, &o_}) {
+    if (group->delta) numbers += group->delta->saved_per_row();
   }
+  return numbers;
 }
 
 void SelfAttentionImpl::quantize_int8() {

@@ -7,7 +7,6 @@
 
 #include "moesaic/nn/linear.h"
 #include "moesaic/nn/norm.h"
-#include "moesaic/nn/site.h"
 
 namespace moesaic::nn {
 
@@ -24,10 +23,10 @@ struct AttentionOptions {
 torch::Tensor ragged_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
                                const std::vector<int64_t>& offsets, const AttentionOptions& options);
 
-/// The same with `context.cache`: appends k and v behind the cached rows of `layer` and attends to all of them. A
+/// The same with `pass.cache`: appends k and v behind the cached rows of `layer` and attends to all of them. A
 /// sequence may have no new row. No gradient.
 torch::Tensor cached_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v, int64_t layer,
-                               const ForwardContext& context, const AttentionOptions& options);
+                               const Pass& pass, const AttentionOptions& options);
 
 /// Sizes and switches of a decoder's self-attention.
 struct SelfAttentionConfig {
@@ -36,7 +35,7 @@ struct SelfAttentionConfig {
   bool qk_norm = false;  // per-head RMSNorm on queries and keys, before RoPE
   double norm_eps = 1e-6, norm_offset = 0.0;
   AttentionOptions options;
-  bool local_rope = false;  // rotates by context.rope_local
+  bool local_rope = false;  // rotates by pass.rope_local
 };
 
 /// q, k, v = x Wqkv; q, k = rope(norm(q)), rope(norm(k)); out = attention(q, k, v) Wo.
@@ -44,22 +43,20 @@ struct SelfAttentionImpl : torch::nn::Module {
   SelfAttentionImpl(const SelfAttentionConfig& config, int64_t layer, const torch::TensorOptions& options);
 
   /// x: [N, d] -> [N, d].
-  torch::Tensor forward(const torch::Tensor& x, ForwardContext& context);
+  torch::Tensor forward(const torch::Tensor& x, Pass& pass);
   /// Appends the sites; `path` is the module path, "model.layers.0.self_attn".
   void add_sites(const std::string& path, Sites& sites);
   void quantize_int8();
+  /// Numbers per row that the backward pass needs, adapters apart. whole: the weights are trained themselves.
+  int64_t saved_per_row(bool whole) const;
 
  private:
   SelfAttentionConfig config_;
   int64_t layer_;
   LinearGroup qkv_, o_;
   RmsNorm q_norm_{nullptr}, k_norm_{nullptr};
-  ScaleSlot q_slot_, k_slot_, v_slot_, o_slot_;  // outputs of the linears
-  ScaleSlot q_normed_slot_, k_normed_slot_;      // after the per-head norm
+  ScaleSlot q_normed_slot_, k_normed_slot_;  // after the per-head norm
 };
 TORCH_MODULE(SelfAttention);
-
-/// y through every adapter of the slot.
-torch::Tensor apply_slot(const ScaleSlot& slot, torch::Tensor y, ForwardContext& context);
 
 }  // namespace moesaic::nn

@@ -2,7 +2,6 @@
 
 #include <ATen/Parallel.h>
 
-#include "moesaic/nn/attention.h"
 #include "moesaic/nn/split.h"
 
 namespace moesaic::nn {
@@ -72,31 +71,42 @@ FeedForwardImpl::FeedForwardImpl(int64_t hidden_size, int64_t intermediate_size,
   register_module("down_proj", down_.members()[0]);
 }
 
-torch::Tensor FeedForwardImpl::product(const torch::Tensor& gate_up, ForwardContext& context) const {
-  if (branch_slot_.empty() && gate_slot_.empty() && up_slot_.empty()) return gated_linear_unit(gate_up, kind_);
-  const auto parts = split_columns(gate_up, gate_up_.outs());
-  torch::Tensor act = activation(apply_slot(gate_slot_, parts[0], context), kind_);
-  const torch::Tensor up = apply_slot(up_slot_, parts[1], context);
-  if (branch_slot_.empty()) return act * up;
+torch::Tensor FeedForwardImpl::branch(const torch::Tensor& x, Pass& pass) {
+  if (branch_slot_.empty()) return gated_linear_unit(gate_up_.forward(x, pass), kind_);
+  const auto parts = gate_up_.parts(x, pass);
+  torch::Tensor act = activation(parts[0], kind_);
   const auto& adapters = branch_slot_.adapters;
-  for (size_t i = 0; i + 1 < adapters.size(); ++i) act = adapters[i]->forward(act, context);
-  return adapters.back()->forward_ffn(act, up, context);
+  for (size_t i = 0; i + 1 < adapters.size(); ++i) act = adapters[i]->forward(act, pass);
+  return adapters.back()->forward_ffn(act, parts[1], pass);
 }
 
-torch::Tensor FeedForwardImpl::forward(const torch::Tensor& x, ForwardContext& context) {
-  const torch::Tensor branch = product(gate_up_.forward(x, context), context);
-  return apply_slot(down_slot_, down_.forward(branch, context), context);
+torch::Tensor FeedForwardImpl::forward(const torch::Tensor& x, Pass& pass) {
+  return down_.forward(branch(x, pass), pass);
 }
 
 void FeedForwardImpl::add_sites(const std::string& path, Sites& sites) {
   const int64_t d = gate_up_.in(), f = down_.in();
-  sites.linears.push_back({path + ".gate_proj", layer_, &gate_up_, 0, d, f});
-  sites.linears.push_back({path + ".up_proj", layer_, &gate_up_, 1, d, f});
-  sites.linears.push_back({path + ".down_proj", layer_, &down_, 0, f, d});
-  sites.scales.push_back({path + ".gate_proj", layer_, ScaleKind::kOutput, &gate_slot_, 0, f, d});
-  sites.scales.push_back({path + ".up_proj", layer_, ScaleKind::kOutput, &up_slot_, 0, f, d});
-  sites.scales.push_back({path + ".down_proj", layer_, ScaleKind::kFfn, &branch_slot_, 0, f, d});
-  sites.scales.push_back({path + ".down_proj", layer_, ScaleKind::kOutput, &down_slot_, 0, d, d});
+  auto add = [&](const char* name, Role role, LinearGroup& group, int64_t index) {
+    const std::string site = path + name;
+    const int64_t out = group.outs()[index];
+    sites.linears.push_back({site, role, layer_, &group, index, group.in(), out});
+    sites.scales.push_back({site, role, layer_, ScaleKind::kInput, &group.input_slot(index), 0, group.in(), d});
+    sites.scales.push_back({site, role, layer_, ScaleKind::kOutput, &group.output_slot(index), 0, out, d});
+  };
+  add(".gate_proj", Role::kGate, gate_up_, 0);
+  add(".up_proj", Role::kUp, gate_up_, 1);
+  add(".down_proj", Role::kDown, down_, 0);
+  sites.scales.push_back({path + ".down_proj", Role::kDown, layer_, ScaleKind::kFfn, &branch_slot_, 0, f, d});
+}
+
+int64_t FeedForwardImpl::saved_per_row(bool whole) const {
+  int64_t numbers = 2 * down_.in();                         // gate and up
+  if (whole || gate_up_.delta) numbers += gate_up_.in();    // the normed input
+  if (whole || down_.delta) numbers += down_.in();          // the branch
+  for (const LinearGroup* group : {&gate_up_, &down_}) {
+    if (group->delta) numbers += group->delta->saved_per_row();
+  }
+  return numbers;
 }
 
 void FeedForwardImpl::quantize_int8() {

@@ -4,9 +4,9 @@
 
 #include <string>
 
+#include "moesaic/nn/block.h"
 #include "moesaic/nn/kernel_table.h"
 #include "moesaic/nn/linear.h"
-#include "moesaic/nn/site.h"
 
 namespace moesaic::nn {
 
@@ -16,24 +16,22 @@ namespace moesaic::nn {
 torch::Tensor gated_linear_unit(const torch::Tensor& gate_up, GluKind kind);
 
 /// y = (act(x Wg) * (x Wu)) Wd.
-struct FeedForwardImpl : torch::nn::Module {
+struct FeedForwardImpl : torch::nn::Module, Ffn {
   FeedForwardImpl(int64_t hidden_size, int64_t intermediate_size, bool bias, GluKind kind, int64_t layer,
                   const torch::TensorOptions& options);
 
-  /// x: [N, d] -> [N, d].
-  torch::Tensor forward(const torch::Tensor& x, ForwardContext& context);
-  /// Appends the sites; `path` is the module path, "model.layers.0.mlp".
-  void add_sites(const std::string& path, Sites& sites);
-  void quantize_int8();
+  torch::Tensor forward(const torch::Tensor& x, Pass& pass) override;
+  void add_sites(const std::string& path, Sites& sites) override;
+  void quantize_int8() override;
+  int64_t saved_per_row(bool whole) const override;
 
  private:
-  torch::Tensor product(const torch::Tensor& gate_up, ForwardContext& context) const;
+  torch::Tensor branch(const torch::Tensor& x, Pass& pass);
 
   GluKind kind_;
   int64_t layer_;
   LinearGroup gate_up_, down_;
-  ScaleSlot branch_slot_;                      // act(gate)
-  ScaleSlot gate_slot_, up_slot_, down_slot_;  // outputs of the linears
+  ScaleSlot branch_slot_;  // act(gate)
 };
 TORCH_MODULE(FeedForward);
 

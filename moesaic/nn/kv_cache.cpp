@@ -53,20 +53,33 @@ void KvCache::truncate(int64_t b, int64_t length) {
   lengths_[b] = length;
 }
 
-KvCache KvCache::select(const std::vector<int64_t>& rows) const {
-  KvCache chosen(static_cast<int64_t>(keys_.size()), kv_heads_, head_dim_, static_cast<int64_t>(rows.size()), options_);
-  for (size_t i = 0; i < rows.size(); ++i) {
-    const int64_t b = rows[i];
+void KvCache::keep(const std::vector<int64_t>& rows) {
+  std::vector<int64_t> lengths;
+  for (const int64_t b : rows) {
     MOESAIC_CHECK(b >= 0 && b < batch_size(), ShapeError, "KV cache: got row {}, expected 0 to {}", b,
                   batch_size() - 1);
-    chosen.lengths_[i] = lengths_[b];
-    for (size_t layer = 0; layer < keys_.size(); ++layer) {
-      if (lengths_[b] == 0) continue;
-      chosen.keys_[layer][i] = keys_[layer][b].clone();
-      chosen.values_[layer][i] = values_[layer][b].clone();
+    lengths.push_back(lengths_[b]);
+  }
+  for (auto* all : {&keys_, &values_}) {
+    for (std::vector<torch::Tensor>& layer : *all) {
+      std::vector<torch::Tensor> kept;
+      std::vector<uint8_t> taken(layer.size(), 0);
+      for (const int64_t b : rows) {
+        const bool copy = taken[b] != 0 && lengths_[b] > 0;
+        kept.push_back(copy ? layer[b].clone() : taken[b] != 0 ? torch::Tensor() : layer[b]);
+        taken[b] = 1;
+      }
+      layer = std::move(kept);
     }
   }
-  return chosen;
+  lengths_ = std::move(lengths);
+}
+
+void KvCache::add(int64_t count) {
+  lengths_.resize(lengths_.size() + count, 0);
+  for (auto* all : {&keys_, &values_}) {
+    for (std::vector<torch::Tensor>& layer : *all) layer.resize(lengths_.size());
+  }
 }
 
 }  // namespace moesaic::nn

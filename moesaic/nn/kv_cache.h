@@ -2,11 +2,13 @@
 #pragma once
 #include <torch/torch.h>
 
+#include <utility>
 #include <vector>
 
 namespace moesaic::nn {
 
-/// Grows by doubling; sequences have their own lengths. Scaled keys and values are stored (a token is scaled once).
+/// Grows by doubling; sequences have their own lengths, and join and leave. Scaled keys and values are stored (a token
+/// is scaled once).
 class KvCache {
  public:
   KvCache(int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t batch_size, const torch::TensorOptions& options);
@@ -22,8 +24,10 @@ class KvCache {
   void commit(const std::vector<int64_t>& counts);
   /// Drops everything of sequence b behind its first `length` tokens.
   void truncate(int64_t b, int64_t length);
-  /// A copy of the sequences `rows` in that order, with repeats; nothing is shared.
-  KvCache select(const std::vector<int64_t>& rows) const;
+  /// Keeps the sequences `rows` in that order. Their buffers are moved; only the repeats of one are copied.
+  void keep(const std::vector<int64_t>& rows);
+  /// `count` empty sequences join behind the others.
+  void add(int64_t count);
 
  private:
   int64_t kv_heads_, head_dim_;

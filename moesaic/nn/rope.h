@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "moesaic/nn/context.h"
+#include "moesaic/nn/pass.h"
 
 namespace moesaic::nn {
 

@@ -7,18 +7,25 @@
 #include <string>
 #include <vector>
 
-#include "moesaic/nn/context.h"
+#include "moesaic/nn/pass.h"
 
 namespace moesaic::nn {
 
 class LinearGroup;
 
-/// Adapts a group of linears that read the same input (q, k, v; gate, up; o; down).
+/// What a linear is to its model; its name stays the file's.
+enum class Role { kQuery, kKey, kValue, kAttentionOut, kGate, kUp, kDown };
+
+/// Adds to the outputs of a group of linears that read the same input (q, k, v; gate, up; o; down).
 class GroupAdapter {
  public:
   virtual ~GroupAdapter() = default;
-  /// x: [N, in]. Returns [N, sum of out]: the base product plus what the adapter adds.
-  virtual torch::Tensor forward(const torch::Tensor& x, const LinearGroup& group, ForwardContext& context) = 0;
+  /// x: [N, in]. Returns [N, sum of out]: group.base(x) plus what the adapters add.
+  virtual torch::Tensor forward(const torch::Tensor& x, const LinearGroup& group, Pass& pass) = 0;
+  /// True when a tensor of it requires a gradient.
+  virtual bool trains() const = 0;
+  /// Numbers per row that its backward pass needs, the group's input apart.
+  virtual int64_t saved_per_row() const = 0;
 };
 
 /// Rescales an activation.
@@ -26,10 +33,13 @@ class ScaleAdapter {
  public:
   virtual ~ScaleAdapter() = default;
   /// y: [N, H, k] at a head site, [N, f] at a flat one. Returns the same shape and dtype.
-  virtual torch::Tensor forward(const torch::Tensor& y, ForwardContext& context) = 0;
+  virtual torch::Tensor forward(const torch::Tensor& y, Pass& pass) = 0;
   /// The FFN branch site: y = act(gate) [N, f] and up [N, f]; returns the input of down_proj,
   /// scale(act(gate)) * up. `ffn_product` routers read act(gate) * up.
-  virtual torch::Tensor forward_ffn(const torch::Tensor& act, const torch::Tensor& up, ForwardContext& context) = 0;
+  virtual torch::Tensor forward_ffn(const torch::Tensor& act, const torch::Tensor& up, Pass& pass) = 0;
+  virtual bool trains() const = 0;
+  /// Numbers per row that its backward pass needs beside the activation.
+  virtual int64_t saved_per_row() const = 0;
 };
 
 /// While one lives, this thread's forward passes run the frozen model alone.
@@ -48,15 +58,20 @@ class AdapterDisabled {
   bool previous_;
 };
 
-/// A point where an activation may be rescaled. Empty: the identity, for nothing.
+/// A point where an activation may be rescaled; several scales multiply. Empty: the identity, for nothing.
 struct ScaleSlot {
   std::vector<std::shared_ptr<ScaleAdapter>> adapters;
   bool empty() const { return adapters.empty() || AdapterDisabled::disabled(); }
+  /// y through every adapter of the slot.
+  torch::Tensor apply(torch::Tensor y, Pass& pass) const;
+  bool trains() const;
+  int64_t saved_per_row() const;
 };
 
 /// One adaptable linear: a row of a group.
 struct LinearSite {
   std::string name;  // module path: "model.layers.0.self_attn.q_proj"
+  Role role;
   int64_t layer;
   LinearGroup* group;
   int64_t index;  // in the group
@@ -66,7 +81,8 @@ struct LinearSite {
 
 /// Where a scale acts.
 enum class ScaleKind {
-  kOutput,        // output of a linear, after its bias; seen as [N, H, k] when heads > 0
+  kInput,         // what a linear reads
+  kOutput,        // output of a linear, after its bias and before what low-rank adapters add; [N, H, k] when heads > 0
   kPostHeadNorm,  // keys (queries) after the per-head norm of models with q/k norm, before RoPE
   kFfn,           // act(gate), before the product with up; PEFT's (IA)^3 on the input of down_proj equals it
 };
@@ -74,6 +90,7 @@ enum class ScaleKind {
 /// One point where a scale may act.
 struct ScaleSite {
   std::string name;  // module path of the linear it belongs to: "model.layers.0.self_attn.k_proj", "...mlp.down_proj"
+  Role role;         // of that linear
   int64_t layer;
   ScaleKind kind;
   ScaleSlot* slot;
@@ -87,7 +104,30 @@ struct Sites {
   std::vector<LinearSite> linears;
   std::vector<ScaleSite> scales;
   bool has_qk_norm = false;
-  std::string model_type;  // "llama", "qwen2", ...: PEFT's default targets depend on it
+  std::string model_type;  // "llama", "qwen2", ...: for messages
+};
+
+/// What an adapter wants to know of a text.
+struct Needs {
+  enum class Sentence { kNone, kHidden, kColumn };
+  bool routed = false;                   // a router mixes experts
+  Sentence sentence = Sentence::kNone;   // vectors of a whole prompt: the frozen model's, or a data column's
+  int64_t sentence_width = 0;            // d_e
+};
+
+/// An adapter, as the model that owns it sees it.
+class Attachment {
+ public:
+  virtual ~Attachment() = default;
+  virtual Needs needs() const = 0;
+  /// Who it is: `owner` in routing records, `column` in mixtures (-1: its weight is always 1).
+  virtual void name_as(const std::string& owner, int64_t column) = 0;
+  const std::string& owner() const { return owner_; }
+  /// Takes it out of the slots; called by the model before these die, and harmless when repeated.
+  virtual void detach() = 0;
+
+ protected:
+  std::string owner_;
 };
 
 }  // namespace moesaic::nn

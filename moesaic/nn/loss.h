@@ -2,7 +2,7 @@
 #pragma once
 #include <torch/torch.h>
 
-namespace moesaic::train {
+namespace moesaic::nn {
 
 /// sum_m w_m (logsumexp(z_m) - z_m[label_m]),  z = softcap(hidden_m W^T),  softcap(z) = cap tanh(z / cap)
 ///
@@ -17,4 +17,4 @@ torch::Tensor chunked_cross_entropy(const torch::Tensor& hidden, const torch::Te
 /// Bytes of one chunk's logits on `device`, the most that the loss allocates beside its gradients: for estimates.
 int64_t cross_entropy_chunk_bytes(torch::Device device);
 
-}  // namespace moesaic::train
+}  // namespace moesaic::nn

@@ -1,8 +1,8 @@
-#include "moesaic/train/loss.h"
+#include "moesaic/nn/loss.h"
 
 #include "moesaic/base/check.h"
 
-namespace moesaic::train {
+namespace moesaic::nn {
 
 int64_t cross_entropy_chunk_bytes(torch::Device device) {
   // Each chunk reads the whole head twice, so chunks must not be small: with a 49k vocabulary and 512 rows, 64 MiB cost
@@ -120,4 +120,4 @@ torch::Tensor chunked_cross_entropy(const torch::Tensor& hidden, const torch::Te
   return compute(hidden, weight, labels, row_weights, softcap, false, false).loss;
 }
 
-}  // namespace moesaic::train
+}  // namespace moesaic::nn

@@ -1,6 +1,7 @@
-#include "moesaic/nn/context.h"
+#include "moesaic/nn/pass.h"
 
 #include "moesaic/base/check.h"
+#include "moesaic/nn/block.h"
 
 namespace moesaic::nn {
 
@@ -16,6 +17,30 @@ RaggedBatch RaggedBatch::from_sequences(const std::vector<std::vector<int64_t>>&
   }
   batch.tokens = torch::tensor(tokens, torch::kInt64).to(device);
   return batch;
+}
+
+std::vector<int64_t> RaggedBatch::counts() const {
+  std::vector<int64_t> rows;
+  for (int64_t b = 0; b < batch_size(); ++b) rows.push_back(offsets[b + 1] - offsets[b]);
+  return rows;
+}
+
+torch::Tensor Pass::forward(Block& block, const torch::Tensor& h) {
+  return run ? run(block, h, *this) : block.forward(h, *this);
+}
+
+Pass Pass::sibling() const {
+  Pass other;
+  other.training = training;
+  other.routing = routing;
+  other.readings = readings;
+  other.run = run;
+  return other;
+}
+
+torch::Tensor Pass::adapter_weight(int64_t column) const {
+  if (!mixture.defined() || column < 0) return {};
+  return mixture.select(1, column).index_select(0, segments).unsqueeze(1);
 }
 
 }  // namespace moesaic::nn

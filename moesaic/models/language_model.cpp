@@ -1,0 +1,189 @@
+#include "moesaic/models/language_model.h"
+
+#include "moesaic/base/check.h"
+
+namespace moesaic::models {
+namespace {
+
+using Sentence = nn::Needs::Sentence;
+
+torch::Tensor index_of(const std::vector<int64_t>& rows, torch::Device device) {
+  return torch::tensor(rows, torch::kInt64).to(device);
+}
+
+/// `kept` with the rows of `fresh` where its sequence has not begun.
+torch::Tensor of_beginning(const torch::Tensor& kept, const torch::Tensor& fresh, const std::vector<uint8_t>& begins) {
+  if (!kept.defined() || !fresh.defined()) return fresh.defined() ? fresh : kept;
+  torch::Tensor rows = kept.clone();
+  for (size_t b = 0; b < begins.size(); ++b) {
+    if (begins[b]) rows[static_cast<int64_t>(b)].copy_(fresh[static_cast<int64_t>(b)]);
+  }
+  return rows;
+}
+
+/// Which sequences of the text begin with it.
+std::vector<uint8_t> beginnings(const Text& text, const Memory* memory) {
+  std::vector<uint8_t> begins;
+  for (int64_t b = 0; b < text.tokens.batch_size(); ++b) begins.push_back(memory == nullptr || memory->length(b) == 0);
+  return begins;
+}
+
+}  // namespace
+
+void Memory::keep(const std::vector<int64_t>& rows) {
+  keep_sequences(rows);
+  for (torch::Tensor* each : {&sentence, &mixture}) {
+    if (each->defined()) *each = each->index_select(0, index_of(rows, each->device()));
+  }
+}
+
+void Memory::add(int64_t count) {
+  add_sequences(count);
+  for (torch::Tensor* each : {&sentence, &mixture}) {
+    if (!each->defined()) continue;
+    // Weights are 1 and vectors 0 until the first text brings its own.
+    const double value = each == &mixture ? 1.0 : 0.0;
+    *each = torch::cat({*each, torch::full({count, each->size(1)}, value, each->options())});
+  }
+}
+
+int64_t LanguageModel::activation_bytes(int64_t tokens, bool checkpointing) {
+  const int64_t input = facts().width * tokens * static_cast<int64_t>(c10::elementSize(facts().dtype));
+  int64_t saved = 0, largest = 0;
+  bool graph = false;
+  for (nn::Block* block : blocks()) {
+    graph = graph || block->trains();
+    if (!graph) continue;
+    const int64_t bytes = block->saved_bytes(tokens);
+    largest = std::max(largest, bytes);
+    saved += checkpointing ? input : bytes;
+  }
+  return checkpointing ? saved + largest : saved;
+}
+
+std::vector<std::string> LanguageModel::source_texts(int64_t, const std::vector<int64_t>&) const { return {}; }
+
+void LanguageModel::attach(const std::string& name, std::shared_ptr<nn::Attachment> attachment) {
+  const nn::Needs before = needs(), wants = attachment->needs();
+  for (const auto& other : attachments_) {
+    MOESAIC_CHECK(other->owner() != name, UsageError,
+                  "--adapter: two adapters have the name '{}'; name them apart: NAME=DIR", name);
+  }
+  MOESAIC_CHECK(before.sentence == Sentence::kNone || wants.sentence == Sentence::kNone ||
+                    (before.sentence == wants.sentence && before.sentence_width == wants.sentence_width),
+                UsageError,
+                "adapter {}: its router reads sentence embeddings of another source or width than another adapter's. "
+                "Use them one at a time.",
+                name);
+  attachment->name_as(name, std::ssize(attachments_));
+  attachments_.push_back(std::move(attachment));
+}
+
+int64_t LanguageModel::column(const std::string& name) const {
+  std::vector<std::string> names;
+  for (const auto& attachment : attachments_) {
+    if (attachment->owner() == name) return std::ssize(names);
+    names.push_back(attachment->owner());
+  }
+  const std::string nearest = nearest_name(name, names);
+  throw UsageError(fmt::format("adapter '{}': not attached; {}{}", name,
+                               names.empty() ? std::string("the model has none")
+                                             : fmt::format("expected one of {}", fmt::join(names, ", ")),
+                               nearest.empty() ? "" : fmt::format(". Did you mean '{}'?", nearest)));
+}
+
+nn::Needs LanguageModel::needs() const {
+  nn::Needs all;
+  for (const auto& attachment : attachments_) {
+    const nn::Needs needs = attachment->needs();
+    all.routed = all.routed || needs.routed;
+    if (needs.sentence == Sentence::kNone) continue;
+    all.sentence = needs.sentence;
+    all.sentence_width = needs.sentence_width;
+  }
+  return all;
+}
+
+void LanguageModel::detach_all() {
+  for (const auto& attachment : attachments_) attachment->detach();
+  attachments_.clear();
+}
+
+torch::Tensor LanguageModel::prompt_states(const nn::RaggedBatch& prompts) {
+  Text text;
+  text.tokens = prompts;
+  nn::Pass pass;
+  return run(text, pass, nullptr);
+}
+
+torch::Tensor LanguageModel::sentence_vectors(const Text& text, const Memory* memory) {
+  const nn::Needs wants = needs();
+  if (wants.sentence == Sentence::kNone) return {};
+  const int64_t batch = text.tokens.batch_size();
+  const torch::Tensor kept = memory != nullptr ? memory->sentence : torch::Tensor();
+  const std::vector<uint8_t> begins = beginnings(text, memory);
+  if (std::find(begins.begin(), begins.end(), 1) == begins.end()) return kept;
+  if (text.sentence.defined()) {
+    MOESAIC_CHECK(text.sentence.dim() == 2 && text.sentence.size(0) == batch, ShapeError,
+                  "sentence vectors: got [{}], expected [{}, {}]", fmt::join(text.sentence.sizes(), ", "), batch,
+                  wants.sentence_width);
+    MOESAIC_CHECK(text.sentence.size(1) == wants.sentence_width, DataError,
+                  "sentence vectors: got {} numbers a row, expected {}: the router's input", text.sentence.size(1),
+                  wants.sentence_width);
+    return of_beginning(kept, text.sentence.to(facts().device), begins);
+  }
+  MOESAIC_CHECK(wants.sentence == Sentence::kHidden, UsageError,
+                "an adapter's router reads sentence embeddings from a data column; they can't be made from a prompt. "
+                "Give a \"sentence\" list of {} numbers with each row.",
+                wants.sentence_width);
+  MOESAIC_CHECK(text.prompts.empty() || std::ssize(text.prompts) == batch, ShapeError,
+                "prompts: got {} for {} sequences", text.prompts.size(), batch);
+  torch::NoGradGuard no_grad;
+  nn::AdapterDisabled disabled;
+  const nn::RaggedBatch prompts =
+      text.prompts.empty() ? text.tokens : nn::RaggedBatch::from_sequences(text.prompts, facts().device);
+  const torch::Tensor hidden = prompt_states(prompts);
+  std::vector<torch::Tensor> means;
+  for (int64_t b = 0; b < batch; ++b) {
+    means.push_back(
+        hidden.slice(0, prompts.offsets[b], prompts.offsets[b + 1]).mean(0, /*keepdim=*/false, torch::kFloat32));
+  }
+  return of_beginning(kept, torch::stack(means), begins);
+}
+
+torch::Tensor LanguageModel::mixture_rows(const Text& text, const Memory* memory) const {
+  const torch::Tensor kept = memory != nullptr ? memory->mixture : torch::Tensor();
+  if (!text.mixture.defined()) return kept;
+  const auto adapters = std::ssize(attachments_);
+  MOESAIC_CHECK(text.mixture.dim() == 2 && text.mixture.size(0) == text.tokens.batch_size() &&
+                    text.mixture.size(1) == adapters,
+                UsageError, "mixture: got [{}], expected [{}, {}]: a weight of every attached adapter for each sequence",
+                fmt::join(text.mixture.sizes(), ", "), text.tokens.batch_size(), adapters);
+  MOESAIC_CHECK(text.mixture.isfinite().all().item<bool>(), UsageError,
+                "mixture: got a weight that is not finite, expected numbers");
+  return of_beginning(kept, text.mixture.to(facts().device, torch::kFloat32), beginnings(text, memory));
+}
+
+torch::Tensor LanguageModel::hidden(const Text& text, nn::Pass& pass, Memory* memory) {
+  const int64_t batch = text.tokens.batch_size();
+  MOESAIC_CHECK(memory == nullptr || memory->sequences() == batch, ShapeError,
+                "memory: got a text of {} sequences, expected {}", batch, memory != nullptr ? memory->sequences() : 0);
+  MOESAIC_CHECK(text.borders.empty() || std::ssize(text.borders) == batch, ShapeError,
+                "borders: got those of {} sequences, expected {}", text.borders.size(), batch);
+  const auto [least, most] = text.tokens.tokens.aminmax();
+  for (const int64_t id : {least.item<int64_t>(), most.item<int64_t>()}) {
+    MOESAIC_CHECK(id >= 0 && id < facts().vocab_size, DataError, "token id: got {}, expected 0 to {} (the vocabulary)",
+                  id, facts().vocab_size - 1);
+  }
+  std::optional<torch::NoGradGuard> no_grad;
+  if (memory != nullptr) no_grad.emplace();
+  pass.sentence = sentence_vectors(text, memory);
+  pass.mixture = mixture_rows(text, memory);
+  if (memory != nullptr) {
+    memory->sentence = pass.sentence;
+    memory->mixture = pass.mixture;
+  }
+  return run(text, pass, memory);
+}
+
+}  // namespace moesaic::models
