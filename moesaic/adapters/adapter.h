@@ -57,9 +57,9 @@ struct AdapterConfig {
   int64_t experts_at(int64_t layer) const { return layer_experts.empty() ? num_experts : layer_experts.at(layer); }
 };
 
-/// The method's preset targets: `reference` or `all-linear` (lora, molora; "" means all-linear); keys, values and the
-/// FFN branch for ia3 and mov.
-AdapterConfig resolve_targets(AdapterConfig config, const std::string& preset);
+/// The method's preset targets at these sites, by role: `reference` or `all-linear` (lora, molora; "" means all-linear);
+/// keys, values and the FFN branch for ia3 and mov.
+AdapterConfig resolve_targets(AdapterConfig config, const std::string& preset, const nn::Sites& sites);
 
 /// One trained thing beside a frozen model: what a run learns, and what a model carries.
 class Adapter : public nn::Learner, public nn::Attachment {
@@ -98,6 +98,15 @@ class Adapter : public nn::Learner, public nn::Attachment {
 
   AdapterConfig config_;
   std::vector<std::pair<std::string, int64_t>> matches_;
+
+ private:
+  int64_t hidden_width_ = 0;  // d, the default width of sentence vectors
+};
+
+/// A linear on its way into a merged model, float32.
+struct FoldedLinear {
+  torch::Tensor weight;  // [out, in]
+  torch::Tensor bias;    // [out] or undefined
 };
 
 /// What a method is: one row per method, in its own file; the table is in registry.cpp.
@@ -108,16 +117,29 @@ struct Method {
   bool mixes;             // has several experts and a router
   const char* expert;     // the method each expert alone is: "lora"; of one that does not mix itself
   bool low_rank;          // has ranks, else vectors
-  std::vector<nn::Role> reference, all_linear;  // roles of the target presets
+  std::vector<nn::Role> reference, all_linear;  // roles that the target presets name
   std::shared_ptr<Adapter> (*make)(AdapterConfig config, nn::Sites& sites, const torch::Device& device, uint64_t seed,
                                    bool trainable, double effect);
-  /// W' (and b') of one linear with one expert folded in, in float32; see fold().
-  void (*fold)(const AdapterConfig& config, const std::string& site, formats::TensorMap& tensors,
-               torch::Tensor& weight, torch::Tensor& bias);
+  /// Folds one expert into the linear `site`, float32; see fold(). Takes what it uses out of `tensors`.
+  void (*fold)(const AdapterConfig& config, const std::string& site, formats::TensorMap& tensors, FoldedLinear& linear);
+  /// Expert e of a tensor of the folder under PEFT's name; undefined when there is none.
+  std::pair<std::string, torch::Tensor> (*expert_tensor)(const AdapterConfig& config, const std::string& name,
+                                                         const torch::Tensor& tensor, int64_t e);
 };
 /// Throws UsageError with the known names.
 const Method& method_of(const std::string& name);
+/// Throws ConfigError with the known types; `where` names the file.
+const Method& method_of_peft_type(const std::string& peft_type, const std::string& where);
 std::vector<std::string> method_names();
+/// Folds an adapter with one expert per site into a model's tensors (names and layouts of Hugging Face), in float32:
+///
+///   LoRA      W' = W + (alpha / r) B A
+///   (IA)^3    output sites: W' = diag(l) W, b' = l b;  input sites: W' = W diag(l)
+///
+/// MoLoRA and MoV with one expert are LoRA and (IA)^3. Every tensor of the adapter is used once. Throws UsageError for
+/// more than one expert (the mixture depends on the token, so no single weight equals it) and for scales behind a
+/// per-head norm; DataError that lists every tensor without a fitting base weight.
+void fold(const formats::AdapterFolder& adapter, const std::string& where, formats::TensorMap& model);
 
 /// adapter_config.json <-> AdapterConfig. Settings that would change the function and are not implemented (DoRA,
 /// biases, modules_to_save, ...) are refused, all in one message.

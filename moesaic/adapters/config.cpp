@@ -1,4 +1,4 @@
-// adapter_config.json <-> AdapterConfig, and the presets of a run's lora_target.
+// adapter_config.json <-> AdapterConfig.
 #include <regex>
 
 #include "moesaic/adapters/adapter.h"
@@ -25,20 +25,12 @@ void refuse(const Json& json, const char* key, bool present, const std::string& 
   if (present) all.push_back(fmt::format("{} = {}", key, json.at(key).dump().substr(0, 60)));
 }
 
-std::string method_of(const std::string& peft_type, const std::string& where) {
-  if (peft_type == "LORA") return "lora";
-  if (peft_type == "IA3") return "ia3";
-  if (peft_type == "MOV") return "mov";
-  if (peft_type == "MOLORA") return "molora";
-  throw ConfigError(fmt::format("{}: peft_type: got '{}', expected LORA, IA3, MOV or MOLORA", where, peft_type));
-}
-
 }  // namespace
 
 AdapterConfig parse_adapter_config(const Json& json, const std::string& where) {
   MOESAIC_CHECK(json.is_object(), ConfigError, "{}: got {}, expected an object", where, json.type_name());
   AdapterConfig config;
-  config.method = method_of(get<std::string>(json, "peft_type", where), where);
+  config.method = method_of_peft_type(get<std::string>(json, "peft_type", where), where).name;
 
   std::vector<std::string> unsupported;
   refuse(json, "use_dora", get_or(json, "use_dora", false, where), where, unsupported);
@@ -159,12 +151,10 @@ void validate(const AdapterConfig& config, const std::string& where) {
     if (!ok) wrong.push_back(std::move(message));
   };
   const RouterConfig& router = config.router;
-  const bool mixture = config.method == "mov" || config.method == "molora";
-  expect(mixture || config.method == "lora" || config.method == "ia3",
-         fmt::format("method: got '{}', expected lora, ia3, mov or molora", config.method));
+  const Method& method = method_of(config.method);
   expect(config.num_experts >= 1 && config.num_experts <= 4096,
          fmt::format("num_experts: got {}, expected 1 to 4096", config.num_experts));
-  expect(mixture || config.num_experts == 1,
+  expect(method.mixes || config.num_experts == 1,
          fmt::format("num_experts: got {} with {}, expected 1 (use molora or mov)", config.num_experts, config.method));
   expect(config.lora_rank >= 1 && config.lora_rank <= 65536,
          fmt::format("rank: got {}, expected 1 to 65536", config.lora_rank));
@@ -188,7 +178,7 @@ void validate(const AdapterConfig& config, const std::string& where) {
   expect(router.temperature > 0 && std::isfinite(router.temperature),
          fmt::format("router.temperature: got {}, expected a number > 0", router.temperature));
   expect(
-      router.head_wise || config.method == "mov",
+      router.head_wise || (method.mixes && !method.low_rank),
       fmt::format("router.head_wise: got false with {}, expected true: only mov has vectors per head", config.method));
   for (const auto& [layer, experts] : config.layer_experts) {
     expect(experts >= 1 && experts <= config.num_experts && (router.type != "top_k" || router.top_k <= experts),
@@ -201,11 +191,9 @@ void validate(const AdapterConfig& config, const std::string& where) {
 }
 
 Json adapter_config_json(const AdapterConfig& config) {
-  const bool low_rank = config.method == "lora" || config.method == "molora";
-  std::string peft_type = config.method;
-  std::transform(peft_type.begin(), peft_type.end(), peft_type.begin(), ::toupper);
+  const Method& method = method_of(config.method);
   Json json = config.extra;
-  json["peft_type"] = peft_type;
+  json["peft_type"] = method.peft_type;
   json["task_type"] = get_or<std::string>(config.extra, "task_type", "CAUSAL_LM", "adapter_config.json");
   json["base_model_name_or_path"] = config.base_model_name_or_path;
   json["inference_mode"] = true;
@@ -214,7 +202,7 @@ Json adapter_config_json(const AdapterConfig& config) {
   json["modules_to_save"] = nullptr;
   const Json exclude = targets_json(config.exclude);
   if (!exclude.empty()) json["exclude_modules"] = exclude;
-  if (low_rank) {
+  if (method.low_rank) {
     json["r"] = config.lora_rank;
     json["lora_alpha"] = config.lora_alpha;
     json["lora_dropout"] = config.lora_dropout;
@@ -234,22 +222,6 @@ Json adapter_config_json(const AdapterConfig& config) {
                      {"base_fingerprint", config.base_fingerprint},
                      {"base_dtype", config.base_dtype}};
   return json;
-}
-
-AdapterConfig resolve_targets(AdapterConfig config, const std::string& preset) {
-  if (config.method == "ia3" || config.method == "mov") {
-    MOESAIC_CHECK(preset == "reference" || preset == "all-linear" || preset.empty(), UsageError,
-                  "lora_target: got '{}', expected a list of modules for {}", preset, config.method);
-    config.targets = std::vector<std::string>{"k_proj", "v_proj", "down_proj"};
-    config.feedforward = {"down_proj"};
-    return config;
-  }
-  std::vector<std::string> targets{"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"};
-  MOESAIC_CHECK(preset == "reference" || preset == "all-linear" || preset.empty(), UsageError,
-                "lora_target: got '{}', expected reference, all-linear or a list of modules", preset);
-  if (preset != "reference") targets.push_back("up_proj");
-  config.targets = targets;
-  return config;
 }
 
 }  // namespace moesaic::adapters

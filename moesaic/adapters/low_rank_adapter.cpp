@@ -42,17 +42,29 @@ class LowRankAdapter : public Adapter {
     }
   }
 
-  ~LowRankAdapter() override {
+  ~LowRankAdapter() override { detach(); }
+
+  void detach() override {
     for (Attached& site : attached_) moe::LowRankGroup::of(*site.site.group)->remove(site.experts, *site.site.group);
+    attached_.clear();
   }
 
-  std::vector<AdapterParameter> parameters() override {
-    std::vector<AdapterParameter> result;
+  void name_as(const std::string& owner, int64_t column) override {
+    owner_ = owner;
+    for (Attached& site : attached_) {
+      site.experts->column = column;
+      site.experts->router.owner = owner;
+    }
+  }
+
+  std::vector<nn::Parameter> parameters() override {
+    using Kind = nn::Parameter::Kind;
+    std::vector<nn::Parameter> result;
     for (const Attached& site : attached_) {
-      result.push_back({site.site.name + ".lora_A", site.experts->a, false});
-      result.push_back({site.site.name + ".lora_B", site.experts->b, false});
+      result.push_back({site.site.name + ".lora_A", site.experts->a, Kind::kMatrix});
+      result.push_back({site.site.name + ".lora_B", site.experts->b, Kind::kMatrix});
       if (site.experts->router.defined()) {
-        result.push_back({site.site.name + ".router", site.experts->router.weight, true});
+        result.push_back({site.site.name + ".router", site.experts->router.weight, Kind::kRouter});
       }
     }
     return result;
@@ -67,7 +79,7 @@ class LowRankAdapter : public Adapter {
   /// lora: A [r, in], B [out, r]; molora: A [E, r, in], B [E, out, r], router [E, d_u].
   std::vector<FileTensor> file_tensors() const override {
     std::vector<FileTensor> result;
-    const bool stacked = config_.method == "molora";
+    const bool stacked = method_of(config_.method).mixes;
     for (const Attached& attached : attached_) {
       const auto& e = attached.experts;
       const std::string& name = attached.site.name;
@@ -100,11 +112,70 @@ class LowRankAdapter : public Adapter {
   std::vector<Attached> attached_;
 };
 
+std::shared_ptr<Adapter> make(AdapterConfig config, nn::Sites& sites, const torch::Device& device, uint64_t seed,
+                              bool trainable, double effect) {
+  return std::make_shared<LowRankAdapter>(std::move(config), sites, device, seed, trainable, effect);
+}
+
+/// `tensor` without a leading axis of one expert.
+torch::Tensor one_expert(const torch::Tensor& tensor) {
+  return tensor.defined() && tensor.dim() == 3 && tensor.size(0) == 1 ? tensor[0] : tensor;
+}
+
+void fold_low_rank(const AdapterConfig& config, const std::string& site, formats::TensorMap& tensors,
+                   FoldedLinear& linear) {
+  auto take = [&](const char* suffix) {
+    auto node = tensors.extract(site + suffix);
+    return node.empty() ? torch::Tensor() : one_expert(node.mapped().to(torch::kFloat32));
+  };
+  const torch::Tensor a = take(".lora_A.weight"), b = take(".lora_B.weight");
+  if (!a.defined() && !b.defined()) return;
+  const int64_t out = linear.weight.size(0), in = linear.weight.size(1);
+  const bool fits = a.defined() && b.defined() && a.dim() == 2 && b.dim() == 2 && a.size(0) == b.size(1) &&
+                    a.size(1) == in && b.size(0) == out;
+  auto shape = [](const torch::Tensor& t) {
+    return t.defined() ? fmt::format("[{}]", fmt::join(t.sizes(), ", ")) : std::string("none");
+  };
+  MOESAIC_CHECK(fits, DataError, "{}: got lora_A {} and lora_B {}, expected [r, {}] and [{}, r]", site, shape(a),
+                shape(b), in, out);
+  const double rank = static_cast<double>(pattern_value(config.rank_pattern, site, config.lora_rank));
+  const double alpha = pattern_value(config.alpha_pattern, site, config.lora_alpha);
+  linear.weight = torch::addmm(linear.weight, b, a, 1.0, alpha / (config.use_rslora ? std::sqrt(rank) : rank));
+}
+
+std::pair<std::string, torch::Tensor> expert_tensor(const AdapterConfig& config, const std::string& name,
+                                                    const torch::Tensor& tensor, int64_t e) {
+  if (!method_of(config.method).mixes) return {name, tensor};
+  return {name, e < tensor.size(0) ? tensor[e].contiguous() : torch::Tensor()};
+}
+
+using enum nn::Role;
+const std::vector<nn::Role> kReference{kQuery, kKey, kValue, kAttentionOut, kGate, kDown};
+const std::vector<nn::Role> kAllLinear{kQuery, kKey, kValue, kAttentionOut, kGate, kDown, kUp};
+
 }  // namespace
 
-std::unique_ptr<Adapter> make_low_rank_adapter(AdapterConfig config, nn::Sites& sites, const torch::Device& device,
-                                               uint64_t seed, bool trainable, double effect) {
-  return std::make_unique<LowRankAdapter>(std::move(config), sites, device, seed, trainable, effect);
-}
+const Method kLora{.name = "lora",
+                   .peft_type = "LORA",
+                   .summary = "one low-rank pair per linear",
+                   .mixes = false,
+                   .expert = "lora",
+                   .low_rank = true,
+                   .reference = kReference,
+                   .all_linear = kAllLinear,
+                   .make = make,
+                   .fold = fold_low_rank,
+                   .expert_tensor = expert_tensor};
+const Method kMoLora{.name = "molora",
+                     .peft_type = "MOLORA",
+                     .summary = "a mixture of low-rank pairs per linear",
+                     .mixes = true,
+                     .expert = "lora",
+                     .low_rank = true,
+                     .reference = kReference,
+                     .all_linear = kAllLinear,
+                     .make = make,
+                     .fold = fold_low_rank,
+                     .expert_tensor = expert_tensor};
 
 }  // namespace moesaic::adapters

@@ -7,32 +7,30 @@
 namespace moesaic::adapters {
 namespace {
 
-bool is_key(const std::string& path) { return path.ends_with("k_proj"); }
-
-class VectorAdapter : public Adapter {
+class ScaleAdapter : public Adapter {
  public:
-  VectorAdapter(AdapterConfig config, nn::Sites& sites, const torch::Device& device, uint64_t seed, bool trainable,
+  ScaleAdapter(AdapterConfig config, nn::Sites& sites, const torch::Device& device, uint64_t seed, bool trainable,
                 double effect) {
     config_ = std::move(config);
     if (config_.k_site == "auto") {
-      config_.k_site = config_.method == "mov" && sites.has_qk_norm ? "post_qk_norm" : "output";
+      config_.k_site = mixes() && sites.has_qk_norm ? "post_qk_norm" : "output";
     }
     MOESAIC_CHECK(config_.k_site == "output" || sites.has_qk_norm, UsageError,
                   "k_site: got post_qk_norm, expected output: this model ({}) has no query/key norm", sites.model_type);
     check_layer_experts(config_, sites);
-    const std::vector<Place> places = usable_places(sites);
+    const std::vector<nn::ScaleSite> places = usable_places(sites);
     std::vector<std::string> paths;
-    for (const Place& place : places) paths.push_back(place.name);
+    for (const nn::ScaleSite& place : places) paths.push_back(place.name);
     matches_ = count_matches(config_.targets, paths);
     for (const std::string& name : config_.feedforward) {
-      const bool used = std::any_of(places.begin(), places.end(), [&](const Place& place) {
+      const bool used = std::any_of(places.begin(), places.end(), [&](const nn::ScaleSite& place) {
         return is_target(config_, place.name, place.layer) &&
                matches_target(std::vector<std::string>{name}, place.name);
       });
       MOESAIC_CHECK(used, UsageError, "feedforward_modules: got '{}', expected some of the targets", name);
     }
     const auto options = torch::TensorOptions().dtype(torch::kFloat32).device(device);
-    for (const Place& place : places) {
+    for (const nn::ScaleSite& place : places) {
       if (!is_target(config_, place.name, place.layer)) continue;
       const int64_t e = config_.experts_at(place.layer);
       const bool per_head = place.heads > 0 && config_.router.head_wise;
@@ -43,71 +41,66 @@ class VectorAdapter : public Adapter {
       vectors.set_requires_grad(trainable);
       if (router.defined()) router.weight.set_requires_grad(trainable);
       auto experts = std::make_shared<moe::ScaleExperts>(vectors, router, effect);
-      if (place.slot != nullptr) {
-        place.slot->adapters.push_back(experts);
-      } else {
-        moe::InputScales::of(*place.group)->add(place.index, experts);
-      }
+      place.slot->adapters.push_back(experts);
       attached_.push_back({place, experts});
     }
   }
 
-  ~VectorAdapter() override {
+  ~ScaleAdapter() override { detach(); }
+
+  void detach() override {
     for (Attached& a : attached_) {
-      if (a.place.slot != nullptr) {
-        std::erase(a.place.slot->adapters, std::static_pointer_cast<nn::ScaleAdapter>(a.experts));
-      } else {
-        moe::InputScales::of(*a.place.group)->remove(a.experts, *a.place.group);
-      }
+      std::erase(a.place.slot->adapters, std::static_pointer_cast<nn::ScaleAdapter>(a.experts));
+    }
+    attached_.clear();
+  }
+
+  void name_as(const std::string& owner, int64_t column) override {
+    owner_ = owner;
+    for (Attached& a : attached_) {
+      a.experts->column = column;
+      a.experts->router.owner = owner;
     }
   }
 
-  std::vector<AdapterParameter> parameters() override {
-    std::vector<AdapterParameter> result;
+  std::vector<nn::Parameter> parameters() override {
+    using Kind = nn::Parameter::Kind;
+    std::vector<nn::Parameter> result;
     for (const Attached& a : attached_) {
-      result.push_back({a.place.name + (mixture() ? ".mov" : ".ia3_l"), a.experts->vectors, false});
-      if (a.experts->router.defined()) result.push_back({a.place.name + ".router", a.experts->router.weight, true});
+      result.push_back({a.place.name + (mixes() ? ".mov" : ".ia3_l"), a.experts->vectors, Kind::kVector});
+      if (a.experts->router.defined()) {
+        result.push_back({a.place.name + ".router", a.experts->router.weight, Kind::kRouter});
+      }
     }
     return result;
   }
 
  private:
-  /// Where a linear may be scaled: a slot of the model, or its input.
-  struct Place {
-    std::string name;
-    int64_t layer, heads, width, hidden;  // as nn::ScaleSite
-    bool input;                           // scales what the linear reads
-    nn::ScaleSlot* slot;                  // nullptr: the input of member `index` of `group`
-    nn::LinearGroup* group;
-    int64_t index;
-  };
-
   struct Attached {
-    Place place;
+    nn::ScaleSite place;
     std::shared_ptr<moe::ScaleExperts> experts;
+    bool scales_input() const { return place.kind == nn::ScaleKind::kInput || place.kind == nn::ScaleKind::kFfn; }
   };
 
-  bool mixture() const { return config_.method == "mov"; }
+  bool mixes() const { return method_of(config_.method).mixes; }
 
   /// One place per linear: for feedforward targets its input (of down_proj the FFN branch, which is the same for a
   /// fixed vector), else the output, or for keys the point behind the per-head norm when the config says so.
-  std::vector<Place> usable_places(const nn::Sites& sites) const {
-    std::vector<Place> places;
+  std::vector<nn::ScaleSite> usable_places(const nn::Sites& sites) const {
     std::set<std::string> branches;
     for (const nn::ScaleSite& site : sites.scales) {
-      const bool branch = site.kind == nn::ScaleKind::kFfn;
-      if (branch) branches.insert(site.name);
-      if (matches_target(config_.feedforward, site.name) != branch) continue;
-      const bool behind_norm = is_key(site.name) && config_.k_site == "post_qk_norm";
-      if (!branch && (site.kind == nn::ScaleKind::kPostHeadNorm) != behind_norm) continue;
-      places.push_back({site.name, site.layer, site.heads, site.width, site.hidden, branch, site.slot, nullptr, 0});
+      if (site.kind == nn::ScaleKind::kFfn) branches.insert(site.name);
     }
-    const int64_t hidden = sites.linears.front().in;
-    for (const nn::LinearSite& site : sites.linears) {
-      if (!matches_target(config_.feedforward, site.name) || branches.contains(site.name)) continue;
-      places.push_back({site.name, site.layer, 0, site.in, hidden, true, nullptr, site.group, site.index});
+    std::vector<nn::ScaleSite> places;
+    for (const nn::ScaleSite& site : sites.scales) {
+      nn::ScaleKind wanted = nn::ScaleKind::kOutput;
+      if (matches_target(config_.feedforward, site.name)) {
+        wanted = branches.contains(site.name) ? nn::ScaleKind::kFfn : nn::ScaleKind::kInput;
+      } else if (site.role == nn::Role::kKey && config_.k_site == "post_qk_norm") {
+        wanted = nn::ScaleKind::kPostHeadNorm;
+      }
+      if (site.kind == wanted) places.push_back(site);
     }
-    std::stable_sort(places.begin(), places.end(), [](const Place& a, const Place& b) { return a.layer < b.layer; });
     return places;
   }
 
@@ -118,11 +111,11 @@ class VectorAdapter : public Adapter {
     for (const Attached& a : attached_) {
       const torch::Tensor v = a.experts->vectors;
       std::vector<int64_t> shape = v.sizes().vec();
-      if (!mixture()) {
-        shape = a.place.input ? std::vector<int64_t>{1, v.numel()} : std::vector<int64_t>{v.numel(), 1};
+      if (!mixes()) {
+        shape = a.scales_input() ? std::vector<int64_t>{1, v.numel()} : std::vector<int64_t>{v.numel(), 1};
       }
       auto to_file = [shape](const torch::Tensor& t) { return t.detach().reshape(shape).cpu().contiguous(); };
-      result.push_back({a.place.name + (mixture() ? ".mov.weight" : ".ia3_l"), shape,
+      result.push_back({a.place.name + (mixes() ? ".mov.weight" : ".ia3_l"), shape,
                         [v](const torch::Tensor& t) { torch::Tensor(v).copy_(t.view(v.sizes())); },
                         [v, to_file] { return to_file(v); }, [v, to_file] { return to_file(gradient_or_zeros(v)); }});
       if (a.experts->router.defined()) result.push_back(router_file_tensor(a.place.name, a.experts->router.weight));
@@ -133,11 +126,60 @@ class VectorAdapter : public Adapter {
   std::vector<Attached> attached_;
 };
 
+std::shared_ptr<Adapter> make(AdapterConfig config, nn::Sites& sites, const torch::Device& device, uint64_t seed,
+                              bool trainable, double effect) {
+  return std::make_shared<ScaleAdapter>(std::move(config), sites, device, seed, trainable, effect);
+}
+
+void fold_scale(const AdapterConfig& config, const std::string& site, formats::TensorMap& tensors,
+                FoldedLinear& linear) {
+  for (const char* suffix : {".ia3_l", ".mov.weight"}) {
+    auto node = tensors.extract(site + suffix);
+    if (node.empty()) continue;
+    const torch::Tensor scale = node.mapped().to(torch::kFloat32).flatten();
+    const bool input = matches_target(config.feedforward, site);
+    MOESAIC_CHECK(scale.numel() == linear.weight.size(input ? 1 : 0), DataError, "{}: got {} scales, expected {}", site,
+                  scale.numel(), linear.weight.size(input ? 1 : 0));
+    linear.weight = input ? linear.weight * scale : linear.weight * scale.unsqueeze(1);
+    if (linear.bias.defined() && !input) linear.bias = linear.bias * scale;
+  }
+}
+
+std::pair<std::string, torch::Tensor> expert_tensor(const AdapterConfig& config, const std::string& name,
+                                                    const torch::Tensor& tensor, int64_t e) {
+  if (!name.ends_with(".mov.weight")) return {name, tensor};
+  if (e >= tensor.size(0)) return {name, {}};
+  const std::string site = name.substr(0, name.size() - std::string_view(".mov.weight").size());
+  const torch::Tensor vector = tensor[e].contiguous();
+  return {site + ".ia3_l", matches_target(config.feedforward, site) ? vector.view({1, -1}) : vector.view({-1, 1})};
+}
+
+using enum nn::Role;
+const std::vector<nn::Role> kScaled{kKey, kValue, kDown};
+
 }  // namespace
 
-std::unique_ptr<Adapter> make_scale_adapter(AdapterConfig config, nn::Sites& sites, const torch::Device& device,
-                                            uint64_t seed, bool trainable, double effect) {
-  return std::make_unique<VectorAdapter>(std::move(config), sites, device, seed, trainable, effect);
-}
+const Method kIa3{.name = "ia3",
+                  .peft_type = "IA3",
+                  .summary = "one vector per scaled activation",
+                  .mixes = false,
+                  .expert = "ia3",
+                  .low_rank = false,
+                  .reference = kScaled,
+                  .all_linear = kScaled,
+                  .make = make,
+                  .fold = fold_scale,
+                  .expert_tensor = expert_tensor};
+const Method kMov{.name = "mov",
+                  .peft_type = "MOV",
+                  .summary = "a mixture of vectors per scaled activation",
+                  .mixes = true,
+                  .expert = "ia3",
+                  .low_rank = false,
+                  .reference = kScaled,
+                  .all_linear = kScaled,
+                  .make = make,
+                  .fold = fold_scale,
+                  .expert_tensor = expert_tensor};
 
 }  // namespace moesaic::adapters

@@ -4,8 +4,7 @@
 
 namespace moesaic::adapters {
 
-/// Attaches `config` to the scale sites its targets name. Start state: vectors 1, routers ~ Normal(0, init_std).
-std::unique_ptr<Adapter> make_scale_adapter(AdapterConfig config, nn::Sites& sites, const torch::Device& device,
-                                            uint64_t seed, bool trainable, double effect);
+/// Attached to the scale sites that the targets name. Start state: vectors 1, routers ~ Normal(0, init_std).
+extern const Method kIa3, kMov;
 
 }  // namespace moesaic::adapters

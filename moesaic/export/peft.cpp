@@ -5,25 +5,6 @@
 namespace moesaic::exporting {
 namespace {
 
-/// Expert `e` of a tensor of the folder, under PEFT's name; undefined for routers and where a layer has no expert e.
-std::pair<std::string, at::Tensor> expert_tensor(const std::string& name, const at::Tensor& tensor, int64_t e,
-                                                 const adapters::AdapterConfig& config) {
-  const auto ends_with = [&](const char* suffix) { return name.ends_with(suffix); };
-  const bool stacked = config.method == "molora" || config.method == "mov";
-  if (ends_with(".router.weight")) return {};
-  MOESAIC_CHECK(!stacked || tensor.dim() >= 2, DataError, "{}: got shape [{}], expected one entry per expert", name,
-                fmt::join(tensor.sizes(), ", "));
-  if (stacked && e >= tensor.size(0)) return {};
-  if (config.method == "molora") return {name, tensor[e].contiguous()};
-  if (ends_with(".mov.weight")) {
-    const std::string site = name.substr(0, name.size() - std::string_view(".mov.weight").size());
-    const bool scales_input = adapters::matches_target(config.feedforward, site);
-    const auto vector = tensor[e].contiguous();
-    return {site + ".ia3_l", scales_input ? vector.view({1, -1}) : vector.view({-1, 1})};
-  }
-  return {name, tensor};
-}
-
 /// Targets by their whole paths: for an expert that not every layer has.
 void name_sites(const formats::TensorMap& tensors, adapters::AdapterConfig& config) {
   std::set<std::string> sites;
@@ -47,6 +28,7 @@ std::vector<std::filesystem::path> export_peft(const std::filesystem::path& adap
   MOESAIC_CHECK(config.k_site != "post_qk_norm", UsageError,
                 "{}: its key scales act behind the per-head norm; PEFT has no such site", adapter_dir.string());
 
+  const adapters::Method& method = adapters::method_of(config.method);
   formats::TensorMap routers;
   for (const auto& [name, tensor] : folder.tensors) {
     if (name.ends_with(".router.weight")) routers[name] = tensor;
@@ -55,11 +37,14 @@ std::vector<std::filesystem::path> export_peft(const std::filesystem::path& adap
   for (int64_t e = 0; e < config.num_experts; ++e) {
     formats::AdapterFolder expert;
     for (const auto& [name, tensor] : folder.tensors) {
-      auto [expert_name, value] = expert_tensor(name, tensor, e, config);
+      if (name.ends_with(".router.weight")) continue;
+      MOESAIC_CHECK(!method.mixes || tensor.dim() >= 2, DataError, "{}: got shape [{}], expected one entry per expert",
+                    name, fmt::join(tensor.sizes(), ", "));
+      auto [expert_name, value] = method.expert_tensor(config, name, tensor, e);
       if (value.defined()) expert.tensors[expert_name] = value;
     }
     auto single = config;
-    single.method = config.method == "molora" ? "lora" : config.method == "mov" ? "ia3" : config.method;
+    single.method = method.expert;
     single.num_experts = 1;
     if (!config.layer_experts.empty()) name_sites(expert.tensors, single);
     expert.config = adapters::adapter_config_json(single);

@@ -229,7 +229,7 @@ std::vector<nn::Parameter> AllWeights::parameters() {
   for (auto& item : model_->named_parameters()) {
     item.value().set_requires_grad(true);
     all.push_back({item.key(), item.value(),
-                   item.value().dim() == 1 ? nn::Parameter::Kind::kVector : nn::Parameter::Kind::kMatrix});
+                   item.value().dim() == 1 ? nn::Parameter::Kind::kVector : nn::Parameter::Kind::kWeight});
   }
   return all;
 }

@@ -16,8 +16,7 @@ DecoderLayerImpl::DecoderLayerImpl(const DecoderLayerConfig& config, int64_t lay
     post_feedforward_layernorm_ = norm("post_feedforward_layernorm");
   }
   mlp_ = register_module("mlp", FeedForward(attention.hidden_size, config.intermediate_size, config.mlp_bias,
-                                            config.activation, layer, options))
-             .ptr();
+                                            config.activation, layer, options));
   add_sites("", sites_);
 }
 

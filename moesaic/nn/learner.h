@@ -11,7 +11,12 @@ namespace moesaic::nn {
 /// A trained tensor. What it is decides how it is updated: routers may have their own learning rate, and neither they
 /// nor vectors have weight decay.
 struct Parameter {
-  enum class Kind { kMatrix, kVector, kRouter };
+  enum class Kind {
+    kWeight,  // a whole weight matrix of a model, whose second moment Adafactor may factor
+    kMatrix,  // a small one: of a low-rank pair, of a connection
+    kVector,
+    kRouter,
+  };
   std::string name;      // "model.layers.0.self_attn.q_proj.lora_A"
   torch::Tensor tensor;  // a leaf
   Kind kind;
