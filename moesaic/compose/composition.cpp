@@ -31,20 +31,6 @@ nn::RotaryTables rotary_tables(const nn::Rope* rope, const torch::Tensor& places
   return rope ? rope->tables(places, {}, {}) : nn::RotaryTables{};
 }
 
-/// The context of a forward pass through part of a model.
-nn::ForwardContext context_of(const models::CausalLM& model, const nn::RaggedBatch& batch, nn::KvCache* cache) {
-  nn::ForwardContext context;
-  context.cache = cache;
-  model.prepare(batch, context);
-  return context;
-}
-
-void commit(nn::KvCache& cache, const std::vector<int64_t>& offsets) {
-  std::vector<int64_t> counts;
-  for (size_t b = 0; b + 1 < offsets.size(); ++b) counts.push_back(offsets[b + 1] - offsets[b]);
-  cache.commit(counts);
-}
-
 }  // namespace
 
 std::vector<ConnectionPair> evenly_spaced(int64_t num_connections, int64_t anchor_layers, int64_t aug_layers) {
@@ -110,7 +96,10 @@ void validate(const CompositionConfig& config, const models::DecoderConfig& anch
   MOESAIC_CHECK(wrong.empty(), ConfigError, "{}: {}", where, fmt::join(wrong, "; "));
 }
 
-void CompositionState::truncate(int64_t b, int64_t length) {
+CompositionMemory::CompositionMemory(nn::KvCache anchor_cache, std::vector<Stream> all)
+    : anchor(std::move(anchor_cache)), streams(std::move(all)) {}
+
+void CompositionMemory::truncate(int64_t b, int64_t length) {
   anchor.truncate(b, length);
   for (Stream& stream : streams) {
     stream.aligners[b].truncate(length);
@@ -119,14 +108,24 @@ void CompositionState::truncate(int64_t b, int64_t length) {
   }
 }
 
-CompositionState CompositionState::select(const std::vector<int64_t>& rows) const {
-  CompositionState chosen{anchor.select(rows), {}};
-  for (const Stream& stream : streams) {
+void CompositionMemory::keep_sequences(const std::vector<int64_t>& rows) {
+  anchor.keep(rows);
+  for (Stream& stream : streams) {
     std::vector<Aligner> aligners;
     for (const int64_t b : rows) aligners.push_back(stream.aligners.at(b));
-    chosen.streams.push_back({std::move(aligners), stream.model.select(rows), stream.connections.select(rows)});
+    stream.aligners = std::move(aligners);
+    stream.model.keep(rows);
+    stream.connections.keep(rows);
   }
-  return chosen;
+}
+
+void CompositionMemory::add_sequences(int64_t count) {
+  anchor.add(count);
+  for (Stream& stream : streams) {
+    stream.aligners.resize(stream.aligners.size() + count, Aligner(stream.alignment));
+    stream.model.add(count);
+    stream.connections.add(count);
+  }
 }
 
 Composition::Composition(CompositionConfig config, Member anchor, std::vector<Member> augmenting, uint64_t seed)
@@ -160,7 +159,14 @@ Composition::Composition(CompositionConfig config, Member anchor, std::vector<Me
     }
     streams_.push_back(std::move(stream));
   }
+  for (const auto& [place, adapter] : adapters()) adapter->name_as(place, /*column=*/-1);
   train_adapters(false);
+  eval();
+}
+
+Composition::~Composition() {
+  detach_all();
+  for (const auto& [place, adapter] : adapters()) adapter->detach();
 }
 
 std::vector<std::pair<std::string, adapters::Adapter*>> Composition::adapters() const {
@@ -175,15 +181,101 @@ std::vector<std::pair<std::string, adapters::Adapter*>> Composition::adapters() 
 void Composition::train_adapters(bool on) {
   trains_adapters_ = on;
   identities_.clear();  // adapters that were trained are others than they were
-  for (const auto& [place, adapter] : adapters()) {
-    for (const auto& parameter : adapter->parameters()) parameter.tensor.set_requires_grad(on);
-  }
+  for (const auto& [place, adapter] : adapters()) adapter->set_trainable(on);
 }
 
-int64_t Composition::first_trained_block() const { return is_trained(anchor_) ? 0 : lowest_anchor_block_ + 1; }
+nn::Needs Composition::needs() const {
+  nn::Needs all = LanguageModel::needs();
+  for (const auto& [place, adapter] : adapters()) all.routed = all.routed || adapter->needs().routed;
+  return all;
+}
 
-std::vector<AlignedBatch> Composition::align(const nn::RaggedBatch& batch, const Borders& borders,
-                                             CompositionState* state) const {
+std::vector<models::Part> Composition::parts() {
+  std::vector<models::Part> all{{"anchor", &anchor_.model->sites()}};
+  for (size_t m = 0; m < augmenting_.size(); ++m) {
+    all.push_back({fmt::format("augmenting.{}", m), &augmenting_[m].model->sites()});
+  }
+  return all;
+}
+
+std::vector<nn::Block*> Composition::blocks() {
+  std::vector<nn::Block*> all = anchor_.model->blocks();
+  for (size_t m = 0; m < augmenting_.size(); ++m) {
+    const std::vector<nn::Block*> of_member = augmenting_[m].model->blocks();
+    all.insert(all.end(), of_member.begin(), of_member.begin() + num_blocks(config_.augmenting[m]));
+  }
+  return all;
+}
+
+std::vector<torch::Tensor> Composition::weights() const {
+  std::vector<torch::Tensor> all = anchor_.model->weights();
+  for (const Member& member : augmenting_) {
+    const std::vector<torch::Tensor> of_member = member.model->weights();
+    all.insert(all.end(), of_member.begin(), of_member.end());
+  }
+  return all;
+}
+
+int64_t Composition::activation_bytes(int64_t tokens, bool checkpointing) {
+  const models::Facts& facts = this->facts();
+  std::vector<nn::Block*> of_anchor = anchor_.model->blocks();
+  of_anchor.erase(of_anchor.begin(), of_anchor.begin() + std::min(first_trained_block(), facts.blocks));
+  int64_t bytes = saved_bytes(of_anchor, facts, tokens, checkpointing);
+  for (size_t m = 0; m < augmenting_.size(); ++m) {
+    models::CausalLM& model = *augmenting_[m].model;
+    // The state and P; keys and values before and after the rotation; queries likewise, the attention's output, Y.
+    bytes += std::ssize(config_.augmenting[m].connections) * (model.facts().width + 8 * facts.width) * tokens * 4;
+    if (!is_trained(augmenting_[m])) continue;
+    std::vector<nn::Block*> blocks = model.blocks();
+    blocks.resize(num_blocks(config_.augmenting[m]));
+    bytes += saved_bytes(blocks, model.facts(), tokens, checkpointing);
+  }
+  return bytes;
+}
+
+int64_t Composition::state_bytes(int64_t tokens) const {
+  int64_t numbers = first_trained_block() > 0 ? facts().width : 0;
+  for (size_t m = 0; m < augmenting_.size(); ++m) {
+    if (is_trained(augmenting_[m])) continue;
+    numbers += std::ssize(config_.augmenting[m].connections) * augmenting_[m].model->facts().width;
+  }
+  return numbers * tokens * static_cast<int64_t>(c10::elementSize(facts().dtype));
+}
+
+OrderedJson Composition::structure() const {
+  auto member_json = [](const Member& member) {
+    return OrderedJson{{"model", member.checkpoint ? member.checkpoint->path().string() : ""},
+                       {"blocks", member.model->config().num_layers}};
+  };
+  OrderedJson augmenting = OrderedJson::array(), connections = OrderedJson::array();
+  for (size_t m = 0; m < augmenting_.size(); ++m) {
+    const AugmentingConfig& how = config_.augmenting[m];
+    OrderedJson entry = member_json(augmenting_[m]);
+    entry["align"] = how.align;
+    entry["mask"] = how.mask;
+    augmenting.push_back(std::move(entry));
+    for (const ConnectionPair& pair : how.connections) {
+      connections.push_back({{"augmenting", m}, {"aug", pair.aug}, {"anchor", pair.anchor}});
+    }
+  }
+  return {{"num_heads", config_.connection.num_heads},
+          {"anchor", member_json(anchor_)},
+          {"augmenting", std::move(augmenting)},
+          {"connections", std::move(connections)}};
+}
+
+std::vector<std::string> Composition::source_texts(int64_t source, const std::vector<int64_t>& ids) const {
+  const Member& member = augmenting_.at(source);
+  tokenizer::StreamDecoder decoder(member.tokenizer ? member.tokenizer : anchor_.tokenizer,
+                                   /*skip_special_tokens=*/false);
+  std::vector<std::string> texts;
+  for (const int64_t id : ids) texts.push_back(decoder.push(id));
+  if (!texts.empty()) texts.back() += decoder.finish();
+  return texts;
+}
+
+std::vector<AlignedBatch> Composition::align(const nn::RaggedBatch& batch, const nn::Borders& borders,
+                                             CompositionMemory* memory) const {
   const int64_t count = batch.batch_size();
   MOESAIC_CHECK(borders.empty() || std::ssize(borders) == count, ShapeError,
                 "composition: got borders of {} sequences, expected {}", borders.size(), count);
@@ -195,7 +287,7 @@ std::vector<AlignedBatch> Composition::align(const nn::RaggedBatch& batch, const
         std::vector<std::vector<int64_t>>(count), std::vector<std::vector<int64_t>>(count), {batch.offsets, {}}};
     for (int64_t b = 0; b < count; ++b) {
       Aligner fresh(streams_[m].alignment);
-      Aligner& aligner = state ? state->streams[m].aligners[b] : fresh;
+      Aligner& aligner = memory ? memory->streams[m].aligners[b] : fresh;
       for (int64_t n = batch.offsets[b]; n < batch.offsets[b + 1]; ++n) {
         const int64_t place = aligner.tokens();
         const bool border = (!borders.empty() && std::binary_search(borders[b].begin(), borders[b].end(), place + 1)) ||
@@ -216,18 +308,21 @@ std::vector<AlignedBatch> Composition::align(const nn::RaggedBatch& batch, const
 
 namespace {
 
-/// The outputs of `blocks` (-1: the embedding's) for a batch, [N, D] each.
+/// The outputs of `blocks` (-1: the embedding's) for a batch that `pass` was prepared for, [N, D] each.
 std::vector<torch::Tensor> states_at(models::CausalLM& model, const nn::RaggedBatch& batch,
-                                     const std::vector<int64_t>& blocks, nn::ForwardContext& context) {
+                                     const std::vector<int64_t>& blocks, nn::Pass& pass) {
   std::vector<torch::Tensor> states(blocks.size());
-  const int64_t highest = *std::max_element(blocks.begin(), blocks.end());
-  torch::Tensor h = model.embed(batch.tokens);
-  for (int64_t block = -1; block <= highest; ++block) {
-    if (block >= 0) h = model.run_layers(h, block, block + 1, context);
+  auto keep = [&](int64_t block, const torch::Tensor& h) {
     for (size_t i = 0; i < blocks.size(); ++i) {
       if (blocks[i] == block) states[i] = h;
     }
-  }
+    return h;
+  };
+  pass.run = [&keep, inner = pass.run](nn::Block& block, const torch::Tensor& h, nn::Pass& own) {
+    return keep(block.index(), inner ? inner(block, h, own) : block.forward(h, own));
+  };
+  const int64_t highest = *std::max_element(blocks.begin(), blocks.end());
+  model.run_blocks(keep(-1, model.embed(batch.tokens)), 0, highest + 1, pass);
   return states;
 }
 
@@ -248,8 +343,9 @@ std::vector<torch::Tensor> compute_frozen_states(models::CausalLM& model, const 
   const int64_t wanted = model.device().is_cpu() ? kRowsPerThread * at::get_num_threads() : 0;
   if (rows < wanted) sequences.emplace_back(wanted - rows, /*any id*/ 0);
   const nn::RaggedBatch batch = batch_of(sequences, model.device());
-  nn::ForwardContext context = context_of(model, batch, nullptr);
-  std::vector<torch::Tensor> states = states_at(model, batch, blocks, context);
+  nn::Pass pass;
+  model.prepare(batch, pass);
+  std::vector<torch::Tensor> states = states_at(model, batch, blocks, pass);
   for (torch::Tensor& state : states) state = state.slice(0, 0, rows);
   return states;
 }
@@ -273,13 +369,12 @@ std::string Composition::identity(const Member& member, const std::string& role)
   return text;
 }
 
-/// compute_frozen_states of all sequences, end to end, from `cache` where it has them.
+/// compute_frozen_states of all sequences, end to end, from the cache where it has them.
 std::vector<torch::Tensor> Composition::frozen_states(const Member& member, const std::string& role,
                                                       const std::vector<int64_t>& blocks,
-                                                      const std::vector<std::vector<int64_t>>& sequences,
-                                                      StateCache* cache) const {
+                                                      const std::vector<std::vector<int64_t>>& sequences) const {
   models::CausalLM& model = *member.model;
-  if (cache == nullptr) return compute_frozen_states(model, blocks, sequences);
+  if (!states_) return compute_frozen_states(model, blocks, sequences);
   auto [known, added] = identities_.try_emplace(role);
   if (added) known->second = identity(member, role);
   std::vector<std::string> keys;
@@ -291,7 +386,7 @@ std::vector<torch::Tensor> Composition::frozen_states(const Member& member, cons
       return state.sizes() == shape && state.dtype() == model.dtype();
     };
     keys.push_back(StateCache::key(known->second, blocks, ids));
-    found.push_back(ids.empty() ? std::vector<torch::Tensor>() : cache->find(keys.back()));
+    found.push_back(ids.empty() ? std::vector<torch::Tensor>() : states_->find(keys.back()));
     if (found.back() && !ids.empty() &&
         (found.back()->size() != blocks.size() || !std::all_of(found.back()->begin(), found.back()->end(), fits))) {
       found.back().reset();  // a file that something else wrote
@@ -307,7 +402,7 @@ std::vector<torch::Tensor> Composition::frozen_states(const Member& member, cons
       const int64_t end = row + std::ssize(sequences[b]);
       found[b].emplace();
       for (const torch::Tensor& state : computed) found[b]->push_back(state.slice(0, row, end));
-      cache->add(keys[b], *found[b]);
+      states_->add(keys[b], *found[b]);
       row = end;
     }
     for (size_t i = 0; i < blocks.size(); ++i) parts[i].push_back((*found[b])[i].to(model.device()));
@@ -318,30 +413,31 @@ std::vector<torch::Tensor> Composition::frozen_states(const Member& member, cons
 }
 
 /// Runs augmenting model m over what it reads and makes the keys and values of its connections.
-std::vector<KeysValues> Composition::read(size_t m, const AlignedBatch& aligned, CompositionState::Stream* state,
-                                          bool training, StateCache* cache) {
+std::vector<KeysValues> Composition::read(size_t m, const AlignedBatch& aligned, CompositionMemory::Stream* memory,
+                                          const nn::Pass& pass) {
   const Member& member = augmenting_[m];
   models::CausalLM& model = *member.model;
   Stream& stream = streams_[m];
-  const torch::Device device = anchor_.model->device();
+  const torch::Device device = facts().device;
   std::vector<int64_t> offsets{0};
   for (const auto& tokens : aligned.tokens) offsets.push_back(offsets.back() + std::ssize(tokens));
   const int64_t heads = config_.connection.num_heads;
-  const torch::Tensor none = torch::empty({0, heads, anchor_.model->config().hidden_size / heads},
-                                          torch::dtype(torch::kFloat32).device(device));
+  const torch::Tensor none =
+      torch::empty({0, heads, facts().width / heads}, torch::dtype(torch::kFloat32).device(device));
   std::vector<KeysValues> result(stream.blocks.size(), KeysValues{none, none, offsets, {}});
   if (offsets.back() > 0) {
     std::vector<torch::Tensor> states;
-    if (state || is_trained(member)) {
+    if (is_training() && !memory && !is_trained(member)) {
+      states = frozen_states(member, fmt::format("augmenting.{}", m), stream.blocks, aligned.tokens);
+    } else {
       // A cache has its place for every sequence, also for one that reads nothing now.
       nn::RaggedBatch batch = batch_of(aligned.tokens, model.device());
-      if (state) batch.offsets = offsets;
-      nn::ForwardContext context = context_of(model, batch, state ? &state->model : nullptr);
-      context.training = training;
-      states = states_at(model, batch, stream.blocks, context);
-      if (state) commit(state->model, offsets);
-    } else {
-      states = frozen_states(member, fmt::format("augmenting.{}", m), stream.blocks, aligned.tokens, cache);
+      if (memory) batch.offsets = offsets;
+      nn::Pass own = pass.sibling();
+      own.cache = memory ? &memory->model : nullptr;
+      model.prepare(batch, own);
+      states = states_at(model, batch, stream.blocks, own);
+      if (memory) memory->model.commit(batch.counts());
     }
     const nn::RotaryTables rope =
         rotary_tables(rope_.get(), torch::tensor(flat(aligned.coordinates), torch::kInt64).to(device));
@@ -349,109 +445,107 @@ std::vector<KeysValues> Composition::read(size_t m, const AlignedBatch& aligned,
       std::tie(result[c].k, result[c].v) = stream.connections[c]->keys_values(states[c].to(device), rope);
     }
   }
-  if (!state) return result;
+  if (!memory) return result;
   for (size_t c = 0; c < result.size(); ++c) {
     for (size_t b = 0; b + 1 < offsets.size(); ++b) {
       const int64_t begin = offsets[b], end = offsets[b + 1];
-      if (end == begin && state->connections.length(static_cast<int64_t>(b)) == 0) {
+      if (end == begin && memory->connections.length(static_cast<int64_t>(b)) == 0) {
         result[c].cached.emplace_back();
         continue;
       }
-      result[c].cached.push_back(state->connections.append(static_cast<int64_t>(c), static_cast<int64_t>(b),
-                                                           result[c].k.slice(0, begin, end),
-                                                           result[c].v.slice(0, begin, end)));
+      result[c].cached.push_back(memory->connections.append(static_cast<int64_t>(c), static_cast<int64_t>(b),
+                                                            result[c].k.slice(0, begin, end),
+                                                            result[c].v.slice(0, begin, end)));
     }
   }
-  commit(state->connections, offsets);
+  memory->connections.commit(nn::RaggedBatch{{}, offsets}.counts());
   return result;
 }
 
-torch::Tensor Composition::run(const nn::RaggedBatch& batch, const std::vector<AlignedBatch>& aligned,
-                               nn::ForwardContext& context, CompositionState* state, const TrainingPass& pass,
-                               std::vector<ConnectionRecord>* records) {
-  const bool training = context.training && trains_adapters_;
-  std::vector<std::vector<KeysValues>> streams;
+torch::Tensor Composition::connected(int64_t block, const torch::Tensor& h, const nn::RotaryTables& rope,
+                                     const std::vector<AlignedBatch>& aligned,
+                                     const std::vector<std::vector<KeysValues>>& streams, nn::Pass& pass) {
+  torch::Tensor sum;
   for (size_t m = 0; m < streams_.size(); ++m) {
-    streams.push_back(read(m, aligned[m], state ? &state->streams[m] : nullptr, training, pass.states));
-  }
-  models::CausalLM& model = *anchor_.model;
-  if (state) context.cache = &state->anchor;
-  context.training = training;
-  model.prepare(batch, context);
-  const nn::RotaryTables rope = rotary_tables(rope_.get(), context.positions);
-  auto add_connections = [&](int64_t block, const torch::Tensor& h) {
-    torch::Tensor sum;
-    for (size_t m = 0; m < streams_.size(); ++m) {
-      const auto& pairs = config_.augmenting[m].connections;
-      for (size_t c = 0; c < pairs.size(); ++c) {
-        if (pairs[c].anchor != block) continue;
-        Connection& connection = streams_[m].connections[c];
-        const torch::Tensor y = connection->forward(h, rope, streams[m][c], aligned[m].seen);
-        if (records) {
-          const auto norm = [](const torch::Tensor& rows) { return rows.to(torch::kFloat32).norm(2, 1); };
-          records->push_back(
-              {m, c, norm(y) / norm(h), connection->attention_weights(h, rope, streams[m][c], aligned[m].seen)});
-        }
-        sum = sum.defined() ? sum + y : y;
+    const auto& pairs = config_.augmenting[m].connections;
+    for (size_t c = 0; c < pairs.size(); ++c) {
+      if (pairs[c].anchor != block) continue;
+      Connection& connection = streams_[m].connections[c];
+      const Visibility& seen = aligned[m].seen;
+      const torch::Tensor y = connection->forward(h, rope, streams[m][c], seen);
+      if (pass.readings != nullptr) {
+        const auto norm = [](const torch::Tensor& rows) { return rows.to(torch::kFloat32).norm(2, 1); };
+        pass.readings->push_back({static_cast<int64_t>(m), static_cast<int64_t>(c), norm(y) / norm(h),
+                                  connection->attention_weights(h, rope, streams[m][c], seen), seen.query_offsets,
+                                  seen.visible, aligned[m].tokens});
       }
+      sum = sum.defined() ? sum + y : y;
     }
-    return sum.defined() ? h + sum : h;
-  };
-  const int64_t frozen = state ? -1 : first_trained_block() - 1;
-  torch::Tensor h = frozen < 0 ? model.embed(batch.tokens)
-                               : frozen_states(anchor_, "anchor", {frozen}, sequences_of(batch), pass.states)[0];
-  h = add_connections(frozen, h);
-  for (int64_t block = frozen + 1; block < model.config().num_layers; ++block) {
-    h = pass.run_block ? pass.run_block(block, h) : model.run_layers(h, block, block + 1, context);
-    h = add_connections(block, h);
   }
-  if (state) commit(state->anchor, batch.offsets);
-  return h;
+  return sum.defined() ? h + sum : h;
 }
 
-std::vector<ConnectionRecord> Composition::watch(const nn::RaggedBatch& batch,
-                                                 const std::vector<AlignedBatch>& aligned) {
-  torch::NoGradGuard no_grad;
-  std::vector<ConnectionRecord> records;
-  nn::ForwardContext context;
-  run(batch, aligned, context, nullptr, {}, &records);
-  std::sort(records.begin(), records.end(), [](const ConnectionRecord& a, const ConnectionRecord& b) {
-    return std::tie(a.augmenting, a.connection) < std::tie(b.augmenting, b.connection);
-  });
-  return records;
-}
-
-torch::Tensor Composition::run_layers(const nn::RaggedBatch& batch, const std::vector<AlignedBatch>& aligned,
-                                      nn::ForwardContext& context, const TrainingPass& pass) {
-  return run(batch, aligned, context, nullptr, pass);
-}
-
-torch::Tensor Composition::hidden_states(const nn::RaggedBatch& batch, const Borders& borders,
-                                         nn::ForwardContext& context, CompositionState* state) {
-  if (!state) return anchor_.model->final_norm(run(batch, align(batch, borders), context, nullptr, {}));
-  torch::NoGradGuard no_grad;
+torch::Tensor Composition::run(const models::Text& text, nn::Pass& pass, models::Memory* memory) {
+  auto* remembered = static_cast<CompositionMemory*>(memory);
   for (const Stream& stream : streams_) {
-    MOESAIC_CHECK(stream.alignment->policy() != "full", UsageError,
+    MOESAIC_CHECK(remembered == nullptr || stream.alignment->policy() != "full", UsageError,
                   "mask full: positions see the future, so a text can't be generated with it; expected causal or "
                   "prefix");
   }
-  return anchor_.model->final_norm(run(batch, align(batch, borders, state), context, state, {}));
+  const std::vector<AlignedBatch> aligned = align(text.tokens, text.borders, remembered);
+  nn::Pass own = pass;
+  own.training = pass.training && trains_adapters_;
+  std::vector<std::vector<KeysValues>> streams;
+  for (size_t m = 0; m < streams_.size(); ++m) {
+    streams.push_back(read(m, aligned[m], remembered ? &remembered->streams[m] : nullptr, own));
+  }
+
+  models::CausalLM& model = *anchor_.model;
+  own.cache = remembered ? &remembered->anchor : nullptr;
+  model.prepare(text.tokens, own);
+  const nn::RotaryTables rope = rotary_tables(rope_.get(), own.positions);
+  auto add = [&](int64_t block, const torch::Tensor& h) {
+    return connected(block, h, rope, aligned, streams, own);
+  };
+  own.run = [&add, inner = pass.run](nn::Block& block, const torch::Tensor& h, nn::Pass& of_block) {
+    return add(block.index(), inner ? inner(block, h, of_block) : block.forward(h, of_block));
+  };
+  const bool apart = is_training() && !remembered && attachments().empty();
+  const int64_t frozen = apart ? first_trained_block() - 1 : -1;
+  const torch::Tensor h = frozen < 0
+                              ? model.embed(text.tokens.tokens)
+                              : frozen_states(anchor_, "anchor", {frozen}, sequences_of(text.tokens))[0];
+  const torch::Tensor last = model.run_blocks(add(frozen, h), frozen + 1, model.config().num_layers, own);
+  if (remembered) remembered->anchor.commit(text.tokens.counts());
+  if (pass.readings != nullptr) {
+    std::stable_sort(pass.readings->begin(), pass.readings->end(),
+                     [](const nn::ReadingRecord& a, const nn::ReadingRecord& b) {
+                       return std::tie(a.source, a.connection) < std::tie(b.source, b.connection);
+                     });
+  }
+  return model.finish(last, text.rows);
 }
 
-CompositionState Composition::make_state(int64_t batch_size) const {
-  const models::CausalLM& model = *anchor_.model;
-  CompositionState state{model.make_cache(batch_size), {}};
+torch::Tensor Composition::prompt_states(const nn::RaggedBatch& prompts) {
+  models::CausalLM& model = *anchor_.model;
+  nn::Pass pass;
+  model.prepare(prompts, pass);
+  return model.finish(model.run_blocks(model.embed(prompts.tokens), 0, model.config().num_layers, pass), {});
+}
+
+std::unique_ptr<models::Memory> Composition::memory(int64_t sequences) const {
   const int64_t heads = config_.connection.num_heads;
+  std::vector<CompositionMemory::Stream> streams;
   for (size_t m = 0; m < streams_.size(); ++m) {
     const models::CausalLM& aug = *augmenting_[m].model;
-    state.streams.push_back(
-        {std::vector<Aligner>(batch_size, Aligner(streams_[m].alignment)),
-         nn::KvCache(num_blocks(config_.augmenting[m]), aug.config().num_kv_heads, aug.config().head_dim, batch_size,
+    streams.push_back(
+        {streams_[m].alignment, std::vector<Aligner>(sequences, Aligner(streams_[m].alignment)),
+         nn::KvCache(num_blocks(config_.augmenting[m]), aug.config().num_kv_heads, aug.config().head_dim, sequences,
                      torch::dtype(aug.dtype()).device(aug.device())),
-         nn::KvCache(std::ssize(streams_[m].connections), heads, model.config().hidden_size / heads, batch_size,
-                     torch::dtype(torch::kFloat32).device(model.device()))});
+         nn::KvCache(std::ssize(streams_[m].connections), heads, facts().width / heads, sequences,
+                     torch::dtype(torch::kFloat32).device(facts().device))});
   }
-  return state;
+  return std::make_unique<CompositionMemory>(anchor_.model->make_cache(sequences), std::move(streams));
 }
 
 }  // namespace moesaic::compose

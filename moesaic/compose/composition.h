@@ -55,12 +55,8 @@ struct Member {
   std::shared_ptr<const tokenizer::Tokenizer> tokenizer;
   std::shared_ptr<formats::Checkpoint> checkpoint{};  // where it came from; nullptr when made in memory
   std::optional<uint64_t> random_seed{};              // its numbers are drawn, not read from the checkpoint
-  std::shared_ptr<adapters::Adapter> adapter{};       // attached to `model`, of which it must be destroyed first
+  std::shared_ptr<adapters::Adapter> adapter{};       // carried: attached to `model`, with weight 1 for every request
 };
-
-/// For each sequence the numbers of its tokens behind which the text is known to end, ascending: the ends of prompts.
-/// Empty = none.
-using Borders = std::vector<std::vector<int64_t>>;
 
 /// What one augmenting model reads of a ragged batch.
 struct AlignedBatch {
@@ -69,76 +65,76 @@ struct AlignedBatch {
   Visibility seen;                                // by every anchor row
 };
 
-/// Everything that decoding keeps between steps: a cache per model and per connection, and the readings of the text.
-struct CompositionState {
+/// What decoding keeps between steps: a cache per model and per connection, and the readings of the text.
+class CompositionMemory : public models::Memory {
+ public:
   struct Stream {
+    std::shared_ptr<const Alignment> alignment;
     std::vector<Aligner> aligners;  // per sequence
     nn::KvCache model;              // of the augmenting model
     nn::KvCache connections;        // keys and values that the anchor attends to, a layer per connection
   };
+  CompositionMemory(nn::KvCache anchor, std::vector<Stream> streams);
+
+  int64_t sequences() const override { return anchor.batch_size(); }
+  int64_t length(int64_t b) const override { return anchor.length(b); }
+  void truncate(int64_t b, int64_t length) override;
+
   nn::KvCache anchor;
   std::vector<Stream> streams;
 
-  /// Drops everything of sequence b behind its first `length` anchor tokens.
-  void truncate(int64_t b, int64_t length);
-  /// The sequences `rows` in that order, with repeats; nothing is shared.
-  CompositionState select(const std::vector<int64_t>& rows) const;
-};
-
-/// How a training pass saves work.
-struct TrainingPass {
-  StateCache* states = nullptr;  // of what is frozen: nullptr = computed every time
-  /// Runs one of the anchor's blocks that have a graph; empty = CausalLM::run_layers.
-  std::function<torch::Tensor(int64_t block, const torch::Tensor& h)> run_block;
-};
-
-/// What one connection did in a pass, for people to look at.
-struct ConnectionRecord {
-  size_t augmenting, connection;       // the connection's place among those of its augmenting model
-  torch::Tensor added;                 // [N] |Y| / |H_B|
-  std::vector<torch::Tensor> weights;  // ConnectionImpl::attention_weights
+ protected:
+  void keep_sequences(const std::vector<int64_t>& rows) override;
+  void add_sequences(int64_t count) override;
 };
 
 /// H_B,j <- H_B,j + sum_k Y_k over the connections k at block j, each from the same H_B,j. Augmenting models run up to
 /// their highest connected block, without their heads. parameters() are the connections' alone, float32, named
 /// "connections.<k>.{proj,q_proj,k_proj,v_proj,o_proj}.{weight,bias}"; k runs over the augmenting models' in order.
 ///
-/// Without a state, what is frozen is computed without a graph: the augmenting models, and the anchor up to its lowest
-/// connected block. On the CPU in float32 a sequence's frozen states are the same bit for bit whatever is beside it in
-/// the batch: every GEMM gets so many rows that the library computes each of them alike.
-class Composition : public torch::nn::Module {
+/// As a Module it is in evaluation mode until it is trained. In training mode, what is frozen is computed without a graph
+/// and apart from the rest: the augmenting models, and the anchor up to its lowest connected block. On the CPU in
+/// float32 a sequence's frozen states are then the same bit for bit whatever is beside it in the batch: every GEMM gets
+/// so many rows that the library computes each of them alike.
+class Composition : public torch::nn::Module, public models::LanguageModel {
  public:
   /// Connections with their start values. Throws ConfigError.
   Composition(CompositionConfig config, Member anchor, std::vector<Member> augmenting, uint64_t seed);
+  ~Composition() override;
 
   const CompositionConfig& config() const { return config_; }
   models::CausalLM& anchor() const { return *anchor_.model; }
   const Member& anchor_member() const { return anchor_; }
   const std::vector<Member>& augmenting() const { return augmenting_; }
 
-  /// What each augmenting model reads of `batch`. With a `state` the tokens continue its readings.
-  std::vector<AlignedBatch> align(const nn::RaggedBatch& batch, const Borders& borders,
-                                  CompositionState* state = nullptr) const;
-  /// The last block's output with its connections added, before the final norm: [N, D_B]. Differentiable. `context` is
-  /// the anchor's.
-  torch::Tensor run_layers(const nn::RaggedBatch& batch, const std::vector<AlignedBatch>& aligned,
-                           nn::ForwardContext& context, const TrainingPass& pass = {});
-  /// The final norm's output, [N, D_B]. With a `state` the batch continues it (gradients off, no mask `full`).
-  torch::Tensor hidden_states(const nn::RaggedBatch& batch, const Borders& borders, nn::ForwardContext& context,
-                              CompositionState* state = nullptr);
+  /// What each augmenting model reads of `batch`. With a `memory` the tokens continue its readings.
+  std::vector<AlignedBatch> align(const nn::RaggedBatch& batch, const nn::Borders& borders,
+                                  CompositionMemory* memory = nullptr) const;
 
-  CompositionState make_state(int64_t batch_size) const;
+  const models::Facts& facts() const override { return anchor_.model->facts(); }
+  const nn::Head& head() const override { return anchor_.model->head(); }
+  std::unique_ptr<models::Memory> memory(int64_t sequences) const override;
+  std::vector<models::Part> parts() override;
+  std::vector<nn::Block*> blocks() override;
+  std::vector<torch::Tensor> weights() const override;
+  int64_t activation_bytes(int64_t tokens, bool checkpointing) override;
+  OrderedJson structure() const override;
+  std::vector<std::string> source_texts(int64_t source, const std::vector<int64_t>& ids) const override;
+  nn::Needs needs() const override;
 
-  /// What every connection does in a pass without a cache, in their order.
-  std::vector<ConnectionRecord> watch(const nn::RaggedBatch& batch, const std::vector<AlignedBatch>& aligned);
-
-  /// Whether the models' adapters are trained with the connections; at first they are frozen.
+  /// Whether the members' adapters are trained with the connections; at first they are frozen.
   void train_adapters(bool on);
   bool trains_adapters() const { return trains_adapters_; }
-  /// The adapters with their places: "anchor" or "augmenting.<m>".
+  /// The carried adapters with their places: "anchor" or "augmenting.<m>".
   std::vector<std::pair<std::string, adapters::Adapter*>> adapters() const;
-  /// The anchor's first block that needs a graph.
-  int64_t first_trained_block() const;
+  /// Keeps frozen states of training passes from one epoch to the next.
+  void keep_states(std::shared_ptr<StateCache> states) { states_ = std::move(states); }
+  /// Bytes of frozen states that `tokens` tokens have.
+  int64_t state_bytes(int64_t tokens) const;
+
+ protected:
+  torch::Tensor run(const models::Text& text, nn::Pass& pass, models::Memory* memory) override;
+  torch::Tensor prompt_states(const nn::RaggedBatch& prompts) override;
 
  private:
   struct Stream {
@@ -147,15 +143,18 @@ class Composition : public torch::nn::Module {
     std::vector<int64_t> blocks;  // of the augmenting model, by connection
   };
   bool is_trained(const Member& member) const { return trains_adapters_ && member.adapter != nullptr; }
+  /// The anchor's first block that needs a graph.
+  int64_t first_trained_block() const { return is_trained(anchor_) ? 0 : lowest_anchor_block_ + 1; }
   std::string identity(const Member& member, const std::string& role) const;
   std::vector<torch::Tensor> frozen_states(const Member& member, const std::string& role,
                                            const std::vector<int64_t>& blocks,
-                                           const std::vector<std::vector<int64_t>>& sequences, StateCache* cache) const;
-  std::vector<KeysValues> read(size_t m, const AlignedBatch& aligned, CompositionState::Stream* state, bool training,
-                               StateCache* cache);
-  torch::Tensor run(const nn::RaggedBatch& batch, const std::vector<AlignedBatch>& aligned, nn::ForwardContext& context,
-                    CompositionState* state, const TrainingPass& pass,
-                    std::vector<ConnectionRecord>* records = nullptr);
+                                           const std::vector<std::vector<int64_t>>& sequences) const;
+  std::vector<KeysValues> read(size_t m, const AlignedBatch& aligned, CompositionMemory::Stream* memory,
+                               const nn::Pass& pass);
+  /// h plus what the connections at `block` of the anchor read.
+  torch::Tensor connected(int64_t block, const torch::Tensor& h, const nn::RotaryTables& rope,
+                          const std::vector<AlignedBatch>& aligned,
+                          const std::vector<std::vector<KeysValues>>& streams, nn::Pass& pass);
 
   CompositionConfig config_;
   Member anchor_;
@@ -164,6 +163,7 @@ class Composition : public torch::nn::Module {
   std::unique_ptr<nn::Rope> rope_;  // nullptr without cross positions
   int64_t lowest_anchor_block_ = 0;
   bool trains_adapters_ = false;
+  std::shared_ptr<StateCache> states_;
   mutable std::map<std::string, std::string> identities_;  // of frozen members by role, once asked for
 };
 

@@ -202,7 +202,7 @@ Member open_member(const std::shared_ptr<formats::Checkpoint>& checkpoint, const
   if (options.random_seed) models::initialize(*member.model, *options.random_seed);
   if (options.adapter.empty()) return member;
   member.adapter =
-      adapters::Adapter::load(options.adapter, member.model->sites(), load.device, checkpoint->fingerprint());
+      adapters::Adapter::open(options.adapter, member.model->sites(), load.device, checkpoint->fingerprint());
   MOESAIC_CHECK(member.adapter->config().router.input != "sentence", DataError,
                 "{}: its router reads sentence embeddings, which the models of a composition are not given; expected "
                 "an adapter that routes by token",
@@ -294,7 +294,40 @@ std::shared_ptr<Composition> load_composition(const fs::path& dir, const models:
   return composition;
 }
 
-void load_trained(Composition& composition, const fs::path& dir) {
+Connections::Connections(std::shared_ptr<Composition> composition, bool train_adapters)
+    : composition_(std::move(composition)) {
+  std::vector<std::string> wrong;
+  for (const auto& entry : composition_->config().augmenting) {
+    if (entry.mask == "full") {
+      wrong.push_back("mask full shows every position the token it shall predict; expected causal or prefix");
+    }
+  }
+  if (train_adapters && composition_->adapters().empty()) {
+    wrong.push_back("train_adapters: none of its models carries an adapter");
+  }
+  MOESAIC_CHECK(wrong.empty(), UsageError, "a composition can't be trained so: {}", fmt::join(wrong, "; "));
+  composition_->train_adapters(train_adapters);
+  composition_->train();
+}
+
+std::vector<nn::Parameter> Connections::parameters() {
+  using Kind = nn::Parameter::Kind;
+  std::vector<nn::Parameter> all;
+  for (const auto& item : composition_->named_parameters()) {
+    all.push_back({item.key(), item.value(), item.value().dim() == 2 ? Kind::kMatrix : Kind::kVector});
+  }
+  if (!composition_->trains_adapters()) return all;
+  for (const auto& [place, adapter] : composition_->adapters()) {
+    for (nn::Parameter& parameter : adapter->parameters()) {
+      parameter.name = place + "." + parameter.name;
+      all.push_back(std::move(parameter));
+    }
+  }
+  return all;
+}
+
+void Connections::load(const fs::path& dir) {
+  Composition& composition = *composition_;
   std::map<std::string, std::vector<int64_t>> shapes;
   for (const auto& item : composition.named_parameters()) shapes[item.key()] = item.value().sizes().vec();
   std::vector<std::string> problems;

@@ -33,8 +33,21 @@ void save_composition(const Composition& composition, const std::filesystem::pat
 /// missing, unexpected or of another shape.
 std::shared_ptr<Composition> load_composition(const std::filesystem::path& dir, const models::LoadOptions& options);
 
-/// Replaces the numbers of the connections and, where they are trained, of the adapters by those of a folder of the
-/// same composition.
-void load_trained(Composition& composition, const std::filesystem::path& dir);
+/// What a run trains of a composition: its connections, and the adapters its models carry when these are trained too.
+/// Folders are those of save_composition; the members must have been opened from files.
+class Connections : public nn::Learner {
+ public:
+  /// Puts the composition into training mode. Throws UsageError for a mask that shows the future, and for adapters to
+  /// be trained where no model carries one.
+  Connections(std::shared_ptr<Composition> composition, bool train_adapters);
+  ~Connections() override { composition_->eval(); }
+
+  std::vector<nn::Parameter> parameters() override;
+  void save(const std::filesystem::path& dir) const override { save_composition(*composition_, dir); }
+  void load(const std::filesystem::path& dir) override;
+
+ private:
+  std::shared_ptr<Composition> composition_;
+};
 
 }  // namespace moesaic::compose

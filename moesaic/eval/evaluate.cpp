@@ -5,7 +5,6 @@
 #include "moesaic/base/sha256.h"
 #include "moesaic/eval/code_runner.h"
 #include "moesaic/eval/corpus_metrics.h"
-#include "moesaic/generate/sentence.h"
 
 namespace moesaic::eval {
 namespace {
@@ -115,12 +114,6 @@ std::vector<std::pair<size_t, size_t>> batches(const std::vector<int64_t>& token
   return result;
 }
 
-std::vector<const Item*> pointers(const Task& task, size_t begin, size_t end) {
-  std::vector<const Item*> items;
-  for (size_t i = begin; i < end; ++i) items.push_back(&task.items[i]);
-  return items;
-}
-
 void evaluate_ranked(const EvalModel& model, const Task& task, const EvalOptions& options, TaskResult& result,
                      const generate::RoutingCallback& routing, const ProgressCallback& progress) {
   std::vector<RankQuestion> questions;
@@ -136,21 +129,18 @@ void evaluate_ranked(const EvalModel& model, const Task& task, const EvalOptions
     const auto [prompt, special] = prompt_text(model, item, options.apply_chat_template);
     std::vector<std::string> choices;
     for (const std::string& choice : item.choices) choices.push_back(delimiter + choice);
-    const RankQuestion& question =
+    RankQuestion& question =
         questions.emplace_back(make_rank_question(model.tokenizer, prompt, choices, special, eos));
-    int64_t count = static_cast<int64_t>(question.prompt.size());
-    for (const auto& choice : question.choices) count += static_cast<int64_t>(question.prompt.size() + choice.size());
+    question.prompt.sentence = sentence_of(model, item);
+    const int64_t length = std::ssize(question.prompt.ids);
+    int64_t count = length;
+    for (const auto& choice : question.choices) count += length + std::ssize(choice);
     tokens.push_back(count);
     prompts.push_back(prompt);
   }
   Scores scores;
   for (const auto& [begin, end] : batches(tokens, options.batch_size)) {
-    std::vector<std::vector<int64_t>> ids;
-    for (size_t i = begin; i < end; ++i) ids.push_back(questions[i].prompt);
-    const torch::Tensor sentence = sentence_vectors(model, pointers(task, begin, end), ids);
-    const std::vector<RankQuestion> batch(questions.begin() + begin, questions.begin() + end);
-    const auto ranked =
-        model.composition ? rank(*model.composition, batch) : rank(model.model, batch, sentence, routing);
+    const auto ranked = rank(model.model, {questions.begin() + begin, questions.begin() + end}, routing);
     for (size_t i = begin; i < end; ++i) {
       const Item& item = task.items[i];
       std::vector<double> sums, normalised;
@@ -191,25 +181,23 @@ void evaluate_generated(const EvalModel& model, const Task& task, const EvalOpti
   const std::vector<std::string>& metrics = metrics_of(task, options);
   std::optional<CodeRunner> runner;
   if (wanted(metrics, kPassAt1)) runner.emplace();
-  std::vector<std::vector<int64_t>> questions;
+  std::vector<generate::Prompt> questions;
   std::vector<std::string> prompts;
   std::vector<int64_t> tokens;
   for (const Item& item : task.items) {
     const auto [prompt, special] = prompt_text(model, item, options.apply_chat_template);
-    questions.push_back(model.tokenizer.encode(prompt, special));
+    questions.push_back({model.tokenizer.encode(prompt, special), sentence_of(model, item)});
     prompts.push_back(prompt);
-    tokens.push_back(static_cast<int64_t>(questions.back().size()) + sampling.max_new_tokens);
+    tokens.push_back(std::ssize(questions.back().ids) + sampling.max_new_tokens);
   }
   Scores scores;
   std::vector<std::string> texts;
   std::vector<References> references;
   for (const auto& [begin, end] : batches(tokens, options.batch_size)) {
-    const std::vector<std::vector<int64_t>> ids(questions.begin() + begin, questions.begin() + end);
     sampling.seed = options.generation.seed + begin;  // an answer's draw does not depend on the batch size
-    const torch::Tensor sentence = sentence_vectors(model, pointers(task, begin, end), ids);
-    const auto answers =
-        model.composition ? generate::generate(*model.composition, model.tokenizer, ids, sampling)
-                          : generate::generate(model.model, model.tokenizer, ids, sampling, nullptr, sentence, routing);
+    const auto answers = generate::generate(
+        model.model, model.tokenizer, {questions.begin() + begin, questions.begin() + end}, sampling,
+        {.routing = routing});
     for (size_t i = begin; i < end; ++i) {
       const Item& item = task.items[i];
       // Blanks in front belong to code.
@@ -290,21 +278,8 @@ std::pair<std::string, bool> prompt_text(const EvalModel& model, const Item& ite
   return {item.messages[0].value("content", ""), true};
 }
 
-torch::Tensor sentence_vectors(const EvalModel& model, const std::vector<const Item*>& items,
-                               const std::vector<std::vector<int64_t>>& prompts) {
-  if (model.sentence_from_column) {
-    std::vector<torch::Tensor> rows;
-    for (const Item* item : items) {
-      MOESAIC_CHECK(
-          !item->sentence.empty() && item->sentence.size() == items[0]->sentence.size(), DataError,
-          "the adapter's router reads sentence vectors, but the task's rows have no \"sentence\" list of numbers "
-          "(or lists of different lengths)");
-      rows.push_back(torch::tensor(item->sentence));
-    }
-    return torch::stack(rows).to(model.model.device());
-  }
-  if (!model.sentence_from_hidden) return {};
-  return generate::sentence_embeddings(model.model, nn::RaggedBatch::from_sequences(prompts, model.model.device()));
+std::vector<float> sentence_of(const EvalModel& model, const Item& item) {
+  return model.model.needs().sentence == nn::Needs::Sentence::kColumn ? item.sentence : std::vector<float>();
 }
 
 TaskResult evaluate(const EvalModel& model, const Task& task, const EvalOptions& options,
@@ -317,7 +292,7 @@ TaskResult evaluate(const EvalModel& model, const Task& task, const EvalOptions&
   result.questions = static_cast<int64_t>(task.items.size());
   result.available = task.available;
   generate::RoutingCallback routing;
-  if (model.routed) routing = [&](const auto& records, const auto&) { result.routing.add(records); };
+  if (model.model.needs().routed) routing = [&](const auto& records, const auto&) { result.routing.add(records); };
   (result.ranked ? evaluate_ranked : evaluate_generated)(model, task, options, result, routing, progress);
   result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return result;

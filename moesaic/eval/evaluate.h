@@ -2,23 +2,22 @@
 #pragma once
 #include <functional>
 #include <map>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "moesaic/eval/metrics.h"
 #include "moesaic/eval/rank.h"
-#include "moesaic/eval/routing_stats.h"
 #include "moesaic/eval/task.h"
+#include "moesaic/moe/routing_stats.h"
 
 namespace moesaic::eval {
 
 /// What is evaluated.
 struct EvalModel {
-  models::CausalLM& model;
+  models::LanguageModel& model;
   const tokenizer::Tokenizer& tokenizer;
   const tokenizer::ChatTemplate* chat_template = nullptr;  // nullptr: none
-  bool sentence_from_hidden = false;                       // a router reads the frozen model's sentence embedding
-  bool sentence_from_column = false;                       // a router reads the items' `sentence`
-  bool routed = false;                                     // there are routers to watch
-  compose::Composition* composition = nullptr;             // when set it answers, and `model` is its anchor
 };
 
 struct EvalOptions {
@@ -42,7 +41,7 @@ struct TaskResult {
   std::map<std::string, double> variant_median;                 // median over the templates
   int64_t ties = 0;                  // questions whose best choices scored equally; the first one counts
   std::vector<OrderedJson> samples;  // lm-evaluation-harness's sample rows
-  RoutingStats routing;
+  moe::RoutingStats routing;  // of every router, when there are any
   double seconds = 0;
 };
 
@@ -60,9 +59,8 @@ generate::SamplingOptions sampling_of(const Task& task, const EvalOptions& optio
 /// Throws UsageError when a conversation needs a chat template.
 std::pair<std::string, bool> prompt_text(const EvalModel& model, const Item& item, bool apply_chat_template);
 
-/// Sentence vectors [B, d_e] for these items, or undefined when no router wants any.
-torch::Tensor sentence_vectors(const EvalModel& model, const std::vector<const Item*>& items,
-                               const std::vector<std::vector<int64_t>>& prompts);
+/// The item's sentence vector where a router reads one of a data column, else none.
+std::vector<float> sentence_of(const EvalModel& model, const Item& item);
 
 /// Scores do not depend on the batch size beyond float rounding: batches are ragged.
 TaskResult evaluate(const EvalModel& model, const Task& task, const EvalOptions& options,

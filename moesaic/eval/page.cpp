@@ -1,36 +1,36 @@
 #include "moesaic/eval/page.h"
 
+#include "moesaic/base/check.h"
+
 namespace moesaic::eval {
 namespace {
 
-constexpr const char* kScript = R"html(</script>
-<script>
-'use strict';
-const data = JSON.parse(document.getElementById('data').textContent);
-const el = id => document.getElementById(id);
-const make = (tag, props, ...kids) => { const e = Object.assign(document.createElement(tag), props || {}); e.append(...kids); return e; };
-const svg = (tag, attrs, ...kids) => { const e = document.createElementNS('http://www.w3.org/2000/svg', tag); for (const k in attrs) e.setAttribute(k, attrs[k]); e.append(...kids); return e; };
-
-// Light to dark blue, through points chosen to differ evenly in lightness.
-const blues = [[247, 249, 253], [205, 221, 245], [143, 180, 232], [79, 131, 208], [36, 87, 173], [14, 45, 106]];
-/// The colour at 0 <= x <= 1 of a ramp of colours.
-function between(ramp, x) {
-  const p = Math.max(0, Math.min(1, x)) * (ramp.length - 1), i = Math.min(ramp.length - 2, Math.floor(p)), f = p - i;
-  return ramp[i].map((a, c) => Math.round(a + (ramp[i + 1][c] - a) * f));
+/// JSON that cannot end the script element it stands in ("</"), nor open a comment in it ("<!--").
+std::string script_safe(const OrderedJson& data) {
+  std::string json = data.dump(-1, ' ', false, OrderedJson::error_handler_t::replace);
+  for (size_t at = 0; (at = json.find("</", at)) != std::string::npos; at += 3) json.insert(at + 1, "\\");
+  for (size_t at = 0; (at = json.find("<!--", at)) != std::string::npos; at += 9) json.replace(at, 1, "\\u003c");
+  return json;
 }
-const css = c => `rgb(${c[0]},${c[1]},${c[2]})`;
-const inkOn = c => 0.299 * c[0] + 0.587 * c[1] + 0.114 * c[2] < 140 ? '#fff' : '#1d2433';
-)html";
+
+/// `html` up to `mark` and behind `end`, which follows it.
+std::pair<std::string_view, std::string_view> around(std::string_view html, std::string_view mark,
+                                                     std::string_view end) {
+  const size_t from = html.find(mark), to = html.find(end, from);
+  MOESAIC_CHECK(from != std::string_view::npos && to != std::string_view::npos, DataError, "page: it has no '{}'",
+                mark);
+  return {html.substr(0, from), html.substr(to + end.size())};
+}
 
 }  // namespace
 
-std::string page_with(const char* head, const OrderedJson& data, const char* tail) {
-  std::string json = data.dump(-1, ' ', false, OrderedJson::error_handler_t::replace);
-  // "</" would end the script element; JSON allows the escaped slash.
-  for (size_t at = 0; (at = json.find("</", at)) != std::string::npos; at += 3) json.insert(at + 1, "\\");
-  // "<!--" would open a comment in it.
-  for (size_t at = 0; (at = json.find("<!--", at)) != std::string::npos; at += 9) json.replace(at, 1, "\\u003c");
-  return head + json + kScript + tail;
+std::string page_of(std::string_view html, std::string_view css, std::string_view js, const OrderedJson& data) {
+  const auto [head, after_style] = around(html, "<link rel=\"stylesheet\"", ">");
+  const auto [body, after_data] = around(after_style, "<script id=\"data\" type=\"application/json\">", "</script>");
+  const auto [between, tail] = around(after_data, "<script src=", "</script>");
+  return fmt::format("{}<style>\n{}</style>{}<script id=\"data\" type=\"application/json\">{}</script>{}<script>\n{}"
+                     "</script>{}",
+                     head, css, body, script_safe(data), between, js, tail);
 }
 
 }  // namespace moesaic::eval

@@ -1,13 +1,19 @@
 // Pages that draw the data put into them.
 #pragma once
 #include <string>
+#include <string_view>
 
 #include "moesaic/base/json.h"
 
 namespace moesaic::eval {
 
-/// `head`, which opens the script element "data" + the JSON, safe inside of it + a script's beginning with what all
-/// pages use + `tail`, which goes on with that script.
-std::string page_with(const char* head, const OrderedJson& data, const char* tail);
+/// `html` with its style sheet, its script and its data in it, so that it needs nothing from outside:
+///
+///   <link rel="stylesheet" href="...">                 becomes <style>css</style>
+///   <script id="data" type="application/json"></script>   holds the JSON, safe inside of the element
+///   <script src="..."></script>                        becomes <script>js</script>
+///
+/// Each must stand in `html` once.
+std::string page_of(std::string_view html, std::string_view css, std::string_view js, const OrderedJson& data);
 
 }  // namespace moesaic::eval

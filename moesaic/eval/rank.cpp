@@ -1,6 +1,7 @@
 #include "moesaic/eval/rank.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "moesaic/base/check.h"
 
@@ -41,7 +42,7 @@ RankQuestion make_rank_question(const tokenizer::Tokenizer& tokenizer, const std
     if (&ids != &whole[0]) shared = std::min<int64_t>(shared, differ - ids.begin());
   }
   shared = std::max<int64_t>(shared, 1);
-  question.prompt.assign(whole[0].begin(), whole[0].begin() + shared);
+  question.prompt.ids.assign(whole[0].begin(), whole[0].begin() + shared);
   for (size_t c = 0; c < whole.size(); ++c) {
     question.choices.emplace_back(whole[c].begin() + shared, whole[c].end());
     question.first_scored[c] -= shared;
@@ -51,66 +52,80 @@ RankQuestion make_rank_question(const tokenizer::Tokenizer& tokenizer, const std
 
 namespace {
 
-/// One of the two passes: all prompts, or the rest of all choices behind them.
-struct Pass {
-  nn::RaggedBatch batch;
-  std::vector<int64_t> of;   // the question of each sequence
-  compose::Borders borders;  // where the texts of choices begin
-  bool behind_prompt;        // sequence i goes on where the prompt of question of[i] ended
+/// The rest of all choices behind their prompts, and what predicts each of their tokens.
+struct Rest {
+  std::vector<std::vector<int64_t>> sequences;  // each choice of at least two tokens but its last one
+  std::vector<int64_t> of;                      // the question of each
+  nn::Borders borders;
+  std::vector<int64_t> source;   // per token of all choices: the row of [prompts; sequences] that predicts it
+  std::vector<int64_t> targets;  // these tokens
 };
 
-/// `forward` returns the final hidden states of a pass, [N, d].
-std::vector<std::vector<ChoiceScore>> rank_in_two_passes(const models::CausalLM& model,
-                                                         const std::vector<RankQuestion>& questions,
-                                                         const std::function<torch::Tensor(const Pass&)>& forward) {
-  if (questions.empty()) return {};
-  torch::NoGradGuard no_grad;
-  const torch::Device device = model.device();
-  auto to_index = [&](const std::vector<int64_t>& values) { return torch::tensor(values, torch::kInt64).to(device); };
-  std::vector<std::vector<int64_t>> prompts;
-  std::vector<int64_t> order, last_rows;
-  int64_t rows = 0;
-  for (size_t q = 0; q < questions.size(); ++q) {
-    prompts.push_back(questions[q].prompt);
-    order.push_back(static_cast<int64_t>(q));
-    last_rows.push_back((rows += static_cast<int64_t>(questions[q].prompt.size())) - 1);
-  }
-  Pass prompt_pass{nn::RaggedBatch::from_sequences(prompts, device), order, {}, false};
-  for (const RankQuestion& question : questions) {
-    // Where a choice's text begins in the middle of a shared token, that token belongs to all choices.
-    const bool ends = std::all_of(question.first_scored.begin(), question.first_scored.end(),
-                                  [](int64_t first) { return first == 0; });
-    prompt_pass.borders.push_back(ends ? std::vector{std::ssize(question.prompt)} : std::vector<int64_t>{});
-  }
-  const torch::Tensor prompt_hidden = forward(prompt_pass).index_select(0, to_index(last_rows));
-
-  // Behind a choice's first token, which the prompt predicts, each token but the last predicts the next.
-  std::vector<std::vector<int64_t>> rest;
-  std::vector<int64_t> rest_of;  // question of each entry of `rest`
-  compose::Borders rest_borders;
-  std::vector<int64_t> source;  // row of [prompt rows; rest rows] that predicts each token of all choices, in order
-  std::vector<int64_t> targets;
-  int64_t next_row = static_cast<int64_t>(questions.size());
+/// A choice's first token is predicted by its prompt; each of its tokens but the last predicts the next.
+Rest rest_of(const std::vector<RankQuestion>& questions) {
+  Rest rest;
+  int64_t next_row = std::ssize(questions);
   for (size_t q = 0; q < questions.size(); ++q) {
     for (size_t c = 0; c < questions[q].choices.size(); ++c) {
       const std::vector<int64_t>& choice = questions[q].choices[c];
-      source.push_back(static_cast<int64_t>(q));
-      for (size_t t = 1; t < choice.size(); ++t) source.push_back(next_row++);
-      targets.insert(targets.end(), choice.begin(), choice.end());
+      rest.source.push_back(static_cast<int64_t>(q));
+      for (size_t t = 1; t < choice.size(); ++t) rest.source.push_back(next_row++);
+      rest.targets.insert(rest.targets.end(), choice.begin(), choice.end());
       if (choice.size() == 1) continue;
-      rest.emplace_back(choice.begin(), choice.end() - 1);
-      rest_of.push_back(static_cast<int64_t>(q));
-      rest_borders.push_back({std::ssize(questions[q].prompt) + questions[q].first_scored[c]});
+      rest.sequences.emplace_back(choice.begin(), choice.end() - 1);
+      rest.of.push_back(static_cast<int64_t>(q));
+      rest.borders.push_back({std::ssize(questions[q].prompt.ids) + questions[q].first_scored[c]});
     }
   }
-  torch::Tensor hidden = prompt_hidden;
-  if (!rest.empty()) {
-    const Pass pass{nn::RaggedBatch::from_sequences(rest, device), rest_of, rest_borders, true};
-    hidden = torch::cat({prompt_hidden, forward(pass)});
+  return rest;
+}
+
+/// All prompts side by side, the last row of each wanted.
+models::Text prompts_of(const models::LanguageModel& model, const std::vector<RankQuestion>& questions) {
+  std::vector<generate::Prompt> prompts;
+  for (const RankQuestion& question : questions) prompts.push_back(question.prompt);
+  models::Text text = generate::text_of(model, prompts);
+  for (size_t q = 0; q < questions.size(); ++q) {
+    // Where a choice's text begins in the middle of a shared token, that token belongs to all choices.
+    const bool ends = std::all_of(questions[q].first_scored.begin(), questions[q].first_scored.end(),
+                                  [](int64_t first) { return first == 0; });
+    if (!ends) text.borders[q].clear();
   }
+  const std::vector<int64_t> ends(text.tokens.offsets.begin() + 1, text.tokens.offsets.end());
+  text.rows = (torch::tensor(ends, torch::kInt64) - 1).to(model.facts().device);
+  return text;
+}
+
+}  // namespace
+
+std::vector<std::vector<ChoiceScore>> rank(models::LanguageModel& model, const std::vector<RankQuestion>& questions,
+                                           const generate::RoutingCallback& routing) {
+  if (questions.empty()) return {};
+  torch::NoGradGuard no_grad;
+  const torch::Device device = model.facts().device;
+  const std::unique_ptr<models::Memory> memory = model.memory(std::ssize(questions));
+  auto hidden_of = [&](const models::Text& text, const std::vector<int64_t>& of) {
+    std::vector<nn::RoutingRecord> records;
+    nn::Pass pass;
+    if (routing) pass.routing = &records;
+    torch::Tensor hidden = model.hidden(text, pass, memory.get());
+    if (routing) routing(records, of);
+    return hidden;
+  };
+  std::vector<int64_t> all(questions.size());
+  std::iota(all.begin(), all.end(), 0);
+  torch::Tensor hidden = hidden_of(prompts_of(model, questions), all);
+  const Rest rest = rest_of(questions);
+  if (!rest.sequences.empty()) {
+    memory->keep(rest.of);
+    const models::Text text{nn::RaggedBatch::from_sequences(rest.sequences, device), rest.borders};
+    hidden = torch::cat({hidden, hidden_of(text, rest.of)});
+  }
+  auto to_index = [&](const std::vector<int64_t>& values) { return torch::tensor(values, torch::kInt64).to(device); };
   torch::Tensor greedy;
-  const torch::Tensor logprobs =
-      generate::target_logprobs(model, hidden.index_select(0, to_index(source)), to_index(targets), &greedy)
+  const torch::Tensor log_probs =
+      model.head()
+          .log_probs(hidden.index_select(0, to_index(rest.source)), to_index(rest.targets), &greedy)
           .to(torch::kCPU);
   greedy = greedy.to(torch::kCPU);
 
@@ -120,49 +135,15 @@ std::vector<std::vector<ChoiceScore>> rank_in_two_passes(const models::CausalLM&
     std::vector<ChoiceScore>& of_question = scores.emplace_back();
     for (size_t c = 0; c < question.choices.size(); ++c) {
       ChoiceScore score{0, true};
-      for (int64_t t = 0; t < static_cast<int64_t>(question.choices[c].size()); ++t, ++row) {
+      for (int64_t t = 0; t < std::ssize(question.choices[c]); ++t, ++row) {
         if (t < question.first_scored[c]) continue;
-        score.logprob += logprobs.data_ptr<float>()[row];
+        score.logprob += log_probs.data_ptr<float>()[row];
         score.is_greedy = score.is_greedy && greedy.data_ptr<bool>()[row];
       }
       of_question.push_back(score);
     }
   }
   return scores;
-}
-
-}  // namespace
-
-std::vector<std::vector<ChoiceScore>> rank(models::CausalLM& model, const std::vector<RankQuestion>& questions,
-                                           const torch::Tensor& sentence, const generate::RoutingCallback& routing) {
-  nn::KvCache cache = model.make_cache(std::ssize(questions));
-  torch::Tensor vectors = sentence;
-  return rank_in_two_passes(model, questions, [&](const Pass& pass) {
-    if (pass.behind_prompt) {
-      cache = cache.select(pass.of);
-      if (vectors.defined()) {
-        vectors = vectors.index_select(0, torch::tensor(pass.of, torch::kInt64).to(vectors.device()));
-      }
-    }
-    std::vector<nn::RoutingRecord> records;
-    nn::ForwardContext context;
-    context.cache = &cache;
-    context.sentence = vectors;
-    if (routing) context.routing = &records;
-    torch::Tensor hidden = model.hidden_states(pass.batch, context);
-    if (routing) routing(records, pass.of);
-    return hidden;
-  });
-}
-
-std::vector<std::vector<ChoiceScore>> rank(compose::Composition& composition,
-                                           const std::vector<RankQuestion>& questions) {
-  compose::CompositionState state = composition.make_state(std::ssize(questions));
-  return rank_in_two_passes(composition.anchor(), questions, [&](const Pass& pass) {
-    if (pass.behind_prompt) state = state.select(pass.of);
-    nn::ForwardContext context;
-    return composition.hidden_states(pass.batch, pass.borders, context, &state);
-  });
 }
 
 Winner first_largest(const std::vector<double>& values) {

@@ -9,7 +9,7 @@ namespace moesaic::eval {
 
 /// A prompt and its choices as tokens.
 struct RankQuestion {
-  std::vector<int64_t> prompt;                // what all choices share, at least one token
+  generate::Prompt prompt;                    // what all choices share, at least one token
   std::vector<std::vector<int64_t>> choices;  // the tokens behind it, at least one each
   std::vector<int64_t> first_scored;          // per choice: tokens before this one hold none of the choice's text
 };
@@ -27,15 +27,10 @@ struct ChoiceScore {
 };
 
 /// One list of scores per question. The questions form one ragged batch: prompts in one pass, the rest of all choices,
-/// each behind its own copy of the prompt's keys and values, in a second one.
-/// sentence: [B, d_e] for router input `sentence`, or undefined.
-std::vector<std::vector<ChoiceScore>> rank(models::CausalLM& model, const std::vector<RankQuestion>& questions,
-                                           const torch::Tensor& sentence = {},
+/// each behind its own copy of what is remembered of the prompt, in a second one. The beginning of a choice's text is a
+/// border.
+std::vector<std::vector<ChoiceScore>> rank(models::LanguageModel& model, const std::vector<RankQuestion>& questions,
                                            const generate::RoutingCallback& routing = nullptr);
-
-/// The same with a composition. The beginning of a choice's text is a border (compose::Borders).
-std::vector<std::vector<ChoiceScore>> rank(compose::Composition& composition,
-                                           const std::vector<RankQuestion>& questions);
 
 /// The first of the largest values, and whether it was not alone.
 struct Winner {

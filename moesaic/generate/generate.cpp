@@ -1,5 +1,8 @@
 #include "moesaic/generate/generate.h"
 
+#include <algorithm>
+#include <span>
+
 #include "moesaic/base/check.h"
 #include "moesaic/generate/sampling.h"
 #include "moesaic/generate/stop.h"
@@ -66,93 +69,40 @@ class Answer {
   Generation result_;
 };
 
-torch::Tensor to_index(const std::vector<int64_t>& values, torch::Device device) {
-  return torch::tensor(values, torch::kInt64).to(device);
+/// The last row of every sequence; undefined when there are no others.
+torch::Tensor last_rows(const nn::RaggedBatch& batch) {
+  if (batch.num_tokens() == batch.batch_size()) return {};
+  const std::vector<int64_t> ends(batch.offsets.begin() + 1, batch.offsets.end());
+  return (torch::tensor(ends, torch::kInt64) - 1).to(batch.tokens.device());
 }
 
-/// The last row of every sequence of hidden [N, d].
-torch::Tensor last_rows(const torch::Tensor& hidden, const nn::RaggedBatch& batch) {
-  if (batch.num_tokens() == batch.batch_size()) return hidden;
-  std::vector<int64_t> last;
-  for (int64_t b = 0; b < batch.batch_size(); ++b) last.push_back(batch.offsets[b + 1] - 1);
-  return hidden.index_select(0, to_index(last, hidden.device()));
-}
-
-/// A model in the middle of texts, with all it has cached of them.
+/// A model in the middle of texts.
 class Texts {
  public:
-  virtual ~Texts() = default;
-  /// Runs `batch` behind what was seen and returns the logits of every sequence's last row, [B, V] float32 on the CPU.
+  Texts(models::LanguageModel& model, models::Memory& memory, RoutingCallback routing)
+      : model_(model), memory_(memory), routing_(std::move(routing)) {}
+
+  /// Runs `text` behind what was seen and returns the logits of every sequence's last row, [B, V] float32 on the CPU.
   /// `sequences`: which of the prompts these are.
-  virtual torch::Tensor run(const nn::RaggedBatch& batch, const std::vector<int64_t>& sequences) = 0;
-  /// Keeps the sequences `rows`.
-  virtual void select(const std::vector<int64_t>& rows) = 0;
-  virtual int64_t length(int64_t b) const = 0;
-  virtual void truncate(int64_t b, int64_t length) = 0;
-  virtual models::CausalLM& model() const = 0;
-};
-
-class ModelTexts : public Texts {
- public:
-  ModelTexts(models::CausalLM& model, int64_t batch_size, torch::Tensor sentence, const RoutingCallback& routing)
-      : model_(model), cache_(model.make_cache(batch_size)), sentence_(std::move(sentence)), routing_(routing) {}
-
-  torch::Tensor run(const nn::RaggedBatch& batch, const std::vector<int64_t>& sequences) override {
+  torch::Tensor run(models::Text text, const std::vector<int64_t>& sequences) {
+    text.rows = last_rows(text.tokens);
     std::vector<nn::RoutingRecord> records;
-    nn::ForwardContext context;
-    context.cache = &cache_;
-    context.sentence = sentence_;
-    if (routing_) context.routing = &records;
-    const torch::Tensor hidden = last_rows(model_.hidden_states(batch, context), batch);
+    nn::Pass pass;
+    if (routing_) pass.routing = &records;
+    const torch::Tensor hidden = model_.hidden(text, pass, &memory_);
     if (routing_) routing_(records, sequences);
-    return model_.logits(hidden).to(torch::kCPU).contiguous();
+    return model_.head().logits(hidden).to(torch::kCPU).contiguous();
   }
-  void select(const std::vector<int64_t>& rows) override {
-    cache_ = cache_.select(rows);
-    if (sentence_.defined()) sentence_ = sentence_.index_select(0, to_index(rows, sentence_.device()));
+  /// One more token of each sequence.
+  torch::Tensor run(const std::vector<std::vector<int64_t>>& tokens, const std::vector<int64_t>& sequences) {
+    return run(models::Text{nn::RaggedBatch::from_sequences(tokens, model_.facts().device)}, sequences);
   }
-  int64_t length(int64_t b) const override { return cache_.length(b); }
-  void truncate(int64_t b, int64_t length) override { cache_.truncate(b, length); }
-  models::CausalLM& model() const override { return model_; }
-  void set_sentence(torch::Tensor sentence) { sentence_ = std::move(sentence); }
+  void keep(const std::vector<int64_t>& rows) { memory_.keep(rows); }
 
  private:
-  models::CausalLM& model_;
-  nn::KvCache cache_;
-  torch::Tensor sentence_;
+  models::LanguageModel& model_;
+  models::Memory& memory_;
   RoutingCallback routing_;
-};
-
-/// The first batch after construction or truncation ends with its prompts.
-class ComposedTexts : public Texts {
- public:
-  ComposedTexts(compose::Composition& composition, int64_t batch_size)
-      : composition_(composition), state_(composition.make_state(batch_size)) {}
-
-  torch::Tensor run(const nn::RaggedBatch& batch, const std::vector<int64_t>&) override {
-    compose::Borders borders;
-    if (at_prompt_) {
-      for (int64_t b = 0; b < batch.batch_size(); ++b) {
-        borders.push_back({length(b) + batch.offsets[b + 1] - batch.offsets[b]});
-      }
-    }
-    at_prompt_ = false;
-    nn::ForwardContext context;
-    const torch::Tensor hidden = composition_.hidden_states(batch, borders, context, &state_);
-    return model().logits(last_rows(hidden, batch)).to(torch::kCPU).contiguous();
-  }
-  void select(const std::vector<int64_t>& rows) override { state_ = state_.select(rows); }
-  int64_t length(int64_t b) const override { return state_.anchor.length(b); }
-  void truncate(int64_t b, int64_t length) override {
-    state_.truncate(b, length);
-    at_prompt_ = true;
-  }
-  models::CausalLM& model() const override { return composition_.anchor(); }
-
- private:
-  compose::Composition& composition_;
-  compose::CompositionState state_;
-  bool at_prompt_ = true;
 };
 
 /// Draws tokens for `live` until all are done. `texts` has seen everything but `logits`' next tokens. With one answer
@@ -173,144 +123,118 @@ void decode(Texts& texts, std::vector<Answer*> live, torch::Tensor logits, const
     }
     if (next.empty()) return;
     if (next.size() < live.size()) {
-      texts.select(kept);
+      texts.keep(kept);
       live = next;
     }
-    logits = texts.run(nn::RaggedBatch::from_sequences(tokens, texts.model().device()), sequences);
+    logits = texts.run(tokens, sequences);
   }
 }
 
-void check_prompt(const std::vector<int64_t>& prompt, size_t index, int64_t vocab_size) {
-  MOESAIC_CHECK(!prompt.empty(), UsageError, "prompt {}: it has no tokens. Give at least one word.", index);
-  for (int64_t id : prompt) {
-    MOESAIC_CHECK(id >= 0 && id < vocab_size, DataError,
-                  "prompt {}: token id {} is outside the model's vocabulary of {}. A tokenizer of another model?",
-                  index, id, vocab_size);
+/// One row per prompt of what prompts may leave out, or undefined when all do. `rest` is what a prompt without has.
+template <class T>
+torch::Tensor rows_of(const std::vector<Prompt>& prompts, std::vector<T> Prompt::*member, const std::vector<T>& rest) {
+  std::vector<torch::Tensor> rows;
+  bool given = false;
+  for (const Prompt& prompt : prompts) {
+    const std::vector<T>& own = prompt.*member;
+    given = given || !own.empty();
+    rows.push_back(torch::tensor(own.empty() ? rest : own, torch::kFloat32));
   }
+  return given ? torch::stack(rows) : torch::Tensor();
 }
 
-std::vector<Generation> answer_all(Texts& texts, const tokenizer::Tokenizer& tokenizer,
-                                   const std::vector<std::vector<int64_t>>& prompts, const SamplingOptions& options,
-                                   const StreamCallback& stream) {
+}  // namespace
+
+models::Text text_of(const models::LanguageModel& model, const std::vector<Prompt>& prompts) {
+  const size_t adapters = model.attachments().size();
+  std::vector<std::vector<int64_t>> sequences;
+  models::Text text;
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    const Prompt& prompt = prompts[i];
+    MOESAIC_CHECK(!prompt.ids.empty(), UsageError, "prompt {}: it has no tokens. Give at least one word.", i);
+    MOESAIC_CHECK(prompt.sentence.size() == prompts[0].sentence.size(), UsageError,
+                  "prompt {}: its sentence vector has {} numbers, expected {} as the first one's", i,
+                  prompt.sentence.size(), prompts[0].sentence.size());
+    MOESAIC_CHECK(prompt.mixture.empty() || prompt.mixture.size() == adapters, UsageError,
+                  "prompt {}: its mixture has {} weights, expected {}: one of every attached adapter", i,
+                  prompt.mixture.size(), adapters);
+    sequences.push_back(prompt.ids);
+    text.borders.push_back({std::ssize(prompt.ids)});
+  }
+  text.tokens = nn::RaggedBatch::from_sequences(sequences, model.facts().device);
+  text.sentence = rows_of(prompts, &Prompt::sentence, {});
+  text.mixture = rows_of(prompts, &Prompt::mixture, std::vector<double>(adapters, 1.0));
+  return text;
+}
+
+std::vector<Generation> generate(models::LanguageModel& model, const tokenizer::Tokenizer& tokenizer,
+                                 const std::vector<Prompt>& prompts, const SamplingOptions& options,
+                                 const Hooks& hooks) {
+  validate(options);
+  if (prompts.empty()) return {};
   torch::NoGradGuard no_grad;
+  const models::Text text = text_of(model, prompts);
   std::vector<Answer> answers;
   std::vector<Answer*> live;
   std::vector<int64_t> sequences;
   answers.reserve(prompts.size());
-  for (size_t i = 0; i < prompts.size(); ++i) {
-    check_prompt(prompts[i], i, texts.model().config().vocab_size);
-    live.push_back(&answers.emplace_back(static_cast<int64_t>(i), prompts[i], tokenizer, options));
-    sequences.push_back(static_cast<int64_t>(i));
+  for (const Prompt& prompt : prompts) {
+    sequences.push_back(std::ssize(answers));
+    live.push_back(&answers.emplace_back(sequences.back(), prompt.ids, tokenizer, options));
   }
-  const nn::RaggedBatch batch = nn::RaggedBatch::from_sequences(prompts, texts.model().device());
-  decode(texts, live, texts.run(batch, sequences), stream);
+  const std::unique_ptr<models::Memory> memory = model.memory(std::ssize(prompts));
+  Texts texts(model, *memory, hooks.routing);
+  decode(texts, live, texts.run(text, sequences), hooks.stream);
   std::vector<Generation> results;
   for (Answer& answer : answers) results.push_back(answer.take());
   return results;
 }
 
-}  // namespace
+Session::Session(models::LanguageModel& model, const tokenizer::Tokenizer& tokenizer)
+    : model_(model), tokenizer_(tokenizer), memory_(model.memory(1)) {}
 
-std::vector<Generation> generate(models::CausalLM& model, const tokenizer::Tokenizer& tokenizer,
-                                 const std::vector<std::vector<int64_t>>& prompts, const SamplingOptions& options,
-                                 const StreamCallback& stream, const torch::Tensor& sentence,
-                                 const RoutingCallback& routing) {
+Generation Session::answer(const Prompt& prompt, const SamplingOptions& options, const StreamCallback& stream) {
   validate(options);
-  if (prompts.empty()) return {};
-  ModelTexts texts(model, std::ssize(prompts), sentence, routing);
-  return answer_all(texts, tokenizer, prompts, options, stream);
-}
-
-std::vector<Generation> generate(compose::Composition& composition, const tokenizer::Tokenizer& tokenizer,
-                                 const std::vector<std::vector<int64_t>>& prompts, const SamplingOptions& options,
-                                 const StreamCallback& stream) {
-  validate(options);
-  if (prompts.empty()) return {};
-  ComposedTexts texts(composition, std::ssize(prompts));
-  return answer_all(texts, tokenizer, prompts, options, stream);
-}
-
-struct Session::Impl {
-  std::unique_ptr<Texts> texts;
-  ModelTexts* model_texts = nullptr;  // `texts` when it is a single model's
-};
-
-Session::Session(models::CausalLM& model, const tokenizer::Tokenizer& tokenizer)
-    : tokenizer_(tokenizer), impl_(std::make_unique<Impl>()) {
-  auto texts = std::make_unique<ModelTexts>(model, 1, torch::Tensor(), nullptr);
-  impl_->model_texts = texts.get();
-  impl_->texts = std::move(texts);
-}
-Session::Session(compose::Composition& composition, const tokenizer::Tokenizer& tokenizer)
-    : tokenizer_(tokenizer), impl_(std::make_unique<Impl>()) {
-  impl_->texts = std::make_unique<ComposedTexts>(composition, 1);
-}
-Session::~Session() = default;
-
-Generation Session::answer(const std::vector<int64_t>& prompt, const SamplingOptions& options,
-                           const StreamCallback& stream, const torch::Tensor& sentence) {
-  Texts& texts = *impl_->texts;
-  validate(options);
-  check_prompt(prompt, 0, texts.model().config().vocab_size);
   torch::NoGradGuard no_grad;
-  const bool same_sentence =
-      sentence.defined() == sentence_.defined() && (!sentence.defined() || sentence.equal(sentence_));
+  models::Text text = text_of(model_, {prompt});
+  // Sentence embeddings of the model are those of the whole prompt.
+  const bool embedded = model_.needs().sentence == nn::Needs::Sentence::kHidden;
   reused_ = 0;
-  if (same_sentence) {
-    const auto differ = std::mismatch(prompt.begin(), prompt.end(), seen_.begin(), seen_.end()).first;
+  if (prompt.sentence == last_.sentence && prompt.mixture == last_.mixture && (!embedded || prompt.ids == last_.ids)) {
+    const auto differ = std::mismatch(prompt.ids.begin(), prompt.ids.end(), seen_.begin(), seen_.end()).first;
     // The last token is always computed: its logits are what comes next.
-    reused_ = std::min<int64_t>(differ - prompt.begin(), static_cast<int64_t>(prompt.size()) - 1);
+    reused_ = std::min<int64_t>(differ - prompt.ids.begin(), std::ssize(prompt.ids) - 1);
   }
-  sentence_ = sentence;
-  if (impl_->model_texts) impl_->model_texts->set_sentence(sentence);
+  last_ = prompt;
   seen_.resize(reused_);
-  texts.truncate(0, reused_);
-  const std::vector<int64_t> rest(prompt.begin() + reused_, prompt.end());
-  const nn::RaggedBatch batch = nn::RaggedBatch::from_sequences({rest}, texts.model().device());
-  Answer answer(0, prompt, tokenizer_, options);
-  decode(texts, {&answer}, texts.run(batch, {0}), stream);
+  memory_->truncate(0, reused_);
+  text.tokens = nn::RaggedBatch::from_sequences({{prompt.ids.begin() + reused_, prompt.ids.end()}},
+                                                model_.facts().device);
+  Texts texts(model_, *memory_, nullptr);
+  Answer answer(0, prompt.ids, tokenizer_, options);
+  decode(texts, {&answer}, texts.run(text, {0}), stream);
   Generation result = answer.take();
-  seen_ = prompt;
+  seen_ = prompt.ids;
   seen_.insert(seen_.end(), result.ids.begin(), result.ids.end());
-  seen_.resize(texts.length(0));
+  seen_.resize(memory_->length(0));
   return result;
 }
 
-torch::Tensor target_logprobs(const models::CausalLM& model, const torch::Tensor& hidden, const torch::Tensor& targets,
-                              torch::Tensor* is_greedy) {
+std::vector<std::vector<float>> score(models::LanguageModel& model, const std::vector<Prompt>& prompts) {
   torch::NoGradGuard no_grad;
-  constexpr int64_t kLogitsPerChunk = int64_t{1} << 22;  // 16 MiB of float32
-  const int64_t rows = hidden.size(0);
-  const int64_t chunk = std::max<int64_t>(1, kLogitsPerChunk / model.config().vocab_size);
-  torch::Tensor result = torch::empty({rows}, torch::dtype(torch::kFloat32).device(hidden.device()));
-  if (is_greedy) *is_greedy = torch::empty({rows}, torch::dtype(torch::kBool).device(hidden.device()));
-  for (int64_t begin = 0; begin < rows; begin += chunk) {
-    const int64_t end = std::min(rows, begin + chunk);
-    const torch::Tensor logits = model.logits(hidden.slice(0, begin, end));
-    const torch::Tensor wanted = targets.slice(0, begin, end);
-    const torch::Tensor picked = logits.gather(1, wanted.unsqueeze(1)).squeeze(1);
-    result.slice(0, begin, end).copy_(picked - logits.logsumexp(1));
-    if (is_greedy) is_greedy->slice(0, begin, end).copy_(logits.argmax(1) == wanted);
-  }
-  return result;
-}
-
-std::vector<std::vector<float>> score(models::CausalLM& model, const std::vector<std::vector<int64_t>>& sequences,
-                                      const torch::Tensor& sentence) {
-  torch::NoGradGuard no_grad;
-  std::vector<std::vector<float>> scores(sequences.size());
-  if (sequences.empty()) return scores;
-  for (size_t i = 0; i < sequences.size(); ++i) check_prompt(sequences[i], i, model.config().vocab_size);
-  const nn::RaggedBatch batch = nn::RaggedBatch::from_sequences(sequences, model.device());
-  nn::ForwardContext context;
-  context.sentence = sentence;
-  const torch::Tensor hidden = model.hidden_states(batch, context);
-  for (int64_t b = 0; b < batch.batch_size(); ++b) {
-    const int64_t begin = batch.offsets[b], end = batch.offsets[b + 1];
+  std::vector<std::vector<float>> scores(prompts.size());
+  if (prompts.empty()) return scores;
+  const models::Text text = text_of(model, prompts);
+  nn::Pass pass;
+  const torch::Tensor hidden = model.hidden(text, pass);
+  for (int64_t b = 0; b < text.tokens.batch_size(); ++b) {
+    const int64_t begin = text.tokens.offsets[b], end = text.tokens.offsets[b + 1];
     if (end - begin < 2) continue;
-    const torch::Tensor logprobs =
-        target_logprobs(model, hidden.slice(0, begin, end - 1), batch.tokens.slice(0, begin + 1, end)).to(torch::kCPU);
-    scores[b].assign(logprobs.data_ptr<float>(), logprobs.data_ptr<float>() + logprobs.numel());
+    const torch::Tensor log_probs =
+        model.head()
+            .log_probs(hidden.slice(0, begin, end - 1), text.tokens.tokens.slice(0, begin + 1, end))
+            .to(torch::kCPU);
+    scores[b].assign(log_probs.data_ptr<float>(), log_probs.data_ptr<float>() + log_probs.numel());
   }
   return scores;
 }

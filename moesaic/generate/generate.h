@@ -1,10 +1,13 @@
-// Text generation over a causal model with a KV cache.
+// Text generation over a language model with a memory.
 #pragma once
+#include <torch/torch.h>
+
 #include <functional>
 #include <memory>
+#include <string>
+#include <vector>
 
-#include "moesaic/compose/composition.h"
-#include "moesaic/models/causal_lm.h"
+#include "moesaic/models/language_model.h"
 #include "moesaic/tokenizer/tokenizer.h"
 
 namespace moesaic::generate {
@@ -21,6 +24,20 @@ struct SamplingOptions {
   uint64_t seed = 0;
 };
 
+/// What is asked, and with which adapters.
+struct Prompt {
+  std::vector<int64_t> ids;       // at least one
+  std::vector<float> sentence{};  // for routers that read sentence vectors of a data column
+  std::vector<double> mixture{};  // a weight per attached adapter (LanguageModel::column); empty = all 1
+
+  bool operator==(const Prompt&) const = default;
+};
+
+/// Prompts side by side as a model reads them; every prompt's end is a border.
+/// Throws UsageError for a prompt without tokens, for sentence vectors that only some prompts have or that differ in
+/// length, and for weights of other than all attached adapters; each message names the prompt.
+models::Text text_of(const models::LanguageModel& model, const std::vector<Prompt>& prompts);
+
 struct Generation {
   std::vector<int64_t> ids;   // without the prompt; EOS included when it ended the answer
   std::string text;           // without EOS and stop string
@@ -35,49 +52,39 @@ using StreamCallback = std::function<bool(int64_t index, const std::string& piec
 using RoutingCallback =
     std::function<void(const std::vector<nn::RoutingRecord>& records, const std::vector<int64_t>& sequences)>;
 
+/// Who watches.
+struct Hooks {
+  StreamCallback stream{};
+  RoutingCallback routing{};
+};
+
 /// Answers every prompt; sequences leave the batch as they finish. A sequence's answer does not depend on its
-/// neighbours: each has its own generator seeded with seed + index.
-/// sentence: [B, d_e] for adapters with router input `sentence`, or undefined.
-/// Throws UsageError for an empty prompt or impossible options, DataError when the logits are not finite.
-std::vector<Generation> generate(models::CausalLM& model, const tokenizer::Tokenizer& tokenizer,
-                                 const std::vector<std::vector<int64_t>>& prompts, const SamplingOptions& options,
-                                 const StreamCallback& stream = nullptr, const torch::Tensor& sentence = {},
-                                 const RoutingCallback& routing = nullptr);
+/// neighbours: each has its own generator seeded with seed + index, its own sentence vectors and adapter weights.
+/// Throws UsageError as text_of does and for impossible options, DataError when the logits are not finite.
+std::vector<Generation> generate(models::LanguageModel& model, const tokenizer::Tokenizer& tokenizer,
+                                 const std::vector<Prompt>& prompts, const SamplingOptions& options,
+                                 const Hooks& hooks = {});
 
-/// The same with a composition; `tokenizer` is the anchor's. Every prompt's end is a border (compose::Borders).
-std::vector<Generation> generate(compose::Composition& composition, const tokenizer::Tokenizer& tokenizer,
-                                 const std::vector<std::vector<int64_t>>& prompts, const SamplingOptions& options,
-                                 const StreamCallback& stream = nullptr);
-
-/// One conversation whose keys and values are kept from answer to answer.
+/// One conversation whose memory is kept from answer to answer.
 class Session {
  public:
-  Session(models::CausalLM& model, const tokenizer::Tokenizer& tokenizer);
-  Session(compose::Composition& composition, const tokenizer::Tokenizer& tokenizer);
-  ~Session();
+  Session(models::LanguageModel& model, const tokenizer::Tokenizer& tokenizer);
   /// Answers `prompt`, the whole conversation so far. Only what differs from the tokens already seen is computed; other
-  /// `sentence` vectors than last time make everything before worthless and it is computed again.
-  Generation answer(const std::vector<int64_t>& prompt, const SamplingOptions& options,
-                    const StreamCallback& stream = nullptr, const torch::Tensor& sentence = {});
+  /// sentence vectors or adapter weights than last time make everything before worthless and it is computed again.
+  Generation answer(const Prompt& prompt, const SamplingOptions& options, const StreamCallback& stream = nullptr);
   /// Tokens of the last prompt that were not computed again.
   int64_t reused() const { return reused_; }
 
  private:
-  struct Impl;
+  models::LanguageModel& model_;
   const tokenizer::Tokenizer& tokenizer_;
-  std::unique_ptr<Impl> impl_;
-  std::vector<int64_t> seen_;  // the tokens whose keys and values are cached
-  torch::Tensor sentence_;
+  std::unique_ptr<models::Memory> memory_;
+  Prompt last_;
+  std::vector<int64_t> seen_;  // the tokens that memory_ holds
   int64_t reused_ = 0;
 };
 
-/// log p(ids[i+1] | ids[0..i]) in float32, one vector per sequence.
-std::vector<std::vector<float>> score(models::CausalLM& model, const std::vector<std::vector<int64_t>>& sequences,
-                                      const torch::Tensor& sentence = {});
-
-/// log softmax(head(hidden_m))[target_m] in float32 for rows of final-norm hidden states [M, d]; targets: [M] int64.
-/// Logits are made in chunks of rows, never whole. is_greedy, when given, becomes [M] bool: the target is the argmax.
-torch::Tensor target_logprobs(const models::CausalLM& model, const torch::Tensor& hidden, const torch::Tensor& targets,
-                              torch::Tensor* is_greedy = nullptr);
+/// log p(ids[i+1] | ids[0..i]) in float32, one vector per prompt.
+std::vector<std::vector<float>> score(models::LanguageModel& model, const std::vector<Prompt>& prompts);
 
 }  // namespace moesaic::generate

@@ -47,18 +47,23 @@ void Memory::add(int64_t count) {
   }
 }
 
-int64_t LanguageModel::activation_bytes(int64_t tokens, bool checkpointing) {
-  const int64_t input = facts().width * tokens * static_cast<int64_t>(c10::elementSize(facts().dtype));
+int64_t LanguageModel::saved_bytes(const std::vector<nn::Block*>& blocks, const Facts& facts, int64_t tokens,
+                                   bool checkpointing) {
+  const int64_t input = facts.width * tokens * static_cast<int64_t>(c10::elementSize(facts.dtype));
   int64_t saved = 0, largest = 0;
-  bool graph = false;
-  for (nn::Block* block : blocks()) {
-    graph = graph || block->trains();
-    if (!graph) continue;
+  for (const nn::Block* block : blocks) {
     const int64_t bytes = block->saved_bytes(tokens);
     largest = std::max(largest, bytes);
     saved += checkpointing ? input : bytes;
   }
   return checkpointing ? saved + largest : saved;
+}
+
+int64_t LanguageModel::activation_bytes(int64_t tokens, bool checkpointing) {
+  std::vector<nn::Block*> all = blocks();
+  // Below the first block that trains there is no graph.
+  all.erase(all.begin(), std::find_if(all.begin(), all.end(), [](const nn::Block* block) { return block->trains(); }));
+  return saved_bytes(all, facts(), tokens, checkpointing);
 }
 
 std::vector<std::string> LanguageModel::source_texts(int64_t, const std::vector<int64_t>&) const { return {}; }

@@ -109,6 +109,9 @@ class LanguageModel {
   virtual torch::Tensor run(const Text& text, nn::Pass& pass, Memory* memory) = 0;
   /// The frozen final hidden states of prompts, [N, d]: what sentence embeddings are means of. Adapters are disabled.
   virtual torch::Tensor prompt_states(const nn::RaggedBatch& prompts);
+  /// What these consecutive blocks of a model of such facts keep; see activation_bytes.
+  static int64_t saved_bytes(const std::vector<nn::Block*>& blocks, const Facts& facts, int64_t tokens,
+                             bool checkpointing);
   /// Derived destructors call it first: slots die with the blocks.
   void detach_all();
 

@@ -29,7 +29,7 @@ AdapterConfig config_of(const std::string& method) {
   return config;
 }
 
-std::unique_ptr<Adapter> make(const AdapterConfig& config, ToySites& toy) {
+std::shared_ptr<Adapter> make(const AdapterConfig& config, ToySites& toy) {
   return Adapter::create(config, toy.sites, torch::kCPU, 1);
 }
 
@@ -46,9 +46,9 @@ double scale_of(const AdapterConfig& config) {
   randomise(*adapter);
   const auto tensors = adapter->folder().tensors;
   torch::NoGradGuard no_grad;
-  nn::ForwardContext context;
+  nn::Pass pass;
   const auto x = torch::ones({1, 12});
-  const auto delta = toy.groups[1].forward(x, context) - toy.groups[1].base_forward(x);
+  const auto delta = toy.groups[1].forward(x, pass) - toy.groups[1].base(x, pass);
   const auto unscaled = x.mm(tensors.at(kO + ".lora_A.weight").t()).mm(tensors.at(kO + ".lora_B.weight").t());
   return (delta.norm() / unscaled.norm()).item<double>();
 }
@@ -88,20 +88,20 @@ TEST(Settings, DropoutReachesTheSites) {
   auto adapter = make(config, toy);
   randomise(*adapter);
   torch::NoGradGuard no_grad;
-  nn::ForwardContext context;
+  nn::Pass pass;
   const auto x = torch::ones({4, 12});
-  const auto whole = toy.groups[1].forward(x, context);
-  context.training = true;
-  EXPECT_FALSE(toy.groups[1].forward(x, context).allclose(whole));
+  const auto whole = toy.groups[1].forward(x, pass);
+  pass.training = true;
+  EXPECT_FALSE(toy.groups[1].forward(x, pass).allclose(whole));
 }
 
 TEST(Settings, GradientsHaveTheFilesLayout) {
   ToySites toy;
   auto adapter = make(config_of("lora"), toy);
   randomise(*adapter);
-  nn::ForwardContext context;
+  nn::Pass pass;
   const auto x = torch::randn({5, 12});
-  toy.groups[1].forward(x, context).sum().backward();
+  toy.groups[1].forward(x, pass).sum().backward();
   // L = sum of y = ... + scale x A^T B^T: dL/dB[o, r] = scale sum_n (x A^T)[n, r], for every output o.
   const auto a = adapter->folder().tensors.at(kO + ".lora_A.weight");
   const auto expected = (6.0 / 4 * x.mm(a.t()).sum(0)).expand({12, 4});
@@ -125,10 +125,10 @@ TEST(Settings, ExcludedModulesAreLeftOut) {
 nn::RoutingRecord route(ToySites& toy, const torch::Tensor& x, bool training = false) {
   torch::NoGradGuard no_grad;
   std::vector<nn::RoutingRecord> records;
-  nn::ForwardContext context;
-  context.routing = &records;
-  context.training = training;
-  toy.groups[1].forward(x, context);
+  nn::Pass pass;
+  pass.routing = &records;
+  pass.training = training;
+  toy.groups[1].forward(x, pass);
   EXPECT_EQ(records.size(), 1u);
   return records.at(0);
 }
@@ -206,9 +206,9 @@ TEST_F(Loaded, AVectorsEffectIsItsDistanceFromOne) {
     for (auto& parameter : adapter->parameters()) parameter.tensor.fill_(3.0);
     adapter->save(path_);
   }
-  auto half = Adapter::load(path_, toy_.sites, torch::kCPU, "", 0.5);
-  nn::ForwardContext context;
-  const auto y = toy_.sites.scales[1].slot->adapters.at(0)->forward(torch::ones({2, 1, 4}), context);  // k_proj
+  auto half = Adapter::open(path_, toy_.sites, torch::kCPU, "", 0.5);
+  nn::Pass pass;
+  const auto y = toy_.sites.scales[1].slot->adapters.at(0)->forward(torch::ones({2, 1, 4}), pass);  // k_proj
   EXPECT_TRUE(y.equal(torch::full({2, 1, 4}, 2.0)));  // 1 + 0.5 (3 - 1)
 }
 
@@ -220,9 +220,9 @@ TEST_F(Loaded, OtherBaseWeightsAreWarnedOf) {
   std::ostringstream log;
   spdlog::set_default_logger(
       std::make_shared<spdlog::logger>("test", std::make_shared<spdlog::sinks::ostream_sink_mt>(log)));
-  Adapter::load(path_, toy_.sites, torch::kCPU, "sha256:aaaa");
+  Adapter::open(path_, toy_.sites, torch::kCPU, "sha256:aaaa");
   EXPECT_THAT(log.str(), Not(HasSubstr("other base weights")));
-  Adapter::load(path_, toy_.sites, torch::kCPU, "sha256:bbbb");
+  Adapter::open(path_, toy_.sites, torch::kCPU, "sha256:bbbb");
   EXPECT_THAT(log.str(), HasSubstr("other base weights"));
   spdlog::set_default_logger(usual);
 }

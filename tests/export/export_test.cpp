@@ -71,11 +71,11 @@ class Export : public testing::Test {
   torch::Tensor logits(const fs::path& model_dir, const fs::path& adapter_dir = {}) const {
     torch::NoGradGuard no_grad;
     auto model = models::CausalLM::load(*formats::Checkpoint::open(model_dir), {});
-    std::unique_ptr<adapters::Adapter> adapter;
-    if (!adapter_dir.empty()) adapter = adapters::Adapter::load(adapter_dir, model->sites(), torch::kCPU, "");
-    nn::ForwardContext context;
+    std::shared_ptr<adapters::Adapter> adapter;
+    if (!adapter_dir.empty()) adapter = adapters::Adapter::open(adapter_dir, model->sites(), torch::kCPU, "");
+    nn::Pass pass;
     const auto batch = nn::RaggedBatch::from_sequences({{1, 5, 9, 2, 28, 7}, {3, 3}});
-    return model->logits(model->hidden_states(batch, context));
+    return model->head().logits(model->hidden({batch}, pass));
   }
 
   void expect_merge_keeps_logits(const fs::path& adapter_dir) {

@@ -60,9 +60,9 @@ TEST(CausalLM, GradientCheckAlongARandomDirection) {
   for (const auto& [name, config] : tiny_configs()) {
     auto model = random_model(config, torch::kFloat64);
     auto loss = [&] {
-      nn::ForwardContext context;
-      const auto hidden = model->hidden_states(nn::RaggedBatch::from_sequences(kSequences), context);
-      return at::linear(hidden, model->head_weight()).square().mean();
+      nn::Pass pass;
+      const auto hidden = model->hidden({nn::RaggedBatch::from_sequences(kSequences)}, pass);
+      return at::linear(hidden, model->head().weight()).square().mean();
     };
     std::vector<torch::Tensor> parameters = model->parameters(), directions;
     for (auto& p : parameters) {
@@ -116,16 +116,16 @@ TEST(CausalLM, CachedEqualsFullForTokensChunksAndBatches) {
     const auto full = logits_of(*model, sequences).view({2, 8, -1});
     for (const std::vector<int64_t>& chunks :
          std::vector<std::vector<int64_t>>{{1, 1, 1, 1, 1, 1, 1, 1}, {5, 1, 2}, {3, 4, 1}}) {
-      nn::KvCache cache = model->make_cache(2);
+      const auto memory = model->memory(2);
       int64_t done = 0;
       for (int64_t count : chunks) {
         std::vector<std::vector<int64_t>> step;
         for (const auto& s : sequences) step.emplace_back(s.begin() + done, s.begin() + done + count);
-        const auto got = logits_of(*model, step, &cache).view({2, count, -1});
+        const auto got = logits_of(*model, step, memory.get()).view({2, count, -1});
         EXPECT_LT(relative_error(got, full.narrow(1, done, count)), 1e-5) << name << " at " << done;
         done += count;
       }
-      EXPECT_EQ(cache.length(1), 8);
+      EXPECT_EQ(memory->length(1), 8);
     }
   }
 }
@@ -140,31 +140,31 @@ TEST(CausalLM, LayersCanBeRunOneByOne) {
   torch::NoGradGuard no_grad;
   auto model = random_model(tiny_configs().front().second);
   const auto batch = nn::RaggedBatch::from_sequences(kSequences);
-  nn::ForwardContext context;
-  model->prepare(batch, context);
+  nn::Pass pass;
+  model->prepare(batch, pass);
   torch::Tensor h = model->embed(batch.tokens);
-  for (int64_t i = 0; i < model->config().num_layers; ++i) h = model->run_layers(h, i, i + 1, context);
-  EXPECT_TRUE(torch::equal(model->logits(model->final_norm(h)), logits_of(*model, kSequences)));
+  for (int64_t i = 0; i < model->config().num_layers; ++i) h = model->run_blocks(h, i, i + 1, pass);
+  EXPECT_TRUE(torch::equal(model->head().logits(model->finish(h, {})), logits_of(*model, kSequences)));
 }
 
 TEST(CausalLM, PositionsContinueBehindTheCache) {
   torch::NoGradGuard no_grad;
   auto model = random_model(tiny_configs().front().second);
-  nn::KvCache cache = model->make_cache(2);
-  logits_of(*model, {{1, 2, 3}, {4}}, &cache);
-  nn::ForwardContext context;
-  context.cache = &cache;
-  model->prepare(nn::RaggedBatch::from_sequences({{5, 6}, {7}}), context);
-  EXPECT_TRUE(torch::equal(context.positions, torch::tensor({3, 4, 1}, torch::kInt64)));
-  EXPECT_TRUE(torch::equal(context.segments, torch::tensor({0, 0, 1}, torch::kInt64)));
+  const auto memory = model->memory(2);
+  logits_of(*model, {{1, 2, 3}, {4}}, memory.get());
+  nn::Pass pass;
+  pass.cache = &static_cast<CacheMemory&>(*memory).cache;
+  model->prepare(nn::RaggedBatch::from_sequences({{5, 6}, {7}}), pass);
+  EXPECT_TRUE(torch::equal(pass.positions, torch::tensor({3, 4, 1}, torch::kInt64)));
+  EXPECT_TRUE(torch::equal(pass.segments, torch::tensor({0, 0, 1}, torch::kInt64)));
 }
 
 TEST(CausalLM, RefusesForeignTokensAndCaches) {
   auto model = random_model(tiny_configs().front().second);
   EXPECT_THAT(message_of<DataError>([&] { logits_of(*model, {{1, 53}}); }), HasSubstr("got 53, expected 0 to 52"));
   EXPECT_THROW(logits_of(*model, {{-1}}), DataError);
-  nn::KvCache cache = model->make_cache(2);
-  EXPECT_THROW(logits_of(*model, {{1}}, &cache), ShapeError);
+  const auto memory = model->memory(2);
+  EXPECT_THROW(logits_of(*model, {{1}}, memory.get()), ShapeError);
 }
 
 TEST(CausalLM, SitesCarryModulePathsAndShapes) {
@@ -178,22 +178,25 @@ TEST(CausalLM, SitesCarryModulePathsAndShapes) {
     ASSERT_NE(weight, nullptr) << site.name;
     EXPECT_EQ(weight->sizes().vec(), (std::vector<int64_t>{site.out, site.in}));
     // The member is a view of its group's matrix.
-    EXPECT_TRUE(torch::equal(site.group->weight().narrow(0, site.group->column(site.index), site.out), *weight));
-    EXPECT_EQ(weight->data_ptr(), site.group->weight()[site.group->column(site.index)].data_ptr());
+    const auto identity = torch::eye(site.in);
+    const auto product = site.group->matrix()->outputs(site.group->column(site.index), site.out)->product(identity, {});
+    EXPECT_TRUE(product.equal(weight->t()));
   }
   EXPECT_FALSE(sites.has_qk_norm);
-  EXPECT_EQ(sites.scales.size(), 2u * 8);
+  EXPECT_EQ(sites.scales.size(), 2u * (7 + 7 + 1));  // inputs, outputs, the FFN branch
   auto qwen3 = random_model(configs[5].second);
   EXPECT_TRUE(qwen3->sites().has_qk_norm);
-  EXPECT_EQ(qwen3->sites().scales.size(), 2u * 10);  // and the normed queries and keys
+  EXPECT_EQ(qwen3->sites().scales.size(), 2u * (7 + 7 + 1 + 2));  // and the normed queries and keys
 }
 
 /// Multiplies by a constant.
 struct Scaling : nn::ScaleAdapter {
-  torch::Tensor forward(const torch::Tensor& y, nn::ForwardContext&) override { return y * 3; }
-  torch::Tensor forward_ffn(const torch::Tensor& act, const torch::Tensor& up, nn::ForwardContext&) override {
+  torch::Tensor forward(const torch::Tensor& y, nn::Pass&) override { return y * 3; }
+  torch::Tensor forward_ffn(const torch::Tensor& act, const torch::Tensor& up, nn::Pass&) override {
     return act * 3 * up;
   }
+  bool trains() const override { return false; }
+  int64_t saved_per_row() const override { return 0; }
 };
 
 TEST(CausalLM, ScaleSitesActOnWhatTheirNameSaysCachedToo) {
@@ -210,9 +213,9 @@ TEST(CausalLM, ScaleSitesActOnWhatTheirNameSaysCachedToo) {
       site.slot->adapters = {std::make_shared<Scaling>()};
       EXPECT_LT(relative_error(logits_of(*adapted, kSequences), logits_of(*scaled, kSequences)), 1e-5)
           << name << " " << site.name;
-      nn::KvCache cache = adapted->make_cache(1);
-      logits_of(*adapted, {{1, 2, 3}}, &cache);
-      EXPECT_LT(relative_error(logits_of(*adapted, {{4}}, &cache), logits_of(*scaled, {{1, 2, 3, 4}}).narrow(0, 3, 1)),
+      const auto memory = adapted->memory(1);
+      logits_of(*adapted, {{1, 2, 3}}, memory.get());
+      EXPECT_LT(relative_error(logits_of(*adapted, {{4}}, memory.get()), logits_of(*scaled, {{1, 2, 3, 4}}).narrow(0, 3, 1)),
                 1e-5)
           << name << " " << site.name;
       site.slot->adapters.clear();
@@ -225,7 +228,7 @@ TEST(CausalLM, MetaDeviceAllocatesNothing) {
   config["hidden_size"] = 65'536;
   config["vocab_size"] = 1'000'000;
   const CausalLM model(parse_decoder_config(config, "config.json"), torch::kMeta);
-  EXPECT_EQ(model.head_weight().sizes().vec(), (std::vector<int64_t>{1'000'000, 65'536}));
+  EXPECT_EQ(model.head().weight().sizes().vec(), (std::vector<int64_t>{1'000'000, 65'536}));
 }
 
 TEST(CausalLMLoad, EveryFamilyLoadsWhatItSaved) {
@@ -293,9 +296,9 @@ TEST(CausalLMLoad, Int8StaysNearFloat) {
     // Rounding to 127 steps per row: 0.4 % of the largest weight, through 2 layers with random weights.
     EXPECT_LT((prefill - expected).norm().item<double>() / expected.norm().item<double>(), 0.05) << name;
     EXPECT_FALSE(torch::equal(prefill, expected)) << name;
-    nn::KvCache cache = quantized->make_cache(1);
-    logits_of(*quantized, {{1, 2, 3, 4, 5, 6}}, &cache);
-    EXPECT_LT(relative_error(logits_of(*quantized, {{7}}, &cache), prefill.narrow(0, 6, 1)), 1e-3) << name;
+    const auto memory = quantized->memory(1);
+    logits_of(*quantized, {{1, 2, 3, 4, 5, 6}}, memory.get());
+    EXPECT_LT(relative_error(logits_of(*quantized, {{7}}, memory.get()), prefill.narrow(0, 6, 1)), 1e-3) << name;
   }
 }
 

@@ -45,7 +45,7 @@ TEST(Initialize, ATiedEmbeddingIsAHead) {
   Json config = wide_config();
   config["tie_word_embeddings"] = true;
   const auto model = initialized(config, 5);
-  EXPECT_NEAR(model->head_weight().std().item<double>() / 0.02, 1.0, 0.022);
+  EXPECT_NEAR(model->head().weight().std().item<double>() / 0.02, 1.0, 0.022);
 }
 
 TEST(Initialize, EveryFamilyStartsWithNeutralNormsAndFiniteLogits) {

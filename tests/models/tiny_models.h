@@ -62,10 +62,9 @@ inline std::shared_ptr<models::CausalLM> random_model(const Json& config, torch:
 }
 
 inline torch::Tensor logits_of(models::CausalLM& model, const std::vector<std::vector<int64_t>>& sequences,
-                               nn::KvCache* cache = nullptr) {
-  nn::ForwardContext context;
-  context.cache = cache;
-  return model.logits(model.hidden_states(nn::RaggedBatch::from_sequences(sequences), context));
+                               models::Memory* memory = nullptr) {
+  nn::Pass pass;
+  return model.head().logits(model.hidden({nn::RaggedBatch::from_sequences(sequences)}, pass, memory));
 }
 
 /// Tensors in memory, as a checkpoint.

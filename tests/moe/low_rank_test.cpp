@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include "moesaic/moe/scale.h"
+#include "moesaic/nn/kernels.h"
 #include "tests/moe/largest_allocation.h"
 
 namespace moesaic::moe {
@@ -43,7 +45,7 @@ struct Fixture {
     const int64_t in = group.members()[index]->weight.size(1), out = group.outs()[index];
     e->a = torch::randn({count, rank, in}, leaf) * 0.3;
     e->b = torch::randn({count * rank, out}, leaf) * 0.3;
-    if (count > 1) e->router = {torch::randn({count, in}, leaf) * 0.3, options, "site", 0};
+    if (count > 1) e->router = {torch::randn({count, in}, leaf) * 0.3, options, "owner", "site", 0};
     LowRankGroup::of(group)->add(e, /*trainable=*/true);
     experts.push_back(e);
   }
@@ -97,9 +99,9 @@ struct Fixture {
 
 void expect_equals_naive(Fixture& fixture, double tolerance, bool collect_routing = false) {
   std::vector<nn::RoutingRecord> routing;
-  nn::ForwardContext context;
-  if (collect_routing) context.routing = &routing;
-  const auto y = fixture.group.forward(fixture.x, context);
+  nn::Pass pass;
+  if (collect_routing) pass.routing = &routing;
+  const auto y = fixture.group.forward(fixture.x, pass);
   const auto expected = fixture.naive(fixture.x);
   EXPECT_LT((y - expected).abs().max().item<double>(), tolerance * expected.abs().max().item<double>());
   const auto got = fixture.gradients(y), want = fixture.gradients(expected);
@@ -158,9 +160,9 @@ TEST(LowRankGroup, LargeRouterLogitsStayFinite) {
   Fixture fixture({21, 16, {12}, {0}, 5, 2});
   torch::NoGradGuard no_grad;
   fixture.experts[0]->router.weight.mul_(500);  // logits of a few hundred: exp of them overflows float32
-  nn::ForwardContext context;
+  nn::Pass pass;
   const auto expected = fixture.naive(fixture.x);
-  const auto difference = (fixture.group.forward(fixture.x, context) - expected).abs().max().item<double>();
+  const auto difference = (fixture.group.forward(fixture.x, pass) - expected).abs().max().item<double>();
   EXPECT_LT(difference, 1e-3 * expected.abs().max().item<double>());
 }
 
@@ -168,10 +170,10 @@ TEST(LowRankGroup, TheRouterReadsTheInputBeforeDropout) {
   Fixture fixture({9, 16, {12}, {0}, 3, 2});
   fixture.experts[0]->dropout = 0.5;
   std::vector<nn::RoutingRecord> routing;
-  nn::ForwardContext context;
-  context.training = true;
-  context.routing = &routing;
-  fixture.group.forward(fixture.x, context);
+  nn::Pass pass;
+  pass.training = true;
+  pass.routing = &routing;
+  fixture.group.forward(fixture.x, pass);
   ASSERT_EQ(routing.size(), 1u);
   EXPECT_TRUE(routing[0].probs.allclose(at::linear(fixture.x, fixture.experts[0]->router.weight).softmax(-1), 1e-5));
 }
@@ -196,20 +198,20 @@ TEST(LowRankGroup, TemperatureFlattensTheRouter) {
 
 TEST(LowRankGroup, NoGradientReachesAFrozenInput) {
   Fixture fixture({9, 16, {12}, {0}, 3, 2});
-  nn::ForwardContext context;
+  nn::Pass pass;
   const auto frozen = fixture.x.detach();
-  fixture.group.forward(frozen, context).sum().backward();
+  fixture.group.forward(frozen, pass).sum().backward();
   EXPECT_TRUE(fixture.experts[0]->a.grad().defined());
   EXPECT_FALSE(frozen.grad().defined());
 }
 
 TEST(LowRankGroup, DisabledAdapterIsTheBase) {
   Fixture fixture({9, 16, {12}, {0}, 3, 2});
-  nn::ForwardContext context;
-  const auto adapted = fixture.group.forward(fixture.x, context);
+  nn::Pass pass;
+  const auto adapted = fixture.group.forward(fixture.x, pass);
   nn::AdapterDisabled guard;
-  const auto base = fixture.group.forward(fixture.x, context);
-  EXPECT_TRUE(base.equal(fixture.group.base_forward(fixture.x)));
+  const auto base = fixture.group.forward(fixture.x, pass);
+  EXPECT_TRUE(base.equal(fixture.group.base(fixture.x, pass)));
   EXPECT_FALSE(base.allclose(adapted));
 }
 
@@ -218,27 +220,102 @@ TEST(LowRankGroup, TwoAdaptersAddTheirDeltas) {
   expect_equals_naive(fixture, kTolerance);
 }
 
+TEST(LowRankGroup, TheRowsWeightsMultiplyEachAdapter) {
+  // y = W x + w_0 delta_0 + w_1 delta_1, a row's w from its sequence.
+  Fixture fixture({5, 16, {12}, {0, 0}, 3, 2});
+  nn::Pass pass;
+  const auto base = fixture.group.base(fixture.x, pass);
+  std::vector<torch::Tensor> deltas;
+  pass.segments = torch::tensor({0, 0, 1, 1, 1}, torch::kInt64);
+  fixture.experts[0]->column = 0;
+  fixture.experts[1]->column = 1;
+  for (int64_t column = 0; column < 2; ++column) {
+    pass.mixture = torch::zeros({2, 2});
+    pass.mixture.select(1, column).fill_(1);
+    deltas.push_back(fixture.group.forward(fixture.x, pass) - base);
+  }
+  pass.mixture = torch::tensor({{0.25f, 2.f}, {1.f, 0.f}});
+  const auto weights = pass.mixture.index_select(0, pass.segments);
+  const auto expected = base + weights.narrow(1, 0, 1) * deltas[0] + weights.narrow(1, 1, 1) * deltas[1];
+  const auto y = fixture.group.forward(fixture.x, pass);
+  EXPECT_TRUE(y.allclose(expected, 1e-4, 1e-5));
+  const auto got = fixture.gradients(y);
+  const auto want = fixture.gradients(expected);
+  for (size_t i = 0; i < want.size(); ++i) EXPECT_TRUE(got[i].allclose(want[i], 1e-3, 1e-4)) << i;
+}
+
+TEST(LowRankGroup, ScalesAndDeltasStandTogether) {
+  // y = (W (x m) + b) l + scale B A x.
+  Fixture fixture({7, 16, {12}, {0}, 1, 2});
+  nn::Pass pass;
+  const auto& member = fixture.group.members()[0];
+  const auto m = torch::randn({1, 16}).set_requires_grad(true), l = torch::randn({1, 12}).set_requires_grad(true);
+  fixture.group.input_slot(0).adapters = {std::make_shared<ScaleExperts>(m, Router{}, 1.0)};
+  fixture.group.output_slot(0).adapters = {std::make_shared<ScaleExperts>(l, Router{}, 1.0)};
+  const auto& e = *fixture.experts[0];
+  const auto expected = at::linear(fixture.x * m, member->weight, member->bias) * l +
+                        e.scale * at::linear(fixture.x, e.a.squeeze(0)).mm(e.b);
+  const auto y = fixture.group.forward(fixture.x, pass);
+  EXPECT_TRUE(y.allclose(expected, 1e-4, 1e-5));
+  const auto got = fixture.gradients(y);
+  const auto want = fixture.gradients(expected);
+  for (size_t i = 0; i < want.size(); ++i) EXPECT_TRUE(got[i].allclose(want[i], 1e-3, 1e-4)) << i;
+  EXPECT_TRUE(m.grad().defined() && l.grad().defined());
+}
+
+TEST(LowRankGroup, AnInt8BaseIsTrainedThrough) {
+  Fixture fixture({7, 16, {12}, {0}, 3, 2});
+  nn::Pass pass;
+  const auto [rows, scales] = nn::quantize_rows_int8(fixture.group.members()[0]->weight.detach());
+  fixture.group.quantize_int8();
+  const auto y = fixture.group.forward(fixture.x, pass);
+  const auto got = fixture.gradients(y);
+  // The same with the rounded weights as floats.
+  Fixture floats({7, 16, {12}, {0}, 3, 2});
+  {
+    torch::NoGradGuard no_grad;
+    floats.group.members()[0]->weight.copy_(rows.to(torch::kFloat32) * scales.unsqueeze(1));
+  }
+  const auto expected = floats.group.forward(floats.x, pass);
+  // Decoding's kernel rounds x to 16 bits.
+  EXPECT_TRUE(y.allclose(expected, 1e-3, 1e-3));
+  const auto want = floats.gradients(expected);
+  for (size_t i = 0; i < want.size(); ++i) EXPECT_TRUE(got[i].allclose(want[i], 1e-3, 1e-3)) << i;
+}
+
+TEST(LowRankGroup, AFrozenAdapterGetsNoGradientButPassesOneOn) {
+  Fixture fixture({7, 16, {12}, {0}, 3, 2});
+  nn::Pass pass;
+  const auto want = fixture.gradients(fixture.group.forward(fixture.x, pass))[0];
+  for (auto leaf : fixture.leaves()) leaf.mutable_grad() = torch::Tensor();
+  auto& e = *fixture.experts[0];
+  for (torch::Tensor* leaf : {&e.a, &e.b, &e.router.weight}) leaf->set_requires_grad(false);
+  (fixture.group.forward(fixture.x, pass) * fixture.direction).sum().backward();
+  EXPECT_TRUE(fixture.x.grad().allclose(want, 1e-5, 1e-6));
+  EXPECT_FALSE(e.a.grad().defined());
+}
+
 TEST(LowRankGroup, RemovedExpertsLeaveTheRestAsItWas) {
   Fixture fixture({9, 16, {12, 4}, {0, 1}, 3, 2});
   LowRankGroup::of(fixture.group)->remove(fixture.experts[0], fixture.group);
-  ASSERT_NE(fixture.group.adapter, nullptr);
+  ASSERT_NE(fixture.group.delta, nullptr);
   const auto last = fixture.experts[1];
   fixture.experts.erase(fixture.experts.begin());
   expect_equals_naive(fixture, kTolerance);
   LowRankGroup::of(fixture.group)->remove(last, fixture.group);
-  EXPECT_EQ(fixture.group.adapter, nullptr);
+  EXPECT_EQ(fixture.group.delta, nullptr);
 }
 
 TEST(LowRankGroup, DropoutKeepsTheMeanAndOnlyActsInTraining) {
   Fixture fixture({4, 16, {12}, {0}, 1, 2});
   fixture.experts[0]->dropout = 0.5;
-  nn::ForwardContext context;
-  EXPECT_TRUE(fixture.group.forward(fixture.x, context).allclose(fixture.naive(fixture.x), 1e-4, 1e-5));
-  context.training = true;
+  nn::Pass pass;
+  EXPECT_TRUE(fixture.group.forward(fixture.x, pass).allclose(fixture.naive(fixture.x), 1e-4, 1e-5));
+  pass.training = true;
   torch::NoGradGuard no_grad;
   torch::Tensor sum = torch::zeros({4, 12});
   constexpr int kDraws = 4000;
-  for (int i = 0; i < kDraws; ++i) sum += fixture.group.forward(fixture.x, context);
+  for (int i = 0; i < kDraws; ++i) sum += fixture.group.forward(fixture.x, pass);
   const auto expected = fixture.naive(fixture.x);
   // The mean of 4000 draws has a standard error below 2 % of the largest entry here.
   EXPECT_LT((sum / kDraws - expected).abs().max().item<double>(), 0.08 * expected.abs().max().item<double>());
@@ -250,8 +327,8 @@ TEST(LowRankGroup, NothingOfShapeRowsTimesExpertsTimesWidthIsMade) {
   size_t largest = 0;
   {
     LargestAllocation meter;
-    nn::ForwardContext context;
-    (fixture.group.forward(fixture.x, context) * fixture.direction).sum().backward();
+    nn::Pass pass;
+    (fixture.group.forward(fixture.x, pass) * fixture.direction).sum().backward();
     largest = meter.bytes();
   }
   // The largest legitimate tensor is the group's output or the joint x A^T with its logits: [N, 2*E*(r+1)] here.

@@ -34,7 +34,7 @@ TEST(TopkWeights, TopOneStillGivesTheRouterAGradient) {
 }
 
 nn::RoutingRecord record(torch::Tensor probs, torch::Tensor weights) {
-  return {"site", 0, probs.log(), probs, weights, 1};
+  return {"owner", "site", 0, true, probs.log(), probs, weights, 1};
 }
 
 TEST(BalanceLoss, ClosedFormOnThreeTokens) {
@@ -55,20 +55,20 @@ TEST(BalanceLoss, TopTwoCountsBothSlots) {
 TEST(BalanceLoss, HasAGradientUnderSoftMerging) {
   auto logits = torch::tensor({{1.0, 0.0}, {2.0, 0.0}}, torch::requires_grad());
   const auto probs = logits.softmax(-1);
-  balance_loss({"site", 0, logits, probs, probs, 1}).backward();
+  balance_loss({"owner", "site", 0, true, logits, probs, probs, 1}).backward();
   EXPECT_GT(logits.grad().abs().sum().item<double>(), 1e-3);
 }
 
 TEST(ZLoss, IsTheMeanSquaredLogSumExp) {
   const auto logits = torch::tensor({{0.0, 0.0}, {1.0, 1.0}});
   const double expected = (std::pow(std::log(2.0), 2) + std::pow(1 + std::log(2.0), 2)) / 2;
-  EXPECT_NEAR(z_loss({"site", 0, logits, logits.softmax(-1), logits.softmax(-1), 1}).item<double>(), expected, 1e-6);
+  EXPECT_NEAR(z_loss({"owner", "site", 0, true, logits, logits.softmax(-1), logits.softmax(-1), 1}).item<double>(), expected, 1e-6);
 }
 
 TEST(Router, TemperatureDividesTheLogits) {
   RouterOptions options;
   options.temperature = 2.0;
-  const Router router{torch::tensor({{1.0, 2.0}, {3.0, 4.0}}), options, "site", 0};
+  const Router router{torch::tensor({{1.0, 2.0}, {3.0, 4.0}}), options, "owner", "site", 0};
   // u W^T = (1 - 2, 3 - 4)
   EXPECT_TRUE(router.logits(torch::tensor({{1.0, -1.0}}), {}).equal(torch::tensor({{-0.5, -0.5}})));
 }
@@ -76,12 +76,12 @@ TEST(Router, TemperatureDividesTheLogits) {
 TEST(Router, JitterScalesTheInputToBothSidesAndOnlyInTraining) {
   RouterOptions options;
   options.jitter = 0.25;
-  const Router router{torch::ones({1, 1}), options, "site", 0};
+  const Router router{torch::ones({1, 1}), options, "owner", "site", 0};
   const auto input = torch::ones({1000, 1});
-  nn::ForwardContext context;
-  EXPECT_TRUE(router.logits(input, context).equal(input));
-  context.training = true;
-  const auto factors = router.logits(input, context);
+  nn::Pass pass;
+  EXPECT_TRUE(router.logits(input, pass).equal(input));
+  pass.training = true;
+  const auto factors = router.logits(input, pass);
   EXPECT_GE(factors.min().item<float>(), 0.75f);
   EXPECT_LE(factors.max().item<float>(), 1.25f);
   // 1000 draws of uniform(0.75, 1.25): that none lies in an outer tenth has a chance of 0.9^1000.
@@ -90,19 +90,19 @@ TEST(Router, JitterScalesTheInputToBothSidesAndOnlyInTraining) {
 }
 
 TEST(Router, SentenceInputNeedsSentenceVectors) {
-  Router router{torch::zeros({2, 4}), {RouterInput::kSentence}, "site", 0};
-  nn::ForwardContext context;
-  context.offsets = {0, 3};
-  EXPECT_THROW(router.route_from_context(context), UsageError);
+  Router router{torch::zeros({2, 4}), {RouterInput::kSentence}, "owner", "site", 0};
+  nn::Pass pass;
+  pass.offsets = {0, 3};
+  EXPECT_THROW(router.route_from_pass(pass), UsageError);
 }
 
 TEST(Router, SentenceWeightsFollowTheSegments) {
-  Router router{torch::tensor({{10.0, 0.0}, {0.0, 10.0}}), {RouterInput::kSentence}, "site", 0};
-  nn::ForwardContext context;
-  context.offsets = {0, 1, 3};
-  context.segments = torch::tensor({0, 1, 1});
-  context.sentence = torch::tensor({{1.0, 0.0}, {0.0, 1.0}});
-  const auto weights = router.route_from_context(context);
+  Router router{torch::tensor({{10.0, 0.0}, {0.0, 10.0}}), {RouterInput::kSentence}, "owner", "site", 0};
+  nn::Pass pass;
+  pass.offsets = {0, 1, 3};
+  pass.segments = torch::tensor({0, 1, 1});
+  pass.sentence = torch::tensor({{1.0, 0.0}, {0.0, 1.0}});
+  const auto weights = router.route_from_pass(pass);
   EXPECT_TRUE(weights.argmax(-1).equal(torch::tensor({0, 1, 1})));
 }
 

@@ -34,19 +34,19 @@ torch::Tensor leaf(const torch::Tensor& t) { return t.detach().clone().set_requi
 class ScaleTest : public ::testing::Test {
  protected:
   void SetUp() override { torch::manual_seed(5); }
-  nn::ForwardContext context;
+  nn::Pass pass;
 };
 
 TEST_F(ScaleTest, MovOnHeadsEqualsTheNaiveForm) {
   const auto y = random({7, 3, 8});
   const auto router = random({4, 8}, 0.5), vectors = random({4, 3, 8});
-  ScaleExperts mov(vectors, {router, {}, "k", 0}, 1.0);
+  ScaleExperts mov(vectors, {router, {}, "owner", "k", 0}, 1.0);
   const auto p = at::linear(y, router).softmax(-1);
   const auto expected = y * torch::einsum("nhe,ehk->nhk", {p, vectors});
-  expect_same(mov.forward(y, context), expected, {y, router, vectors});
+  expect_same(mov.forward(y, pass), expected, {y, router, vectors});
   std::vector<nn::RoutingRecord> routing;
-  context.routing = &routing;
-  expect_same(mov.forward(y, context), expected, {y, router, vectors});
+  pass.routing = &routing;
+  expect_same(mov.forward(y, pass), expected, {y, router, vectors});
   ASSERT_EQ(routing.size(), 1u);
   EXPECT_EQ(routing[0].rows_per_token, 3);
   EXPECT_EQ(routing[0].probs.sizes(), (std::vector<int64_t>{21, 4}));
@@ -55,45 +55,45 @@ TEST_F(ScaleTest, MovOnHeadsEqualsTheNaiveForm) {
 TEST_F(ScaleTest, MovOnTheFfnRoutesByTheActivatedBranchAlone) {
   const auto act = random({9, 16}), up = random({9, 16});
   const auto router = random({5, 16}, 0.5), vectors = random({5, 16});
-  ScaleExperts mov(vectors, {router, {}, "ffn", 0}, 1.0);
+  ScaleExperts mov(vectors, {router, {}, "owner", "ffn", 0}, 1.0);
   const auto expected = act * at::linear(act, router).softmax(-1).mm(vectors) * up;
-  expect_same(mov.forward_ffn(act, up, context), expected, {act, up, router, vectors});
+  expect_same(mov.forward_ffn(act, up, pass), expected, {act, up, router, vectors});
   std::vector<nn::RoutingRecord> routing;
-  context.routing = &routing;
-  expect_same(mov.forward_ffn(act, up, context), expected, {act, up, router, vectors});
+  pass.routing = &routing;
+  expect_same(mov.forward_ffn(act, up, pass), expected, {act, up, router, vectors});
   EXPECT_EQ(routing.size(), 1u);
 }
 
 TEST_F(ScaleTest, FfnProductRoutesByTheProduct) {
   const auto act = random({9, 16}), up = random({9, 16});
   const auto router = random({5, 16}, 0.5), vectors = random({5, 16});
-  ScaleExperts mov(vectors, {router, {RouterInput::kFfnProduct}, "ffn", 0}, 1.0);
+  ScaleExperts mov(vectors, {router, {RouterInput::kFfnProduct}, "owner", "ffn", 0}, 1.0);
   const auto expected = act * at::linear(act * up, router).softmax(-1).mm(vectors) * up;
-  expect_same(mov.forward_ffn(act, up, context), expected, {act, up, router, vectors});
+  expect_same(mov.forward_ffn(act, up, pass), expected, {act, up, router, vectors});
 }
 
 TEST_F(ScaleTest, LayerInputIsSharedByTheHeads) {
   const auto y = random({7, 3, 8});
-  context.layer_input = random({7, 12});
+  pass.layer_input = random({7, 12});
   const auto router = random({4, 12}, 0.5), vectors = random({4, 3, 8});
-  ScaleExperts mov(vectors, {router, {RouterInput::kLayerInput}, "k", 0}, 1.0);
-  const auto p = at::linear(context.layer_input, router).softmax(-1);
-  expect_same(mov.forward(y, context), y * torch::einsum("ne,ehk->nhk", {p, vectors}), {y, router, vectors});
+  ScaleExperts mov(vectors, {router, {RouterInput::kLayerInput}, "owner", "k", 0}, 1.0);
+  const auto p = at::linear(pass.layer_input, router).softmax(-1);
+  expect_same(mov.forward(y, pass), y * torch::einsum("ne,ehk->nhk", {p, vectors}), {y, router, vectors});
 }
 
 TEST_F(ScaleTest, Ia3IsOneExpertWithoutARouter) {
   const auto y = random({7, 3, 8}), vectors = random({1, 3, 8});
   ScaleExperts ia3(vectors, {}, 1.0);
-  expect_same(ia3.forward(y, context), y * vectors, {y, vectors});
+  expect_same(ia3.forward(y, pass), y * vectors, {y, vectors});
   const auto act = random({7, 16}), up = random({7, 16}), l = random({1, 16});
   ScaleExperts ffn(l, {}, 1.0);
-  expect_same(ffn.forward_ffn(act, up, context), act * up * l, {act, up, l});
+  expect_same(ffn.forward_ffn(act, up, pass), act * up * l, {act, up, l});
 }
 
 TEST_F(ScaleTest, StartsAsTheIdentity) {
   const auto y = random({7, 3, 8});
-  ScaleExperts mov(torch::ones({4, 3, 8}), {torch::randn({4, 8}), {}, "k", 0}, 1.0);
-  EXPECT_LT((mov.forward(y, context) - y).abs().max().item<double>(), 1e-6);
+  ScaleExperts mov(torch::ones({4, 3, 8}), {torch::randn({4, 8}), {}, "owner", "k", 0}, 1.0);
+  EXPECT_LT((mov.forward(y, pass) - y).abs().max().item<double>(), 1e-6);
 }
 
 TEST_F(ScaleTest, MaskedTopkShrinksAndResidualDoesNot) {
@@ -101,42 +101,57 @@ TEST_F(ScaleTest, MaskedTopkShrinksAndResidualDoesNot) {
   const auto router = torch::randn({6, 4});
   RouterOptions options;
   options.top_k = 2;
-  ScaleExperts masked(torch::ones({6, 2, 4}), {router, options, "k", 0}, 1.0);
-  EXPECT_LT(masked.forward(y, context).max().item<double>(), 0.999);
+  ScaleExperts masked(torch::ones({6, 2, 4}), {router, options, "owner", "k", 0}, 1.0);
+  EXPECT_LT(masked.forward(y, pass).max().item<double>(), 0.999);
   options.topk_mode = TopkMode::kResidual;
-  ScaleExperts residual(torch::ones({6, 2, 4}), {router, options, "k", 0}, 1.0);
-  EXPECT_TRUE(residual.forward(y, context).allclose(y, 1e-6, 1e-6));
+  ScaleExperts residual(torch::ones({6, 2, 4}), {router, options, "owner", "k", 0}, 1.0);
+  EXPECT_TRUE(residual.forward(y, pass).allclose(y, 1e-6, 1e-6));
 }
 
 TEST_F(ScaleTest, TopkOfAllExpertsEqualsSoft) {
   const auto y = random({5, 2, 4}), router = random({6, 4}), vectors = random({6, 2, 4});
   RouterOptions all;
   all.top_k = 6;
-  ScaleExperts soft(vectors, {router, {}, "k", 0}, 1.0), topk(vectors, {router, all, "k", 0}, 1.0);
-  expect_same(topk.forward(y, context), soft.forward(y, context), {y, router, vectors});
+  ScaleExperts soft(vectors, {router, {}, "owner", "k", 0}, 1.0), topk(vectors, {router, all, "owner", "k", 0}, 1.0);
+  expect_same(topk.forward(y, pass), soft.forward(y, pass), {y, router, vectors});
 }
 
 TEST_F(ScaleTest, EffectInterpolatesTowardsTheIdentity) {
   const auto y = torch::ones({2, 1, 4});
   ScaleExperts half(torch::full({1, 1, 4}, 3.0), {}, 0.5);
-  EXPECT_TRUE(half.forward(y, context).equal(torch::full({2, 1, 4}, 2.0)));  // 1 + 0.5 (3 - 1)
+  EXPECT_TRUE(half.forward(y, pass).equal(torch::full({2, 1, 4}, 2.0)));  // 1 + 0.5 (3 - 1)
   // Equal vectors, so that the router's weights do not matter.
   const auto act = torch::ones({2, 4}), up = torch::full({2, 4}, 5.0);
-  ScaleExperts mov(torch::full({3, 4}, 3.0), {torch::randn({3, 4}), {}, "ffn", 0}, 0.5);
-  EXPECT_TRUE(mov.forward_ffn(act, up, context).allclose(torch::full({2, 4}, 10.0), 1e-6));
+  ScaleExperts mov(torch::full({3, 4}, 3.0), {torch::randn({3, 4}), {}, "owner", "ffn", 0}, 0.5);
+  EXPECT_TRUE(mov.forward_ffn(act, up, pass).allclose(torch::full({2, 4}, 10.0), 1e-6));
 }
 
 TEST_F(ScaleTest, TemperatureFlattensTheRouter) {
   RouterOptions options;
   options.temperature = 2.5;
   const auto y = random({7, 3, 8}), heads_router = random({4, 8}), heads = random({4, 3, 8});
-  ScaleExperts mov(heads, {heads_router, options, "k", 0}, 1.0);
+  ScaleExperts mov(heads, {heads_router, options, "owner", "k", 0}, 1.0);
   const auto p = (at::linear(y, heads_router) / 2.5).softmax(-1);
-  expect_same(mov.forward(y, context), y * torch::einsum("nhe,ehk->nhk", {p, heads}), {y, heads_router, heads});
+  expect_same(mov.forward(y, pass), y * torch::einsum("nhe,ehk->nhk", {p, heads}), {y, heads_router, heads});
   const auto act = random({9, 16}), up = random({9, 16}), router = random({5, 16}), vectors = random({5, 16});
-  ScaleExperts ffn(vectors, {router, options, "ffn", 0}, 1.0);
+  ScaleExperts ffn(vectors, {router, options, "owner", "ffn", 0}, 1.0);
   const auto expected = act * (at::linear(act, router) / 2.5).softmax(-1).mm(vectors) * up;
-  expect_same(ffn.forward_ffn(act, up, context), expected, {act, up, router, vectors});
+  expect_same(ffn.forward_ffn(act, up, pass), expected, {act, up, router, vectors});
+}
+
+TEST_F(ScaleTest, TheRowsWeightInterpolatesTowardsTheIdentity) {
+  ScaleExperts ia3(torch::full({1, 1, 4}, 3.0), {}, 1.0);
+  ia3.column = 1;
+  pass.segments = torch::tensor({0, 1, 1}, torch::kInt64);
+  pass.mixture = torch::tensor({{9.f, 0.f}, {9.f, 0.5f}});
+  const auto scaled = ia3.forward(torch::ones({3, 1, 4}), pass);
+  EXPECT_TRUE(scaled.flatten(1).select(1, 0).equal(torch::tensor({1.f, 2.f, 2.f})));  // 1 + w (3 - 1)
+  const auto act = random({3, 16}), up = random({3, 16}), router = random({5, 16}), vectors = random({5, 16});
+  ScaleExperts mov(vectors, {router, {}, "owner", "ffn", 0}, 1.0);
+  mov.column = 1;
+  const auto w = torch::tensor({0.f, 0.5f, 0.5f}).unsqueeze(1);
+  const auto m = at::linear(act, router).softmax(-1).mm(vectors);
+  expect_same(mov.forward_ffn(act, up, pass), act * (1 + w * (m - 1)) * up, {act, up, router, vectors});
 }
 
 TEST_F(ScaleTest, GradientsAgreeWithFiniteDifferencesInDouble) {
@@ -145,8 +160,8 @@ TEST_F(ScaleTest, GradientsAgreeWithFiniteDifferencesInDouble) {
   const auto direction = torch::randn({3, 2, 4}, real);
   std::vector<torch::Tensor> leaves{leaf(y0), leaf(r0), leaf(v0)};
   auto value = [&](const std::vector<torch::Tensor>& at) {
-    ScaleExperts mov(at[2], {at[1], {}, "k", 0}, 1.0);
-    return (mov.forward(at[0], context) * direction).sum();
+    ScaleExperts mov(at[2], {at[1], {}, "owner", "k", 0}, 1.0);
+    return (mov.forward(at[0], pass) * direction).sum();
   };
   value(leaves).backward();
   constexpr double kStep = 1e-6;

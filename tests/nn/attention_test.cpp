@@ -137,17 +137,17 @@ TEST(CachedAttention, AnyChunkingEqualsFull) {
     KvCache cache(1, c.kv_heads, c.k, 2, torch::TensorOptions(torch::kFloat32));
     std::vector<int64_t> done{0, 0};
     for (const auto& counts : steps) {
-      ForwardContext context;
-      context.cache = &cache;
-      context.offsets = {0, counts[0], counts[0] + counts[1]};
+      Pass pass;
+      pass.cache = &cache;
+      pass.offsets = {0, counts[0], counts[0] + counts[1]};
       std::vector<torch::Tensor> step;
       for (int i = 0; i < 3; ++i) {
         step.push_back(at::cat({x[0][i].narrow(0, done[0], counts[0]), x[1][i].narrow(0, done[1], counts[1])}));
       }
-      const auto out = cached_attention(step[0], step[1], step[2], 0, context, c.options);
+      const auto out = cached_attention(step[0], step[1], step[2], 0, pass, c.options);
       for (int b : {0, 1}) {
         if (counts[b] == 0) continue;
-        const auto got = out.slice(0, context.offsets[b], context.offsets[b + 1]);
+        const auto got = out.slice(0, pass.offsets[b], pass.offsets[b + 1]);
         EXPECT_LT(relative_error(got, full[b].narrow(0, done[b], counts[b])), 2e-6) << c.name << " after " << done[b];
         done[b] += counts[b];
       }

@@ -49,24 +49,44 @@ TEST(KvCache, TruncateDropsTheTail) {
   EXPECT_THROW(cache.truncate(0, 2), ShapeError);
 }
 
-TEST(KvCache, SelectReordersRepeatsAndSharesNothing) {
+TEST(KvCache, KeepReordersRepeatsAndSharesNothing) {
   KvCache cache = cache_of(2);
   cache.append(0, 0, rows(10, 1), rows(10, 1));
   cache.append(0, 1, rows(20, 2), rows(20, 2));
   cache.commit({1, 2});
-  KvCache chosen = cache.select({1, 1, 0});
-  EXPECT_EQ(chosen.batch_size(), 3);
-  EXPECT_EQ(values(chosen.append(0, 0, rows(5, 1), rows(5, 1)).first), (std::vector<float>{20, 21, 5}));
-  EXPECT_EQ(values(chosen.append(0, 1, rows(6, 1), rows(6, 1)).first), (std::vector<float>{20, 21, 6}));
-  EXPECT_EQ(values(chosen.append(0, 2, rows(7, 1), rows(7, 1)).first), (std::vector<float>{10, 7}));
-  EXPECT_EQ(values(cache.append(0, 1, rows(8, 1), rows(8, 1)).first), (std::vector<float>{20, 21, 8}));
-  EXPECT_EQ(values(chosen.append(0, 0, rows(5, 1), rows(5, 1)).first), (std::vector<float>{20, 21, 5}));
-  EXPECT_THROW(cache.select({2}), ShapeError);
+  EXPECT_THROW(cache.keep({2}), ShapeError);
+  cache.keep({1, 1, 0});
+  EXPECT_EQ(cache.batch_size(), 3);
+  EXPECT_EQ(values(cache.append(0, 0, rows(5, 1), rows(5, 1)).first), (std::vector<float>{20, 21, 5}));
+  EXPECT_EQ(values(cache.append(0, 1, rows(6, 1), rows(6, 1)).first), (std::vector<float>{20, 21, 6}));
+  EXPECT_EQ(values(cache.append(0, 2, rows(7, 1), rows(7, 1)).first), (std::vector<float>{10, 7}));
+  EXPECT_EQ(values(cache.append(0, 0, rows(5, 1), rows(5, 1)).first), (std::vector<float>{20, 21, 5}));
 }
 
-TEST(KvCache, SelectOfAnEmptyCache) {
-  KvCache chosen = cache_of(1).select({0, 0});
-  EXPECT_EQ(values(chosen.append(0, 1, rows(3, 1), rows(3, 1)).first), (std::vector<float>{3}));
+TEST(KvCache, KeptBuffersAreMoved) {
+  KvCache cache = cache_of(3);
+  for (int64_t b = 0; b < 3; ++b) cache.append(0, b, rows(b, 1), rows(b, 1));
+  cache.commit({1, 1, 1});
+  const void* buffer = cache.append(0, 2, rows(9, 1), rows(9, 1)).first.data_ptr();
+  cache.keep({2, 0});
+  EXPECT_EQ(cache.append(0, 0, rows(9, 1), rows(9, 1)).first.data_ptr(), buffer);
+}
+
+TEST(KvCache, SequencesJoinEmptyBehindTheOthers) {
+  KvCache cache = cache_of(1);
+  cache.append(0, 0, rows(1, 2), rows(1, 2));
+  cache.commit({2});
+  cache.add(2);
+  EXPECT_EQ(cache.batch_size(), 3);
+  EXPECT_EQ(cache.length(0), 2);
+  EXPECT_EQ(cache.length(2), 0);
+  EXPECT_EQ(values(cache.append(0, 2, rows(3, 1), rows(3, 1)).first), (std::vector<float>{3}));
+}
+
+TEST(KvCache, RepeatsOfAnEmptySequence) {
+  KvCache cache = cache_of(1);
+  cache.keep({0, 0});
+  EXPECT_EQ(values(cache.append(0, 1, rows(3, 1), rows(3, 1)).first), (std::vector<float>{3}));
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-#include "moesaic/nn/context.h"
+#include "moesaic/nn/pass.h"
 
 #include <gtest/gtest.h>
 
