@@ -434,6 +434,7 @@ std::vector<KeysValues> Composition::read(size_t m, const AlignedBatch& aligned,
       nn::RaggedBatch batch = batch_of(aligned.tokens, model.device());
       if (memory) batch.offsets = offsets;
       nn::Pass own = pass.sibling();
+      own.place = fmt::format("augmenting.{}", m);
       own.cache = memory ? &memory->model : nullptr;
       model.prepare(batch, own);
       states = states_at(model, batch, stream.blocks, own);
@@ -494,6 +495,7 @@ torch::Tensor Composition::run(const models::Text& text, nn::Pass& pass, models:
   }
   const std::vector<AlignedBatch> aligned = align(text.tokens, text.borders, remembered);
   nn::Pass own = pass;
+  own.place = "anchor";
   own.training = pass.training && trains_adapters_;
   std::vector<std::vector<KeysValues>> streams;
   for (size_t m = 0; m < streams_.size(); ++m) {

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "moesaic/base/json.h"
-#include "moesaic/nn/context.h"
+#include "moesaic/nn/pass.h"
 
 namespace moesaic::data {
 

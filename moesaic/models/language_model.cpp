@@ -66,6 +66,12 @@ int64_t LanguageModel::activation_bytes(int64_t tokens, bool checkpointing) {
   return saved_bytes(all, facts(), tokens, checkpointing);
 }
 
+int64_t LanguageModel::scratch_bytes(int64_t tokens) {
+  int64_t numbers = 0;
+  for (const nn::Block* block : blocks()) numbers = std::max(numbers, block->scratch_per_row());
+  return numbers * tokens * static_cast<int64_t>(c10::elementSize(facts().dtype));
+}
+
 std::vector<std::string> LanguageModel::source_texts(int64_t, const std::vector<int64_t>&) const { return {}; }
 
 void LanguageModel::attach(const std::string& name, std::shared_ptr<nn::Attachment> attachment) {

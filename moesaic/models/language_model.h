@@ -88,6 +88,9 @@ class LanguageModel {
   /// the largest block whole.
   virtual int64_t activation_bytes(int64_t tokens, bool checkpointing);
 
+  /// Bytes of gradients that the backward pass of the largest block holds at its widest, beside what was saved.
+  int64_t scratch_bytes(int64_t tokens);
+
   /// What a composition is made of, null of a single model:
   /// {"num_heads", "anchor": {...}, "augmenting": [...], "connections": [{"augmenting", "aug", "anchor"}]}.
   virtual OrderedJson structure() const { return nullptr; }

@@ -34,6 +34,8 @@ class Block {
   virtual bool trains() const = 0;
   /// Bytes that the backward pass of `rows` rows needs of it, adapters included.
   virtual int64_t saved_bytes(int64_t rows) const = 0;
+  /// Numbers per row that its backward pass holds at its widest, beside what was saved.
+  virtual int64_t scratch_per_row() const = 0;
 };
 
 }  // namespace moesaic::nn

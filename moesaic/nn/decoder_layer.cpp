@@ -69,4 +69,13 @@ int64_t DecoderLayerImpl::saved_bytes(int64_t rows) const {
   return numbers * rows * static_cast<int64_t>(weight.element_size());
 }
 
+/// The gradients of gate and up, of the branch's product and of the layer's input.
+int64_t DecoderLayerImpl::scratch_per_row() const {
+  int64_t widest = 0;
+  for (const LinearSite& site : sites_.linears) {
+    if (site.role == Role::kDown) widest = site.in;
+  }
+  return 3 * widest + 3 * input_layernorm_->weight.size(0);
+}
+
 }  // namespace moesaic::nn

@@ -27,6 +27,7 @@ struct DecoderLayerImpl : torch::nn::Module, Block {
   int64_t index() const override { return layer_; }
   bool trains() const override;
   int64_t saved_bytes(int64_t rows) const override;
+  int64_t scratch_per_row() const override;
   /// Appends the sites; `path` is the module path, "model.layers.0".
   void add_sites(const std::string& path, Sites& sites);
   void quantize_int8();

@@ -66,6 +66,8 @@ struct Pass {
   /// Runs a block in place of Block::forward: checkpointed, watched, with something added. Empty = as it is.
   std::function<torch::Tensor(Block& block, const torch::Tensor& h, Pass& pass)> run;
 
+  std::string place;  // of the model within a composition, "augmenting.0"; "" of a single model
+
   // Filled in by the model; read by attention, caches and adapters.
   std::vector<int64_t> offsets;  // of the ragged batch
   torch::Tensor positions;       // [N] int64, position of each row in its sequence (remembered ones included)

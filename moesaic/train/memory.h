@@ -4,8 +4,8 @@
 #include <utility>
 #include <vector>
 
-#include "moesaic/adapters/adapter.h"
-#include "moesaic/models/causal_lm.h"
+#include "moesaic/models/language_model.h"
+#include "moesaic/nn/learner.h"
 #include "moesaic/train/trainer.h"
 
 namespace moesaic::train {
@@ -17,16 +17,10 @@ struct MemoryEstimate {
 };
 
 /// What training holds at its peak: the program itself, the frozen weights, the trained tensors with gradients and
-/// optimizer state, the activations that the backward pass needs, the loss's chunk and the largest layer's scratch.
+/// optimizer state, the activations that the backward pass needs, the loss's chunk and the largest block's scratch.
 ///
-/// tokens, targets: of the largest micro-batch. Derived from what the autograd functions of nn and moe save, per row.
-/// Works on a model of the meta device.
-MemoryEstimate estimate_memory(models::CausalLM& model, adapters::Adapter* adapter, const TrainConfig& config,
-                               int64_t tokens, int64_t targets, torch::ScalarType dtype, torch::Device device);
-
-/// The same for a composition, whose models are loaded; each augmenting model is taken to read as many tokens as the
-/// anchor. The cache of frozen states is a part of its own, at its limit.
-MemoryEstimate estimate_memory(compose::Composition& composition, const TrainConfig& config, int64_t tokens,
-                               int64_t targets);
+/// tokens, targets: of the largest micro-batch; device: where the run will be. Works on a model of the meta device.
+MemoryEstimate estimate_memory(models::LanguageModel& model, nn::Learner& learner, const TrainConfig& config,
+                               int64_t tokens, int64_t targets, torch::Device device);
 
 }  // namespace moesaic::train

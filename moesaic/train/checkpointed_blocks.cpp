@@ -1,4 +1,4 @@
-#include "moesaic/train/layer_checkpoint.h"
+#include "moesaic/train/checkpointed_blocks.h"
 
 #include <ATen/CPUGeneratorImpl.h>
 
@@ -11,21 +11,26 @@ std::vector<at::Generator> generators(torch::Device device) {
   return found;
 }
 
-/// What the second run of a layer needs.
-struct LayerRun : torch::CustomClassHolder {
-  models::CausalLM* model;
-  int64_t layer;
-  nn::ForwardContext context;
+struct BlockResult {
+  torch::Tensor hidden;        // [N, d]
+  torch::Tensor routing_loss;  // scalar, 0 without records
+};
+
+/// What the second run of a block needs.
+struct BlockRun : torch::CustomClassHolder {
+  nn::Block* block;
+  nn::Pass pass;
   RoutingLoss routing_loss;
-  bool collects_routing;
   std::vector<torch::Tensor> random;
 
-  /// The layer's output and the loss over its routing.
-  LayerResult run(const torch::Tensor& hidden, std::vector<nn::RoutingRecord>& records) {
-    context.routing = collects_routing ? &records : nullptr;
-    LayerResult result;
-    result.hidden = model->run_layers(hidden, layer, layer + 1, context);
-    if (collects_routing && routing_loss) result.routing_loss = routing_loss(records);
+  /// The block's output and the loss over its routing.
+  BlockResult run(const torch::Tensor& hidden, std::vector<nn::RoutingRecord>& records) {
+    const bool collects = pass.routing != nullptr;
+    nn::Pass own = pass;
+    own.routing = collects ? &records : nullptr;
+    BlockResult result;
+    result.hidden = block->forward(hidden, own);
+    if (collects && routing_loss) result.routing_loss = routing_loss(records);
     if (!result.routing_loss.defined()) {
       result.routing_loss = torch::zeros({}, hidden.options().dtype(torch::kFloat32).requires_grad(false));
     }
@@ -33,33 +38,33 @@ struct LayerRun : torch::CustomClassHolder {
   }
 };
 
-class CheckpointedLayer : public torch::autograd::Function<CheckpointedLayer> {
+class CheckpointedBlock : public torch::autograd::Function<CheckpointedBlock> {
  public:
-  /// `anchor` requires grad, so that the output does even where `hidden` does not: the layer's own leaves need it.
+  /// `anchor` requires grad, so that the output does even where `hidden` does not: the block's own leaves need it.
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* context, const torch::Tensor& hidden,
-                                                const torch::Tensor& anchor, c10::intrusive_ptr<LayerRun> layer_run,
+                                                const torch::Tensor& anchor, c10::intrusive_ptr<BlockRun> block_run,
                                                 std::vector<nn::RoutingRecord>* records) {
-    const LayerResult result = layer_run->run(hidden, *records);
+    const BlockResult result = block_run->run(hidden, *records);
     context->save_for_backward({hidden});
-    context->saved_data["run"] = c10::IValue::make_capsule(layer_run);
+    context->saved_data["run"] = c10::IValue::make_capsule(block_run);
     context->saved_data["needs_hidden"] = hidden.requires_grad();
     return {result.hidden, result.routing_loss};
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  torch::autograd::variable_list gradients) {
-    auto layer_run = c10::static_intrusive_pointer_cast<LayerRun>(context->saved_data["run"].toCapsule());
+    auto block_run = c10::static_intrusive_pointer_cast<BlockRun>(context->saved_data["run"].toCapsule());
     const bool needs_hidden = context->saved_data["needs_hidden"].toBool();
     torch::Tensor hidden = context->get_saved_variables()[0].detach().requires_grad_(needs_hidden);
 
     const auto device = hidden.device();
     const auto current = random_state(device);
-    set_random_state(device, layer_run->random);
-    LayerResult result;
+    set_random_state(device, block_run->random);
+    BlockResult result;
     std::vector<nn::RoutingRecord> records;
     {
       torch::AutoGradMode grad(true);
-      result = layer_run->run(hidden, records);
+      result = block_run->run(hidden, records);
     }
     set_random_state(device, current);
 
@@ -92,22 +97,20 @@ void set_random_state(torch::Device device, const std::vector<torch::Tensor>& st
   }
 }
 
-LayerResult run_layer_checkpointed(models::CausalLM& model, int64_t layer, const torch::Tensor& hidden,
-                                   nn::ForwardContext& context, const RoutingLoss& routing_loss) {
-  auto run = c10::make_intrusive<LayerRun>();
-  run->model = &model;
-  run->layer = layer;
-  run->context = context;
-  run->routing_loss = routing_loss;
-  run->collects_routing = context.routing != nullptr;
+torch::Tensor CheckpointedBlocks::run(nn::Block& block, const torch::Tensor& hidden, nn::Pass& pass) {
+  if (!torch::GradMode::is_enabled() || !(hidden.requires_grad() || block.trains())) return block.forward(hidden, pass);
+  auto run = c10::make_intrusive<BlockRun>();
+  run->block = &block;
+  run->pass = pass;
+  run->pass.run = nullptr;
+  run->routing_loss = routing_loss_;
   run->random = random_state(hidden.device());
   std::vector<nn::RoutingRecord> records;
   const auto anchor = torch::zeros({}, hidden.options().dtype(torch::kFloat32)).requires_grad_(true);
-  const auto outputs = CheckpointedLayer::apply(hidden, anchor, run, &records);
-  if (context.routing != nullptr) {
-    context.routing->insert(context.routing->end(), records.begin(), records.end());
-  }
-  return {outputs[0], outputs[1]};
+  const auto outputs = CheckpointedBlock::apply(hidden, anchor, run, &records);
+  if (pass.routing != nullptr) pass.routing->insert(pass.routing->end(), records.begin(), records.end());
+  loss_ = loss_.defined() ? loss_ + outputs[1] : outputs[1];
+  return outputs[0];
 }
 
 }  // namespace moesaic::train

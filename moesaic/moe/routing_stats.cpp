@@ -1,0 +1,159 @@
+#include "moesaic/moe/routing_stats.h"
+
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "moesaic/base/check.h"
+
+namespace moesaic::moe {
+namespace {
+
+void add_to(std::vector<double>& sums, const torch::Tensor& values) {
+  const torch::Tensor row = values.to(torch::kCPU, torch::kFloat64).contiguous();
+  for (size_t e = 0; e < sums.size(); ++e) sums[e] += row.data_ptr<double>()[e];
+}
+
+/// What a summary says of one or many routers.
+struct Means {
+  double entropy_share = 0, load_cv = 0, max_load = 0;
+  int64_t routers = 0;
+
+  void add(const SiteRouting& site) {
+    entropy_share += site.entropy_share();
+    load_cv += site.load_cv();
+    max_load = std::max(max_load, site.max_load());
+    ++routers;
+  }
+  Json json() const {
+    const auto n = static_cast<double>(routers);
+    return {{"entropy_share", rounded(entropy_share / n)},
+            {"load_cv", rounded(load_cv / n)},
+            {"max_load", rounded(max_load)}};
+  }
+};
+
+}  // namespace
+
+double rounded(double value) { return std::round(value * 1e6) / 1e6; }
+
+double SiteRouting::entropy_share() const { return entropy() / std::log(static_cast<double>(experts())); }
+
+double SiteRouting::load(int64_t expert) const {
+  return weight_sum[expert] / std::accumulate(weight_sum.begin(), weight_sum.end(), 0.0);
+}
+
+double SiteRouting::max_load() const {
+  return load(std::max_element(weight_sum.begin(), weight_sum.end()) - weight_sum.begin());
+}
+
+double SiteRouting::load_cv() const {
+  const double mean = 1.0 / static_cast<double>(experts());
+  double squares = 0;
+  for (int64_t e = 0; e < experts(); ++e) squares += (load(e) - mean) * (load(e) - mean);
+  return std::sqrt(squares * mean) / mean;
+}
+
+void RoutingStats::add(const std::vector<nn::RoutingRecord>& records) {
+  torch::NoGradGuard no_grad;
+  for (const nn::RoutingRecord& record : records) {
+    SiteRouting& site = owners_[record.owner][record.site];
+    const torch::Tensor probs = record.probs.detach();
+    const int64_t experts = probs.size(1);
+    if (site.prob_sum.empty()) {
+      site.layer = record.layer;
+      for (auto* sums : {&site.prob_sum, &site.prob_square_sum, &site.weight_sum}) sums->assign(experts, 0.0);
+      site.top1.assign(experts, 0);
+    }
+    MOESAIC_CHECK(site.experts() == experts, DataError,
+                  "routing statistics of {} at {}: got {} experts, expected {}: another adapter of the same name?",
+                  record.owner, record.site, experts, site.experts());
+    add_to(site.prob_sum, probs.sum(0, false, torch::kFloat64));
+    add_to(site.prob_square_sum, probs.square().sum(0, false, torch::kFloat64));
+    add_to(site.weight_sum, record.weights.detach().sum(0, false, torch::kFloat64));
+    // p ln p -> 0 for p -> 0
+    site.entropy_sum -= torch::xlogy(probs, probs).sum(torch::kFloat64).item<double>();
+    const torch::Tensor top = probs.argmax(1).bincount({}, experts).to(torch::kCPU).contiguous();
+    for (int64_t e = 0; e < experts; ++e) site.top1[e] += top.data_ptr<int64_t>()[e];
+    site.rows += probs.size(0);
+  }
+}
+
+OrderedJson RoutingStats::json() const {
+  OrderedJson result = OrderedJson::object();
+  for (const auto& [owner, sites] : owners_) {
+    for (const auto& [name, site] : sites) {
+      std::vector<double> mean, deviation, share;
+      for (int64_t e = 0; e < site.experts(); ++e) {
+        const double m = site.mean_prob(e);
+        mean.push_back(rounded(m));
+        deviation.push_back(
+            rounded(std::sqrt(std::max(0.0, site.prob_square_sum[e] / static_cast<double>(site.rows) - m * m))));
+        share.push_back(rounded(static_cast<double>(site.top1[e]) / static_cast<double>(site.rows)));
+      }
+      result[owner][name] = {{"layer", site.layer},
+                             {"rows", site.rows},
+                             {"mean_prob", mean},
+                             {"prob_std", deviation},
+                             {"top1_share", share},
+                             {"entropy", rounded(site.entropy())},
+                             {"entropy_share", rounded(site.entropy_share())},
+                             {"max_load", rounded(site.max_load())}};
+    }
+  }
+  return result;
+}
+
+Json RoutingStats::summary() const {
+  Means all;
+  std::map<int64_t, Means> layers;
+  for (const auto& [owner, sites] : owners_) {
+    for (const auto& [name, site] : sites) {
+      all.add(site);
+      layers[site.layer].add(site);
+    }
+  }
+  Json result = all.json();
+  for (const auto& [layer, means] : layers) {
+    Json row = means.json();
+    row["layer"] = layer;
+    result["layers"].push_back(row);
+  }
+  return result;
+}
+
+std::pair<double, std::string> RoutingStats::largest_load() const {
+  std::pair<double, std::string> largest{0.0, ""};
+  for (const auto& [owner, sites] : owners_) {
+    for (const auto& [name, site] : sites) {
+      largest = std::max(largest, {site.max_load(), owner.empty() ? name : owner + " " + name});
+    }
+  }
+  return largest;
+}
+
+double routing_similarity(const RoutingStats& a, const RoutingStats& b) {
+  double dot = 0, square_a = 0, square_b = 0;
+  for (const auto& [owner, sites] : a.owners()) {
+    const auto others = b.owners().find(owner);
+    if (others == b.owners().end()) continue;
+    for (const auto& [name, site] : sites) {
+      const auto other = others->second.find(name);
+      if (other == others->second.end()) continue;
+      MOESAIC_CHECK(other->second.experts() == site.experts(), DataError,
+                    "routing statistics of {} at {}: got {} and {} experts, expected equal numbers", owner, name,
+                    site.experts(), other->second.experts());
+      for (int64_t e = 0; e < site.experts(); ++e) {
+        const double p = site.mean_prob(e), q = other->second.mean_prob(e);
+        dot += p * q;
+        square_a += p * p;
+        square_b += q * q;
+      }
+    }
+  }
+  return square_a * square_b > 0 ? dot / std::sqrt(square_a * square_b) : 0.0;
+}
+
+}  // namespace moesaic::moe

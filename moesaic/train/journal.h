@@ -1,0 +1,60 @@
+// What a run leaves to read: train_log.jsonl, router_stats.jsonl, TensorBoard events and the history of its state.
+#pragma once
+#include <fstream>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "moesaic/moe/routing_stats.h"
+#include "moesaic/train/event_writer.h"
+#include "moesaic/train/trainer.h"
+
+namespace moesaic::train {
+
+/// Appends JSON lines. A resumed run first drops the lines of steps that are run again.
+class JsonLines {
+ public:
+  JsonLines(const std::filesystem::path& path, int64_t resumed_step);
+  void write(const Json& row) { file_ << row.dump() << std::endl; }
+
+ private:
+  std::ofstream file_;
+};
+
+/// Opened when the run's first step is known; writes where `report_to` says.
+class Journal {
+ public:
+  Journal(const TrainConfig& config, int64_t epoch_size) : config_(config), epoch_size_(epoch_size) {}
+
+  /// Opens the files of a run that goes on behind step `resumed`.
+  void open(int64_t resumed);
+  /// True when the routing of `step` is wanted.
+  bool logs_routing(int64_t step) const;
+  /// Counts one step into the next row.
+  void add(double loss, double aux_loss);
+  /// A row of the steps since the last one. examples: seen so far.
+  void write_step(const StepLog& log, int64_t examples, const moe::RoutingStats& routing);
+  void write_evaluation(int64_t step, double loss);
+  void write_task_scores(int64_t step, const std::vector<std::pair<std::string, double>>& scores);
+
+  const Json& history() const { return history_; }
+  /// What a checkpoint keeps of it beside the history, and back.
+  Json state() const;
+  void set_state(const Json& state, Json history, const std::string& where);
+
+ private:
+  bool reports_to(const std::string& target) const;
+  void report_events(const std::string& prefix, const Json& row, int64_t step);
+
+  const TrainConfig& config_;
+  int64_t epoch_size_;
+  double window_loss_ = 0, window_aux_loss_ = 0;  // sums since the last row
+  int64_t window_steps_ = 0;
+  Json history_ = Json::array();
+  bool warned_of_collapse_ = false;
+  std::optional<JsonLines> log_, router_log_;
+  std::optional<EventWriter> events_;
+};
+
+}  // namespace moesaic::train
