@@ -5,8 +5,7 @@
 #include <atomic>
 #include <iostream>
 
-#include "cli/load.h"
-#include "moesaic/generate/generate.h"
+#include "cli/options.h"
 
 namespace moesaic::cli {
 namespace {
@@ -42,8 +41,9 @@ OrderedJson opening(const Options& options) {
   return messages;
 }
 
-int run(Options options, const CommonOptions& common) {
-  const LoadedModel loaded = load_model(options.model, common, {.composition = true});
+int run_chat(Options options, const CommonOptions& common) {
+  const Loaded loaded = load(options.model, common);
+  spdlog::info("computing in {}", loaded.computes_in());
   MOESAIC_CHECK(loaded.chat_template, UsageError,
                 "{}: this model has no chat template, so it can't chat. `moesaic generate` continues a text.",
                 options.model.model);
@@ -52,8 +52,7 @@ int run(Options options, const CommonOptions& common) {
   const bool terminal = isatty(STDIN_FILENO) && isatty(STDOUT_FILENO);
   if (terminal) std::cout << "Type a message. /reset forgets the conversation, /exit leaves, Ctrl-C stops an answer.\n";
 
-  generate::Session session = loaded.composition ? generate::Session(*loaded.composition, *loaded.tokenizer)
-                                                 : generate::Session(*loaded.model, *loaded.tokenizer);
+  generate::Session session(*loaded.model, *loaded.tokenizer);
   OrderedJson messages = opening(options);
   auto show = [](int64_t, const std::string& piece) {
     std::cout << piece << std::flush;
@@ -76,7 +75,7 @@ int run(Options options, const CommonOptions& common) {
     const std::vector<int64_t> prompt = loaded.tokenizer->encode(loaded.chat_template->render(messages, true), false);
     CatchInterrupt guard;
     const auto start = std::chrono::steady_clock::now();
-    const generate::Generation answer = session.answer(prompt, options.sampling, show, loaded.sentence_of({prompt}));
+    const generate::Generation answer = session.answer({prompt}, options.sampling, show);
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     std::cout << '\n' << std::flush;
     spdlog::debug("{} prompt tokens ({} kept from before), {} new in {:.2f} s", prompt.size(), session.reused(),
@@ -93,7 +92,7 @@ Runner add_chat(CLI::App& app, CommonOptions& common) {
   add_model_options(app, options->model);
   app.add_option("--system", options->system, "System message");
   add_sampling_options(app, options->sampling);
-  return [options, &common] { return run(*options, common); };
+  return [options, &common] { return run_chat(*options, common); };
 }
 
 }  // namespace moesaic::cli

@@ -6,17 +6,16 @@
 #include <functional>
 
 #include "moesaic/base/check.h"
+#include "moesaic/base/version.h"
 
 namespace moesaic::cli {
-
-inline constexpr const char* kVersion = "0.1.0";
 
 /// The flags every verb has. main.cpp applies log level and threads before the verb runs.
 struct CommonOptions {
   std::string log_level = "info";
   int threads = 0;              // 0 = the cores this process may use
   std::string device = "auto";  // parse_device()
-  std::string dtype = "auto";   // parse_dtype()
+  std::string dtype = "auto";   // number_format()
   uint64_t seed = 42;
 };
 

@@ -115,7 +115,7 @@ int run(const ComposeOptions& options, const CommonOptions& common) {
   for (auto it = json.begin(); it != json.end();) it = it->is_null() ? json.erase(it) : std::next(it);
 
   const c10::Device device = parse_device(common.device);
-  const models::LoadOptions load{parse_dtype(common.dtype, device), device, false};
+  const models::LoadOptions load{number_format(common.dtype, device).dtype, device, false};
   auto config_of = [](const formats::Checkpoint& checkpoint) {
     return models::parse_decoder_config(checkpoint.config(), checkpoint.path().string());
   };

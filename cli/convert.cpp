@@ -17,7 +17,7 @@ struct ConvertOptions {
 int run(const ConvertOptions& options, const CommonOptions& common) {
   const c10::Device device = parse_device(common.device);
   const compose::ReleasedOptions released{
-      options.anchor, options.augmenting, options.mask, {parse_dtype(common.dtype, device), device, false}};
+      options.anchor, options.augmenting, options.mask, {number_format(common.dtype, device).dtype, device, false}};
   const auto composition = compose::import_released(options.in, released);
   compose::save_composition(*composition, options.out);
   int64_t parameters = 0;

@@ -2,14 +2,11 @@
 #include <unistd.h>
 
 #include "cli/command.h"
-#include "cli/new_model.h"
 #include "moesaic/base/yaml.h"
-#include "moesaic/compose/folder.h"
-#include "moesaic/data/key_files.h"
-#include "moesaic/data/skills.h"
+#include "demos/key_files.h"
+#include "demos/skills.h"
 #include "moesaic/data/validate.h"
-#include "moesaic/formats/checkpoint.h"
-#include "moesaic/train/run_config.h"
+#include "moesaic/run/run.h"
 
 namespace moesaic::cli {
 namespace {
@@ -40,28 +37,17 @@ void print_example(const data::Example& example, const tokenizer::Tokenizer& tok
   fmt::print("\n");
 }
 
-/// What the run's texts are rendered for: its model, a composition's anchor.
-std::shared_ptr<formats::Checkpoint> checkpoint_of(const train::RunConfig& run) {
-  if (run.init == "random") return open_new_model(run).checkpoint;
-  if (!compose::is_composition(run.model_name_or_path)) return formats::Checkpoint::open(run.model_name_or_path);
-  return compose::load_composition(run.model_name_or_path, {})->anchor_member().checkpoint;
-}
-
 int preview(const DataOptions& options) {
   Json config = read_yaml(options.run);
   apply_overrides(config, options.overrides);
-  const train::RunConfig run = train::parse_run_config(config, options.run);
-  const auto renderer = data::Renderer::open(*checkpoint_of(run), run.render);
-  auto datasets =
-      data::train_validation(data::resolve_datasets(run.dataset, run.dataset_dir), run.val_size, run.train.seed).first;
-  data::Mixture mixture(datasets, renderer, run.train.seed, run.mixture_rule);
-  for (const data::MixtureCount& count : mixture.counts()) {
+  run::Run run(run::parse_run_config(config, options.run), /*dry=*/true);
+  for (const data::MixtureCount& count : run.counts()) {
     fmt::print("{}: {} rows, {:.2f} % of the draws\n", count.name, count.rows, 100 * count.rate);
   }
   fmt::print("\n");
   for (int64_t i = 0; i < options.examples; ++i) {
-    const data::Example example = *mixture.next();
-    print_example(example, renderer->tokenizer(), datasets[static_cast<size_t>(example.dataset)].name);
+    const data::Example example = run.next_example();
+    print_example(example, run.renderer().tokenizer(), run.counts()[static_cast<size_t>(example.dataset)].name);
   }
   return 0;
 }
@@ -104,9 +90,9 @@ Runner add_data(CLI::App& app, CommonOptions& common) {
     if (preview_app->parsed()) return preview(*options);
     if (validate_app->parsed()) return validate(*options);
     if (keys_app->parsed()) {
-      data::write_key_files(options->folder, options->key_test_rows, common.seed);
+      demos::write_key_files(options->folder, options->key_test_rows, common.seed);
     } else {
-      data::write_skills(options->folder, options->train_rows, options->test_rows, common.seed);
+      demos::write_skills(options->folder, options->train_rows, options->test_rows, common.seed);
     }
     fmt::print("Written: {}\n", options->folder);
     return 0;

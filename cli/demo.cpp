@@ -6,8 +6,8 @@
 #include "moesaic/base/device.h"
 #include "moesaic/base/progress.h"
 #include "moesaic/data/dataset.h"
-#include "moesaic/data/skills.h"
-#include "moesaic/eval/greedy_match.h"
+#include "demos/skills.h"
+#include "demos/greedy_match.h"
 #include "moesaic/eval/routes.h"
 #include "moesaic/formats/checkpoint.h"
 #include "moesaic/models/causal_lm.h"
@@ -29,7 +29,7 @@ struct DemoOptions {
 constexpr int64_t kTrainRowsPerSkill = 200;
 constexpr int64_t kRoutedRows = 10;  // test instances per skill behind the routing page
 
-/// Percent of unseen instances answered exactly, per skill in the order of data::skills().
+/// Percent of unseen instances answered exactly, per skill in the order of demos::skills().
 using Scores = std::vector<double>;
 
 struct Run {
@@ -47,10 +47,12 @@ class Demo {
                   "--model {}: no such file. `make demo` fetches it; any folder with config.json or GGUF file will do.",
                   options.model);
     checkpoint_ = formats::Checkpoint::open(options.model);
-    model_ = models::CausalLM::load(*checkpoint_, {parse_dtype(common.dtype, device_), device_, false});
+    const NumberFormat format = number_format(common.dtype, device_);
+    model_ = models::CausalLM::load(*checkpoint_, {format.dtype, device_, false});
+    fmt::print("Computing in {} on {}: {}.\n\n", dtype_name(format.dtype), device_.str(), format.reason);
     renderer_ = data::Renderer::open(*checkpoint_, {});
-    data::write_skills(folder_ / "data", kTrainRowsPerSkill, options.test_rows, common.seed);
-    for (const data::Skill& skill : data::skills()) {
+    demos::write_skills(folder_ / "data", kTrainRowsPerSkill, options.test_rows, common.seed);
+    for (const demos::Skill& skill : demos::skills()) {
       tests_.push_back(data::load_examples(data::resolve_datasets(skill.name + "_test", folder_ / "data"), *renderer_));
       if (!skill.held_out) trained_.push_back(skill.name);
     }
@@ -61,7 +63,7 @@ class Demo {
     for (const auto& examples : tests_) all.insert(all.end(), examples.begin(), examples.end());
     Progress progress(title, static_cast<int64_t>(all.size()));
     const std::vector<uint8_t> matches =
-        eval::greedy_matches(*model_, all, 2048, [&](int64_t done) { progress.update(done); });
+        demos::greedy_matches(*model_, all, 2048, [&](int64_t done) { progress.update(done); });
     progress.finish();
     Scores scores;
     auto it = matches.begin();
@@ -75,13 +77,14 @@ class Demo {
   Run train(const std::string& method, int64_t rank) {
     adapters::AdapterConfig config;
     config.method = method;
-    config.num_experts = method == "molora" || method == "mov" ? 8 : 1;
+    const adapters::Method& kind = adapters::method_of(method);
+    config.num_experts = kind.mixes ? 8 : 1;
     config.lora_rank = rank;
     config.base_model_name_or_path = options_.model;
     config.base_fingerprint = checkpoint_->fingerprint();
     config.base_dtype = dtype_name(model_->dtype());
-    config = adapters::resolve_targets(config, "");
-    auto adapter = adapters::Adapter::create(config, model_->sites(), device_, common_.seed);
+    config = adapters::resolve_targets(config, "", model_->sites());
+    const auto adapter = adapters::Adapter::create(config, model_->sites(), device_, common_.seed);
 
     Run run;
     run.method = method;
@@ -91,22 +94,23 @@ class Demo {
     trainer.output_dir = folder_ / method;
     trainer.per_device_train_batch_size = options_.batch_size;
     // Vectors start at one and move less per step than matrices that start at zero.
-    trainer.learning_rate = method == "ia3" || method == "mov" ? 1e-2 : 1e-3;
+    trainer.learning_rate = kind.low_rank ? 1e-3 : 1e-2;
     trainer.max_steps = options_.steps;
     trainer.save_steps = 0;
     trainer.overwrite_output_dir = true;
     trainer.seed = common_.seed;
     Progress progress("Training " + method, options_.steps);
-    const train::TrainResult result = train::train(
-        *model_, adapter.get(), mixture, {}, trainer, mixture.epoch_size(), [&](const train::StepLog& log) {
-          progress.update(log.step, fmt::format("loss {:.3f}, {:.0f} tokens/s", log.loss, log.tokens_per_second));
-        });
+    train::TrainHooks hooks;
+    hooks.on_log = [&](const train::StepLog& log) {
+      progress.update(log.step, fmt::format("loss {:.3f}, {:.0f} tokens/s", log.loss, log.tokens_per_second));
+    };
+    const train::TrainResult result =
+        train::train(*model_, *adapter, mixture, {}, trainer, mixture.epoch_size(), hooks);
     progress.finish();
-    if (result.interrupted) throw Error(ExitCode::kInterrupted, "interrupted; start the demo again to repeat it");
     run.seconds = result.seconds;
     run.loss = result.train_loss;
     run.scores = evaluate("Testing " + method);
-    if (method == "molora") write_routes();
+    if (kind.mixes && kind.low_rank) write_routes();
     return run;
   }
 
@@ -124,21 +128,21 @@ class Demo {
   void write_routes() {
     const tokenizer::Tokenizer& tokenizer = renderer_->tokenizer();
     const auto chat = tokenizer::ChatTemplate::open(*checkpoint_, tokenizer);
-    const eval::EvalModel model{.model = *model_, .tokenizer = tokenizer, .chat_template = chat.get(), .routed = true};
+    const eval::EvalModel model{*model_, tokenizer, chat.get()};
     eval::EvalOptions options;
     options.apply_chat_template = chat != nullptr;
     std::vector<std::string> files;
-    for (const data::Skill& skill : data::skills())
+    for (const demos::Skill& skill : demos::skills())
       files.push_back((folder_ / "data" / (skill.name + ".test.jsonl")).string());
-    std::vector<eval::TaskRouting> routings;
+    std::vector<eval::TaskRoutes> routings;
     Progress progress("Watching the routers", static_cast<int64_t>(files.size()));
     for (const eval::Task& task : eval::load_tasks(files, {.limit = kRoutedRows})) {
       routings.push_back(eval::route_task(model, task, options));
       progress.update(static_cast<int64_t>(routings.size()));
     }
     progress.finish();
-    const eval::TextRouting text = eval::route_text(model, tests_.front().front().ids);
-    const OrderedJson routes = eval::routes_json(options_.model, {"molora"}, routings, &text);
+    const eval::TextRoutes text = eval::route_text(model, tests_.front().front().ids);
+    const OrderedJson routes = eval::routes_json(options_.model, *model_, routings, &text);
     write_file_atomically(folder_ / "routes.json",
                           routes.dump(1, ' ', false, OrderedJson::error_handler_t::replace) + "\n");
     write_file_atomically(folder_ / "routes.html", eval::routes_html(routes));
@@ -159,7 +163,7 @@ double mean_of(const Scores& scores, bool held_out) {
   double sum = 0;
   int64_t count = 0;
   for (size_t i = 0; i < scores.size(); ++i) {
-    if (data::skills()[i].held_out != held_out) continue;
+    if (demos::skills()[i].held_out != held_out) continue;
     sum += scores[i];
     ++count;
   }
@@ -189,8 +193,8 @@ void print_table(const Scores& base, const std::vector<Run>& runs) {
   for (bool held_out : {false, true}) {
     if (held_out) fmt::print("  never trained, of related kind:\n");
     for (size_t i = 0; i < base.size(); ++i) {
-      if (data::skills()[i].held_out == held_out) {
-        row((held_out ? "  " : "") + data::skills()[i].name, [i](const Scores& scores) { return scores[i]; });
+      if (demos::skills()[i].held_out == held_out) {
+        row((held_out ? "  " : "") + demos::skills()[i].name, [i](const Scores& scores) { return scores[i]; });
       }
     }
   }
@@ -203,7 +207,7 @@ void print_table(const Scores& base, const std::vector<Run>& runs) {
 Json results_json(const Scores& base, const std::vector<Run>& runs) {
   auto scores = [](const Scores& values) {
     Json json;
-    for (size_t i = 0; i < values.size(); ++i) json["skills"][data::skills()[i].name] = values[i] / 100;
+    for (size_t i = 0; i < values.size(); ++i) json["skills"][demos::skills()[i].name] = values[i] / 100;
     json["mean_trained"] = mean_of(values, false) / 100;
     json["mean_held_out"] = mean_of(values, true) / 100;
     return json;

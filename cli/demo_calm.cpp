@@ -3,14 +3,14 @@
 #include <fmt/format.h>
 
 #include "cli/command.h"
-#include "cli/key_experiment.h"
+#include "demos/key_experiment.h"
 #include "moesaic/base/device.h"
 #include "moesaic/base/progress.h"
 
 namespace moesaic::cli {
 namespace {
 
-using data::KeyText;
+using demos::KeyText;
 
 struct CalmDemoOptions {
   std::string output_dir = "runs/calm";
@@ -21,10 +21,10 @@ struct CalmDemoOptions {
 };
 
 /// The two models and their composition; with `ablations` also what lacks or replaces a part of it.
-std::vector<KeyRow> run_experiment(KeyExperiment& experiment, bool ablations) {
-  std::vector<KeyRow> rows;
-  rows.push_back(experiment.make_model("augmenting", KeyText::kSubstitution, 400));
-  rows.push_back(experiment.make_model("anchor", KeyText::kArithmetic, 800));
+std::vector<demos::KeyRow> run_experiment(demos::KeyExperiment& experiment, bool ablations) {
+  std::vector<demos::KeyRow> rows;
+  rows.push_back(experiment.make_model("augmenting", demos::KeyText::kSubstitution, 400));
+  rows.push_back(experiment.make_model("anchor", demos::KeyText::kArithmetic, 800));
   compose::CompositionConfig config;
   config.connection.num_heads = 4;
   config.connection.norm = "none";  // the paper's form: models this small have no large states
@@ -35,7 +35,7 @@ std::vector<KeyRow> run_experiment(KeyExperiment& experiment, bool ablations) {
 
   experiment.make_random_model("random");
   rows.push_back(experiment.compose("random augmenting model", "anchor", "random", config));
-  experiment.make_model("other values", KeyText::kOtherwise, 400);
+  experiment.make_model("other values", demos::KeyText::kOtherwise, 400);
   rows.push_back(experiment.compose("vanilla augmenting model", "anchor", "other values", config));
   compose::CompositionConfig prefix = config, unplaced = config, last = config, all = config;
   prefix.augmenting[0].mask = "prefix";
@@ -47,26 +47,26 @@ std::vector<KeyRow> run_experiment(KeyExperiment& experiment, bool ablations) {
   all.augmenting[0].connections = compose::evenly_spaced(4, 4, 4);
   rows.push_back(experiment.compose("all four blocks", "anchor", "augmenting", all));
   rows.push_back(experiment.adapt("LoRA on the anchor", "anchor", parameters));
-  rows.push_back(experiment.tune("anchor tuned on KV-SUB", "anchor", KeyText::kSubstitution));
+  rows.push_back(experiment.tune("anchor tuned on KV-SUB", "anchor", demos::KeyText::kSubstitution));
   return rows;
 }
 
-Json results_json(const std::vector<KeyRow>& rows, const CalmDemoOptions& options, uint64_t seed) {
+Json results_json(const std::vector<demos::KeyRow>& rows, const CalmDemoOptions& options, uint64_t seed) {
   Json json{{"seed", seed}, {"test_rows", options.test_rows}, {"fraction", options.fraction}};
-  for (const KeyRow& row : rows) {
-    for (size_t i = 0; i < std::size(kKeyTasks); ++i) json["table"][row.name][kKeyTasks[i].first] = row.scores[i];
+  for (const demos::KeyRow& row : rows) {
+    for (size_t i = 0; i < std::size(demos::kKeyTasks); ++i) json["table"][row.name][demos::kKeyTasks[i].first] = row.scores[i];
     json["trained_parameters"][row.name] = row.trained;
     json["train_seconds"][row.name] = row.seconds;
   }
   return json;
 }
 
-void print_table(const std::vector<KeyRow>& rows, int64_t questions) {
+void print_table(const std::vector<demos::KeyRow>& rows, int64_t questions) {
   fmt::print("\nRight answers to {} questions each, on keys the connections were never trained with:\n\n  {:<26}",
              questions, "");
-  for (const auto& [name, task] : kKeyTasks) fmt::print("{:>10}", name);
+  for (const auto& [name, task] : demos::kKeyTasks) fmt::print("{:>10}", name);
   fmt::print("{:>12}{:>10}\n", "trained", "time");
-  for (const KeyRow& row : rows) {
+  for (const demos::KeyRow& row : rows) {
     fmt::print("  {:<26}", row.name);
     for (const double score : row.scores) fmt::print("{:>8.1f} %", 100 * score);
     fmt::print("{:>12}{:>10}\n", row.trained, format_duration(row.seconds));
@@ -79,9 +79,9 @@ int run_calm_demo(const CalmDemoOptions& options, const CommonOptions& common) {
         "The augmenting model learns what 500 keys are worth, the anchor learns to add and subtract. Both are then\n"
         "frozen and joined by two cross-attentions, trained on 100 of the keys. All questions use the other 400.\n\n");
   }
-  KeyExperiment experiment(options.output_dir, common.seed, options.fraction, options.test_rows,
+  demos::KeyExperiment experiment(options.output_dir, common.seed, options.fraction, options.test_rows,
                            parse_device(common.device));
-  const std::vector<KeyRow> rows = run_experiment(experiment, options.ablations);
+  const std::vector<demos::KeyRow> rows = run_experiment(experiment, options.ablations);
   const Json results = results_json(rows, options, common.seed);
   const std::filesystem::path folder = options.output_dir;
   write_file_atomically(folder / "results.json", results.dump(2) + "\n");

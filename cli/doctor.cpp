@@ -70,7 +70,7 @@ Runner add_doctor(CLI::App& app, CommonOptions& common) {
         {"mkl", at::hasMKL()},
         {"cuda_devices", cuda ? static_cast<int>(torch::cuda::device_count()) : 0},
         {"device", device.str()},
-        {"dtype", dtype_name(parse_dtype(common.dtype, device))},
+        {"dtype", dtype_name(number_format(common.dtype, device).dtype)},
         {"cpu_float32_gflops", std::round(flop / gemm_seconds(torch::kFloat32, kRows, kWidth) / 1e9)},
         {"cpu_bfloat16_gflops", std::round(flop / gemm_seconds(torch::kBFloat16, kRows, kWidth) / 1e9)},
     };

@@ -1,7 +1,7 @@
 // moesaic eval: tasks from files through a model and its adapters; scores as a table and as JSON.
 #include <iostream>
 
-#include "cli/load.h"
+#include "cli/options.h"
 #include "moesaic/base/progress.h"
 #include "moesaic/eval/report.h"
 
@@ -17,7 +17,7 @@ struct Options {
   bool log_samples = false, json = false;
 };
 
-int run(Options options, const CommonOptions& common) {
+int run_verb(Options options, const CommonOptions& common) {
   if (options.batch_size != "auto") {
     size_t used = 0;
     try {
@@ -31,7 +31,8 @@ int run(Options options, const CommonOptions& common) {
                 "--log_samples needs --output_path: that is where the samples go");
   const std::vector<eval::Task> tasks = eval::load_tasks(options.tasks, options.task);
   for (const eval::Task& task : tasks) eval::check_metrics(task, options.eval);
-  const LoadedModel loaded = load_model(options.model, common, {.composition = true});
+  const Loaded loaded = load(options.model, common);
+  spdlog::info("computing in {}", loaded.computes_in());
   const eval::EvalModel model = loaded.for_evaluation();
   options.eval.generation.eos_ids = loaded.eos_ids();
   options.eval.generation.seed = common.seed;
@@ -48,10 +49,10 @@ int run(Options options, const CommonOptions& common) {
   eval::RunInfo info;
   info.version = kVersion;
   info.model = options.model.model;
-  info.model_args = {{"model", options.model.model}, {"adapters", options.model.adapters}, {"dtype", common.dtype}};
+  info.model_args = {{"model", options.model.model}, {"adapters", options.model.adapters}, {"dtype", dtype_name(loaded.format.dtype)}};
   if (options.model.quantize != "none") info.model_args["quantize"] = options.model.quantize;
   info.batch_size = options.batch_size;
-  info.device = loaded.model->device().str();
+  info.device = loaded.model->facts().device.str();
   info.limit = options.task.limit;
   info.num_fewshot = options.task.num_fewshot;
   info.seed = common.seed;
@@ -75,6 +76,7 @@ int run(Options options, const CommonOptions& common) {
 Runner add_eval(CLI::App& app, CommonOptions& common) {
   auto options = std::make_shared<Options>();
   options->eval.generation.max_new_tokens = 0;  // the task's own
+  common.dtype = "float32";                     // an accuracy does not depend on the machine
   add_model_options(app, options->model);
   add_task_options(app, options->tasks, options->task, options->eval);
   app.add_option("--batch_size", options->batch_size, "Questions side by side, or auto")->capture_default_str();
@@ -104,7 +106,7 @@ Runner add_eval(CLI::App& app, CommonOptions& common) {
   app.add_option("--output_path", options->output_path, "Folder for results_*.json");
   app.add_flag("--log_samples", options->log_samples, "Write every question and answer beside the results");
   app.add_flag("--json", options->json, "Print the results as JSON instead of a table");
-  return [options, &common] { return run(*options, common); };
+  return [options, &common] { return run_verb(*options, common); };
 }
 
 }  // namespace moesaic::cli

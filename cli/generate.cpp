@@ -1,8 +1,7 @@
 // moesaic generate: answers to one prompt, streamed, or to a file of prompts, in batches.
 #include <iostream>
 
-#include "cli/load.h"
-#include "moesaic/generate/generate.h"
+#include "cli/options.h"
 
 namespace moesaic::cli {
 namespace {
@@ -19,11 +18,13 @@ struct Options {
 struct Prompt {
   std::string text;      // what the user gave
   OrderedJson messages;  // a whole conversation, or null
+  OrderedJson adapters;  // the request's adapters, or null
   std::vector<float> sentence;
+  std::string where;  // its place in the file
 };
 
-/// .jsonl: {"prompt": text} or {"messages": [...]}, with "sentence" a list of numbers if the router needs one; any
-/// other file: a prompt a line.
+/// .jsonl: {"prompt": text} or {"messages": [...]}, with "adapters" {name: weight} where the request chooses them and
+/// "sentence" a list of numbers if the router needs one; any other file: a prompt a line.
 std::vector<Prompt> read_prompts(const std::string& path) {
   std::ifstream file(path);
   MOESAIC_CHECK(file.good() && std::filesystem::is_regular_file(path), DataError, "--prompts {}: can't read this file.",
@@ -49,6 +50,8 @@ std::vector<Prompt> read_prompts(const std::string& path) {
                   line.substr(0, 80));
     if (has_prompt) prompt.text = row["prompt"].get<std::string>();
     if (has_messages) prompt.messages = row["messages"];
+    if (row.contains("adapters")) prompt.adapters = row["adapters"];
+    prompt.where = where;
     if (row.contains("sentence")) {
       try {
         prompt.sentence = row["sentence"].get<std::vector<float>>();
@@ -62,7 +65,7 @@ std::vector<Prompt> read_prompts(const std::string& path) {
 }
 
 /// The prompt's text as the model sees it, and its ids.
-std::vector<int64_t> encode(const LoadedModel& loaded, const Options& options, const Prompt& prompt) {
+std::vector<int64_t> encode(const Loaded& loaded, const Options& options, const Prompt& prompt) {
   const bool chat = !options.raw && loaded.chat_template;
   if (!chat) {
     MOESAIC_CHECK(prompt.messages.is_null() && options.system.empty(), UsageError,
@@ -80,28 +83,15 @@ std::vector<int64_t> encode(const LoadedModel& loaded, const Options& options, c
   return loaded.tokenizer->encode(loaded.chat_template->render(messages, true), false);
 }
 
-/// Sentence vectors of a batch: the file's when it has them, else the frozen model's.
-torch::Tensor sentence_of(const LoadedModel& loaded, const std::vector<std::vector<int64_t>>& ids,
-                          std::span<const Prompt> prompts) {
-  if (!loaded.routes_by_sentence() || prompts[0].sentence.empty()) return loaded.sentence_of(ids);
-  std::vector<torch::Tensor> rows;
-  for (const Prompt& prompt : prompts) {
-    MOESAIC_CHECK(prompt.sentence.size() == prompts[0].sentence.size(), DataError,
-                  "--prompts: sentence vectors of different lengths: {} and {}", prompts[0].sentence.size(),
-                  prompt.sentence.size());
-    rows.push_back(torch::tensor(prompt.sentence));
-  }
-  return torch::stack(rows).to(loaded.model->device());
-}
-
-int run(Options options, const CommonOptions& common) {
+int run_generate(Options options, const CommonOptions& common) {
   MOESAIC_CHECK(options.prompts.empty() != options.file.empty(), UsageError,
                 "give either -p TEXT or --prompts FILE, and not both");
   std::vector<Prompt> prompts;
-  for (const std::string& text : options.prompts) prompts.push_back({text, nullptr, {}});
+  for (const std::string& text : options.prompts) prompts.push_back({text, nullptr, nullptr, {}, ""});
   if (!options.file.empty()) prompts = read_prompts(options.file);
 
-  const LoadedModel loaded = load_model(options.model, common, {.composition = true});
+  const Loaded loaded = load(options.model, common);
+  spdlog::info("computing in {}", loaded.computes_in());
   options.sampling.eos_ids = loaded.eos_ids();
   const bool streams = prompts.size() == 1 && !options.json;
   auto show = [](int64_t, const std::string& piece) {
@@ -113,17 +103,19 @@ int run(Options options, const CommonOptions& common) {
   int64_t prompt_tokens = 0, new_tokens = 0;
   for (size_t first = 0; first < prompts.size(); first += options.batch_size) {
     const size_t last = std::min(prompts.size(), first + options.batch_size);
-    std::vector<std::vector<int64_t>> ids;
-    for (size_t i = first; i < last; ++i) ids.push_back(encode(loaded, options, prompts[i]));
+    std::vector<generate::Prompt> batch;
+    for (size_t i = first; i < last; ++i) {
+      const Prompt& prompt = prompts[i];
+      generate::Prompt& asked = batch.emplace_back(encode(loaded, options, prompt), prompt.sentence);
+      if (!prompt.adapters.is_null()) asked.mixture = run::mixture_row(*loaded.model, prompt.adapters, prompt.where);
+    }
     generate::SamplingOptions sampling = options.sampling;
     sampling.seed = common.seed + first;  // an answer's draw does not depend on the batch size
-    const torch::Tensor sentence = sentence_of(loaded, ids, std::span(prompts).subspan(first, last - first));
-    const generate::StreamCallback stream = streams ? show : generate::StreamCallback();
-    const auto answers = loaded.composition
-                             ? generate::generate(*loaded.composition, *loaded.tokenizer, ids, sampling, stream)
-                             : generate::generate(*loaded.model, *loaded.tokenizer, ids, sampling, stream, sentence);
+    generate::Hooks hooks;
+    if (streams) hooks.stream = show;
+    const auto answers = generate::generate(*loaded.model, *loaded.tokenizer, batch, sampling, hooks);
     for (size_t i = 0; i < answers.size(); ++i) {
-      prompt_tokens += static_cast<int64_t>(ids[i].size());
+      prompt_tokens += static_cast<int64_t>(batch[i].ids.size());
       new_tokens += static_cast<int64_t>(answers[i].ids.size());
       const Prompt& prompt = prompts[first + i];
       if (options.json) {
@@ -135,7 +127,7 @@ int run(Options options, const CommonOptions& common) {
         }
         line.update(OrderedJson{{"text", answers[i].text},
                                 {"finish_reason", answers[i].finish_reason},
-                                {"prompt_tokens", ids[i].size()},
+                                {"prompt_tokens", batch[i].ids.size()},
                                 {"ids", answers[i].ids}});
         std::cout << line.dump(-1, ' ', false, OrderedJson::error_handler_t::replace) << '\n';
       } else if (streams) {
@@ -161,7 +153,8 @@ Runner add_generate(CLI::App& app, CommonOptions& common) {
       ->expected(1)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
   app.add_option("--prompts", options->file,
-                 "File of prompts: .jsonl with \"prompt\" or \"messages\", or text, one a line");
+                 "File of prompts: .jsonl with \"prompt\" or \"messages\" and, if the request chooses, "
+                 "\"adapters\": {name: weight}; or text, one a line");
   app.add_option("--system", options->system, "System message");
   app.add_flag("--raw", options->raw, "Give the model the bare text, without its chat template");
   app.add_flag("--json", options->json, "Print a JSON object per answer");
@@ -169,7 +162,7 @@ Runner add_generate(CLI::App& app, CommonOptions& common) {
       ->capture_default_str()
       ->check(CLI::Range(1, 4096));
   add_sampling_options(app, options->sampling);
-  return [options, &common] { return run(*options, common); };
+  return [options, &common] { return run_generate(*options, common); };
 }
 
 }  // namespace moesaic::cli

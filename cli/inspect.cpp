@@ -1,7 +1,9 @@
 // moesaic inspect: what is in a file or folder; and, from a config alone, what a method would train.
 #include <iostream>
 
-#include "cli/load.h"
+#include "cli/command.h"
+#include "moesaic/adapters/adapter.h"
+#include "moesaic/models/causal_lm.h"
 #include "moesaic/base/device.h"
 #include "moesaic/compose/folder.h"
 #include "moesaic/formats/adapter_folder.h"
@@ -64,7 +66,7 @@ OrderedJson inspect_adapter(const fs::path& path, bool list) {
                         {"path", path.string()},
                         {"method", config.method},
                         {"num_experts", adapters::experts_json(config)}};
-  if (config.method == "lora" || config.method == "molora") {
+  if (adapters::method_of(config.method).low_rank) {
     report["lora_rank"] = config.lora_rank;
     report["lora_alpha"] = config.lora_alpha;
   }
@@ -156,24 +158,24 @@ OrderedJson inspect_method(const Options& options) {
   adapters::AdapterConfig config = options.adapter;
   config.method = options.method;
   if (options.targets.empty() || options.targets == "reference" || options.targets == "all-linear") {
-    config = adapters::resolve_targets(config, options.targets);
+    config = adapters::resolve_targets(config, options.targets, model->sites());
   } else {
     const std::vector<std::string> names = CLI::detail::split(options.targets, ',');
     config.targets = names;
-    const bool scales = config.method == "ia3" || config.method == "mov";
+    const bool scales = !adapters::method_of(config.method).low_rank;
     if (scales && std::find(names.begin(), names.end(), "down_proj") != names.end()) config.feedforward = {"down_proj"};
   }
   const auto adapter = adapters::Adapter::create(config, model->sites(), torch::kMeta, 0);
   int64_t trainable = 0, router = 0;
-  for (const adapters::AdapterParameter& parameter : adapter->parameters()) {
+  for (const nn::Parameter& parameter : adapter->parameters()) {
     trainable += parameter.tensor.numel();
-    if (parameter.router) router += parameter.tensor.numel();
+    if (parameter.kind == nn::Parameter::Kind::kRouter) router += parameter.tensor.numel();
   }
   OrderedJson patterns = OrderedJson::array();
   int64_t sites = 0;
   for (const auto& [pattern, hits] : adapter->matches()) {
     int64_t parameters = 0;
-    for (const adapters::AdapterParameter& parameter : adapter->parameters()) {
+    for (const nn::Parameter& parameter : adapter->parameters()) {
       if (("." + parameter.name + ".").find("." + pattern + ".") != std::string::npos)
         parameters += parameter.tensor.numel();
     }
@@ -181,7 +183,7 @@ OrderedJson inspect_method(const Options& options) {
     sites += hits;
   }
   report["num_experts"] = config.num_experts;
-  if (config.method == "lora" || config.method == "molora") {
+  if (adapters::method_of(config.method).low_rank) {
     report["lora_rank"] = config.lora_rank;
     report["lora_alpha"] = config.lora_alpha;
   }

@@ -20,8 +20,8 @@ torch::Tensor probe_logits(models::CausalLM& model) {
   torch::NoGradGuard no_grad;
   std::vector<int64_t> ids;
   for (int64_t i = 0; i < 32; ++i) ids.push_back((i * 7919 + 11) % model.config().vocab_size);
-  nn::ForwardContext context;
-  return model.logits(model.hidden_states(nn::RaggedBatch::from_sequences({ids}), context));
+  nn::Pass pass;
+  return model.head().logits(model.hidden({nn::RaggedBatch::from_sequences({ids})}, pass));
 }
 
 int run_merge(const MergeOptions& options, const CommonOptions& common) {
@@ -34,7 +34,7 @@ int run_merge(const MergeOptions& options, const CommonOptions& common) {
   MOESAIC_CHECK(!fs::exists(fs::path(options.out) / "config.json"), UsageError,
                 "{}: got a folder that holds a model, expected a new one", options.out);
   const std::string weight = "model.layers.0.self_attn.q_proj.weight";
-  const auto dtype = common.dtype != "auto"         ? parse_dtype(common.dtype, torch::kCPU)
+  const auto dtype = common.dtype != "auto"         ? number_format(common.dtype, torch::kCPU).dtype
                      : checkpoint->contains(weight) ? checkpoint->dtype(weight)
                                                     : torch::kFloat32;
 
@@ -44,7 +44,7 @@ int run_merge(const MergeOptions& options, const CommonOptions& common) {
 
   // The proof: the merged model against the base with the adapter beside it.
   auto base = models::CausalLM::load(*checkpoint, {});
-  const auto adapter = adapters::Adapter::load(options.adapter, base->sites(), torch::kCPU, checkpoint->fingerprint());
+  const auto adapter = adapters::Adapter::open(options.adapter, base->sites(), torch::kCPU, checkpoint->fingerprint());
   auto merged = models::CausalLM::load(*formats::Checkpoint::open(options.out), {});
   const auto expected = probe_logits(*base), got = probe_logits(*merged);
   const double drift = (expected - got).abs().max().item<double>();

@@ -1,8 +1,7 @@
 // moesaic score: the log-probability of every token of a text; how anyone checks this program against another one.
 #include <iostream>
 
-#include "cli/load.h"
-#include "moesaic/generate/generate.h"
+#include "cli/options.h"
 
 namespace moesaic::cli {
 namespace {
@@ -14,16 +13,16 @@ struct Options {
   bool json = false;
 };
 
-int run(const Options& options, const CommonOptions& common) {
+int run_verb(const Options& options, const CommonOptions& common) {
   const int sources = !options.text.empty() + !options.file.empty() + !options.ids.empty();
   MOESAIC_CHECK(sources == 1, UsageError, "give exactly one of --text TEXT, --ids 1,2,3 and --file FILE; got {}",
                 sources);
   const std::string text = options.file.empty() ? options.text : read_file(options.file);
-  const LoadedModel loaded = load_model(options.model, common, {.tokenizer = options.ids.empty()});
+  const Loaded loaded = load(options.model, common, /*needs_tokenizer=*/options.ids.empty());
   const std::vector<int64_t> ids = options.ids.empty() ? loaded.tokenizer->encode(text, true) : options.ids;
   MOESAIC_CHECK(ids.size() >= 2, UsageError, "score: {} token, at least 2 are needed: the first has nothing before it",
                 ids.size());
-  const std::vector<float> logprobs = generate::score(*loaded.model, {ids}, loaded.sentence_of({ids}))[0];
+  const std::vector<float> logprobs = generate::score(*loaded.model, {{ids}})[0];
   const double sum = std::accumulate(logprobs.begin(), logprobs.end(), 0.0);
   const double perplexity = std::exp(-sum / static_cast<double>(logprobs.size()));
   if (options.json) {
@@ -45,13 +44,13 @@ int run(const Options& options, const CommonOptions& common) {
 
 Runner add_score(CLI::App& app, CommonOptions& common) {
   auto options = std::make_shared<Options>();
-  common.dtype = "float32";  // scores are compared with other programs'
+  common.dtype = "float32";  // a score does not depend on the machine
   add_model_options(app, options->model);
   app.add_option("--text", options->text, "Text, tokenised with the tokenizer's special tokens (BOS and the like)");
   app.add_option("--ids", options->ids, "Token ids, comma-separated")->delimiter(',');
   app.add_option("--file", options->file, "File of text");
   app.add_flag("--json", options->json, "Print {\"ids\", \"logprobs\", \"sum\", \"perplexity\"}");
-  return [options, &common] { return run(*options, common); };
+  return [options, &common] { return run_verb(*options, common); };
 }
 
 }  // namespace moesaic::cli

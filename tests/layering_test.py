@@ -36,7 +36,7 @@ def include_problems(order, folder, name, text):
         top, *rest = match.group(1).split("/")
         if top == "moesaic" and rest[0] != folder and rest[0] not in order[folder]:
             yield f"{name}:{number}: '{folder}' must not include '{rest[0]}'"
-        elif top in {"cli", "tests", "bench"}:
+        elif top in {"cli", "demos", "tests", "bench"}:
             yield f"{name}:{number}: the library must not include {match.group(1)}"
 
 

@@ -3,12 +3,11 @@
 
 #include "moesaic/adapters/adapter.h"
 #include "moesaic/base/check.h"
+#include "moesaic/base/version.h"
 #include "moesaic/moe/router.h"
 
 namespace moesaic::adapters {
 namespace {
-
-constexpr const char* kVersion = "0.1.0";
 
 TargetPattern parse_targets(const Json& json, const char* key, const std::string& where) {
   auto it = json.find(key);

@@ -1,6 +1,7 @@
 #include "moesaic/base/device.h"
 
 #include <ATen/Context.h>
+#include <ATen/Version.h>
 #include <ATen/Parallel.h>
 #include <ATen/cpu/Utils.h>
 #include <dlfcn.h>
@@ -52,6 +53,7 @@ c10::Device parse_device(const std::string& name) {
 }
 
 bool cpu_has_fast_bfloat16() {
+  if (at::get_cpu_capability() != "AVX512") return false;
   auto capabilities = at::cpu::get_cpu_capabilities();
   auto has = [&](const char* name) {
     auto it = capabilities.find(name);
@@ -60,11 +62,13 @@ bool cpu_has_fast_bfloat16() {
   return has("avx512_bf16") || has("amx_bf16");
 }
 
-c10::ScalarType parse_dtype(const std::string& name, c10::Device device) {
-  if (name == "float32" || name == "f32") return c10::kFloat;
-  if (name == "bfloat16" || name == "bf16") return c10::kBFloat16;
+NumberFormat number_format(const std::string& name, c10::Device device) {
+  if (name == "float32" || name == "f32") return {c10::kFloat, "asked for"};
+  if (name == "bfloat16" || name == "bf16") return {c10::kBFloat16, "asked for"};
   MOESAIC_CHECK(name == "auto", UsageError, "dtype '{}': expected auto, float32 or bfloat16", name);
-  return device.is_cuda() || cpu_has_fast_bfloat16() ? c10::kBFloat16 : c10::kFloat;
+  if (device.is_cuda()) return {c10::kBFloat16, "a GPU multiplies it faster than float32"};
+  if (cpu_has_fast_bfloat16()) return {c10::kBFloat16, "this CPU multiplies it faster than float32"};
+  return {c10::kFloat, "this CPU has no fast bfloat16"};
 }
 
 std::string dtype_name(c10::ScalarType dtype) {

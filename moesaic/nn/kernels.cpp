@@ -1,6 +1,7 @@
 #include "moesaic/nn/kernels.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/Version.h>
 
 #include "moesaic/base/check.h"
 
@@ -40,7 +41,7 @@ bool is_thin(const torch::Tensor& x, const torch::Tensor& thin, int64_t rank) {
 const KernelTable& kernels() {
 #if defined(__x86_64__)
   static const KernelTable& table =
-      kAvx2Kernels.gemv_f32 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? kAvx2Kernels
+      kAvx2Kernels.gemv_f32 && at::get_cpu_capability() != "DEFAULT" && __builtin_cpu_supports("fma") ? kAvx2Kernels
                                                                                                : kGenericKernels;
   return table;
 #else

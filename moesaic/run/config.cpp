@@ -1,8 +1,9 @@
-#include "moesaic/train/run_config.h"
+#include "moesaic/run/config.h"
 
 #include "moesaic/base/yaml.h"
+#include "moesaic/run/subject.h"
 
-namespace moesaic::train {
+namespace moesaic::run {
 namespace {
 
 /// Other tools' names of our keys (axolotl, torchtune, transformers, PEFT).
@@ -48,20 +49,6 @@ Json with_aliases(Json json, const std::string& where) {
   return json;
 }
 
-std::vector<std::string> known_keys() {
-  std::vector<std::string> keys;
-  for (const auto& [key, value] : run_defaults().items()) {
-    keys.push_back(key);
-    if (key == "rank_pattern" || key == "alpha_pattern" || key == "num_experts") keys.push_back(key + ".*");
-    if (key != "router" && key != "eval") continue;
-    for (const auto& [inner, inner_value] : value.items()) keys.push_back(key + "." + inner);
-  }
-  keys.push_back("router.renormalize");
-  keys.push_back("tokenizer.train");
-  keys.push_back("tokenizer.vocab_size");
-  return keys;
-}
-
 std::vector<std::string> split_commas(const std::string& text) {
   std::vector<std::string> parts;
   std::istringstream stream(text);
@@ -75,7 +62,7 @@ std::vector<std::string> split_commas(const std::string& text) {
 /// tokenizer: a path, or {train: bpe, vocab_size: N}.
 void parse_tokenizer(const Json& json, const std::string& where, RunConfig& run) {
   if (json.is_null()) return;
-  MOESAIC_CHECK(run.init == "random" && run.finetuning_type == "full", UsageError,
+  MOESAIC_CHECK(run.init == "random", UsageError,
                 "{}: got one for init {} and finetuning_type {}, expected random and full: a trained model keeps the "
                 "tokenizer it was trained with",
                 where, run.init, run.finetuning_type);
@@ -116,7 +103,8 @@ void parse_target(const Json& json, const std::string& where, RunConfig& run) {
 /// feedforward_modules: the (IA)^3 and MoV targets that scale their input; down_proj unless a list says otherwise.
 void parse_feedforward(const Json& json, const std::string& where, RunConfig& run) {
   auto& adapter = run.adapter;
-  const bool scales = adapter.method == "ia3" || adapter.method == "mov";
+  const adapters::Method* method = subject_of(run.finetuning_type).method;
+  const bool scales = method != nullptr && !method->low_rank;
   const auto* targets = std::get_if<std::vector<std::string>>(&adapter.targets);
   if (!json.at("feedforward_modules").is_null()) {
     MOESAIC_CHECK(scales && !json.at("lora_target").is_null(), UsageError,
@@ -165,103 +153,219 @@ void parse_eval(const Json& json, const std::string& where, RunConfig& run) {
                 "{}: got no tasks, expected files to score every {} steps", where, run.train.task_eval_steps);
 }
 
-/// visit(key, field) for every key that a field of TrainConfig takes as it stands.
-template <class Config, class Visit>
-void each_train_key(Config& train, Visit visit) {
-  visit("per_device_train_batch_size", train.per_device_train_batch_size);
-  visit("max_batch_tokens", train.max_batch_tokens);
-  visit("gradient_accumulation_steps", train.gradient_accumulation_steps);
-  visit("loss_normalization", train.loss_normalization);
-  visit("learning_rate", train.learning_rate);
-  visit("router_learning_rate", train.router_learning_rate);
-  visit("optim", train.optim);
-  visit("weight_decay", train.weight_decay);
-  visit("adam_beta1", train.adam_beta1);
-  visit("adam_beta2", train.adam_beta2);
-  visit("adam_epsilon", train.adam_epsilon);
-  visit("adafactor_initial_step", train.adafactor_initial_step);
-  visit("lr_scheduler_type", train.lr_scheduler_type);
-  visit("warmup_ratio", train.warmup_ratio);
-  visit("warmup_steps", train.warmup_steps);
-  visit("max_grad_norm", train.max_grad_norm);
-  visit("max_steps", train.max_steps);
-  visit("num_train_epochs", train.num_train_epochs);
-  visit("gradient_checkpointing", train.gradient_checkpointing);
-  visit("moe_aux_loss_coef", train.moe_aux_loss_coef);
-  visit("router_z_loss_coef", train.router_z_loss_coef);
-  visit("train_adapters", train.train_adapters);
-  visit("state_cache_gib", train.state_cache_gib);
-  visit("state_cache_dir", train.state_cache_dir);
-  visit("seed", train.seed);
-  visit("deterministic", train.deterministic);
-  visit("overwrite_output_dir", train.overwrite_output_dir);
-  visit("resume_from_checkpoint", train.resume_from_checkpoint);
-  visit("logging_steps", train.logging_steps);
-  visit("save_steps", train.save_steps);
-  visit("save_total_limit", train.save_total_limit);
-  visit("eval_steps", train.eval_steps);
-  visit("early_stopping_patience", train.early_stopping_patience);
-}
+using train::KeyInfo;
+constexpr const char *kModel = "Model and method", *kRouter = "Router", *kData = "Data", *kSteps = "Steps",
+                     *kOutput = "Output";
 
-/// The same for AdapterConfig.
+/// visit(key, field, KeyInfo) for every key that a field of AdapterConfig takes as it stands.
 template <class Config, class Visit>
 void each_adapter_key(Config& adapter, Visit visit) {
-  visit("lora_rank", adapter.lora_rank);
-  visit("lora_alpha", adapter.lora_alpha);
-  visit("lora_dropout", adapter.lora_dropout);
-  visit("use_rslora", adapter.use_rslora);
-  visit("rank_pattern", adapter.rank_pattern);
-  visit("alpha_pattern", adapter.alpha_pattern);
-  visit("k_site", adapter.k_site);
+  visit("lora_rank", adapter.lora_rank, KeyInfo{kModel, "r of every expert"});
+  visit("lora_alpha", adapter.lora_alpha, KeyInfo{kModel, "the delta is scaled by alpha / r"});
+  visit("lora_dropout", adapter.lora_dropout,
+        KeyInfo{kModel, "on the input of the low-rank product, while training"});
+  visit("use_rslora", adapter.use_rslora, KeyInfo{kModel, "scale by alpha / sqrt(r)"});
+  visit("rank_pattern", adapter.rank_pattern,
+        KeyInfo{kModel, "other ranks: {regex at the end of the path: rank}"});
+  visit("alpha_pattern", adapter.alpha_pattern, KeyInfo{kModel, "other alphas, likewise"});
+  visit("k_site", adapter.k_site,
+        KeyInfo{kModel,
+                "where keys are scaled in models with q/k norm: `output` of k_proj, or `post_qk_norm`; `auto` chooses "
+                "by model"});
 }
 
 /// The same for data::RenderOptions.
 template <class Config, class Visit>
 void each_render_key(Config& render, Visit visit) {
-  visit("template", render.template_name);
-  visit("cutoff_len", render.cutoff_len);
-  visit("target_cutoff_len", render.target_cutoff_len);
-  visit("train_on_prompt", render.train_on_prompt);
+  visit("template", render.template_name,
+        KeyInfo{kData,
+                "`auto`: the model's chat template, if it has one; `none`: raw text; or a Jinja file"});
+  visit("cutoff_len", render.cutoff_len,
+        KeyInfo{kData, "tokens of an example; a longer one loses the middle of its prompt first"});
+  visit("target_cutoff_len", render.target_cutoff_len,
+        KeyInfo{kData, "tokens of an answer; 0 is no limit of its own"});
+  visit("train_on_prompt", render.train_on_prompt, KeyInfo{kData, "learn the prompt's tokens, too"});
+}
+
+/// The same for what only compositions have.
+template <class Config, class Visit>
+void each_composition_key(Config& run, Visit visit) {
+  visit("train_adapters", run.train_adapters,
+        KeyInfo{kSteps, "`calm`: the adapters that the composition's models carry are trained with the connections"});
+  visit("state_cache_gib", run.state_cache_gib,
+        KeyInfo{kSteps,
+                "`calm`: GiB of frozen states (the augmenting models', and the anchor's up to its lowest connection) "
+                "that are kept for the next epoch or evaluation; 0 = off. The losses are the same, on the CPU in "
+                "float32 bit for bit"});
+  visit("state_cache_dir", run.state_cache_dir,
+        KeyInfo{kSteps,
+                "`calm`: keep them in this folder instead of in memory; it may serve several runs. Nothing in it is "
+                "ever removed: what other models left there counts, and with `state_cache_gib` full nothing new is "
+                "kept"});
+}
+
+/// Keys whose values are read by hand.
+std::vector<RunKey> other_keys() {
+  const RunConfig run;
+  static const std::string kTypes = fmt::format(
+      "{}, `full`, or `calm`: the connections of the composition that `model_name_or_path` names",
+      fmt::join([] {
+        std::vector<std::string> names;
+        for (const std::string& name : adapters::method_names()) {
+          names.push_back(fmt::format("`{}` ({})", name, adapters::method_of(name).summary));
+        }
+        return names;
+      }(), ", "));
+  std::vector<RunKey> keys{
+      {"model_name_or_path", nullptr,
+       {kModel,
+        "folder with config.json, or a .gguf file; with `init: random` a folder with config.json is enough, or that "
+        "file itself"}},
+      {"init", run.init,
+       {kModel,
+        "`random`: new weights from config.json alone, for `full`. Normal with deviation 1/sqrt(fan in), divided by "
+        "sqrt(2 L) where a matrix writes to the residual stream; embedding 0.1, head 0.02, 0.02 where they are one; "
+        "the same for a seed on every device"}},
+      {"tokenizer", nullptr,
+       {kModel,
+        "of a new model: a folder, a tokenizer.json or a .gguf file; or `{train: bpe, vocab_size: 2048}`: byte-level "
+        "BPE learnt from the run's own training texts (at most 64 MiB of them), every digit a token, `<bos>` `<eos>` "
+        "`<pad>`. vocab_size, bos, eos and pad of config.json follow it (a given tokenizer may be smaller than "
+        "vocab_size). null is the tokenizer beside config.json. A resumed run keeps the one it began with"}},
+      {"finetuning_type", run.finetuning_type, {kModel, kTypes.c_str()}},
+      {"adapter_name_or_path", nullptr, {kModel, "start from this adapter's numbers instead of new ones"}},
+      {"num_experts", nullptr,
+       {kModel,
+        "E; or by layer: `{\"0-7\": 4, \"8-23\": 10}`, which must name every adapted layer; null is 10 for "
+        "mixtures, 1 otherwise"}},
+      {"lora_target", nullptr,
+       {kModel,
+        "`all-linear`, `reference`, names (`[q_proj, v_proj]`), or one regular expression over whole module paths; "
+        "null is the method's default. A name that matches nothing is an error"}},
+      {"feedforward_modules", nullptr,
+       {kModel,
+        "(IA)³ and MoV: the names in `lora_target` that scale what they read instead of what they give; null takes "
+        "those that end in `down_proj`, `[]` none"}},
+      {"layers_to_transform", nullptr, {kModel, "list of layers; null is all"}},
+      {"dataset", nullptr,
+       {kData,
+        "a name in `dataset_info.json`, a file or a folder; a list of them, or objects {name, weight, cap, split, "
+        "formatting, columns, tags, val_size, templates}"}},
+      {"dataset_dir", ".", {kData, "folder of `dataset_info.json` and of relative names"}},
+      {"eval_dataset", nullptr, {kData, "data for evaluation while training, beside that of `val_size`"}},
+      {"val_size", run.val_size,
+       {kData, "of every data set, set aside for evaluation: a share below 1, or a number of rows"}},
+      {"mixture_rule", "proportional",
+       {kData, "rates of data sets without weights: `proportional` to their rows, `equal`, or `t0`"}},
+      {"sentence_column", nullptr,
+       {kData, "column with a list of numbers, for `router.sentence_source: column`"}},
+      {"packing", true, {kData, "batches are ragged without padding either way"}},
+      {"bf16", nullptr,
+       {kSteps,
+        "number format of the frozen model: true bfloat16, false float32, null what the hardware does faster; "
+        "run.yaml of the output folder says which it was"}},
+      {"fp16", false, {kSteps, "true is refused: float16 overflows in training"}},
+      {"device", "auto", {kSteps, "`auto`, `cpu`, `cuda`, `cuda:N`"}},
+      {"quantization_bit", nullptr,
+       {kSteps,
+        "nothing else is accepted: the frozen weights stay float. `--quantize int8` is for generation and "
+        "evaluation"}},
+      {"output_dir", nullptr, {kOutput, "adapter, tokenizer, `run.yaml`, logs and `checkpoint-N` folders"}},
+      {"eval.tasks", Json::array(),
+       {kOutput,
+        "task files, as `moesaic eval` takes them, scored while training and asked as the training data is rendered; "
+        "the scores are `eval/<task>/<metric>` on the console, in train_log.jsonl and in TensorBoard"}},
+      {"eval.steps", run.train.task_eval_steps,
+       {kOutput, "steps between these evaluations; 0 is at the end only"}},
+      {"eval.limit", run.eval_limit, {kOutput, "questions of each task; 0 is all"}},
+      {"report_to", run.train.report_to,
+       {kOutput, "`jsonl` (train_log.jsonl, router_stats.jsonl), `tensorboard` (event files)"}},
+  };
+  static const std::map<std::string, const char*> kRouterHelp{
+      {"type", "`soft`: all experts; `top_k`: the k largest"},
+      {"top_k", "k; a value above 0 implies `top_k`"},
+      {"topk_mode",
+       "`mask`: the kept probabilities as they are; `renorm`: divided by their sum; `residual`: MoV scales by 1 + the "
+       "kept deviations"},
+      {"input",
+       "what the router reads: `token` (the site's own input), `sentence`, `layer_input`, `ffn_product`"},
+      {"sentence_source",
+       "for `sentence`: the frozen model's mean last hidden state of the prompt, or a `column` of the data"},
+      {"sentence_dim", "width of the sentence vector; 0 is the model's"},
+      {"init_std", "of the router's start values"},
+      {"jitter", "its input is multiplied by uniform(1-j, 1+j) while training"},
+      {"temperature", "logits are divided by it"},
+      {"head_wise",
+       "MoV at keys, values and queries: a vector and a routing per head, vectors [E, H, k], router [E, k]; false: "
+       "over all heads together, vectors [E, H·k], router [E, H·k]"},
+      {"dtype", "routers compute in float32; nothing else is accepted"},
+  };
+  Json router = adapters::router_config_json(run.adapter.router);
+  router["dtype"] = "float32";
+  for (const auto& [key, value] : router.items()) keys.push_back({"router." + key, value, {kRouter, kRouterHelp.at(key)}});
+  return keys;
+}
+
+/// Every key with its default as one object; "a.b" is b in a.
+const Json& run_defaults() {
+  static const Json kDefaults = [] {
+    Json json = Json::object();
+    for (const RunKey& key : run_keys()) {
+      const size_t dot = key.name.find('.');
+      if (dot == std::string::npos) {
+        json[key.name] = key.value;
+      } else {
+        json[key.name.substr(0, dot)][key.name.substr(dot + 1)] = key.value;
+      }
+    }
+    return json;
+  }();
+  return kDefaults;
+}
+
+std::vector<std::string> known_keys() {
+  std::vector<std::string> keys{"router", "eval", "router.renormalize", "tokenizer.train", "tokenizer.vocab_size"};
+  for (const RunKey& key : run_keys()) {
+    keys.push_back(key.name);
+    if (key.name == "rank_pattern" || key.name == "alpha_pattern" || key.name == "num_experts") {
+      keys.push_back(key.name + ".*");
+    }
+  }
+  return keys;
 }
 
 }  // namespace
 
-const Json& run_defaults() {
-  static const Json kDefaults = [] {
+const std::vector<RunKey>& run_keys() {
+  static const std::vector<RunKey> kKeys = [] {
+    std::vector<RunKey> keys = other_keys();
     const RunConfig run;
-    Json router = adapters::router_config_json(run.adapter.router);
-    router["dtype"] = "float32";
-    Json json{{"model_name_or_path", nullptr},
-              {"init", run.init},
-              {"tokenizer", nullptr},
-              {"finetuning_type", "molora"},
-              {"adapter_name_or_path", nullptr},
-              {"lora_target", nullptr},
-              {"feedforward_modules", nullptr},
-              {"layers_to_transform", nullptr},
-              {"num_experts", nullptr},
-              {"router", router},
-              {"quantization_bit", nullptr},
-              {"dataset", nullptr},
-              {"dataset_dir", "."},
-              {"eval_dataset", nullptr},
-              {"val_size", run.val_size},
-              {"mixture_rule", "proportional"},
-              {"sentence_column", nullptr},
-              {"packing", true},
-              {"bf16", nullptr},
-              {"fp16", false},
-              {"device", "auto"},
-              {"output_dir", nullptr},
-              {"eval", {{"tasks", Json::array()}, {"steps", run.train.task_eval_steps}, {"limit", run.eval_limit}}},
-              {"report_to", run.train.report_to}};
-    auto add = [&](const char* key, const auto& field) { json[key] = field; };
+    auto add = [&](const char* key, const auto& field, const KeyInfo& info) { keys.push_back({key, field, info}); };
     each_adapter_key(run.adapter, add);
     each_render_key(run.render, add);
-    each_train_key(run.train, add);
-    return json;
+    train::each_train_key(run.train, add);
+    each_composition_key(run, add);
+    return keys;
   }();
-  return kDefaults;
+  return kKeys;
+}
+
+std::string run_keys_markdown() {
+  static const std::set<std::string> kRequired{"model_name_or_path", "dataset", "output_dir"};
+  std::string text;
+  for (const char* section : {kModel, kRouter, kData, kSteps, kOutput}) {
+    text += fmt::format("## {}\n\n| key | default | |\n|---|---|---|\n", section);
+    for (const RunKey& key : run_keys()) {
+      if (std::string_view(key.info.section) != section) continue;
+      std::string value = key.value.is_string() ? fmt::format("`{}`", key.value.get<std::string>()) : key.value.dump();
+      if (key.value == "") value = "\"\"";
+      text += fmt::format("| `{}` | {} | {} |\n", key.name, kRequired.contains(key.name) ? "required" : value,
+                          key.info.help);
+    }
+    text += "\n";
+  }
+  text.pop_back();
+  return text;
 }
 
 RunConfig parse_run_config(const Json& given, const std::string& where) {
@@ -284,42 +388,31 @@ RunConfig parse_run_config(const Json& given, const std::string& where) {
     MOESAIC_CHECK(run.init == "pretrained" || run.init == "random", UsageError,
                   "{}: init: got '{}', expected pretrained or random", where, run.init);
     run.finetuning_type = get<std::string>(json, "finetuning_type", where);
-    static const std::vector<std::string> kTypes{"lora", "ia3", "mov", "molora", "calm", "full"};
-    MOESAIC_CHECK(std::find(kTypes.begin(), kTypes.end(), run.finetuning_type) != kTypes.end(), UsageError,
-                  "{}: finetuning_type: got '{}', expected one of {}", where, run.finetuning_type,
-                  fmt::join(kTypes, ", "));
+    const Subject& subject = subject_of(run.finetuning_type);
     run.adapter_name_or_path = get_or<std::string>(json, "adapter_name_or_path", "", where);
     parse_tokenizer(json.at("tokenizer"), where + ": tokenizer", run);
 
     auto& adapter = run.adapter;
     adapter.method = run.finetuning_type;
-    auto read = [&](const char* key, auto& field) {
+    auto read = [&](const char* key, auto& field, const KeyInfo&) {
       field = get<std::remove_reference_t<decltype(field)>>(json, key, where);
     };
     each_adapter_key(adapter, read);
     each_render_key(run.render, read);
-    each_train_key(run.train, read);
+    train::each_train_key(run.train, read);
+    each_composition_key(run, read);
     adapter.layers_to_transform = get_or<std::vector<int64_t>>(json, "layers_to_transform", {}, where);
-    const bool mixture = run.finetuning_type == "mov" || run.finetuning_type == "molora";
+    const bool mixture = subject.method != nullptr && subject.method->mixes;
     if (json.at("num_experts").is_null()) json["num_experts"] = mixture ? 10 : 1;
     adapters::parse_experts(json.at("num_experts"), where + ": num_experts", adapter);
     MOESAIC_CHECK(mixture || adapter.num_experts == 1, UsageError,
                   "{}: num_experts: got {} for {}, which has one expert\nhint: finetuning_type {} mixes experts", where,
-                  json["num_experts"].dump(), run.finetuning_type, run.finetuning_type == "ia3" ? "mov" : "molora");
+                  json["num_experts"].dump(), run.finetuning_type,
+                  subject.method != nullptr && !subject.method->low_rank ? "mov" : "molora");
     adapter.router = parse_router(json.at("router"), where + ": router");
     parse_target(json, where, run);
     parse_feedforward(json, where, run);
-    if (run.finetuning_type != "full" && run.finetuning_type != "calm") adapters::validate(adapter, where);
-    MOESAIC_CHECK(
-        run.finetuning_type != "calm" || (run.init == "pretrained" && run.adapter_name_or_path.empty()), UsageError,
-        "{}: finetuning_type calm trains the connections of the folder that model_name_or_path names: got init "
-        "{} and adapter_name_or_path '{}', expected pretrained and none",
-        where, run.init, run.adapter_name_or_path);
-
-    MOESAIC_CHECK(run.finetuning_type == "calm" || (!run.train.train_adapters && run.train.state_cache_dir.empty()),
-                  UsageError, "{}: train_adapters, state_cache_dir: got them for {}, expected finetuning_type calm",
-                  where, run.finetuning_type);
-
+    if (subject.method != nullptr) adapters::validate(adapter, where);
     run.eval_dataset = json.at("eval_dataset");
     run.dataset_dir = get<std::string>(json, "dataset_dir", where);
     run.val_size = get<double>(json, "val_size", where);
@@ -343,12 +436,9 @@ RunConfig parse_run_config(const Json& given, const std::string& where) {
                   where, json.at("quantization_bit").dump());
     run.device = get<std::string>(json, "device", where);
     run.dtype = json.at("bf16").is_null() ? "auto" : get<bool>(json, "bf16", where) ? "bfloat16" : "float32";
-    if (run.finetuning_type == "full") {
-      MOESAIC_CHECK(run.dtype != "bfloat16", UsageError,
-                    "{}: bf16: got true, expected false for full fine-tuning, whose weights must hold small updates",
-                    where);
-      run.dtype = "float32";
-    }
+    MOESAIC_CHECK(std::isfinite(run.state_cache_gib) && run.state_cache_gib >= 0, UsageError,
+                  "{}: state_cache_gib: got {}, expected a number from 0", where, run.state_cache_gib);
+    if (subject.check != nullptr) subject.check(run, where);
   } catch (const ConfigError& error) {
     throw UsageError(error.what());  // a run's keys are the user's words
   }
@@ -356,4 +446,4 @@ RunConfig parse_run_config(const Json& given, const std::string& where) {
   return run;
 }
 
-}  // namespace moesaic::train
+}  // namespace moesaic::run

@@ -1,13 +1,14 @@
-// A run file: every key of `moesaic train`, its default and what it becomes.
+// A run file: every key of `moesaic train`, its default, what it means and what it becomes.
 #pragma once
 #include <string>
 #include <vector>
 
 #include "moesaic/adapters/adapter.h"
+#include "moesaic/base/json.h"
 #include "moesaic/data/dataset.h"
-#include "moesaic/train/trainer.h"
+#include "moesaic/train/train_keys.h"
 
-namespace moesaic::train {
+namespace moesaic::run {
 
 /// A run, parsed.
 struct RunConfig {
@@ -15,7 +16,7 @@ struct RunConfig {
   std::string init = "pretrained";   // pretrained | random (from config.json alone)
   std::string tokenizer;             // of a model from nothing: folder or file; "" = the model's own, or trained
   int64_t tokenizer_vocab_size = 0;  // above 0: trained on the run's texts
-  std::string finetuning_type;       // lora | ia3 | mov | molora | calm | full
+  std::string finetuning_type = "molora";  // what is trained: a name of subject.h's table
   std::string adapter_name_or_path;  // start from this adapter's numbers
   adapters::AdapterConfig adapter;   // targets are empty when `target_preset` names them
   std::string target_preset;         // reference | all-linear | ""
@@ -24,19 +25,30 @@ struct RunConfig {
   double val_size = 0;
   std::string mixture_rule;
   data::RenderOptions render;
-  std::string device, dtype;
-  TrainConfig train;
+  std::string device, dtype;         // as parse_device, number_format
+  train::TrainConfig train;
+  bool train_adapters = false;       // of a composition's models, with the connections
+  double state_cache_gib = 2;        // GiB of a composition's frozen states kept between epochs; 0 = off
+  std::string state_cache_dir;       // "" = kept in memory; else a folder, which outlives the run
   std::vector<std::string> eval_tasks;  // task files scored while training, train.task_eval_steps apart
   int64_t eval_limit = 0;               // questions of each; 0 = all
   Json resolved;                        // every key with its value: what run.yaml of the output folder holds
 };
 
-/// Every key of a run with its default, by LLaMA-Factory's names where it has one.
-const Json& run_defaults();
+/// A key as docs/config.md tells of it.
+struct RunKey {
+  std::string name;  // "router.top_k"
+  Json value;        // its default
+  train::KeyInfo info;
+};
+/// Every key, by LLaMA-Factory's names where it has one.
+const std::vector<RunKey>& run_keys();
+/// The tables of docs/config.md.
+std::string run_keys_markdown();
 
 /// Parses a run. Aliases of other tools (base_model, lora_r, micro_batch_size, ...) are accepted with a note in the
 /// log. Throws one UsageError for all unknown keys, naming the nearest, and UsageError or ConfigError for values that
 /// can't be.
 RunConfig parse_run_config(const Json& json, const std::string& where);
 
-}  // namespace moesaic::train
+}  // namespace moesaic::run

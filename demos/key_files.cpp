@@ -1,4 +1,4 @@
-#include "moesaic/data/key_files.h"
+#include "demos/key_files.h"
 
 #include <fmt/format.h>
 
@@ -6,10 +6,10 @@
 #include <set>
 
 #include "moesaic/base/seed.h"
-#include "moesaic/data/key_arithmetic.h"
+#include "demos/key_arithmetic.h"
 #include "moesaic/data/order.h"
 
-namespace moesaic::data {
+namespace moesaic::demos {
 namespace {
 
 constexpr int64_t kKeys = 500, kHeldIn = 100, kSmallest = 10, kNumbers = 90;  // values are 10 .. 99
@@ -20,7 +20,7 @@ struct Question {
   std::string keys;  // "vamo + kelu", "" for num_math
   std::string expression;
   int64_t result = 0;
-  bool held_out() const { return hash_text(expression, kSplitSeed) % 10 == 0; }
+  bool held_out() const { return data::hash_text(expression, kSplitSeed) % 10 == 0; }
 };
 
 enum class Split { kTrained, kHeldOut, kAny };
@@ -110,4 +110,4 @@ void write_key_files(const std::filesystem::path& folder, int64_t test_rows, uin
   write_test("held_in/kv_math", 0, kHeldIn, Split::kHeldOut);
 }
 
-}  // namespace moesaic::data
+}  // namespace moesaic::demos

@@ -1,4 +1,4 @@
-#include "moesaic/data/skills.h"
+#include "demos/skills.h"
 
 #include <algorithm>
 #include <array>
@@ -7,7 +7,7 @@
 
 #include "moesaic/data/order.h"
 
-namespace moesaic::data {
+namespace moesaic::demos {
 namespace {
 
 constexpr uint64_t kSplitSeed = 0x736b696c6c73;  // of the split; not the user's seed
@@ -21,7 +21,7 @@ class Chooser {
   explicit Chooser(uint64_t seed) : seed_(seed) {}
   /// low <= result <= high.
   int between(int low, int high) {
-    return low + static_cast<int>(hash_mix(seed_, step_++) % static_cast<uint64_t>(high - low + 1));
+    return low + static_cast<int>(data::hash_mix(seed_, step_++) % static_cast<uint64_t>(high - low + 1));
   }
   const std::string& of(const Texts& texts) { return texts[between(0, static_cast<int>(texts.size()) - 1)]; }
   /// `count` different texts in random order.
@@ -254,7 +254,7 @@ std::vector<OrderedJson> generate_skill(const std::string& skill, const std::str
   }
   MOESAIC_CHECK(split == "train" || split == "test", UsageError, "split is '{}', expected train or test", split);
   MOESAIC_CHECK(!(entry->skill.held_out && split == "train"), UsageError, "skill {} is held out of training", skill);
-  Chooser choose(hash_text(skill + "/" + split, seed));
+  Chooser choose(data::hash_text(skill + "/" + split, seed));
   std::vector<OrderedJson> rows;
   std::set<std::string> seen;
   for (int64_t tries = 0; static_cast<int64_t>(rows.size()) < count; ++tries) {
@@ -262,7 +262,7 @@ std::vector<OrderedJson> generate_skill(const std::string& skill, const std::str
     MOESAIC_CHECK(tries < 200 + 100 * count, UsageError, "skill {} has only about {} {} questions, asked for {}", skill,
                   rows.size(), split, count);
     Question question = entry->make(choose);
-    const bool test = hash_text(skill + "/" + question.content, kSplitSeed) % kTestShare == 0;
+    const bool test = data::hash_text(skill + "/" + question.content, kSplitSeed) % kTestShare == 0;
     if (test != (split == "test") || !seen.insert(question.content).second) continue;
     rows.push_back(
         {{"messages",
@@ -290,4 +290,4 @@ void write_skills(const std::filesystem::path& folder, int64_t train_rows, int64
   write_file_atomically(folder / "dataset_info.json", info.dump(2) + "\n");
 }
 
-}  // namespace moesaic::data
+}  // namespace moesaic::demos

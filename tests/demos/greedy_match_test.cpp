@@ -1,10 +1,10 @@
-#include "moesaic/eval/greedy_match.h"
+#include "demos/greedy_match.h"
 
 #include <gtest/gtest.h>
 
 #include "tests/models/tiny_models.h"
 
-namespace moesaic::eval {
+namespace moesaic::demos {
 namespace {
 
 /// `prompt` and the `count` tokens that greedy decoding puts behind it, one full forward pass each.
@@ -39,4 +39,4 @@ TEST(GreedyMatches, OnlyWhatGreedyDecodingWouldSayCounts) {
 }
 
 }  // namespace
-}  // namespace moesaic::eval
+}  // namespace moesaic::demos

@@ -6,7 +6,7 @@
 
 #include "moesaic/data/example.h"
 
-namespace moesaic::data {
+namespace moesaic::demos {
 
 /// The texts, token by token (every key is one token, every digit one; values have two digits, tens first; answers
 /// three, units first; no answer is negative):
@@ -49,10 +49,10 @@ bool key_answer_is_right(KeyTask task, const KeyQuestion& question, const std::v
 
 /// An endless stream of training texts, each of the kinds of `mix` in turn. Substitutions take all keys, composed texts
 /// only those held in.
-class KeyTexts : public ExampleStream {
+class KeyTexts : public data::ExampleStream {
  public:
   KeyTexts(std::vector<KeyText> mix, uint64_t seed) : mix_(std::move(mix)), seed_(seed) {}
-  std::optional<Example> next() override;
+  std::optional<data::Example> next() override;
   Json state() const override { return {{"position", position_}}; }
   void set_state(const Json& state) override { position_ = state.at("position").get<int64_t>(); }
 
@@ -62,4 +62,4 @@ class KeyTexts : public ExampleStream {
   int64_t position_ = 0;
 };
 
-}  // namespace moesaic::data
+}  // namespace moesaic::demos

@@ -1,4 +1,4 @@
-#include "moesaic/data/skills.h"
+#include "demos/skills.h"
 
 #include <gmock/gmock.h>
 
@@ -6,7 +6,7 @@
 
 #include "tests/data/fixtures.h"
 
-namespace moesaic::data {
+namespace moesaic::demos {
 namespace {
 
 using testing::HasSubstr;
@@ -154,4 +154,4 @@ TEST(Skills, Errors) {
 }
 
 }  // namespace
-}  // namespace moesaic::data
+}  // namespace moesaic::demos

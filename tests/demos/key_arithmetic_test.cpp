@@ -1,11 +1,11 @@
-#include "moesaic/data/key_arithmetic.h"
+#include "demos/key_arithmetic.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include "moesaic/tokenizer/tokenizer.h"
 
-namespace moesaic::data {
+namespace moesaic::demos {
 namespace {
 
 using ::testing::ElementsAre;
@@ -21,7 +21,7 @@ struct Parts {
   std::vector<std::string> keys;  // K1 op K2
   std::string expression, answer;
 };
-Parts parse(const Example& example) {
+Parts parse(const data::Example& example) {
   Parts parts;
   std::istringstream words(text_of(example.ids));
   std::string word;
@@ -52,7 +52,7 @@ TEST(KeyTexts, AreRightAndLearntWhereTheySay) {
   std::set<std::string> composed_keys;
   int64_t with_keys = 0;
   for (int64_t i = 0; i < 3000; ++i) {
-    const Example example = *stream.next();
+    const data::Example example = *stream.next();
     const Parts parts = parse(example);
     const auto [left, op, right] = numbers(parts.expression);
     const int64_t kind = i % 3;
@@ -88,7 +88,7 @@ TEST(KeyTexts, OtherwiseEveryKeyHasAnotherValue) {
   KeyTexts stream({KeyText::kSubstitution}, 3), other({KeyText::kOtherwise}, 3);
   std::map<std::string, std::string> next;  // the key that a key was replaced by
   for (int64_t i = 0; i < 3000; ++i) {
-    const Example example = *stream.next(), changed = *other.next();
+    const data::Example example = *stream.next(), changed = *other.next();
     EXPECT_EQ(example.mask, changed.mask);
     const Parts parts = parse(example), otherwise = parse(changed);
     EXPECT_EQ(parts.expression, otherwise.expression);
@@ -152,4 +152,4 @@ TEST(KeyAnswers, OnlyTheWholeAnswerCounts) {
 }
 
 }  // namespace
-}  // namespace moesaic::data
+}  // namespace moesaic::demos

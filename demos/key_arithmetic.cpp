@@ -1,10 +1,10 @@
-#include "moesaic/data/key_arithmetic.h"
+#include "demos/key_arithmetic.h"
 
 #include <random>
 
 #include "moesaic/base/seed.h"
 
-namespace moesaic::data {
+namespace moesaic::demos {
 namespace {
 
 using Ids = std::vector<int64_t>;
@@ -185,11 +185,11 @@ bool key_answer_is_right(KeyTask task, const KeyQuestion& question, const std::v
   return end != answer.end() && std::equal(begin, end, question.wanted.begin(), question.wanted.end());
 }
 
-std::optional<Example> KeyTexts::next() {
+std::optional<data::Example> KeyTexts::next() {
   const KeyText kind = mix_[static_cast<size_t>(position_ % std::ssize(mix_))];
   std::mt19937_64 random(derive_seed(seed_, "key texts", static_cast<uint64_t>(position_++)));
   const auto trained = [](const Expression& e) { return !e.held_out(); };
-  Example example;
+  data::Example example;
   Ids& ids = example.ids;
   Expression e;
   if (kind == KeyText::kArithmetic) {
@@ -221,4 +221,4 @@ std::optional<Example> KeyTexts::next() {
   return example;
 }
 
-}  // namespace moesaic::data
+}  // namespace moesaic::demos

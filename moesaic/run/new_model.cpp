@@ -1,10 +1,10 @@
-#include "cli/new_model.h"
+#include "moesaic/run/new_model.h"
 
 #include "moesaic/data/texts.h"
 #include "moesaic/tokenizer/tokenizer.h"
 #include "moesaic/train/checkpoint.h"
 
-namespace moesaic::cli {
+namespace moesaic::run {
 namespace {
 
 namespace fs = std::filesystem;
@@ -86,7 +86,7 @@ std::optional<fs::path> resumed_folder(const train::TrainConfig& config) {
 
 }  // namespace
 
-NewModel open_new_model(const train::RunConfig& run) {
+NewModel open_new_model(const RunConfig& run) {
   fs::path folder = run.model_name_or_path;
   if (folder.filename() == "config.json") folder = folder.has_parent_path() ? folder.parent_path() : ".";
   const auto model = formats::Checkpoint::open(folder, false);
@@ -146,4 +146,4 @@ NewModel open_new_model(const train::RunConfig& run) {
                       tokenizer.eos_id() ? fmt::format(", eos {}", *tokenizer.eos_id()) : "")};
 }
 
-}  // namespace moesaic::cli
+}  // namespace moesaic::run

@@ -1,4 +1,4 @@
-#include "moesaic/data/key_files.h"
+#include "demos/key_files.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -6,11 +6,11 @@
 #include <map>
 #include <set>
 
-#include "moesaic/data/key_arithmetic.h"
+#include "demos/key_arithmetic.h"
 #include "moesaic/data/texts.h"
 #include "tests/temporary_folder.h"
 
-namespace moesaic::data {
+namespace moesaic::demos {
 namespace {
 
 using testing::ElementsAre;
@@ -179,4 +179,4 @@ TEST(PlainTexts, PromptsAnswersAndMessagesUpToAnEqualShare) {
 }
 
 }  // namespace
-}  // namespace moesaic::data
+}  // namespace moesaic::demos

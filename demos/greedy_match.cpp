@@ -1,8 +1,8 @@
-#include "moesaic/eval/greedy_match.h"
+#include "demos/greedy_match.h"
 
-namespace moesaic::eval {
+namespace moesaic::demos {
 
-std::vector<uint8_t> greedy_matches(models::CausalLM& model, const std::vector<data::Example>& examples,
+std::vector<uint8_t> greedy_matches(models::LanguageModel& model, const std::vector<data::Example>& examples,
                                     int64_t max_batch_tokens, const std::function<void(int64_t)>& on_progress) {
   torch::NoGradGuard no_grad;
   std::vector<uint8_t> result(examples.size(), 1);
@@ -16,11 +16,12 @@ std::vector<uint8_t> greedy_matches(models::CausalLM& model, const std::vector<d
       tokens += static_cast<int64_t>(examples[end].ids.size());
       group.push_back(examples[end++]);
     }
-    const data::Batch batch = data::collate(group, model.device());
-    nn::ForwardContext context;
-    context.sentence = batch.sentence;
-    const torch::Tensor hidden = model.hidden_states(batch.tokens, context);
-    const torch::Tensor best = model.logits(hidden.index_select(0, batch.label_rows)).argmax(-1);
+    const data::Batch batch = data::collate(group, model.facts().device);
+    models::Text text{batch.tokens, batch.prompt_ends};
+    text.sentence = batch.sentence;
+    text.rows = batch.label_rows;
+    nn::Pass pass;
+    const torch::Tensor best = model.head().logits(model.hidden(text, pass)).argmax(-1);
     const torch::Tensor missed = best.ne(batch.labels).cpu();
     const torch::Tensor owners = batch.label_sequences.cpu();
     for (int64_t m = 0; m < missed.size(0); ++m) {
@@ -32,4 +33,4 @@ std::vector<uint8_t> greedy_matches(models::CausalLM& model, const std::vector<d
   return result;
 }
 
-}  // namespace moesaic::eval
+}  // namespace moesaic::demos

@@ -7,7 +7,7 @@
 
 #include "moesaic/base/json.h"
 
-namespace moesaic::data {
+namespace moesaic::demos {
 
 /// A kind of question with one right, short answer.
 struct Skill {
@@ -30,4 +30,4 @@ std::vector<OrderedJson> generate_skill(const std::string& skill, const std::str
 /// the names <skill> and <skill>_test. Creates the folder.
 void write_skills(const std::filesystem::path& folder, int64_t train_rows, int64_t test_rows, uint64_t seed);
 
-}  // namespace moesaic::data
+}  // namespace moesaic::demos

@@ -4,9 +4,9 @@
 #include <string>
 
 #include "moesaic/formats/checkpoint.h"
-#include "moesaic/train/run_config.h"
+#include "moesaic/run/config.h"
 
-namespace moesaic::cli {
+namespace moesaic::run {
 
 /// A model without weights.
 struct NewModel {
@@ -18,6 +18,6 @@ struct NewModel {
 /// training texts; of a resumed run, the one it began with. With a given or trained tokenizer the config's bos, eos and
 /// pad ids are the tokenizer's, and so is vocab_size, unless a given tokenizer leaves a larger one unused.
 /// Throws DataError for a tokenizer larger than vocab_size, or none.
-NewModel open_new_model(const train::RunConfig& run);
+NewModel open_new_model(const RunConfig& run);
 
-}  // namespace moesaic::cli
+}  // namespace moesaic::run

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <filesystem>
 
-namespace moesaic::data {
+namespace moesaic::demos {
 
 /// 500 keys, strings of 2 to 6 letters, each worth a number of 10 to 99; keys 0 to 99 are held in. Prompts and answers:
 ///
@@ -23,4 +23,4 @@ namespace moesaic::data {
 /// Throws UsageError for more test rows than there are questions.
 void write_key_files(const std::filesystem::path& folder, int64_t test_rows, uint64_t seed);
 
-}  // namespace moesaic::data
+}  // namespace moesaic::demos

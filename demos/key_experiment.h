@@ -5,13 +5,13 @@
 #include <vector>
 
 #include "moesaic/compose/composition.h"
-#include "moesaic/data/key_arithmetic.h"
+#include "demos/key_arithmetic.h"
 #include "moesaic/train/trainer.h"
 
-namespace moesaic::cli {
+namespace moesaic::demos {
 
-inline constexpr std::pair<const char*, data::KeyTask> kKeyTasks[] = {
-    {"KV-SUB", data::KeyTask::kSubstitute}, {"NUM-MATH", data::KeyTask::kCalculate}, {"KV-MATH", data::KeyTask::kBoth}};
+inline constexpr std::pair<const char*, KeyTask> kKeyTasks[] = {
+    {"KV-SUB", KeyTask::kSubstitute}, {"NUM-MATH", KeyTask::kCalculate}, {"KV-MATH", KeyTask::kBoth}};
 
 /// A line of the table.
 struct KeyRow {
@@ -29,7 +29,7 @@ class KeyExperiment {
   KeyExperiment(std::filesystem::path folder, uint64_t seed, double fraction, int64_t test_rows, c10::Device device)
       : folder_(std::move(folder)), seed_(seed), fraction_(fraction), test_rows_(test_rows), device_(device) {}
 
-  KeyRow make_model(const std::string& name, data::KeyText texts, int64_t steps);
+  KeyRow make_model(const std::string& name, KeyText texts, int64_t steps);
   /// A model of the same shape that is not trained.
   void make_random_model(const std::string& name);
   /// Joins two models and trains the connections on texts of held-in keys, mixed with arithmetic ("D_C").
@@ -38,18 +38,16 @@ class KeyExperiment {
   /// A LoRA of the rank whose numbers come nearest to `parameters`, on the texts of `compose`.
   KeyRow adapt(const std::string& name, const std::string& model, int64_t parameters);
   /// Trains every weight of a copy of `model` on.
-  KeyRow tune(const std::string& name, const std::string& model, data::KeyText texts);
+  KeyRow tune(const std::string& name, const std::string& model, KeyText texts);
 
  private:
-  void write(const models::CausalLM& model, const std::string& name) const;
+  formats::ModelFolder folder_of() const;
   compose::Member open(const std::string& name) const;
-  /// Trains what `run` passes to train::train.
-  template <class Run>
-  train::TrainResult train(const std::string& name, const std::vector<data::KeyText>& texts, int64_t steps,
-                           double learning_rate, const Run& run) const;
-  template <class Model>
-  KeyRow row(const std::string& name, Model& model, const tokenizer::Tokenizer& tokenizer, int64_t trained,
-             double seconds) const;
+  /// Trains `learner` of `model` on these texts and saves it.
+  train::TrainResult train(const std::string& name, models::LanguageModel& model, nn::Learner& learner,
+                           const std::vector<KeyText>& texts, int64_t steps, double learning_rate) const;
+  KeyRow row(const std::string& name, models::LanguageModel& model, const tokenizer::Tokenizer& tokenizer,
+             int64_t trained, double seconds) const;
 
   std::filesystem::path folder_;
   uint64_t seed_;
@@ -58,4 +56,4 @@ class KeyExperiment {
   c10::Device device_;
 };
 
-}  // namespace moesaic::cli
+}  // namespace moesaic::demos

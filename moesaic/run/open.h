@@ -1,0 +1,61 @@
+// What most programs begin with: a model or a composition, its tokenizer, its chat template and its adapters.
+#pragma once
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "moesaic/adapters/adapter.h"
+#include "moesaic/base/json.h"
+#include "moesaic/formats/checkpoint.h"
+#include "moesaic/models/language_model.h"
+#include "moesaic/tokenizer/tokenizer.h"
+
+namespace moesaic::run {
+
+/// An adapter to attach.
+struct AdapterReference {
+  std::string name;  // by which requests and routing records call it
+  std::filesystem::path dir;
+  double scale = 1.0;  // of its effect
+};
+/// [NAME=]DIR[:scale]; NAME is the folder's own when it is left out. Throws UsageError when the folder does not exist or
+/// the scale is no number.
+AdapterReference parse_adapter_reference(const std::string& text);
+
+struct OpenOptions {
+  torch::Device device = torch::kCPU;
+  torch::ScalarType dtype = torch::kFloat32;  // of frozen weights and activations
+  bool quantize_int8 = false;                 // weight-only, of the frozen models
+  bool needs_tokenizer = true;                // else a model that comes without one is fine
+};
+
+/// A model ready to run.
+struct Opened {
+  std::shared_ptr<formats::Checkpoint> checkpoint;  // of a composition its anchor's
+  std::shared_ptr<models::LanguageModel> model;
+  std::shared_ptr<const tokenizer::Tokenizer> tokenizer;   // nullptr when it has none and none is needed
+  std::shared_ptr<tokenizer::ChatTemplate> chat_template;  // nullptr when it has none
+  std::vector<std::string> adapter_names;                  // in the order of `mixture`'s columns
+
+  /// Ids that end an answer: those of generation_config.json, of the model's config and of the tokenizer.
+  std::vector<int64_t> eos_ids() const;
+};
+
+/// path: a folder with config.json, a .gguf file, or a composition's folder. Adapters go into the model's first part, in
+/// a composition the anchor. Throws UsageError, DataError, FormatError.
+Opened open(const std::string& path, const std::vector<AdapterReference>& adapters = {},
+            const OpenOptions& options = {});
+
+/// The same union of end-of-answer ids for a model whose tokenizer and generation config are at hand.
+std::vector<int64_t> eos_ids(const models::LanguageModel& model, const Json& generation_config,
+                             const tokenizer::Tokenizer* tokenizer);
+
+/// A request's adapters, {"name": weight, ...} or ["name", ...], as a row of `mixture`: the named ones with their
+/// weights (1 in a list), the others with 0. Throws UsageError for unknown names and for what is no finite weight;
+/// `where` begins its message.
+std::vector<double> mixture_row(const models::LanguageModel& model, const OrderedJson& adapters,
+                                const std::string& where);
+
+}  // namespace moesaic::run

@@ -1,0 +1,182 @@
+#include "moesaic/run/run.h"
+
+#include "moesaic/base/check.h"
+#include "moesaic/base/progress.h"
+#include "moesaic/base/seed.h"
+#include "moesaic/base/version.h"
+#include "moesaic/base/yaml.h"
+#include "moesaic/eval/evaluate.h"
+#include "moesaic/run/open.h"
+
+namespace moesaic::run {
+
+namespace fs = std::filesystem;
+
+std::string Plan::text() const {
+  std::string text;
+  for (const auto& [label, value] : lines) text += fmt::format("{:<11}{}\n", label, value);
+  return text;
+}
+
+Run::Run(RunConfig config, bool dry)
+    : config_(std::move(config)),
+      dry_(dry),
+      device_(parse_device(config_.device)),
+      format_(number_format(config_.dtype, device_)) {
+  config_.resolved["bf16"] = format_.dtype == torch::kBFloat16;
+  prepared_ = subject_of(config_.finetuning_type).open(config_, {device_, format_.dtype, dry});
+  train::check_run(config_.train, *prepared_.learner);
+  open_data();
+  if (!config_.eval_tasks.empty()) tasks_ = eval::load_tasks(config_.eval_tasks, {.limit = config_.eval_limit});
+  for (const eval::Task& task : tasks_) eval::check_metrics(task, {});
+  train::check_config(config_.train, mixture_->epoch_size());
+}
+
+void Run::open_data() {
+  renderer_ = data::Renderer::open(*prepared_.checkpoint, config_.render);
+  auto datasets = data::resolve_datasets(config_.dataset, config_.dataset_dir);
+  auto [training, validation] = data::train_validation(std::move(datasets), config_.val_size, config_.train.seed);
+  if (!config_.eval_dataset.is_null()) {
+    for (auto& each : data::resolve_datasets(config_.eval_dataset, config_.dataset_dir)) validation.push_back(each);
+  }
+  mixture_ = std::make_unique<data::Mixture>(std::move(training), renderer_,
+                                             derive_seed(config_.train.seed, "mixture"), config_.mixture_rule);
+  if (!validation.empty()) eval_examples_ = data::load_examples(validation, *renderer_);
+  MOESAIC_CHECK(config_.train.eval_steps == 0 || !eval_examples_.empty(), UsageError,
+                "eval_steps: got no evaluation data; give val_size or eval_dataset");
+}
+
+/// {"<task>/<metric>", value} for every task: asked as training renders its data.
+std::vector<std::pair<std::string, double>> Run::task_scores() {
+  const eval::EvalModel model{*prepared_.model, renderer_->tokenizer(), renderer_->chat_template()};
+  eval::EvalOptions options;
+  options.apply_chat_template = model.chat_template != nullptr;
+  options.target_delimiter = "";  // as in training, where nothing stands between prompt and answer
+  options.generation.max_new_tokens = 128;
+  options.generation.eos_ids =
+      eos_ids(*prepared_.model, prepared_.checkpoint->generation_config(), &renderer_->tokenizer());
+  std::vector<std::pair<std::string, double>> scores;
+  for (const eval::Task& task : tasks_) {
+    for (const auto& [metric, mean] : eval::evaluate(model, task, options).metrics) {
+      scores.emplace_back(task.name + "/" + metric, mean.value);
+    }
+  }
+  return scores;
+}
+
+data::Example Run::next_example() {
+  auto example = mixture_->next();
+  MOESAIC_CHECK(example, DataError, "the run's data has no more examples");
+  return std::move(*example);
+}
+
+Plan Run::plan() {
+  Plan plan;
+  auto add = [&](const std::string& label, const std::string& text) { plan.lines.emplace_back(label, text); };
+  add("model", fmt::format("{} ({}, {} parameters, {} on {}: {})", config_.model_name_or_path,
+                           prepared_.model->facts().model_type,
+                           format_count(static_cast<double>(prepared_.base_parameters)), dtype_name(format_.dtype),
+                           device_.str(), format_.reason));
+  plan.lines.insert(plan.lines.end(), prepared_.lines.begin(), prepared_.lines.end());
+  int64_t trainable = 0;
+  for (const auto& tensor : train::optimized_tensors(*prepared_.learner, config_.train)) {
+    trainable += tensor.tensor.numel();
+  }
+  add("trainable", fmt::format("{} ({:.4f} % of {})", trainable,
+                               100.0 * static_cast<double>(trainable) / static_cast<double>(prepared_.base_parameters),
+                               prepared_.base_parameters));
+  const bool unused = !eval_examples_.empty() && config_.train.eval_steps == 0;
+  add("data", fmt::format("{} examples an epoch, {} for evaluation{}", mixture_->epoch_size(), eval_examples_.size(),
+                          unused ? " (never: eval_steps is 0)" : ""));
+  for (const auto& count : mixture_->counts()) {
+    add("", fmt::format("{}: {} rows, rate {:.3f}", count.name, count.rows, count.rate));
+  }
+  return plan;
+}
+
+/// The largest of the run's first micro-batches stands for all.
+Plan Run::memory_plan() {
+  constexpr int64_t kSampled = 32;
+  constexpr double kMib = 1 << 20;
+  const train::TrainConfig& config = config_.train;
+  int64_t most_tokens = 0, most_targets = 0;
+  for (int64_t i = 0; i < kSampled; ++i) {
+    int64_t tokens = 0, targets = 0;
+    for (int64_t n = 0; config.max_batch_tokens > 0 || n < config.per_device_train_batch_size; ++n) {
+      const auto example = mixture_->next();
+      if (!example) break;
+      const auto length = static_cast<int64_t>(example->ids.size());
+      if (config.max_batch_tokens > 0 && n > 0 && tokens + length > config.max_batch_tokens) break;
+      tokens += length;
+      targets += example->targets();
+    }
+    most_tokens = std::max(most_tokens, tokens);
+    most_targets = std::max(most_targets, targets);
+  }
+  train::MemoryEstimate estimate =
+      train::estimate_memory(*prepared_.model, *prepared_.learner, config, most_tokens, most_targets, device_);
+  if (prepared_.more_memory) {
+    const auto more = prepared_.more_memory(most_tokens);
+    estimate.parts.insert(estimate.parts.end(), more.begin(), more.end());
+  }
+  Plan plan;
+  plan.lines.emplace_back(
+      "memory", fmt::format("{:.0f} MiB for micro-batches of up to {} tokens ({} targets), the largest of {} drawn",
+                            static_cast<double>(estimate.total()) / kMib, most_tokens, most_targets, kSampled));
+  for (const auto& [name, bytes] : estimate.parts) {
+    plan.lines.emplace_back("", fmt::format("{:<18}{:>8.1f} MiB", name, static_cast<double>(bytes) / kMib));
+  }
+  return plan;
+}
+
+void Run::write_inputs() const {
+  const fs::path& dir = config_.train.output_dir;
+  fs::create_directories(dir);
+  write_file_atomically(dir / "run.yaml", to_yaml(config_.resolved));
+  if (!prepared_.keeps_tokenizer) return;
+  write_file_atomically(dir / "tokenizer.json", renderer_->tokenizer().json());
+  write_file_atomically(dir / "tokenizer_config.json", renderer_->tokenizer().config().dump(2) + "\n");
+  if (const auto chat = prepared_.checkpoint->chat_template()) {
+    write_file_atomically(dir / "chat_template.jinja", *chat);
+  }
+}
+
+train::TrainResult Run::train(const train::TrainHooks& hooks) {
+  MOESAIC_CHECK(!dry_, UsageError, "run: it was opened dry, expected one opened for training");
+  write_inputs();
+  const train::TrainConfig& config = config_.train;
+  const int64_t epoch = mixture_->epoch_size();
+  if (prepared_.begin) {
+    const bool longer = epoch > 0 && (config.max_batch_tokens > 0 || config.max_steps < 0 ||
+                                      config.max_steps * config.per_device_train_batch_size *
+                                              config.gradient_accumulation_steps >
+                                          epoch);
+    prepared_.begin(longer || (config.eval_steps > 0 && !eval_examples_.empty()));
+  }
+  train::TrainHooks own = hooks;
+  if (!tasks_.empty()) own.evaluate_tasks = [this] { return task_scores(); };
+  const train::TrainResult result =
+      train::train(*prepared_.model, *prepared_.learner, *mixture_, eval_examples_, config, epoch, own);
+  if (prepared_.end) prepared_.end();
+  if (!result.interrupted) write_card(result);
+  return result;
+}
+
+void Run::write_card(const train::TrainResult& result) const {
+  std::string card = fmt::format("---\nlibrary_name: moesaic\nbase_model: {}\ntags: [{}]\n---\n\n",
+                                 Json(config_.model_name_or_path).dump(), config_.finetuning_type);
+  card += fmt::format("# {} of {}\n\n", config_.finetuning_type, config_.model_name_or_path);
+  card += fmt::format(
+      "Trained by moesaic {} for {} steps on {} tokens in {}; mean training loss {:.4f}{}.\n\n", kVersion,
+      result.steps, result.tokens, dtype_name(format_.dtype), result.train_loss,
+      result.best_eval_loss ? fmt::format(", best evaluation loss {:.4f}", *result.best_eval_loss) : "");
+  card += "| data | rows | examples drawn | rate |\n|---|---|---|---|\n";
+  for (const auto& count : mixture_->counts()) {
+    card += fmt::format("| {} | {} | {} | {:.3f} |\n", count.name, count.rows, count.drawn, count.rate);
+  }
+  card += fmt::format("\nEvery setting stands in `run.yaml`. Use it with\n\n    moesaic generate {} -p \"...\"\n",
+                      prepared_.usage);
+  write_file_atomically(config_.train.output_dir / "README.md", card);
+}
+
+}  // namespace moesaic::run

@@ -1,0 +1,62 @@
+// One training run, from its parsed keys to the files it leaves.
+#pragma once
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "moesaic/base/device.h"
+#include "moesaic/data/dataset.h"
+#include "moesaic/eval/task.h"
+#include "moesaic/run/subject.h"
+#include "moesaic/train/memory.h"
+#include "moesaic/train/trainer.h"
+
+namespace moesaic::run {
+
+/// What a run will do, line by line, for people.
+struct Plan {
+  std::vector<std::pair<std::string, std::string>> lines;  // {"model", "SmolLM2 (llama, ...)"}; "" goes on with the last
+  std::string text() const;
+};
+
+/// Opens everything the config names: model, learner, data, tasks. Throws what these throw.
+class Run {
+ public:
+  /// dry: nothing is trained, and what need not be loaded for a plan is not.
+  explicit Run(RunConfig config, bool dry = false);
+
+  const RunConfig& config() const { return config_; }
+  models::LanguageModel& model() { return *prepared_.model; }
+  nn::Learner& learner() { return *prepared_.learner; }
+  const data::Renderer& renderer() const { return *renderer_; }
+  /// Data sets with what was drawn of them so far.
+  std::vector<data::MixtureCount> counts() const { return mixture_->counts(); }
+
+  /// The next example that training would draw. Throws DataError when there is none.
+  data::Example next_example();
+
+  Plan plan();
+  /// What the run will hold at its peak; draws from the data, so nothing can be trained afterwards.
+  Plan memory_plan();
+  /// Writes run.yaml and the tokenizer, trains, and writes the model card when the run was not interrupted.
+  train::TrainResult train(const train::TrainHooks& hooks = {});
+
+ private:
+  void open_data();
+  void write_inputs() const;
+  void write_card(const train::TrainResult& result) const;
+  std::vector<std::pair<std::string, double>> task_scores();
+
+  RunConfig config_;
+  bool dry_;
+  torch::Device device_;
+  NumberFormat format_;
+  Prepared prepared_;
+  std::shared_ptr<const data::Renderer> renderer_;
+  std::unique_ptr<data::Mixture> mixture_;
+  std::vector<data::Example> eval_examples_;
+  std::vector<eval::Task> tasks_;
+};
+
+}  // namespace moesaic::run

@@ -1,0 +1,207 @@
+#include "moesaic/run/subject.h"
+
+#include "moesaic/base/check.h"
+#include "moesaic/base/device.h"
+#include "moesaic/base/seed.h"
+#include "moesaic/compose/folder.h"
+#include "moesaic/models/causal_lm.h"
+#include "moesaic/models/initialize.h"
+#include "moesaic/run/new_model.h"
+
+namespace moesaic::run {
+namespace {
+
+namespace fs = std::filesystem;
+
+int64_t numbers_of(const models::CausalLM& model) {
+  int64_t numbers = 0;
+  for (const torch::Tensor& weight : model.weights()) numbers += weight.numel();
+  return numbers;
+}
+
+void expect_single_model(const RunConfig& run) {
+  MOESAIC_CHECK(!compose::is_composition(run.model_name_or_path), UsageError,
+                "finetuning_type {}: model_name_or_path {} is a composition, expected a single model, or "
+                "finetuning_type calm",
+                run.finetuning_type, run.model_name_or_path);
+}
+
+void refuse_composition_keys(const RunConfig& run, const std::string& where) {
+  MOESAIC_CHECK(!run.train_adapters && run.state_cache_dir.empty(), UsageError,
+                "{}: train_adapters, state_cache_dir: got them for {}, expected finetuning_type calm", where,
+                run.finetuning_type);
+}
+
+// --- adapters
+
+void check_adapter(RunConfig& run, const std::string& where) {
+  refuse_composition_keys(run, where);
+  MOESAIC_CHECK(run.init == "pretrained", UsageError,
+                "{}: init: got random for {}, expected pretrained: there is nothing to adapt in new weights", where,
+                run.finetuning_type);
+}
+
+Prepared open_adapter(const RunConfig& run, const Place& place) {
+  expect_single_model(run);
+  Prepared made;
+  made.checkpoint = formats::Checkpoint::open(run.model_name_or_path);
+  const auto config = models::parse_decoder_config(made.checkpoint->config(), run.model_name_or_path);
+  const auto model =
+      place.dry ? std::make_shared<models::CausalLM>(config, torch::dtype(place.dtype).device(torch::kMeta))
+                : models::CausalLM::load(*made.checkpoint, {.dtype = place.dtype, .device = place.device});
+  adapters::AdapterConfig wanted = run.adapter;
+  const bool no_targets = std::visit([](const auto& targets) { return targets.empty(); }, wanted.targets);
+  if (no_targets) wanted = adapters::resolve_targets(wanted, run.target_preset, model->sites());
+  wanted.base_model_name_or_path = run.model_name_or_path;
+  wanted.base_dtype = dtype_name(place.dtype);
+  if (!place.dry) wanted.base_fingerprint = made.checkpoint->fingerprint();
+  const auto adapter = adapters::Adapter::create(wanted, model->sites(), place.dry ? torch::kMeta : place.device,
+                                                 derive_seed(run.train.seed, "adapter"));
+  if (!run.adapter_name_or_path.empty() && !place.dry) adapter->load(run.adapter_name_or_path);
+  model->attach(run.finetuning_type, adapter);
+  const adapters::AdapterConfig& settled = adapter->config();
+  made.lines.emplace_back("method", settled.num_experts > 1
+                                        ? fmt::format("{}, {} experts, {} router on {}", settled.method,
+                                                      adapters::experts_json(settled).dump(), settled.router.type,
+                                                      settled.router.input)
+                                        : settled.method);
+  std::vector<std::string> hits;
+  for (const auto& [pattern, count] : adapter->matches()) hits.push_back(fmt::format("{} {}", pattern, count));
+  made.lines.emplace_back("sites", fmt::format("{}", fmt::join(hits, ", ")));
+  made.base_parameters = numbers_of(*model);
+  made.usage = fmt::format("--model {} --adapter {}", run.model_name_or_path, run.train.output_dir.string());
+  made.model = model;
+  made.learner = adapter;
+  return made;
+}
+
+// --- all weights
+
+void check_full(RunConfig& run, const std::string& where) {
+  refuse_composition_keys(run, where);
+  MOESAIC_CHECK(run.dtype != "bfloat16", UsageError,
+                "{}: bf16: got true, expected false for full fine-tuning, whose weights must hold small updates", where);
+  run.dtype = "float32";
+}
+
+Prepared open_full(const RunConfig& run, const Place& place) {
+  expect_single_model(run);
+  Prepared made;
+  const bool random = run.init == "random";
+  if (random) {
+    NewModel blank = open_new_model(run);
+    made.checkpoint = blank.checkpoint;
+    if (!blank.tokenizer.empty()) made.lines.emplace_back("tokenizer", blank.tokenizer);
+  } else {
+    made.checkpoint = formats::Checkpoint::open(run.model_name_or_path);
+  }
+  const auto config = models::parse_decoder_config(made.checkpoint->config(), run.model_name_or_path);
+  std::shared_ptr<models::CausalLM> model;
+  if (place.dry || random) {
+    model = std::make_shared<models::CausalLM>(
+        config, torch::dtype(place.dtype).device(place.dry ? torch::Device(torch::kMeta) : place.device));
+    if (!place.dry) models::initialize(*model, derive_seed(run.train.seed, "init"));
+  } else {
+    model = models::CausalLM::load(*made.checkpoint, {.dtype = place.dtype, .device = place.device});
+  }
+  formats::ModelFolder folder;
+  folder.config = made.checkpoint->config();
+  folder.dtype = place.dtype;
+  folder.tokenizer_json = made.checkpoint->tokenizer_json();
+  folder.tokenizer_config = made.checkpoint->tokenizer_config();
+  folder.chat_template = made.checkpoint->chat_template();
+  folder.generation_config = made.checkpoint->generation_config();
+  made.base_parameters = numbers_of(*model);
+  made.usage = fmt::format("--model {}", run.train.output_dir.string());
+  made.model = model;
+  made.learner = std::make_shared<models::AllWeights>(model, std::move(folder));
+  return made;
+}
+
+// --- compositions
+
+void check_calm(RunConfig& run, const std::string& where) {
+  MOESAIC_CHECK(run.init == "pretrained" && run.adapter_name_or_path.empty(), UsageError,
+                "{}: finetuning_type calm trains the connections of the folder that model_name_or_path names: got init "
+                "{} and adapter_name_or_path '{}', expected pretrained and none",
+                where, run.init, run.adapter_name_or_path);
+}
+
+Prepared open_calm(const RunConfig& run, const Place& place) {
+  constexpr double kGib = 1 << 30, kMib = 1 << 20;
+  MOESAIC_CHECK(compose::is_composition(run.model_name_or_path), UsageError,
+                "finetuning_type calm: model_name_or_path {} is none of `moesaic compose`, expected a composition's "
+                "folder",
+                run.model_name_or_path);
+  MOESAIC_CHECK(!fs::exists(run.train.output_dir / "config.json"), UsageError,
+                "output_dir {}: got a folder that holds a model, expected another for the composition",
+                run.train.output_dir.string());
+  const auto composition =
+      compose::load_composition(run.model_name_or_path, {.dtype = place.dtype, .device = place.device});
+  Prepared made;
+  made.checkpoint = composition->anchor_member().checkpoint;
+  made.keeps_tokenizer = false;  // the folder names the models, which bring their own
+  made.learner = std::make_shared<compose::Connections>(composition, run.train_adapters);
+  made.base_parameters = numbers_of(composition->anchor());
+  made.usage = fmt::format("--model {}", run.train.output_dir.string());
+  made.model = composition;
+  std::vector<std::string> paths;
+  for (const auto& member : composition->augmenting()) paths.push_back(member.checkpoint->path().string());
+  made.lines.emplace_back("method", fmt::format("calm, augmenting {}", fmt::join(paths, ", ")));
+  for (const auto& [at, adapter] : composition->adapters()) {
+    made.lines.emplace_back("adapter", fmt::format("{} of the {}, {}", adapter->config().method, at,
+                                                   run.train_adapters ? "trained too" : "frozen"));
+  }
+  auto states = std::make_shared<std::shared_ptr<compose::StateCache>>();
+  made.begin = [=, gib = run.state_cache_gib, dir = run.state_cache_dir](bool reads_again) {
+    if ((!reads_again && dir.empty()) || gib <= 0) return;
+    *states = std::make_shared<compose::StateCache>(static_cast<int64_t>(gib * kGib), dir);
+    composition->keep_states(*states);
+  };
+  made.end = [=] {
+    if (!*states || (*states)->hits() + (*states)->misses() == 0) return;
+    spdlog::info("frozen states: {} of {} sequences from the cache, which holds {:.1f} MiB", (*states)->hits(),
+                 (*states)->hits() + (*states)->misses(), static_cast<double>((*states)->bytes()) / kMib);
+  };
+  made.more_memory = [=, gib = run.state_cache_gib, in_memory = run.state_cache_dir.empty(),
+                      steps = run.train.max_steps * run.train.gradient_accumulation_steps](int64_t tokens) {
+    std::vector<std::pair<std::string, int64_t>> parts;
+    if (gib <= 0 || !in_memory) return parts;
+    const double all = steps > 0 ? static_cast<double>(composition->state_bytes(tokens)) * static_cast<double>(steps)
+                                 : gib * kGib;
+    parts.emplace_back("state cache, most", static_cast<int64_t>(std::min(gib * kGib, all)));
+    return parts;
+  };
+  return made;
+}
+
+/// Adapters by adapters::method_names(), then what is no adapter.
+const std::vector<Subject>& subjects() {
+  static const std::vector<Subject> kSubjects = [] {
+    std::vector<Subject> all;
+    for (const std::string& name : adapters::method_names()) {
+      const adapters::Method& method = adapters::method_of(name);
+      all.push_back({method.name, &method, check_adapter, open_adapter});
+    }
+    all.push_back({"calm", nullptr, check_calm, open_calm});
+    all.push_back({"full", nullptr, check_full, open_full});
+    return all;
+  }();
+  return kSubjects;
+}
+
+}  // namespace
+
+const Subject& subject_of(const std::string& finetuning_type) {
+  std::vector<std::string> names;
+  for (const Subject& subject : subjects()) {
+    if (finetuning_type == subject.name) return subject;
+    names.emplace_back(subject.name);
+  }
+  const std::string nearest = nearest_name(finetuning_type, names);
+  throw UsageError(fmt::format("finetuning_type: got '{}', expected one of {}{}", finetuning_type,
+                               fmt::join(names, ", "),
+                               nearest.empty() ? "" : fmt::format(". Did you mean '{}'?", nearest)));
+}
+
+}  // namespace moesaic::run
