@@ -65,18 +65,16 @@ TEST_F(CarriedAdapters, TheAnchorsIsTheWholeWhereConnectionsAddNothing) {
   auto& composed = const_cast<Composition&>(untrained);
   const Member alone = open("anchor", true);
   torch::NoGradGuard no_grad;
-  nn::ForwardContext context;
-  const auto expected =
-      alone.model->logits(alone.model->hidden_states(nn::RaggedBatch::from_sequences(kSequences), context));
+  const auto expected = test::logits_of(*alone.model, kSequences);
   EXPECT_LT(test::relative_error(test::logits_of(composed, kSequences), expected), 1e-6);
 }
 
 TEST_F(CarriedAdapters, TokenByTokenIsTheFullPass) {
   const auto made = composition(true, true);
   const auto full = test::logits_of(*made, {kSequences[0]});
-  CompositionState state = made->make_state(1);
+  const auto memory = made->memory(1);
   std::vector<torch::Tensor> rows;
-  for (const int64_t id : kSequences[0]) rows.push_back(test::logits_of(*made, {{id}}, {}, &state));
+  for (const int64_t id : kSequences[0]) rows.push_back(test::logits_of(*made, {{id}}, {}, memory.get()));
   EXPECT_LT(test::relative_error(torch::cat(rows), full), 1e-4);  // another order of the same float32 sums
 }
 
@@ -84,8 +82,8 @@ TEST_F(CarriedAdapters, AreFrozenUntilAskedFor) {
   const auto made = composition(true, true);
   auto gradients = [&](bool train) {
     made->train_adapters(train);
-    nn::ForwardContext context;
-    made->hidden_states(nn::RaggedBatch::from_sequences(kSequences), {}, context).square().sum().backward();
+    made->train(train);
+    test::hidden_of(*made, kSequences).square().sum().backward();
     std::map<std::string, torch::Tensor> found;
     for (const auto& [place, adapter] : made->adapters()) {
       for (const auto& parameter : adapter->parameters()) {
@@ -106,12 +104,7 @@ TEST_F(CarriedAdapters, AreFrozenUntilAskedFor) {
   // within the step and is rounded: right to a few percent.
   auto loss = [&] {
     torch::NoGradGuard no_grad;
-    nn::ForwardContext context;
-    return made->hidden_states(nn::RaggedBatch::from_sequences(kSequences), {}, context)
-        .to(torch::kFloat64)
-        .square()
-        .sum()
-        .item<double>();
+    return test::hidden_of(*made, kSequences).to(torch::kFloat64).square().sum().item<double>();
   };
   for (const auto& [place, adapter] : made->adapters()) {
     for (const auto& parameter : adapter->parameters()) {
@@ -136,13 +129,83 @@ TEST_F(CarriedAdapters, DropNothingWhileTheyAreFrozen) {
   const auto made = composition(true, true);
   auto pass = [&](bool training) {
     torch::NoGradGuard no_grad;
-    nn::ForwardContext context;
-    context.training = training;
-    return made->hidden_states(nn::RaggedBatch::from_sequences(kSequences), {}, context);
+    nn::Pass pass;
+    pass.training = training;
+    return made->hidden({nn::RaggedBatch::from_sequences(kSequences)}, pass);
   };
   EXPECT_TRUE(torch::equal(pass(true), pass(false)));
   made->train_adapters(true);
   EXPECT_FALSE(torch::equal(pass(true), pass(false)));
+}
+
+TEST_F(CarriedAdapters, RoutersSayWhoseTheyAre) {
+  write_adapter("aug", "molora", {"v_proj", "up_proj"});
+  const auto made = composition(true, true);
+  EXPECT_TRUE(made->needs().routed);
+  Connections learner(made, /*train_adapters=*/true);
+  std::vector<nn::RoutingRecord> records;
+  std::set<std::string> blocks;
+  nn::Pass pass;
+  pass.training = true;
+  pass.routing = &records;
+  pass.run = [&](nn::Block& block, const torch::Tensor& h, nn::Pass& own) {
+    blocks.insert(fmt::format("{} {}", own.place, block.index()));
+    return block.forward(h, own);
+  };
+  made->hidden({nn::RaggedBatch::from_sequences(kSequences)}, pass);
+  std::map<std::string, int64_t> owners;
+  for (const auto& record : records) {
+    EXPECT_TRUE(record.trained);
+    ++owners[record.owner];
+  }
+  EXPECT_EQ(owners, (std::map<std::string, int64_t>{{"anchor", 3 * 2}, {"augmenting.0", 3 * 2}}));
+  EXPECT_EQ(blocks, (std::set<std::string>{"anchor 0", "anchor 1", "anchor 2", "augmenting.0 0", "augmenting.0 1",
+                                           "augmenting.0 2"}));
+  // The balance loss reaches a router of the augmenting model.
+  torch::Tensor loss = torch::zeros({});
+  for (const auto& record : records) {
+    if (record.owner == "augmenting.0") loss = loss + record.logits.logsumexp(-1).square().mean();
+  }
+  loss.backward();
+  bool reached = false;
+  for (const nn::Parameter& parameter : learner.parameters()) {
+    reached = reached || (parameter.name.starts_with("augmenting.0.") && parameter.kind == nn::Parameter::Kind::kRouter &&
+                          parameter.tensor.grad().defined());
+  }
+  EXPECT_TRUE(reached);
+}
+
+TEST_F(CarriedAdapters, AnAttachedOneMayRouteBySentence) {
+  const auto made = composition(false, false);
+  adapters::AdapterConfig config;
+  config.method = "molora";
+  config.num_experts = 3;
+  config.lora_rank = 2;
+  config.targets = std::vector<std::string>{"q_proj"};
+  config.router.input = "sentence";
+  const auto adapter = adapters::Adapter::create(config, *made->parts().front().sites, torch::kCPU, 3);
+  {
+    torch::NoGradGuard no_grad;
+    torch::manual_seed(11);
+    for (const auto& parameter : adapter->parameters()) parameter.tensor.normal_(0.0, 0.3);
+  }
+  const auto plain = test::logits_of(*made, kSequences);
+  made->attach("by_sentence", adapter);
+  const auto full = test::logits_of(*made, {kSequences[0]});
+  // A prompt of four tokens, then one by one: the sentence stays that of the prompt.
+  const std::vector<int64_t> prompt(kSequences[0].begin(), kSequences[0].begin() + 4);
+  nn::Pass pass;
+  models::Text whole{nn::RaggedBatch::from_sequences({kSequences[0]}), {{4}}};
+  whole.prompts = {prompt};
+  torch::NoGradGuard no_grad;
+  const auto expected = made->head().logits(made->hidden(whole, pass));
+  const auto memory = made->memory(1);
+  std::vector<torch::Tensor> rows{test::logits_of(*made, {prompt}, {{4}}, memory.get())};
+  for (size_t i = 4; i < kSequences[0].size(); ++i) {
+    rows.push_back(test::logits_of(*made, {{kSequences[0][i]}}, {}, memory.get()));
+  }
+  EXPECT_LT(test::relative_error(torch::cat(rows), expected), 1e-4);
+  EXPECT_GT(test::relative_error(full, plain.slice(0, 0, full.size(0))), 1e-3);
 }
 
 TEST_F(CarriedAdapters, TravelWithTheFolder) {
@@ -154,13 +217,13 @@ TEST_F(CarriedAdapters, TravelWithTheFolder) {
   EXPECT_TRUE(torch::equal(test::logits_of(*loaded, kSequences), test::logits_of(*made, kSequences)));
 
   // Trained, their numbers come back like the connections'.
-  made->train_adapters(true);
-  loaded->train_adapters(true);
+  Connections learner(loaded, /*train_adapters=*/true);
   for (const auto& [place, adapter] : loaded->adapters()) {
     torch::NoGradGuard no_grad;
     for (const auto& parameter : adapter->parameters()) parameter.tensor.zero_();
   }
-  load_trained(*loaded, path("calm"));
+  learner.load(path("calm"));
+  loaded->eval();
   EXPECT_TRUE(torch::equal(test::logits_of(*loaded, kSequences), test::logits_of(*made, kSequences)));
 
   fs::remove_all(path("calm") / "adapters" / "anchor");

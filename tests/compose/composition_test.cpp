@@ -45,8 +45,17 @@ TEST(Composition, EverythingThatDoesNotFitIsSaidAtOnce) {
   }
 }
 
+/// With as many threads as the test asks for while it lives.
+struct Threads {
+  explicit Threads(int count) : before(at::get_num_threads()) { at::set_num_threads(count); }
+  ~Threads() { at::set_num_threads(before); }
+  int before;
+};
+
 TEST(Composition, ZeroStartIsTheAnchorBitForBit) {
-  for (const auto& [name, config] : test::tiny_configs()) {
+  for (const int threads : {1, 2}) {
+    const Threads guard(threads);
+    for (const auto& [name, config] : test::tiny_configs()) {
     const auto anchor = test::random_model(config, torch::kFloat32, 1),
                aug = test::random_model(config, torch::kFloat32, 2);
     Composition composition(config_of({{evenly_spaced(2, 2, 2)}}), {anchor, nullptr}, {{aug, nullptr}}, 3);
@@ -57,12 +66,12 @@ TEST(Composition, ZeroStartIsTheAnchorBitForBit) {
     EXPECT_GT(relative_error(logits_of(composition, sequences), test::logits_of(*anchor, sequences)), 0.02) << name;
   }
 }
+}
 
 TEST(Composition, TrainsNothingButTheConnections) {
   const auto composition = two_tokenizers();
   const auto ids = composition->anchor_member().tokenizer->encode("The keeper wrote until tomorrow, dawn", false);
-  nn::ForwardContext context;
-  composition->hidden_states(nn::RaggedBatch::from_sequences({ids}), {}, context).sum().backward();
+  test::hidden_of(*composition, {ids}).sum().backward();
   int64_t count = 0;
   for (const auto& item : composition->named_parameters()) {
     ASSERT_TRUE(item.value().grad().defined()) << item.key();
@@ -81,15 +90,15 @@ TEST(Composition, TrainsNothingButTheConnections) {
 
 TEST(Composition, NoGraphBelowTheLowestConnection) {
   const auto composition = two_tokenizers({{{1, 3}}});
-  // Only o_proj can be reached from the last block when the anchor's blocks below carry no graph.
-  nn::ForwardContext context;
-  const auto batch = nn::RaggedBatch::from_sequences({{4, 5, 6, 7}});
-  const auto h = composition->run_layers(batch, composition->align(batch, {}), context);
-  ASSERT_TRUE(h.requires_grad());
-  nn::ForwardContext plain;
-  composition->anchor().prepare(batch, plain);
-  const auto below = composition->anchor().run_layers(composition->anchor().embed(batch.tokens), 0, 2, plain);
-  EXPECT_FALSE(below.requires_grad());
+  nn::Pass pass;
+  std::vector<std::pair<int64_t, bool>> blocks;  // of the anchor and the augmenting model: whether a graph leaves them
+  pass.run = [&](nn::Block& block, const torch::Tensor& h, nn::Pass& own) {
+    const torch::Tensor y = block.forward(h, own);
+    if (own.place == "anchor") blocks.emplace_back(block.index(), y.requires_grad());
+    return y;
+  };
+  ASSERT_TRUE(composition->hidden({nn::RaggedBatch::from_sequences({{4, 5, 6, 7}})}, pass).requires_grad());
+  EXPECT_THAT(blocks, ElementsAre(std::pair{0, false}, std::pair{1, false}, std::pair{2, true}));
 }
 
 /// Text changed at or behind byte p: no logit before the first changed anchor token moves.
@@ -145,29 +154,29 @@ TEST(Causality, FullMaskSeesTheFutureAndIsRefusedForDecoding) {
   randomise(composition);
   const auto a = logits_of(composition, {{5, 6, 7, 8}}), b = logits_of(composition, {{5, 6, 7, 9}});
   EXPECT_GT(relative_error(a[0], b[0]), 1e-3);
-  auto state = composition.make_state(1);
-  EXPECT_THROW(logits_of(composition, {{5, 6}}, {}, &state), UsageError);
+  const auto memory = composition.memory(1);
+  EXPECT_THROW(logits_of(composition, {{5, 6}}, {}, memory.get()), UsageError);
 }
 
 /// Teacher-forced pass against prefill and single tokens, sequences of several lengths together.
 void expect_incremental_equals_full(Composition& composition, const std::vector<Ids>& sequences,
                                     const std::vector<int64_t>& prompts) {
-  Borders borders;
+  nn::Borders borders;
   for (const int64_t prompt : prompts) borders.push_back({prompt});
   const auto full = logits_of(composition, sequences, borders);
   std::vector<int64_t> starts{0}, done(sequences.size(), 0), live(sequences.size());
   for (const Ids& ids : sequences) starts.push_back(starts.back() + std::ssize(ids));
   std::iota(live.begin(), live.end(), 0);
-  auto state = composition.make_state(std::ssize(sequences));
+  const auto memory = composition.memory(std::ssize(sequences));
   while (!live.empty()) {
     std::vector<Ids> next;
-    Borders next_borders;
+    nn::Borders next_borders;
     for (const int64_t b : live) {
       const int64_t count = done[b] == 0 ? prompts[b] : 1;
       next.emplace_back(sequences[b].begin() + done[b], sequences[b].begin() + done[b] + count);
       next_borders.push_back({prompts[b]});
     }
-    const auto logits = logits_of(composition, next, next_borders, &state);
+    const auto logits = logits_of(composition, next, next_borders, memory.get());
     std::vector<int64_t> kept, places;
     int64_t row = 0;
     for (size_t i = 0; i < live.size(); ++i) {
@@ -182,7 +191,7 @@ void expect_incremental_equals_full(Composition& composition, const std::vector<
       kept.push_back(b);
       places.push_back(static_cast<int64_t>(i));
     }
-    if (places.size() < live.size() && !places.empty()) state = state.select(places);
+    if (places.size() < live.size() && !places.empty()) memory->keep(places);
     live = kept;
   }
 }
@@ -228,7 +237,6 @@ TEST(Incremental, EqualsTheFullPassWhereNothingIsSeenAtFirst) {
   const auto batch = nn::RaggedBatch::from_sequences(sequences);
   ASSERT_EQ(composition->align(batch, {})[0].seen.visible[0], 0);
   expect_incremental_equals_full(*composition, sequences, {3, 1, 1, 5});
-  nn::ForwardContext context;
   torch::NoGradGuard no_grad;
   const auto logits = logits_of(*composition, sequences);
   EXPECT_TRUE(torch::equal(logits[0], test::logits_of(composition->anchor(), sequences)[0])) << "the anchor alone";
@@ -239,27 +247,66 @@ TEST(Incremental, TruncateGoesBackExactly) {
   const Ids ids = encoded(*composition, {"The keeper wrote 👍🏽 until tomorrow"})[0];
   const auto full = logits_of(*composition, {ids}, {{4}});
   for (const size_t kept : {0, 2, 4, 9}) {
-    auto state = composition->make_state(1);
+    const auto memory = composition->memory(1);
     Ids other(ids.begin(), ids.begin() + static_cast<int64_t>(kept));
     for (int64_t i = 0; i < 6; ++i) other.push_back(100 + i);
-    logits_of(*composition, {other}, {{4}}, &state);
-    state.truncate(0, static_cast<int64_t>(kept));
+    logits_of(*composition, {other}, {{4}}, memory.get());
+    memory->truncate(0, static_cast<int64_t>(kept));
     const auto rest =
-        logits_of(*composition, {Ids(ids.begin() + static_cast<int64_t>(kept), ids.end())}, {{4}}, &state);
+        logits_of(*composition, {Ids(ids.begin() + static_cast<int64_t>(kept), ids.end())}, {{4}}, memory.get());
     EXPECT_LT(relative_error(rest, full.slice(0, static_cast<int64_t>(kept))), 2e-5) << kept;
   }
 }
 
-TEST(Incremental, SelectedSequencesShareNothing) {
+TEST(Incremental, RepeatedSequencesShareNothing) {
   const auto composition = two_tokenizers();
   const auto sequences = encoded(*composition, {"The keeper", "until dawn"});
-  auto state = composition->make_state(2);
-  logits_of(*composition, sequences, {}, &state);
-  auto twice = state.select({1, 1});
-  const auto a = logits_of(*composition, {{70, 71}, {90, 91}}, {}, &twice);
-  auto once = state.select({1});
-  const auto b = logits_of(*composition, {{70, 71}}, {}, &once);
+  const auto memory = composition->memory(2), other = composition->memory(2);
+  logits_of(*composition, sequences, {}, memory.get());
+  logits_of(*composition, sequences, {}, other.get());
+  memory->keep({1, 1});
+  const auto a = logits_of(*composition, {{70, 71}, {90, 91}}, {}, memory.get());
+  other->keep({1});
+  const auto b = logits_of(*composition, {{70, 71}}, {}, other.get());
   EXPECT_LT(relative_error(a.slice(0, 0, 2), b), 1e-5);
+}
+
+TEST(Incremental, SequencesJoinARunningBatch) {
+  const auto composition = two_tokenizers();
+  const auto sequences = encoded(*composition, {"The keeper wrote", "until dawn", "x"});
+  const auto memory = composition->memory(2);
+  logits_of(*composition, {sequences[0], sequences[1]}, {}, memory.get());
+  memory->keep({1});
+  memory->add(1);
+  EXPECT_EQ(memory->sequences(), 2);
+  EXPECT_EQ(memory->length(1), 0);
+  const auto together = logits_of(*composition, {{70}, sequences[2]}, {}, memory.get());
+  const auto alone = logits_of(*composition, {sequences[2]});
+  EXPECT_LT(relative_error(together.slice(0, 1), alone), 2e-5);
+  Ids longer = sequences[1];
+  longer.push_back(70);
+  const auto whole = logits_of(*composition, {longer});
+  EXPECT_LT(relative_error(together.slice(0, 0, 1), whole.slice(0, whole.size(0) - 1)), 2e-5);
+}
+
+TEST(Composition, ReadingsSayWhatEveryConnectionDid) {
+  const auto composition = two_tokenizers();
+  const Ids ids = encoded(*composition, {"The keeper wrote until"})[0];
+  std::vector<nn::ReadingRecord> readings;
+  nn::Pass pass;
+  pass.readings = &readings;
+  torch::NoGradGuard no_grad;
+  composition->hidden({nn::RaggedBatch::from_sequences({ids}), {{std::ssize(ids)}}}, pass);
+  ASSERT_EQ(readings.size(), 2u);
+  for (int64_t c = 0; c < 2; ++c) {
+    const nn::ReadingRecord& record = readings[c];
+    EXPECT_EQ(record.connection, c);
+    EXPECT_EQ(record.added.size(0), std::ssize(ids));
+    EXPECT_EQ(std::ssize(record.sources[0]), record.visible.back());
+    EXPECT_TRUE(record.weights[0].sum(-1)[0][-1].allclose(torch::tensor(1.f)));
+  }
+  EXPECT_EQ(composition->structure()["connections"].size(), 2u);
+  EXPECT_FALSE(composition->source_texts(0, readings[0].sources[0]).empty());
 }
 
 TEST(Composition, NeighboursAndOrderDoNotMatter) {

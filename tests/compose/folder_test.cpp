@@ -92,7 +92,7 @@ TEST_F(CompositionFolder, AModelsFolderIsNotWrittenInto) {
 TEST_F(CompositionFolder, ConnectionsAloneCanBeLoaded) {
   const auto loaded = load_composition(dir(), {});
   test::randomise(*loaded, 99);
-  load_trained(*loaded, dir());
+  Connections(loaded, false).load(dir());
   for (const auto& item : loaded->named_parameters()) {
     EXPECT_TRUE(torch::equal(item.value(), composition_->named_parameters()[item.key()]));
   }
@@ -101,7 +101,7 @@ TEST_F(CompositionFolder, ConnectionsAloneCanBeLoaded) {
 TEST_F(CompositionFolder, NumbersOfAnotherCompositionAreRefused) {
   const auto loaded = load_composition(dir(), {});
   edit([](Json& json) { json["augmenting"][0]["fingerprint"] = "sha256:0"; });
-  EXPECT_THAT([&] { load_trained(*loaded, dir()); },
+  EXPECT_THAT([&] { Connections(loaded, false).load(dir()); },
               ::testing::ThrowsMessage<DataError>(HasSubstr("augmenting[0]: got numbers trained on other weights")));
 }
 

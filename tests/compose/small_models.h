@@ -62,11 +62,17 @@ inline std::shared_ptr<compose::Composition> two_tokenizers(compose::AugmentingC
 }
 
 inline torch::Tensor logits_of(compose::Composition& composition, const std::vector<std::vector<int64_t>>& sequences,
-                               const compose::Borders& borders = {}, compose::CompositionState* state = nullptr) {
+                               const nn::Borders& borders = {}, models::Memory* memory = nullptr) {
   torch::NoGradGuard no_grad;
-  nn::ForwardContext context;
-  return composition.anchor().logits(
-      composition.hidden_states(nn::RaggedBatch::from_sequences(sequences), borders, context, state));
+  nn::Pass pass;
+  return composition.head().logits(
+      composition.hidden({nn::RaggedBatch::from_sequences(sequences), borders}, pass, memory));
+}
+
+/// The final hidden states with a graph.
+inline torch::Tensor hidden_of(compose::Composition& composition, const std::vector<std::vector<int64_t>>& sequences) {
+  nn::Pass pass;
+  return composition.hidden({nn::RaggedBatch::from_sequences(sequences)}, pass);
 }
 
 }  // namespace moesaic::test
