@@ -29,14 +29,14 @@ std::vector<int64_t> text_ids(const Options& options, const eval::EvalModel& mod
 
 int run_routes(const Options& options, const CommonOptions& common) {
   MOESAIC_CHECK(!options.tasks.empty() || !options.text.empty(), UsageError,
-                "routes: give --tasks, a --text, or both");
+                "routes: --tasks is missing; give tasks, a --text, or both");
   std::vector<eval::Task> tasks;
   if (!options.tasks.empty()) tasks = eval::load_tasks(options.tasks, options.task);
   const Loaded loaded = load(options.model, common);
   const eval::EvalModel model = loaded.for_evaluation();
   MOESAIC_CHECK(loaded.model->needs().routed || !loaded.model->structure().is_null(), UsageError,
-                "routes: nothing here has a router or a connection: give --adapter with a mov or molora of several "
-                "experts, or a composition as --model");
+                "routes: no router and no connection here: --adapter is missing or has one expert per site; expected a "
+                "mov or molora of several experts, or a composition as --model");
   spdlog::info("computing in {}", loaded.computes_in());
   std::vector<eval::TaskRoutes> results;
   for (const eval::Task& task : tasks) {

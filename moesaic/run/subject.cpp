@@ -19,74 +19,25 @@ int64_t numbers_of(const models::CausalLM& model) {
   return numbers;
 }
 
-void expect_single_model(const RunConfig& run) {
-  MOESAIC_CHECK(!compose::is_composition(run.model_name_or_path), UsageError,
-                "finetuning_type {}: model_name_or_path {} is a composition, expected a single model, or "
-                "finetuning_type calm",
-                run.finetuning_type, run.model_name_or_path);
-}
-
 void refuse_composition_keys(const RunConfig& run, const std::string& where) {
   MOESAIC_CHECK(!run.train_adapters && run.state_cache_dir.empty(), UsageError,
                 "{}: train_adapters, state_cache_dir: got them for {}, expected finetuning_type calm", where,
                 run.finetuning_type);
 }
 
-// --- adapters
-
-void check_adapter(RunConfig& run, const std::string& where) {
-  refuse_composition_keys(run, where);
-  MOESAIC_CHECK(run.init == "pretrained", UsageError,
-                "{}: init: got random for {}, expected pretrained: there is nothing to adapt in new weights", where,
-                run.finetuning_type);
+void refuse_tokenizer(const RunConfig& run, const std::string& where) {
+  MOESAIC_CHECK(run.tokenizer.empty() && run.tokenizer_vocab_size == 0, UsageError,
+                "{}: tokenizer: got one for init {} and finetuning_type {}, expected random and full: a trained model "
+                "keeps the tokenizer it was trained with",
+                where, run.init, run.finetuning_type);
 }
 
-Prepared open_adapter(const RunConfig& run, const Place& place) {
-  expect_single_model(run);
-  Prepared made;
-  made.checkpoint = formats::Checkpoint::open(run.model_name_or_path);
-  const auto config = models::parse_decoder_config(made.checkpoint->config(), run.model_name_or_path);
-  const auto model =
-      place.dry ? std::make_shared<models::CausalLM>(config, torch::dtype(place.dtype).device(torch::kMeta))
-                : models::CausalLM::load(*made.checkpoint, {.dtype = place.dtype, .device = place.device});
-  adapters::AdapterConfig wanted = run.adapter;
-  const bool no_targets = std::visit([](const auto& targets) { return targets.empty(); }, wanted.targets);
-  if (no_targets) wanted = adapters::resolve_targets(wanted, run.target_preset, model->sites());
-  wanted.base_model_name_or_path = run.model_name_or_path;
-  wanted.base_dtype = dtype_name(place.dtype);
-  if (!place.dry) wanted.base_fingerprint = made.checkpoint->fingerprint();
-  const auto adapter = adapters::Adapter::create(wanted, model->sites(), place.dry ? torch::kMeta : place.device,
-                                                 derive_seed(run.train.seed, "adapter"));
-  if (!run.adapter_name_or_path.empty() && !place.dry) adapter->load(run.adapter_name_or_path);
-  model->attach(run.finetuning_type, adapter);
-  const adapters::AdapterConfig& settled = adapter->config();
-  made.lines.emplace_back("method", settled.num_experts > 1
-                                        ? fmt::format("{}, {} experts, {} router on {}", settled.method,
-                                                      adapters::experts_json(settled).dump(), settled.router.type,
-                                                      settled.router.input)
-                                        : settled.method);
-  std::vector<std::string> hits;
-  for (const auto& [pattern, count] : adapter->matches()) hits.push_back(fmt::format("{} {}", pattern, count));
-  made.lines.emplace_back("sites", fmt::format("{}", fmt::join(hits, ", ")));
-  made.base_parameters = numbers_of(*model);
-  made.usage = fmt::format("--model {} --adapter {}", run.model_name_or_path, run.train.output_dir.string());
-  made.model = model;
-  made.learner = adapter;
-  return made;
-}
-
-// --- all weights
-
-void check_full(RunConfig& run, const std::string& where) {
-  refuse_composition_keys(run, where);
-  MOESAIC_CHECK(run.dtype != "bfloat16", UsageError,
-                "{}: bf16: got true, expected false for full fine-tuning, whose weights must hold small updates", where);
-  run.dtype = "float32";
-}
-
-Prepared open_full(const RunConfig& run, const Place& place) {
-  expect_single_model(run);
-  Prepared made;
+/// The single model that a run begins with: read, or drawn from its seed; without numbers for a plan.
+std::shared_ptr<models::CausalLM> open_base(const RunConfig& run, const Place& place, Prepared& made) {
+  MOESAIC_CHECK(!compose::is_composition(run.model_name_or_path), UsageError,
+                "finetuning_type {}: model_name_or_path {} is a composition, expected a single model, or "
+                "finetuning_type calm",
+                run.finetuning_type, run.model_name_or_path);
   const bool random = run.init == "random";
   if (random) {
     NewModel blank = open_new_model(run);
@@ -104,6 +55,57 @@ Prepared open_full(const RunConfig& run, const Place& place) {
   } else {
     model = models::CausalLM::load(*made.checkpoint, {.dtype = place.dtype, .device = place.device});
   }
+  made.base_parameters = numbers_of(*model);
+  made.model = model;
+  return model;
+}
+
+// --- adapters
+
+void check_adapter(RunConfig& run, const std::string& where) {
+  refuse_composition_keys(run, where);
+  refuse_tokenizer(run, where);
+}
+
+Prepared open_adapter(const RunConfig& run, const Place& place) {
+  Prepared made;
+  const auto model = open_base(run, place, made);
+  adapters::AdapterConfig wanted = run.adapter;
+  const bool no_targets = std::visit([](const auto& targets) { return targets.empty(); }, wanted.targets);
+  if (no_targets) wanted = adapters::resolve_targets(wanted, run.target_preset, model->sites());
+  wanted.base_model_name_or_path = run.model_name_or_path;
+  wanted.base_dtype = dtype_name(place.dtype);
+  if (!place.dry && run.init == "pretrained") wanted.base_fingerprint = made.checkpoint->fingerprint();
+  const auto adapter = adapters::Adapter::create(wanted, model->sites(), place.dry ? torch::kMeta : place.device,
+                                                 derive_seed(run.train.seed, "adapter"));
+  if (!run.adapter_name_or_path.empty() && !place.dry) adapter->load(run.adapter_name_or_path);
+  model->attach(run.finetuning_type, adapter);
+  const adapters::AdapterConfig& settled = adapter->config();
+  made.lines.emplace_back("method", settled.num_experts > 1
+                                        ? fmt::format("{}, {} experts, {} router on {}", settled.method,
+                                                      adapters::experts_json(settled).dump(), settled.router.type,
+                                                      settled.router.input)
+                                        : settled.method);
+  std::vector<std::string> hits;
+  for (const auto& [pattern, count] : adapter->matches()) hits.push_back(fmt::format("{} {}", pattern, count));
+  made.lines.emplace_back("sites", fmt::format("{}", fmt::join(hits, ", ")));
+  made.usage = fmt::format("--model {} --adapter {}", run.model_name_or_path, run.train.output_dir.string());
+  made.learner = adapter;
+  return made;
+}
+
+// --- all weights
+
+void check_full(RunConfig& run, const std::string& where) {
+  refuse_composition_keys(run, where);
+  MOESAIC_CHECK(run.dtype != "bfloat16", UsageError,
+                "{}: bf16: got true, expected false for full fine-tuning, whose weights must hold small updates", where);
+  run.dtype = "float32";
+}
+
+Prepared open_full(const RunConfig& run, const Place& place) {
+  Prepared made;
+  const auto model = open_base(run, place, made);
   formats::ModelFolder folder;
   folder.config = made.checkpoint->config();
   folder.dtype = place.dtype;
@@ -111,9 +113,7 @@ Prepared open_full(const RunConfig& run, const Place& place) {
   folder.tokenizer_config = made.checkpoint->tokenizer_config();
   folder.chat_template = made.checkpoint->chat_template();
   folder.generation_config = made.checkpoint->generation_config();
-  made.base_parameters = numbers_of(*model);
   made.usage = fmt::format("--model {}", run.train.output_dir.string());
-  made.model = model;
   made.learner = std::make_shared<models::AllWeights>(model, std::move(folder));
   return made;
 }
@@ -121,6 +121,7 @@ Prepared open_full(const RunConfig& run, const Place& place) {
 // --- compositions
 
 void check_calm(RunConfig& run, const std::string& where) {
+  refuse_tokenizer(run, where);
   MOESAIC_CHECK(run.init == "pretrained" && run.adapter_name_or_path.empty(), UsageError,
                 "{}: finetuning_type calm trains the connections of the folder that model_name_or_path names: got init "
                 "{} and adapter_name_or_path '{}', expected pretrained and none",

@@ -324,7 +324,8 @@ std::vector<OptimizedTensor> optimized_tensors(nn::Learner& learner, const Train
   std::vector<OptimizedTensor> tensors;
   std::set<void*> seen;
   for (const nn::Parameter& parameter : learner.parameters()) {
-    if (!seen.insert(parameter.tensor.data_ptr()).second) continue;
+    // On the meta device no tensor has an address of its own.
+    if (!parameter.tensor.is_meta() && !seen.insert(parameter.tensor.data_ptr()).second) continue;
     const bool own_rate = parameter.kind == Kind::kRouter && config.router_learning_rate > 0;
     const bool decays = parameter.kind == Kind::kWeight || parameter.kind == Kind::kMatrix;
     tensors.push_back({parameter.name, parameter.tensor,

@@ -402,8 +402,8 @@ def test_routes(mixture, tmp_path):
                "--text", "red dog is </script> blue", "-o", tmp_path / "out" / "routes")
     assert "colours" in done.stdout
     routes = json.loads((tmp_path / "out" / "routes.json").read_text())
-    sites = routes["tasks"]["colours"]["sites"]
-    assert set(sites) == set(routes["sites"])
+    (owner, sites), = routes["tasks"]["colours"]["routers"].items()
+    assert set(sites) == set(routes["routers"][owner]) and routes["adapters"] == [owner]
     for site in sites.values():
         assert len(site["mean_prob"]) == 3
         assert sum(site["mean_prob"]) == pytest.approx(1, abs=1e-5) and sum(site["top1_share"]) == pytest.approx(1)
@@ -411,7 +411,7 @@ def test_routes(mixture, tmp_path):
     cosine = routes["similarity"]["cosine"]
     assert cosine[0][0] == 1 and cosine[0][1] == cosine[1][0] <= 1
     text = routes["text"]
-    assert all(len(rows) == len(text["tokens"]) for rows in text["sites"].values())
+    assert all(len(rows) == len(text["tokens"]) for rows in text["routers"][owner].values())
     page = (tmp_path / "out" / "routes.html").read_text()
     assert not re.search(r"(src|href)\s*=|@import|url\(", page), "the page must need nothing from outside"
     embedded = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL).group(1)
@@ -427,5 +427,6 @@ def test_eval_reports_routing(mixture, tmp_path):
     model, adapter = mixture
     (tmp_path / "t.jsonl").write_text(json.dumps({"inputs": "red green", "answer_choices": ["one", "two cat"], "target": "one"}) + "\n")
     results = json.loads(run("eval", "--model", model, "--adapter", adapter, "--tasks", tmp_path / "t.jsonl", "--json").stdout)
-    site = next(iter(results["routing"]["t"].values()))
+    (sites,) = results["routing"]["t"].values()
+    site = next(iter(sites.values()))
     assert sum(site["mean_prob"]) == pytest.approx(1, abs=1e-5)

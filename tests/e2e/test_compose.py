@@ -116,7 +116,7 @@ def test_models_that_carry_adapters(folder):
 
     dry = run("train", make_run(folder, finetuning_type="calm", model_name_or_path=str(folder / "carrying"),
                                 output_dir=str(folder / "unused"), num_experts=None), "--dry-run")
-    assert "connections" in dry and "state cache" in dry
+    assert "trained tensors" in dry and "state cache" in dry
     done = moesaic("train", make_run(folder, finetuning_type="calm", model_name_or_path=str(folder / "carrying"),
                                      output_dir=str(folder / "unused"), num_experts=None), "--dry-run",
                    "state_cache_gib=-1")
@@ -213,9 +213,12 @@ def test_kept_states_of_other_shapes_are_computed_again(folder):
     assert losses("replaced") == fresh
 
 
-def test_what_runs_single_models_only_says_so(folder):
-    done = moesaic("score", "--model", folder / "calm", "--text", "cat")
-    assert done.returncode == 2 and "single models only" in done.stderr
+def test_a_new_composition_scores_as_its_anchor(folder):
+    scores = [run("score", "--model", folder / name, "--text", "cat dog red", "--json") for name in ("calm", "model")]
+    assert scores[0] == scores[1]
+
+
+def test_training_names_what_does_not_fit(folder):
     done = moesaic("train", make_run(folder, output_dir=str(folder / "wrong")), f"model_name_or_path={folder / 'calm'}")
     assert done.returncode == 2 and "finetuning_type" in done.stderr
 

@@ -22,7 +22,7 @@ def test_text_and_tasks(folder, tasks):
     printed = run("routes", "--model", folder / "calm", "--text", "cat dog red", "--tasks", tasks, "-o", folder / "out" / "read")
     assert "0: 1 -> 0" in printed and "0: 3 -> 1" in printed
     routes = json.loads((folder / "out" / "read.json").read_text())
-    assert routes["connections"] == [{"augmenting": 0, "aug": 1, "anchor": 0}, {"augmenting": 0, "aug": 3, "anchor": 1}]
+    assert routes["structure"]["connections"] == [{"augmenting": 0, "aug": 1, "anchor": 0}, {"augmenting": 0, "aug": 3, "anchor": 1}]
     assert routes["tasks"]["reading"]["questions"] == 3
     # A new composition adds nothing, wherever it looks.
     assert [c["added"] for c in routes["tasks"]["reading"]["connections"]] == [0, 0]
@@ -31,7 +31,7 @@ def test_text_and_tasks(folder, tasks):
     stream = text["streams"][0]
     assert stream["visible"] == sorted(stream["visible"]) and stream["visible"][-1] == len(stream["tokens"])
     for connection in text["connections"]:
-        assert len(connection["weights"]) == routes["num_heads"]
+        assert len(connection["weights"]) == routes["structure"]["num_heads"]
         for head in connection["weights"]:
             assert [len(row) for row in head] == stream["visible"]
             assert all(abs(sum(row) - 1) < 1e-2 for row in head if row)

@@ -113,7 +113,8 @@ def test_the_models_own_sentence_state_routes(tmp_path):
     results = json.loads(tiny_run.run("eval", *model, "--tasks", tmp_path / "task.jsonl", "--target_delimiter", "",
                                       "--json"))
     assert results["results"]["task"]["acc,none"] == 1.0
-    site = next(iter(results["routing"]["task"].values()))
+    (sites,) = results["routing"]["task"].values()
+    site = next(iter(sites.values()))
     assert sum(site["mean_prob"]) == pytest.approx(1, abs=1e-5)
     lines = tiny_run.run("generate", *model, "-p", "red is ", "-p", "blue is ", "--raw", "--json", "--max_new_tokens", 1)
     assert [json.loads(line)["text"].strip() for line in lines.splitlines()] == ["cat", "dog"]
@@ -128,7 +129,7 @@ def test_experts_by_layer_and_across_heads(tmp_path):
     (tmp_path / "task.jsonl").write_text(json.dumps({"inputs": "red ", "answer_choices": ["one", "two"], "target": "one"}) + "\n")
     tiny_run.run("routes", "--model", tmp_path / "model", "--adapter", out, "--tasks", tmp_path / "task.jsonl",
                  "--text", "red dog", "-o", tmp_path / "routes")
-    sites = json.loads((tmp_path / "routes.json").read_text())["tasks"]["task"]["sites"]
+    (sites,) = json.loads((tmp_path / "routes.json").read_text())["tasks"]["task"]["routers"].values()
     assert {len(site["mean_prob"]) for name, site in sites.items() if "layers.0." in name} == {2}
     assert {len(site["mean_prob"]) for name, site in sites.items() if "layers.1." in name} == {4}
     tiny_run.train(tmp_path, "heads", finetuning_type="mov", router={"head_wise": False})
