@@ -10,7 +10,6 @@
 #include "moesaic/compose/folder.h"
 #include "moesaic/data/example.h"
 #include "moesaic/formats/safetensors.h"
-#include "moesaic/train/loss.h"
 #include "tests/parity/answer_lines.h"
 
 namespace {
@@ -61,17 +60,15 @@ Json run(const Json& job) {
     example.mask = job["mask"][b].get<std::vector<uint8_t>>();
   }
   const data::Batch batch = data::collate(examples, torch::kCPU);
-  compose::Borders borders;
-  if (job.contains("borders")) borders = job["borders"].get<compose::Borders>();
+  nn::Borders borders;
+  if (job.contains("borders")) borders = job["borders"].get<nn::Borders>();
   const auto aligned = composition->align(batch.tokens, borders);
-  nn::ForwardContext context;
-  const models::CausalLM& anchor = composition->anchor();
-  const torch::Tensor hidden = anchor.final_norm(composition->run_layers(batch.tokens, aligned, context));
-  const torch::Tensor loss = train::chunked_cross_entropy(
-      hidden.index_select(0, batch.label_rows), anchor.head_weight(), batch.labels,
-      torch::full({batch.num_targets()}, 1.0 / batch.num_targets()), anchor.config().final_softcap);
+  nn::Pass pass;
+  const torch::Tensor hidden = composition->hidden({batch.tokens, borders}, pass);
+  const torch::Tensor loss = composition->head().loss(hidden.index_select(0, batch.label_rows), batch.labels,
+                                                      torch::full({batch.num_targets()}, 1.0 / batch.num_targets()));
   loss.backward();
-  formats::TensorMap result{{"logits", anchor.logits(hidden.detach()).detach()}, {"loss", loss.detach()}};
+  formats::TensorMap result{{"logits", composition->head().logits(hidden.detach()).detach()}, {"loss", loss.detach()}};
   for (const auto& item : composition->named_parameters()) {
     result["grad:" + item.key()] = item.value().grad().contiguous();
   }

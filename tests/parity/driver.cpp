@@ -15,7 +15,6 @@
 #include "moesaic/data/example.h"
 #include "moesaic/generate/generate.h"
 #include "moesaic/models/causal_lm.h"
-#include "moesaic/train/loss.h"
 #include "moesaic/train/trainer.h"
 #include "tests/parity/answer_lines.h"
 
@@ -25,12 +24,13 @@ using moesaic::Json;
 using namespace moesaic;
 using Sequences = std::vector<std::vector<int64_t>>;
 
-std::unique_ptr<adapters::Adapter> attach(const Json& job, models::CausalLM& model,
+std::shared_ptr<adapters::Adapter> attach(const Json& job, models::CausalLM& model,
                                           const formats::Checkpoint& checkpoint) {
   if (job.contains("adapter")) {
-    auto adapter = adapters::Adapter::load(job["adapter"].get<std::string>(), model.sites(), model.device(),
+    auto adapter = adapters::Adapter::open(job["adapter"].get<std::string>(), model.sites(), model.device(),
                                            checkpoint.fingerprint(), job.value("scale", 1.0));
-    for (adapters::AdapterParameter& parameter : adapter->parameters()) parameter.tensor.set_requires_grad(true);
+    for (const nn::Parameter& parameter : adapter->parameters()) torch::Tensor(parameter.tensor).set_requires_grad(true);
+    model.attach("adapter", adapter);
     return adapter;
   }
   if (!job.contains("create")) return nullptr;
@@ -43,16 +43,17 @@ std::unique_ptr<adapters::Adapter> attach(const Json& job, models::CausalLM& mod
   config.lora_alpha = create.value("alpha", 8.0);
   config.base_model_name_or_path = checkpoint.path().string();
   config.base_fingerprint = checkpoint.fingerprint();
-  config = adapters::resolve_targets(config, create.value("preset", ""));
+  config = adapters::resolve_targets(config, create.value("preset", ""), model.sites());
   auto adapter = adapters::Adapter::create(config, model.sites(), model.device(), seed);
   if (create.value("perturb", true)) {
     torch::NoGradGuard no_grad;
     torch::manual_seed(seed);
-    for (adapters::AdapterParameter& parameter : adapter->parameters()) {
+    for (const nn::Parameter& parameter : adapter->parameters()) {
       const bool scales = parameter.name.ends_with("ia3_l") || parameter.name.ends_with("mov");
       parameter.tensor.normal_(scales ? 1.0 : 0.0, scales ? 0.4 : 0.3);
     }
   }
+  model.attach("adapter", adapter);
   return adapter;
 }
 
@@ -70,7 +71,8 @@ torch::Tensor cached_logits(models::CausalLM& model, const Sequences& sequences,
   std::vector<std::vector<torch::Tensor>> rows(sequences.size());
   std::vector<int64_t> live(sequences.size());
   std::iota(live.begin(), live.end(), 0);
-  nn::KvCache cache = model.make_cache(sequences.size());
+  const auto memory = model.memory(std::ssize(sequences));
+  bool first = true;
   std::vector<size_t> done(sequences.size(), 0);
   while (!live.empty()) {
     Sequences next;
@@ -79,11 +81,11 @@ torch::Tensor cached_logits(models::CausalLM& model, const Sequences& sequences,
       next.emplace_back(sequences[b].begin() + done[b], sequences[b].begin() + done[b] + count);
       done[b] += count;
     }
-    nn::ForwardContext context;
-    context.cache = &cache;
-    if (sentence.defined()) context.sentence = sentence.index_select(0, torch::tensor(live));
-    const auto batch = nn::RaggedBatch::from_sequences(next, model.device());
-    const torch::Tensor logits = model.logits(model.hidden_states(batch, context));
+    models::Text text{nn::RaggedBatch::from_sequences(next, model.device())};
+    if (std::exchange(first, false)) text.sentence = sentence;
+    const auto& batch = text.tokens;
+    nn::Pass pass;
+    const torch::Tensor logits = model.head().logits(model.hidden(text, pass, memory.get()));
     std::vector<int64_t> kept, places;
     for (size_t i = 0; i < live.size(); ++i) {
       rows[live[i]].push_back(logits.slice(0, batch.offsets[i], batch.offsets[i + 1]));
@@ -91,7 +93,7 @@ torch::Tensor cached_logits(models::CausalLM& model, const Sequences& sequences,
       kept.push_back(live[i]);
       places.push_back(static_cast<int64_t>(i));
     }
-    if (places.size() < live.size()) cache = cache.select(places);
+    if (places.size() < live.size()) memory->keep(places);
     live = kept;
   }
   std::vector<torch::Tensor> all;
@@ -143,10 +145,10 @@ formats::TensorMap train_step(const Json& job, models::CausalLM& model, adapters
   config.gradient_checkpointing = job["gradient_checkpointing"];
   ListStream stream(std::move(examples));
   formats::TensorMap result;
-  train::train(model, &adapter, stream, {}, config, 0, [&](const train::StepLog& log) {
-    result["loss"] = torch::tensor(log.loss);
-    result["aux_loss"] = torch::tensor(log.aux_loss);
-  });
+  train::train(model, adapter, stream, {}, config, 0, {[&](const train::StepLog& log) {
+                 result["loss"] = torch::tensor(log.loss);
+                 result["aux_loss"] = torch::tensor(log.aux_loss);
+               }});
   for (const auto& [name, gradient] : adapter.gradients()) result["grad:" + name] = gradient;
   return result;
 }
@@ -174,7 +176,12 @@ Json run(const Json& job) {
     sampling.eos_ids = model->config().eos_ids;
     const auto tokenizer = tokenizer::Tokenizer::open(*checkpoint);
     Json answers = Json::array();
-    for (const auto& generation : generate::generate(*model, *tokenizer, sequences, sampling, nullptr, sentence)) {
+    std::vector<generate::Prompt> prompts;
+    for (size_t b = 0; b < sequences.size(); ++b) {
+      prompts.push_back({sequences[b]});
+      if (sentence.defined()) prompts.back().sentence = job["sentence"][b].get<std::vector<float>>();
+    }
+    for (const auto& generation : generate::generate(*model, *tokenizer, prompts, sampling)) {
       answers.push_back({{"ids", generation.ids}, {"finish_reason", generation.finish_reason}});
     }
     return {{"ok", true}, {"generations", answers}};
@@ -192,13 +199,13 @@ Json run(const Json& job) {
     }
     const torch::AutoGradMode gradients(mode != "logits");
     const data::Batch batch = data::collate(examples_of(job, sequences), model->device());
-    nn::ForwardContext context;
-    context.sentence = batch.sentence;
-    const torch::Tensor hidden = model->hidden_states(batch.tokens, context);
-    result["logits"] = model->logits(hidden.detach()).detach();
-    const torch::Tensor loss = train::chunked_cross_entropy(
-        hidden.index_select(0, batch.label_rows), model->head_weight(), batch.labels,
-        row_weights(batch, job.value("normalization", "tokens")), model->config().final_softcap);
+    models::Text text{batch.tokens};
+    text.sentence = batch.sentence;
+    nn::Pass pass;
+    const torch::Tensor hidden = model->hidden(text, pass);
+    result["logits"] = model->head().logits(hidden.detach()).detach();
+    const torch::Tensor loss = model->head().loss(hidden.index_select(0, batch.label_rows), batch.labels,
+                                                  row_weights(batch, job.value("normalization", "tokens")));
     result["loss"] = loss.detach();
     if (mode != "logits") {
       loss.backward();

@@ -1,6 +1,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "moesaic/compose/folder.h"
 #include "moesaic/train/trainer.h"
 #include "tests/compose/small_models.h"
 #include "tests/temporary_folder.h"
@@ -9,6 +10,14 @@ namespace moesaic::train {
 namespace {
 
 using ::testing::HasSubstr;
+
+/// Trains the connections (and the models' adapters).
+void train_connections(const std::shared_ptr<compose::Composition>& composition, data::ExampleStream& stream,
+                       const TrainConfig& config, const std::vector<data::Example>& eval_examples = {},
+                       const std::function<void(const StepLog&)>& on_log = nullptr, bool train_adapters = false) {
+  compose::Connections connections(composition, train_adapters);
+  train(*composition, connections, stream, eval_examples, config, 0, {on_log});
+}
 
 /// Repeats a few sentences in the anchor's tokens; the later half of each is learnt.
 class Sentences : public data::ExampleStream {
@@ -69,8 +78,8 @@ TEST_F(CompositionTraining, LearnsWithTheConnectionsAlone) {
   std::vector<torch::Tensor> before;
   for (const auto& parameter : composition->anchor().parameters()) before.push_back(parameter.clone());
   const double start = evaluate_loss(*composition, stream.examples(), 2);
-  EXPECT_EQ(start, evaluate_loss(composition->anchor(), nullptr, stream.examples(), 2)) << "W_O = 0";
-  train(*composition, stream, {}, config(80), 0);
+  EXPECT_EQ(start, evaluate_loss(composition->anchor(), stream.examples(), 2)) << "W_O = 0";
+  train_connections(composition, stream, config(80));
   EXPECT_LT(evaluate_loss(*composition, stream.examples(), 2), 0.5 * start);
   const auto after = composition->anchor().parameters();
   for (size_t i = 0; i < after.size(); ++i) EXPECT_TRUE(torch::equal(after[i], before[i]));
@@ -79,19 +88,19 @@ TEST_F(CompositionTraining, LearnsWithTheConnectionsAlone) {
 TEST_F(CompositionTraining, ResumesExactly) {
   const auto whole = fresh();
   Sentences whole_stream(*whole->anchor_member().tokenizer);
-  train(*whole, whole_stream, {}, config(6), 0);
+  train_connections(whole, whole_stream, config(6));
 
   TrainConfig half = config(6);
   half.output_dir = root_.path() / "out";
   half.save_steps = 3;
   const auto first = fresh();
   Sentences first_stream(*first->anchor_member().tokenizer);
-  train(*first, first_stream, {}, half, 0);
+  train_connections(first, first_stream, half);
   EXPECT_TRUE(torch::equal(values(*first), values(*whole)));
   const auto second = fresh();
   Sentences second_stream(*second->anchor_member().tokenizer);
   half.resume_from_checkpoint = (half.output_dir / "checkpoint-3").string();
-  train(*second, second_stream, {}, half, 0);
+  train_connections(second, second_stream, half);
   EXPECT_TRUE(torch::equal(values(*second), values(*whole)));
   EXPECT_TRUE(torch::equal(values(*compose::load_composition(half.output_dir, {})), values(*whole)));
 }
@@ -107,54 +116,50 @@ struct RunResult {
 /// which a GEMM's results no longer depend on their number.
 class FrozenStates : public CompositionTraining {
  protected:
-  RunResult run(const std::function<void(TrainConfig&)>& change, const std::string& mask = "causal") const {
+  RunResult run(std::shared_ptr<compose::StateCache> states, const std::string& mask = "causal") const {
     const auto composition = fresh(mask);
+    composition->keep_states(std::move(states));
     Sentences stream(*composition->anchor_member().tokenizer);
     TrainConfig settings = config(9);
     settings.per_device_train_batch_size = 3;
     settings.gradient_accumulation_steps = 1;
     settings.eval_steps = 4;
-    change(settings);
     RunResult result;
-    train(*composition, stream, stream.examples(), settings, /*epoch_size=*/4,
-          [&](const StepLog& log) { result.losses.push_back(log.loss); });
+    train_connections(composition, stream, settings, stream.examples(),
+                      [&](const StepLog& log) { result.losses.push_back(log.loss); });
     result.values = values(*composition);
     return result;
   }
-  static void off(TrainConfig& config) { config.state_cache_gib = 0; }
-  static void nothing(TrainConfig&) {}
+  static std::shared_ptr<compose::StateCache> cache(int64_t bytes = 1 << 30, const std::filesystem::path& folder = {}) {
+    return std::make_shared<compose::StateCache>(bytes, folder);
+  }
 };
 
 TEST_F(FrozenStates, FromTheCacheGiveTheSameRunBitForBit) {
-  for (const char* mask : {"causal", "prefix"}) EXPECT_EQ(run(off, mask), run(nothing, mask)) << mask;
+  for (const char* mask : {"causal", "prefix"}) EXPECT_EQ(run(nullptr, mask), run(cache(), mask)) << mask;
 }
 
 TEST_F(FrozenStates, FromAFolderGiveTheSameRunBitForBit) {
   const auto states = root_.path() / "states";
-  auto on_disk = [&](TrainConfig& config) { config.state_cache_dir = states.string(); };
-  const RunResult computed = run(off);
-  EXPECT_EQ(computed, run(on_disk));
+  const RunResult computed = run(nullptr);
+  EXPECT_EQ(computed, run(cache(1 << 30, states)));
   // Four sentences in two models; the next run finds all of them and writes none.
   auto files = [&] { return std::distance(std::filesystem::directory_iterator(states), {}); };
   EXPECT_EQ(files(), 8);
-  EXPECT_EQ(computed, run(on_disk));
+  EXPECT_EQ(computed, run(cache(1 << 30, states)));
   EXPECT_EQ(files(), 8);
 }
 
 TEST_F(FrozenStates, OfAnotherModelAreNotTaken) {
   const auto states = root_.path() / "states";
-  auto on_disk = [&](TrainConfig& config) { config.state_cache_dir = states.string(); };
-  const RunResult before = run(on_disk);
+  const RunResult before = run(cache(1 << 30, states));
   test::write_small_model(root_.path() / "aug", "llama3", 14, 4, 3);
-  const RunResult changed = run(on_disk);
+  const RunResult changed = run(cache(1 << 30, states));
   EXPECT_FALSE(before == changed);
-  EXPECT_EQ(changed, run(off));
+  EXPECT_EQ(changed, run(nullptr));
 }
 
-TEST_F(FrozenStates, ASmallCacheGivesTheSameRunToo) {
-  auto one_sentence = [](TrainConfig& config) { config.state_cache_gib = 2000.0 / (1 << 30); };
-  EXPECT_EQ(run(off), run(one_sentence));
-}
+TEST_F(FrozenStates, ASmallCacheGivesTheSameRunToo) { EXPECT_EQ(run(nullptr), run(cache(2000))); }
 
 /// The anchor's adapter learns beside the connections, survives a stop, and is not touched where it is frozen.
 TEST_F(CompositionTraining, AdaptersAreTrainedTogetherOrFrozen) {
@@ -186,27 +191,43 @@ TEST_F(CompositionTraining, AdaptersAreTrainedTogetherOrFrozen) {
   TrainConfig settings = config(6);
   const auto frozen = carrying();
   Sentences frozen_stream(*frozen->anchor_member().tokenizer);
-  train(*frozen, frozen_stream, {}, settings, 0);
+  train_connections(frozen, frozen_stream, settings);
   EXPECT_TRUE(torch::equal(adapter_values(*frozen), start));
 
-  settings.train_adapters = true;
   settings.moe_aux_loss_coef = 0.01;
   settings.output_dir = root_.path() / "out";
   settings.save_steps = 3;
   const auto trained = carrying();
   Sentences stream(*trained->anchor_member().tokenizer);
   double aux_loss = 0;
-  train(*trained, stream, {}, settings, 0, [&](const StepLog& log) { aux_loss = log.aux_loss; });
+  train_connections(trained, stream, settings, {}, [&](const StepLog& log) { aux_loss = log.aux_loss; }, true);
   EXPECT_FALSE(torch::equal(adapter_values(*trained), start));
   EXPECT_GT(aux_loss, 0.0);
   const auto resumed = carrying();
   Sentences resumed_stream(*resumed->anchor_member().tokenizer);
   settings.resume_from_checkpoint = (settings.output_dir / "checkpoint-3").string();
-  train(*resumed, resumed_stream, {}, settings, 0);
+  train_connections(resumed, resumed_stream, settings, {}, nullptr, true);
   EXPECT_TRUE(torch::equal(adapter_values(*resumed), adapter_values(*trained)));
   EXPECT_TRUE(torch::equal(values(*resumed), values(*trained)));
   EXPECT_TRUE(
       torch::equal(adapter_values(*compose::load_composition(settings.output_dir, {})), adapter_values(*trained)));
+}
+
+TEST_F(CompositionTraining, DivergenceNamesTheModelAndItsLayer) {
+  const auto composition = fresh();
+  Sentences stream(*composition->anchor_member().tokenizer);
+  TrainConfig settings = config(2);
+  {
+    torch::NoGradGuard no_grad;
+    composition->augmenting()[0].model->named_parameters()["model.layers.1.mlp.up_proj.weight"].fill_(NAN);
+  }
+  try {
+    train_connections(composition, stream, settings);
+    FAIL() << "expected a DataError";
+  } catch (const DataError& error) {
+    EXPECT_THAT(error.what(), HasSubstr("step 1"));
+    EXPECT_THAT(error.what(), HasSubstr("layer 1 of the model at augmenting.0"));
+  }
 }
 
 TEST_F(CompositionTraining, CheckpointedBlocksGiveTheSameRun) {
@@ -216,7 +237,7 @@ TEST_F(CompositionTraining, CheckpointedBlocksGiveTheSameRun) {
     Sentences stream(*composition->anchor_member().tokenizer);
     TrainConfig settings = config(5);
     settings.gradient_checkpointing = checkpointing;
-    train(*composition, stream, {}, settings, 0);
+    train_connections(composition, stream, settings);
     ends.push_back(values(*composition));
   }
   EXPECT_TRUE(torch::equal(ends[0], ends[1]));
@@ -225,10 +246,8 @@ TEST_F(CompositionTraining, CheckpointedBlocksGiveTheSameRun) {
 TEST_F(CompositionTraining, WhatCannotBeTrainedIsRefused) {
   const auto composition = fresh("full");
   Sentences stream(*composition->anchor_member().tokenizer);
-  TrainConfig wrong = config(1);
-  wrong.train_adapters = true;
   try {
-    train(*composition, stream, {}, wrong, 0);
+    train_connections(composition, stream, config(1), {}, nullptr, /*train_adapters=*/true);
     FAIL();
   } catch (const UsageError& error) {
     EXPECT_THAT(error.what(), HasSubstr("mask full"));

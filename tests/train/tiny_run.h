@@ -2,6 +2,8 @@
 #pragma once
 #include <random>
 
+#include "moesaic/adapters/adapter.h"
+#include "moesaic/models/causal_lm.h"
 #include "moesaic/train/trainer.h"
 
 namespace moesaic::train {
@@ -78,6 +80,7 @@ inline adapters::AdapterConfig molora_config(double dropout = 0.0) {
 struct TinyRun {
   explicit TinyRun(adapters::AdapterConfig adapter_config = molora_config()) : model(tiny_model()) {
     adapter = adapters::Adapter::create(std::move(adapter_config), model->sites(), torch::kCPU, 11);
+    model->attach("adapter", adapter);
     // B and the vectors start where gradients of the rest vanish: move everything a little.
     torch::manual_seed(2);
     torch::NoGradGuard no_grad;
@@ -87,12 +90,12 @@ struct TinyRun {
   TrainResult train(const TrainConfig& config, data::ExampleStream& stream,
                     const std::vector<data::Example>& eval_examples = {},
                     std::function<void(const StepLog&)> on_step = nullptr, int64_t epoch_size = 0,
-                    const TaskEvaluation& evaluate_tasks = nullptr) {
+                    const TaskEvaluation& evaluate_tasks = nullptr, const std::function<bool()>& stop = nullptr) {
     auto on_log = [&](const StepLog& log) {
       logs.push_back(log);
       if (on_step) on_step(log);
     };
-    return train::train(*model, adapter.get(), stream, eval_examples, config, epoch_size, on_log, evaluate_tasks);
+    return train::train(*model, *adapter, stream, eval_examples, config, epoch_size, {on_log, evaluate_tasks, stop});
   }
 
   /// All trained numbers in one row.
@@ -103,7 +106,7 @@ struct TinyRun {
   }
 
   std::shared_ptr<models::CausalLM> model;
-  std::unique_ptr<adapters::Adapter> adapter;
+  std::shared_ptr<adapters::Adapter> adapter;
   std::vector<StepLog> logs;
 };
 

@@ -2,9 +2,9 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <signal.h>
 
 #include "moesaic/train/checkpoint.h"
+#include "moesaic/train/memory.h"
 #include "tests/temporary_folder.h"
 #include "tiny_run.h"
 
@@ -82,7 +82,7 @@ TEST(Trainer, LossIsNormalisedAsAsked) {
     TinyRun run;
     double sum = 0, weights = 0;
     for (const auto& example : list) {
-      const double mean = evaluate_loss(*run.model, run.adapter.get(), {example}, 1);
+      const double mean = evaluate_loss(*run.model, {example}, 1);
       const double weight = normalization == std::string("tokens") ? static_cast<double>(example.targets()) : 1.0;
       sum += weight * mean;
       weights += weight;
@@ -103,7 +103,7 @@ TEST(Trainer, LastPartialStepIsNormalisedByItsOwnTargets) {
   CountingStream stream(5);  // a step of four and a step of one
   const auto result = run.train(config, stream);
   EXPECT_EQ(result.steps, 2);
-  EXPECT_NEAR(run.logs[1].loss, evaluate_loss(*run.model, run.adapter.get(), examples(4, 5), 1), 1e-5);
+  EXPECT_NEAR(run.logs[1].loss, evaluate_loss(*run.model, examples(4, 5), 1), 1e-5);
 }
 
 TEST(Trainer, EpochsBecomeSteps) {
@@ -136,7 +136,7 @@ TEST(Trainer, RoutersAndVectorsHaveTheirOwnRates) {
   config.weight_decay = 0.1;
   TinyRun run;
   int64_t routers = 0;
-  for (const auto& t : trainable_tensors(*run.model, run.adapter.get(), config)) {
+  for (const auto& t : optimized_tensors(*run.adapter, config)) {
     const bool router = t.name.find("router") != std::string::npos;
     routers += router;
     EXPECT_EQ(t.learning_rate, router ? 1e-4 : 1e-2) << t.name;
@@ -150,12 +150,12 @@ TEST(Trainer, RoutersAndVectorsHaveTheirOwnRates) {
   mov.targets = std::vector<std::string>{"k_proj", "v_proj", "down_proj"};
   mov.feedforward = {"down_proj"};
   TinyRun vectors(mov);
-  for (const auto& t : trainable_tensors(*vectors.model, vectors.adapter.get(), config)) EXPECT_EQ(t.weight_decay, 0.0);
+  for (const auto& t : optimized_tensors(*vectors.adapter, config)) EXPECT_EQ(t.weight_decay, 0.0);
 }
 
-class CheckpointedLayers : public testing::TestWithParam<double> {};
+class CheckpointedBlocksRun : public testing::TestWithParam<double> {};
 
-TEST_P(CheckpointedLayers, EqualKeptActivations) {
+TEST_P(CheckpointedBlocksRun, EqualKeptActivations) {
   TrainConfig kept = smooth_config(2);
   kept.moe_aux_loss_coef = 0.1;
   kept.router_z_loss_coef = 0.01;
@@ -173,7 +173,7 @@ TEST_P(CheckpointedLayers, EqualKeptActivations) {
   EXPECT_LT(difference(a.values(), b.values()), 1e-6);
 }
 // With dropout the second run of a layer must draw the same masks.
-INSTANTIATE_TEST_SUITE_P(Dropout, CheckpointedLayers, testing::Values(0.0, 0.4));
+INSTANTIATE_TEST_SUITE_P(Dropout, CheckpointedBlocksRun, testing::Values(0.0, 0.4));
 
 TEST(Trainer, RouterLossesReachTheRouters) {
   auto router_values = [](double balance, double z) {
@@ -186,13 +186,43 @@ TEST(Trainer, RouterLossesReachTheRouters) {
     EXPECT_EQ(run.logs[0].aux_loss > 0, balance + z > 0);
     std::vector<torch::Tensor> routers;
     for (const auto& parameter : run.adapter->parameters()) {
-      if (parameter.router) routers.push_back(parameter.tensor.detach().flatten());
+      if (parameter.kind == nn::Parameter::Kind::kRouter) routers.push_back(parameter.tensor.detach().flatten());
     }
     return torch::cat(routers).clone();
   };
   const auto plain = router_values(0, 0);
   EXPECT_GT(difference(plain, router_values(0.5, 0)), 1e-5);
   EXPECT_GT(difference(plain, router_values(0, 0.5)), 1e-5);
+}
+
+TEST(Trainer, RouterLossesWithoutARouterAreRefused) {
+  TrainConfig config = quick_config();
+  config.moe_aux_loss_coef = 0.5;
+  auto lora = molora_config();
+  lora.method = "lora";
+  lora.num_experts = 1;
+  TinyRun run(lora);
+  CountingStream stream;
+  EXPECT_THAT([&] { run.train(config, stream); },
+              testing::ThrowsMessage<UsageError>(HasSubstr("moe_aux_loss_coef, router_z_loss_coef: got 0.5 and 0")));
+}
+
+TEST(Memory, GrowsWithTokensAndShrinksWithCheckpointing) {
+  TinyRun run;
+  TrainConfig config = quick_config();
+  auto activations = [&](int64_t tokens) {
+    const auto estimate = estimate_memory(*run.model, *run.adapter, config, tokens, tokens, torch::kCPU);
+    for (const auto& [name, bytes] : estimate.parts) {
+      if (name == "activations") return bytes;
+    }
+    return int64_t{-1};
+  };
+  const int64_t kept = activations(100);
+  EXPECT_EQ(activations(200), 2 * kept);
+  config.gradient_checkpointing = true;
+  // Of three layers the inputs, and the largest whole: 16 numbers of 4 bytes a token and layer.
+  EXPECT_LT(activations(100), kept / 2);
+  EXPECT_GT(activations(100), 3 * 16 * 4 * 100);
 }
 
 TEST(Trainer, SentenceRouterReadsTheFrozenModel) {
@@ -282,9 +312,8 @@ TEST(Trainer, InterruptSavesAndGoesOn) {
   config.output_dir = folder.path();
   TinyRun first;
   CountingStream first_stream;
-  const auto result = first.train(config, first_stream, {}, [](const StepLog& log) {
-    if (log.step == 3) raise(SIGINT);
-  });
+  const auto result =
+      first.train(config, first_stream, {}, nullptr, 0, nullptr, [&] { return first.logs.back().step == 3; });
   EXPECT_TRUE(result.interrupted);
   EXPECT_EQ(result.steps, 3);
   EXPECT_FALSE(fs::exists(folder.path() / "adapter_config.json"));
@@ -370,7 +399,7 @@ TEST(Trainer, EarlyStoppingEndsWithTheBestWeights) {
   const auto result = run.train(config, stream, held_out);
   ASSERT_LT(result.steps, 50);
   ASSERT_TRUE(result.best_eval_loss.has_value());
-  EXPECT_NEAR(evaluate_loss(*run.model, run.adapter.get(), held_out, 4), *result.best_eval_loss, 1e-6);
+  EXPECT_NEAR(evaluate_loss(*run.model, held_out, 4), *result.best_eval_loss, 1e-6);
   const Json state = read_json(folder.path() / "trainer_state.json");
   EXPECT_EQ(state["best_model_checkpoint"], fmt::format("checkpoint-{}", result.steps - 3));
   EXPECT_EQ(list_checkpoints(folder.path()).size(), 2u);  // the best and the last
@@ -394,7 +423,7 @@ TEST(Trainer, LogsForMachines) {
   const auto routing = read_lines(folder.path() / "router_stats.jsonl");
   ASSERT_EQ(routing.size(), 2u);
   EXPECT_EQ(routing[1]["layers"].size(), 3u);
-  EXPECT_GT(routing[1]["entropy"].get<double>(), 0.5);
+  EXPECT_GT(routing[1]["entropy_share"].get<double>(), 0.5);
   EXPECT_EQ(std::distance(fs::directory_iterator(folder.path() / "tensorboard"), fs::directory_iterator()), 1);
 }
 
@@ -441,7 +470,15 @@ TEST(Trainer, FullFineTuningTrainsEveryWeightAndResumes) {
   const auto before = flat(*straight);
   std::vector<double> losses;
   CountingStream stream(-1, 4);
-  train(*straight, nullptr, stream, {}, config, 0, [&](const StepLog& log) { losses.push_back(log.loss); });
+  auto all_of = [](const std::shared_ptr<models::CausalLM>& model) {
+    formats::ModelFolder folder;
+    folder.config = {{"model_type", "llama"},       {"vocab_size", 53},        {"hidden_size", 16},
+                     {"intermediate_size", 24},     {"num_hidden_layers", 3},  {"num_attention_heads", 4},
+                     {"num_key_value_heads", 2},    {"head_dim", 4},           {"tie_word_embeddings", true}};
+    return models::AllWeights(model, folder);
+  };
+  auto all = all_of(straight);
+  train(*straight, all, stream, {}, config, 0, {[&](const StepLog& log) { losses.push_back(log.loss); }});
   EXPECT_LT(losses.back(), losses.front());
   for (const auto& parameter : straight->named_parameters()) {
     EXPECT_TRUE(parameter.value().grad().defined()) << parameter.key();
@@ -451,15 +488,19 @@ TEST(Trainer, FullFineTuningTrainsEveryWeightAndResumes) {
   config.output_dir = broken.path();
   auto first = tiny_model();
   CountingStream first_stream(-1, 4);
-  EXPECT_THROW(train(*first, nullptr, first_stream, {}, config, 0,
-                     [](const StepLog& log) {
-                       if (log.step == 6) throw Crash();
-                     }),
+  auto first_all = all_of(first);
+  EXPECT_THROW(train(*first, first_all, first_stream, {}, config, 0, {[](const StepLog& log) {
+                 if (log.step == 6) throw Crash();
+               }}),
                Crash);
   auto second = tiny_model();
   CountingStream second_stream(-1, 4);
-  train(*second, nullptr, second_stream, {}, config, 0);
+  auto second_all = all_of(second);
+  train(*second, second_all, second_stream, {}, config, 0);
   EXPECT_TRUE(torch::equal(flat(*straight), flat(*second)));
+  // A checkpoint is a model folder.
+  const auto saved = models::CausalLM::load(*formats::Checkpoint::open(broken.path() / "checkpoint-8"), {});
+  EXPECT_TRUE(torch::equal(flat(*saved), flat(*second)));
 }
 
 }  // namespace

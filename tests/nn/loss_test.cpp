@@ -1,11 +1,11 @@
-#include "moesaic/train/loss.h"
+#include "moesaic/nn/loss.h"
 
 #include <c10/util/ThreadLocalDebugInfo.h>
 #include <gtest/gtest.h>
 
 #include "moesaic/base/check.h"
 
-namespace moesaic::train {
+namespace moesaic::nn {
 namespace {
 
 /// The definition, with all logits at once.
@@ -131,4 +131,4 @@ TEST(ChunkedCrossEntropy, NeverHoldsAllLogits) {
 }
 
 }  // namespace
-}  // namespace moesaic::train
+}  // namespace moesaic::nn

@@ -1,9 +1,9 @@
-#include "moesaic/train/run_config.h"
+#include "moesaic/run/config.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-namespace moesaic::train {
+namespace moesaic::run {
 namespace {
 
 using testing::ElementsAre;
@@ -29,7 +29,7 @@ std::string refusal(const Json& changes) {
 
 TEST(RunConfig, EveryDefaultIsTheStructsOwn) {
   const RunConfig run = parse(Json::object());
-  const TrainConfig train;
+  const train::TrainConfig train;
   EXPECT_EQ(run.train.learning_rate, train.learning_rate);
   EXPECT_EQ(run.train.logging_steps, train.logging_steps);
   EXPECT_EQ(run.adapter.lora_rank, adapters::AdapterConfig{}.lora_rank);
@@ -115,4 +115,4 @@ INSTANTIATE_TEST_SUITE_P(
                     Mistake{{{"finetuning_type", "ia3"}, {"feedforward_modules", {"o_proj"}}}, "with lora_target"}));
 
 }  // namespace
-}  // namespace moesaic::train
+}  // namespace moesaic::run

@@ -1,0 +1,88 @@
+#include "moesaic/moe/routing_stats.h"
+
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
+#include <cmath>
+
+#include "moesaic/base/check.h"
+
+namespace moesaic::moe {
+namespace {
+
+nn::RoutingRecord record(const std::string& site, torch::Tensor probs, int64_t layer = 3,
+                         const std::string& owner = "a4") {
+  return {owner, site, layer, true, probs.log(), probs, probs, 1};
+}
+
+TEST(RoutingStats, SumsOverPasses) {
+  RoutingStats stats;
+  EXPECT_TRUE(stats.empty());
+  stats.add({record("a", torch::tensor({{0.75f, 0.25f}, {0.5f, 0.5f}}))});
+  stats.add({record("a", torch::tensor({{0.25f, 0.75f}})), record("b", torch::tensor({{1.0f, 0.0f}}))});
+  const SiteRouting& a = stats.owners().at("a4").at("a");
+  EXPECT_EQ(a.layer, 3);
+  EXPECT_EQ(a.rows, 3);
+  EXPECT_DOUBLE_EQ(a.mean_prob(0), 0.5);
+  EXPECT_EQ(a.top1, (std::vector<int64_t>{2, 1}));  // the tie of row 1 goes to the first expert
+  EXPECT_EQ(stats.owners().at("a4").at("b").top1, (std::vector<int64_t>{1, 0}));
+  // rows (3/4, 1/4) twice and (1/2, 1/2): entropies h, ln 2, h
+  const double h = -(0.75 * std::log(0.75) + 0.25 * std::log(0.25));
+  EXPECT_NEAR(a.entropy(), (2 * h + std::log(2.0)) / 3, 1e-6);
+  EXPECT_EQ(stats.owners().at("a4").at("b").entropy(), 0);  // 0 ln 0 = 0
+
+  const OrderedJson site = stats.json()["a4"]["a"];
+  // variance of 0.75, 0.5, 0.25: 1/24
+  EXPECT_NEAR(site["prob_std"][0].get<double>(), std::sqrt(1.0 / 24.0), 1e-6);
+  EXPECT_NEAR(site["max_load"].get<double>(), 0.5, 1e-6);
+  EXPECT_NEAR(site["entropy_share"].get<double>(), a.entropy() / std::log(2.0), 1e-6);
+}
+
+TEST(RoutingStats, OwnersAreKeptApart) {
+  RoutingStats stats;
+  stats.add({record("a", torch::tensor({{0.75f, 0.25f}})),
+             record("a", torch::tensor({{0.1f, 0.2f, 0.3f, 0.4f}}), 3, "a8")});
+  EXPECT_EQ(stats.owners().at("a4").at("a").experts(), 2);
+  EXPECT_EQ(stats.owners().at("a8").at("a").experts(), 4);
+  EXPECT_THROW(stats.add({record("a", torch::tensor({{0.1f, 0.2f, 0.7f}}))}), DataError);
+}
+
+TEST(RoutingStats, SummaryOfUniformAndCollapsed) {
+  RoutingStats stats;
+  stats.add({record("a", torch::full({3, 4}, 0.25f), 0), record("b", torch::tensor({{1.0f, 0.0f}, {1.0f, 0.0f}}), 2)});
+  const Json summary = stats.summary();
+  // Site a: entropy 1, loads 1/4 each: cv 0. Site b: entropy 0, loads (1, 0): mean 1/2, deviation 1/2, cv 1.
+  EXPECT_NEAR(summary["layers"][0]["entropy_share"].get<double>(), 1.0, 1e-6);
+  EXPECT_NEAR(summary["layers"][0]["load_cv"].get<double>(), 0.0, 1e-6);
+  EXPECT_NEAR(summary["layers"][0]["max_load"].get<double>(), 0.25, 1e-6);
+  EXPECT_EQ(summary["layers"][1]["layer"], 2);
+  EXPECT_NEAR(summary["layers"][1]["entropy_share"].get<double>(), 0.0, 1e-6);
+  EXPECT_NEAR(summary["layers"][1]["load_cv"].get<double>(), 1.0, 1e-6);
+  EXPECT_NEAR(summary["entropy_share"].get<double>(), 0.5, 1e-6);
+  EXPECT_NEAR(summary["load_cv"].get<double>(), 0.5, 1e-6);
+  EXPECT_EQ(stats.largest_load(), (std::pair<double, std::string>{1.0, "a4 b"}));
+}
+
+TEST(RoutingStats, MicroBatchesAddUpByRows) {
+  RoutingStats stats;
+  stats.add({record("a", torch::tensor({{0.9f, 0.1f}}))});
+  stats.add({record("a", torch::tensor({{0.1f, 0.9f}, {0.4f, 0.6f}, {0.2f, 0.8f}}))});
+  // Loads: 0.9 + 0.1 + 0.4 + 0.2 = 1.6 of 4 and 2.4 of 4.
+  EXPECT_NEAR(stats.summary()["max_load"].get<double>(), 0.6, 1e-6);
+}
+
+TEST(RoutingSimilarity, CosineOfMeanProbabilitiesOverCommonRouters) {
+  RoutingStats x, y;
+  x.add({record("a", torch::tensor({{1.0f, 0.0f}})), record("b", torch::tensor({{0.5f, 0.5f}}))});
+  y.add({record("a", torch::tensor({{0.0f, 1.0f}})), record("b", torch::tensor({{0.5f, 0.5f}})),
+         record("c", torch::tensor({{0.9f, 0.1f}}))});
+  // (1, 0, .5, .5) . (0, 1, .5, .5) = 0.5; both norms sqrt(1.5)
+  EXPECT_NEAR(routing_similarity(x, y), 0.5 / 1.5, 1e-6);
+  EXPECT_NEAR(routing_similarity(x, x), 1, 1e-12);
+  RoutingStats other;
+  other.add({record("a", torch::tensor({{1.0f, 0.0f}}), 3, "a8")});
+  EXPECT_EQ(routing_similarity(x, other), 0) << "no common router";
+}
+
+}  // namespace
+}  // namespace moesaic::moe
