@@ -427,7 +427,7 @@ std::vector<KeysValues> Composition::read(size_t m, const AlignedBatch& aligned,
   std::vector<KeysValues> result(stream.blocks.size(), KeysValues{none, none, offsets, {}});
   if (offsets.back() > 0) {
     std::vector<torch::Tensor> states;
-    if (is_training() && !memory && !is_trained(member)) {
+    if (frozen_apart(pass) && !memory && !is_trained(member)) {
       states = frozen_states(member, fmt::format("augmenting.{}", m), stream.blocks, aligned.tokens);
     } else {
       // A cache has its place for every sequence, also for one that reads nothing now.
@@ -512,7 +512,7 @@ torch::Tensor Composition::run(const models::Text& text, nn::Pass& pass, models:
   own.run = [&add, inner = pass.run](nn::Block& block, const torch::Tensor& h, nn::Pass& of_block) {
     return add(block.index(), inner ? inner(block, h, of_block) : block.forward(h, of_block));
   };
-  const bool apart = is_training() && !remembered && attachments().empty();
+  const bool apart = frozen_apart(pass) && !remembered && attachments().empty();
   const int64_t frozen = apart ? first_trained_block() - 1 : -1;
   const torch::Tensor h = frozen < 0
                               ? model.embed(text.tokens.tokens)

@@ -143,6 +143,8 @@ class Composition : public torch::nn::Module, public models::LanguageModel {
     std::vector<int64_t> blocks;  // of the augmenting model, by connection
   };
   bool is_trained(const Member& member) const { return trains_adapters_ && member.adapter != nullptr; }
+  /// Frozen states are computed apart, and kept, in training; who watches blocks otherwise sees all of them.
+  bool frozen_apart(const nn::Pass& pass) const { return is_training() && (pass.training || !pass.run); }
   /// The anchor's first block that needs a graph.
   int64_t first_trained_block() const { return is_trained(anchor_) ? 0 : lowest_anchor_block_ + 1; }
   std::string identity(const Member& member, const std::string& role) const;

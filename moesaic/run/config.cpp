@@ -437,7 +437,7 @@ RunConfig parse_run_config(const Json& given, const std::string& where) {
     run.device = get<std::string>(json, "device", where);
     run.dtype = json.at("bf16").is_null() ? "auto" : get<bool>(json, "bf16", where) ? "bfloat16" : "float32";
     MOESAIC_CHECK(std::isfinite(run.state_cache_gib) && run.state_cache_gib >= 0, UsageError,
-                  "{}: state_cache_gib: got {}, expected a number from 0", where, run.state_cache_gib);
+                  "{}: state_cache_gib must not be negative: got {}", where, run.state_cache_gib);
     if (subject.check != nullptr) subject.check(run, where);
   } catch (const ConfigError& error) {
     throw UsageError(error.what());  // a run's keys are the user's words

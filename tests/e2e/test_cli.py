@@ -100,7 +100,7 @@ def test_version_and_help():
     (["score", "--model", "{f}/model", "--ids", "3"], "at least 2 are needed"),
     (["eval", "--model", "{f}/model", "--tasks", "{f}/no.jsonl"], "no such file or folder"),
     (["eval", "--model", "{f}/model", "--tasks", "{f}/t.jsonl", "--batch_size", "many"], "expected a number above 0 or auto"),
-    (["routes", "--model", "{f}/model", "--tasks", "{f}/t.jsonl"], "--adapter is missing"),
+    (["routes", "--model", "{f}/model", "--text", "cat"], "--adapter is missing"),
     (["inspect"], "give a file or folder"),
     (["inspect", "{f}/nothing"], "no such file or folder"),
     (["inspect", "--model", "{f}/model"], "--method is missing"),
