@@ -7,7 +7,6 @@
 #include "moesaic/data/example.h"
 #include "moesaic/generate/generate.h"
 #include "moesaic/models/causal_lm.h"
-#include "moesaic/train/loss.h"
 #include "moesaic/train/trainer.h"
 
 namespace {
@@ -33,7 +32,7 @@ double cpu_seconds() {
 struct Loaded {
   std::shared_ptr<models::CausalLM> model;
   std::shared_ptr<tokenizer::Tokenizer> tokenizer;
-  std::unique_ptr<adapters::Adapter> adapter;
+  std::shared_ptr<adapters::Adapter> adapter;
 };
 
 /// One run: `index` counts them, `job` holds the changes so far.
@@ -49,11 +48,12 @@ Loaded load(const Json& job, const std::string& method) {
   if (method.empty() || method == "frozen") return loaded;
   adapters::AdapterConfig config;
   config.method = method;
-  config.num_experts = method == "molora" || method == "mov" ? job["experts"].get<int64_t>() : 1;
+  config.num_experts = adapters::method_of(method).mixes ? job["experts"].get<int64_t>() : 1;
   config.lora_rank = job["rank"];
   config.lora_alpha = 16;
-  config = adapters::resolve_targets(config, "all-linear");
+  config = adapters::resolve_targets(config, "all-linear", loaded.model->sites());
   loaded.adapter = adapters::Adapter::create(config, loaded.model->sites(), loaded.model->device(), /*seed=*/1);
+  loaded.model->attach(method, loaded.adapter);
   return loaded;
 }
 
@@ -72,11 +72,17 @@ std::vector<data::Batch> read_batches(const Json& job) {
   return batches;
 }
 
-/// Mean cross entropy of the batch's targets; hidden: final-norm rows [N, d].
-torch::Tensor batch_loss(const models::CausalLM& model, const torch::Tensor& hidden, const data::Batch& batch) {
+/// Mean cross entropy of the batch's targets; hidden: final-norm rows of its labels [M, d].
+torch::Tensor batch_loss(const models::LanguageModel& model, const torch::Tensor& hidden, const data::Batch& batch) {
   const torch::Tensor weights = torch::full({batch.num_targets()}, 1.0 / static_cast<double>(batch.num_targets()));
-  return train::chunked_cross_entropy(hidden.index_select(0, batch.label_rows), model.head_weight(), batch.labels,
-                                      weights, model.config().final_softcap);
+  return model.head().loss(hidden, batch.labels, weights);
+}
+
+/// What the trainer gives a model of a batch.
+models::Text text_of(const data::Batch& batch) {
+  models::Text text{batch.tokens, batch.prompt_ends};
+  text.rows = batch.label_rows;
+  return text;
 }
 
 void step(train::Optimizer& optimizer, const std::vector<train::OptimizedTensor>& tensors) {
@@ -94,21 +100,21 @@ Run training(const Json& job) {
   if (loaded->adapter) {
     train::TrainConfig config;
     config.learning_rate = 1e-4;
-    tensors = train::trainable_tensors(*loaded->model, loaded->adapter.get(), config);
+    tensors = train::optimized_tensors(*loaded->adapter, config);
     optimizer = train::make_adamw(tensors, {});
   }
   return [=](int64_t index, const Json&) -> Json {
     const data::Batch& batch = batches[index % batches.size()];
     models::CausalLM& model = *loaded->model;
-    nn::ForwardContext context;
-    context.training = true;
+    nn::Pass pass;
+    pass.training = true;
     torch::Tensor hidden;
     if (loaded->adapter) {
-      hidden = model.hidden_states(batch.tokens, context);
+      hidden = model.hidden(text_of(batch), pass);
     } else {
-      model.prepare(batch.tokens, context);
+      model.prepare(batch.tokens, pass);
       const torch::Tensor embedded = model.embed(batch.tokens.tokens).detach().set_requires_grad(true);
-      hidden = model.final_norm(model.run_layers(embedded, 0, model.config().num_layers, context));
+      hidden = model.finish(model.run_blocks(embedded, 0, model.config().num_layers, pass), batch.label_rows);
     }
     const torch::Tensor loss = batch_loss(model, hidden, batch);
     loss.backward();
@@ -139,16 +145,15 @@ Run composed_training(const Json& job) {
   const std::vector<data::Batch> batches = read_batches(job);
   train::TrainConfig config;
   config.learning_rate = 1e-4;
-  const auto tensors = train::trainable_tensors(*composition, config);
+  const auto connections = std::make_shared<compose::Connections>(composition, /*train_adapters=*/false);
+  const auto tensors = train::optimized_tensors(*connections, config);
   const std::shared_ptr<train::Optimizer> optimizer = train::make_adamw(tensors, {});
-  const auto states = job.value("cached", false) ? std::make_shared<compose::StateCache>(int64_t{8} << 30) : nullptr;
-  return [=](int64_t index, const Json&) -> Json {
+  if (job.value("cached", false)) composition->keep_states(std::make_shared<compose::StateCache>(int64_t{8} << 30));
+  return [=, kept = connections](int64_t index, const Json&) -> Json {
     const data::Batch& batch = batches[index % batches.size()];
-    nn::ForwardContext context;
-    context.training = true;
-    const auto aligned = composition->align(batch.tokens, batch.prompt_ends);
-    const torch::Tensor rows = composition->run_layers(batch.tokens, aligned, context, {states.get(), {}});
-    const torch::Tensor loss = batch_loss(composition->anchor(), composition->anchor().final_norm(rows), batch);
+    nn::Pass pass;
+    pass.training = true;
+    const torch::Tensor loss = batch_loss(*composition, composition->hidden(text_of(batch), pass), batch);
     loss.backward();
     step(*optimizer, tensors);
     return {{"tokens", batch.tokens.num_tokens()}, {"loss", loss.item<double>()}};
@@ -162,7 +167,7 @@ Run composed_generation(const Json& job) {
     generate::SamplingOptions options;
     options.max_new_tokens = now["new_tokens"];
     const std::vector<int64_t> prompt = now["prompt"];
-    const auto answers = generate::generate(*composition, *composition->anchor_member().tokenizer, {prompt}, options);
+    const auto answers = generate::generate(*composition, *composition->anchor_member().tokenizer, {{prompt}}, options);
     return {{"tokens", answers[0].ids.size()}, {"ids", answers[0].ids}};
   };
 }
@@ -170,16 +175,12 @@ Run composed_generation(const Json& job) {
 /// Greedy decoding of one prompt through the library's `generate`, without an end-of-text token.
 Run generation(const Json& job) {
   auto loaded = std::make_shared<Loaded>(load(job, job.value("adapter", "")));
-  if (loaded->adapter) {
-    for (const adapters::AdapterParameter& parameter : loaded->adapter->parameters()) {
-      torch::Tensor(parameter.tensor).set_requires_grad(false);
-    }
-  }
+  if (loaded->adapter) loaded->adapter->set_trainable(false);
   return [=](int64_t, const Json& now) -> Json {
     generate::SamplingOptions options;
     options.max_new_tokens = now["new_tokens"];
     const std::vector<int64_t> prompt = now["prompt"];
-    const auto answers = generate::generate(*loaded->model, *loaded->tokenizer, {prompt}, options);
+    const auto answers = generate::generate(*loaded->model, *loaded->tokenizer, {{prompt}}, options);
     return {{"tokens", answers[0].ids.size()}, {"ids", answers[0].ids}};
   };
 }

@@ -8,8 +8,8 @@
 #include "moesaic/nn/attention.h"
 #include "moesaic/nn/feed_forward.h"
 #include "moesaic/nn/kernels.h"
+#include "moesaic/nn/loss.h"
 #include "moesaic/nn/norm.h"
-#include "moesaic/train/loss.h"
 
 namespace {
 
@@ -55,8 +55,8 @@ void low_rank_group(benchmark::State& state) {
   }
   const torch::Tensor x = leaf({kRows, kHidden});
   const torch::Tensor gradient = torch::randn({kRows, outs[0] + outs[1] + outs[2]});
-  nn::ForwardContext context;
-  for (auto _ : state) group.forward(x, context).backward(gradient);
+  nn::Pass pass;
+  for (auto _ : state) group.forward(x, pass).backward(gradient);
   const double flop = 4.0 * kRows * kHidden * (outs[0] + outs[1] + outs[2]);
   state.counters["base FLOP/s"] = benchmark::Counter(flop, benchmark::Counter::kIsIterationInvariantRate);
 }
@@ -75,14 +75,14 @@ void mov_branch(benchmark::State& state) {
   moe::ScaleExperts scale(torch::ones({std::max<int64_t>(experts, 1), kFeedForward}).set_requires_grad(true),
                           router(experts, kFeedForward), /*effect=*/1.0);
   if (scale.router.defined()) scale.router.weight.set_requires_grad(true);
-  nn::ForwardContext context;
+  nn::Pass pass;
   for (auto _ : state) {
     torch::Tensor y;
     if (experts == 0) {
       y = nn::gated_linear_unit(gate_up, nn::GluKind::kSilu);
     } else {
       const auto halves = gate_up.chunk(2, 1);
-      y = scale.forward_ffn(torch::silu(halves[0]), halves[1], context);
+      y = scale.forward_ffn(torch::silu(halves[0]), halves[1], pass);
     }
     y.backward(gradient);
   }
@@ -134,7 +134,7 @@ void cross_entropy(benchmark::State& state) {
   const torch::Tensor hidden = leaf({kRows, kHidden}), weight = torch::randn({kVocabulary, kHidden}) * 0.02;
   const torch::Tensor labels = torch::randint(kVocabulary, {kRows});
   const torch::Tensor weights = torch::full({kRows}, 1.0 / kRows);
-  for (auto _ : state) train::chunked_cross_entropy(hidden, weight, labels, weights, 0.0).backward();
+  for (auto _ : state) nn::chunked_cross_entropy(hidden, weight, labels, weights, 0.0).backward();
   const double flop = 4.0 * kRows * kHidden * kVocabulary;
   state.counters["FLOP/s"] = benchmark::Counter(flop, benchmark::Counter::kIsIterationInvariantRate);
 }

@@ -13,9 +13,9 @@ data::Example greedy_example(models::CausalLM& model, std::vector<int64_t> promp
   data::Example example;
   example.mask.assign(prompt.size(), 0);
   for (int64_t i = 0; i < count; ++i) {
-    nn::ForwardContext context;
-    const auto hidden = model.hidden_states(nn::RaggedBatch::from_sequences({prompt}), context);
-    prompt.push_back(model.logits(hidden.narrow(0, hidden.size(0) - 1, 1)).argmax(-1).item<int64_t>());
+    nn::Pass pass;
+    const auto hidden = model.hidden({nn::RaggedBatch::from_sequences({prompt})}, pass);
+    prompt.push_back(model.head().logits(hidden.narrow(0, hidden.size(0) - 1, 1)).argmax(-1).item<int64_t>());
     example.mask.push_back(1);
   }
   example.ids = std::move(prompt);

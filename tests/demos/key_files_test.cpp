@@ -142,10 +142,10 @@ TEST_F(KeyFiles, QuestionsAreDifferentAndTheRegistryNamesTheSets) {
   std::set<std::string> questions;
   for (const Json& row : rows("test/num_math")) questions.insert(prompt(row));
   EXPECT_EQ(questions.size(), 50u);
-  const auto configs = resolve_datasets(Json::array({"kv_sub", "num_math", "kv_math"}), folder_->path());
+  const auto configs = data::resolve_datasets(Json::array({"kv_sub", "num_math", "kv_math"}), folder_->path());
   ASSERT_EQ(configs.size(), 3u);
-  EXPECT_EQ(RowReader::open(configs[0])->count(), 40000);
-  EXPECT_EQ(RowReader::open(configs[2])->count(), 8000);
+  EXPECT_EQ(data::RowReader::open(configs[0])->count(), 40000);
+  EXPECT_EQ(data::RowReader::open(configs[2])->count(), 8000);
 }
 
 TEST_F(KeyFiles, FollowFromTheSeed) {
@@ -172,7 +172,7 @@ TEST(PlainTexts, PromptsAnswersAndMessagesUpToAnEqualShare) {
   write_file_atomically(folder.path() / "b.jsonl",
                         "{\"messages\": [{\"role\": \"user\", \"content\": \"hi\"}, "
                         "{\"role\": \"assistant\", \"content\": \"hello\"}]}\n");
-  const auto configs = resolve_datasets(Json::array({"a.jsonl", "b.jsonl"}), folder.path());
+  const auto configs = data::resolve_datasets(Json::array({"a.jsonl", "b.jsonl"}), folder.path());
   EXPECT_THAT(plain_texts(configs, 1000), ElementsAre("one", "two", "three", "four", "hi", "hello"));
   // 11 bytes each: "one", "two" and "three" fill the first share, "hi" and "hello" fit the second.
   EXPECT_THAT(plain_texts(configs, 22), ElementsAre("one", "two", "three", "hi", "hello"));

@@ -19,7 +19,7 @@ TEST(RankComposed, EqualsOnePassOverPromptAndChoice) {
   torch::NoGradGuard no_grad;
   for (size_t q = 0; q < questions.size(); ++q) {
     for (size_t c = 0; c < questions[q].choices.size(); ++c) {
-      std::vector<int64_t> ids = questions[q].prompt;
+      std::vector<int64_t> ids = questions[q].prompt.ids;
       const int64_t shared = std::ssize(ids);
       ids.insert(ids.end(), questions[q].choices[c].begin(), questions[q].choices[c].end());
       const int64_t border = shared + questions[q].first_scored[c];

@@ -11,34 +11,34 @@ namespace moesaic::eval {
 namespace {
 
 using ::testing::ElementsAre;
-using testing::SentenceScale;
+using testing::SentenceScales;
 using testing::tiny_model;
 using testing::word_tokenizer;
 
 TEST(MakeRankQuestion, SharesTheCommonBeginning) {
   const RankQuestion question = make_rank_question(*word_tokenizer(), "w3 w4", {" w5", " w6 w7"}, true);
-  EXPECT_THAT(question.prompt, ElementsAre(3, 4));
+  EXPECT_THAT(question.prompt.ids, ElementsAre(3, 4));
   EXPECT_THAT(question.choices, ElementsAre(ElementsAre(5), ElementsAre(6, 7)));
   EXPECT_THAT(question.first_scored, ElementsAre(0, 0));
 }
 
 TEST(MakeRankQuestion, SharedWordsOfTheChoicesAreStillScored) {
   const RankQuestion question = make_rank_question(*word_tokenizer(), "w3", {" w5 w6", " w5 w7"}, true, /*eos=*/1);
-  EXPECT_THAT(question.prompt, ElementsAre(3));
+  EXPECT_THAT(question.prompt.ids, ElementsAre(3));
   EXPECT_THAT(question.choices, ElementsAre(ElementsAre(5, 6, 1), ElementsAre(5, 7, 1)));
 }
 
 TEST(MakeRankQuestion, ATokenAcrossTheBorderBelongsToTheChoice) {
   // "w2" + "0" reads as w20, "w2" + " w5" as w2 w5
   const RankQuestion question = make_rank_question(*word_tokenizer(), "w3 w2", {"0", " w5"}, true);
-  EXPECT_THAT(question.prompt, ElementsAre(3));
+  EXPECT_THAT(question.prompt.ids, ElementsAre(3));
   EXPECT_THAT(question.choices, ElementsAre(ElementsAre(20), ElementsAre(2, 5)));
   EXPECT_THAT(question.first_scored, ElementsAre(0, 1));  // w2 is the prompt's
 }
 
 TEST(MakeRankQuestion, AnEmptyPromptGetsTheFirstToken) {
   const RankQuestion question = make_rank_question(*word_tokenizer(), "", {"w5", "w6"}, true);
-  EXPECT_THAT(question.prompt, ElementsAre(0));
+  EXPECT_THAT(question.prompt.ids, ElementsAre(0));
   EXPECT_THAT(question.choices, ElementsAre(ElementsAre(5), ElementsAre(6)));
 }
 
@@ -56,10 +56,10 @@ TEST(MakeRankQuestion, AnEosOfTheTokenizersOwnIsNoPartOfTheChoice) {
 
 std::vector<RankQuestion> some_questions() {
   std::vector<RankQuestion> questions;
-  questions.push_back({{3, 4, 5}, {{6}, {7, 8, 9}}, {0, 0}});
-  questions.push_back({{10}, {{11, 12}, {13}, {14, 15, 16}}, {0, 0, 0}});
-  questions.push_back({{2, 20, 21, 22, 23}, {{5}, {6}}, {0, 0}});
-  questions.push_back({{17, 18}, {{19, 3}, {19, 4}}, {1, 0}});
+  questions.push_back({{{3, 4, 5}}, {{6}, {7, 8, 9}}, {0, 0}});
+  questions.push_back({{{10}}, {{11, 12}, {13}, {14, 15, 16}}, {0, 0, 0}});
+  questions.push_back({{{2, 20, 21, 22, 23}}, {{5}, {6}}, {0, 0}});
+  questions.push_back({{{17, 18}}, {{19, 3}, {19, 4}}, {1, 0}});
   return questions;
 }
 
@@ -69,10 +69,10 @@ TEST(Rank, SumsLogProbabilitiesOfTheScoredTokens) {
   const auto scores = rank(*model, questions);
   for (size_t q = 0; q < questions.size(); ++q) {
     for (size_t c = 0; c < questions[q].choices.size(); ++c) {
-      std::vector<int64_t> whole = questions[q].prompt;
+      std::vector<int64_t> whole = questions[q].prompt.ids;
       whole.insert(whole.end(), questions[q].choices[c].begin(), questions[q].choices[c].end());
-      const std::vector<float> logprobs = generate::score(*model, {whole})[0];
-      const size_t first = questions[q].prompt.size() + questions[q].first_scored[c];
+      const std::vector<float> logprobs = generate::score(*model, {{whole}})[0];
+      const size_t first = questions[q].prompt.ids.size() + questions[q].first_scored[c];
       const double expected = std::accumulate(logprobs.begin() + (first - 1), logprobs.end(), 0.0);
       EXPECT_NEAR(scores[q][c].logprob, expected, 1e-4) << q << " " << c;
     }
@@ -81,30 +81,29 @@ TEST(Rank, SumsLogProbabilitiesOfTheScoredTokens) {
 
 TEST(Rank, GreedyChoiceIsMarked) {
   auto model = tiny_model();
-  const auto answer = generate::generate(*model, *word_tokenizer(), {{3, 4, 5}}, {.max_new_tokens = 3})[0].ids;
+  const auto answer = generate::generate(*model, *word_tokenizer(), {{{3, 4, 5}}}, {.max_new_tokens = 3})[0].ids;
   std::vector<int64_t> other = answer;
   other[1] = (other[1] + 1) % testing::kTinyVocab;
-  const auto scores = rank(*model, {{{3, 4, 5}, {answer, other}, {0, 0}}});
+  const auto scores = rank(*model, {{{{3, 4, 5}}, {answer, other}, {0, 0}}});
   EXPECT_TRUE(scores[0][0].is_greedy);
   EXPECT_FALSE(scores[0][1].is_greedy);
   // Another first token, then what greedy decoding says behind it: only the first is not greedy.
   const int64_t first = (answer[0] + 1) % testing::kTinyVocab;
-  const auto then = generate::generate(*model, *word_tokenizer(), {{3, 4, 5, first}}, {.max_new_tokens = 1})[0].ids;
-  EXPECT_FALSE(rank(*model, {{{3, 4, 5}, {{first, then[0]}, answer}, {0, 0}}})[0][0].is_greedy);
+  const auto then = generate::generate(*model, *word_tokenizer(), {{{3, 4, 5, first}}}, {.max_new_tokens = 1})[0].ids;
+  EXPECT_FALSE(rank(*model, {{{{3, 4, 5}}, {{first, then[0]}, answer}, {0, 0}}})[0][0].is_greedy);
 }
 
 TEST(Rank, EveryChoiceIsReadWithTheSentenceOfItsQuestion) {
   auto model = tiny_model();
-  for (const nn::ScaleSite& site : model->sites().scales) {
-    site.slot->adapters.push_back(std::make_shared<SentenceScale>());
-  }
-  const std::vector<RankQuestion> questions = some_questions();
-  const torch::Tensor sentence = torch::tensor({{1.0f}, {-2.0f}, {3.0f}, {0.5f}});
+  SentenceScales::attach(*model);
+  std::vector<RankQuestion> questions = some_questions();
+  const std::vector<float> sentences{1.0f, -2.0f, 3.0f, 0.5f};
+  for (size_t q = 0; q < 4; ++q) questions[q].prompt.sentence = {sentences[q]};
   std::vector<std::vector<int64_t>> passes;
   const auto scores =
-      rank(*model, questions, sentence, [&](const auto&, const std::vector<int64_t>& of) { passes.push_back(of); });
+      rank(*model, questions, [&](const auto&, const std::vector<int64_t>& of) { passes.push_back(of); });
   for (int64_t q = 0; q < 4; ++q) {
-    const auto alone = rank(*model, {questions[q]}, sentence.slice(0, q, q + 1));
+    const auto alone = rank(*model, {questions[q]});
     for (size_t c = 0; c < questions[q].choices.size(); ++c) {
       EXPECT_NEAR(scores[q][c].logprob, alone[0][c].logprob, 1e-4) << q << " " << c;
     }
@@ -198,14 +197,14 @@ TEST(Evaluate, ScoringEosAddsIt) {
   auto tokenizer = word_tokenizer();
   Task task{"t", "t", {question("w3", {"w4", "w5 w6"}, "w4")}, 1};
   const std::vector<double> scores = logged(evaluate({*model, *tokenizer}, task, {.score_eos = true}));
-  const std::vector<float> expected = generate::score(*model, {{3, 4, 1}})[0];
+  const std::vector<float> expected = generate::score(*model, {{{3, 4, 1}}})[0];
   EXPECT_NEAR(scores[0], expected[0] + expected[1], 1e-4);
 }
 
 TEST(Evaluate, GeneratedAnswersAreScored) {
   auto model = tiny_model();
   auto tokenizer = word_tokenizer();
-  const auto answer = generate::generate(*model, *tokenizer, {{3, 4}}, {.max_new_tokens = 3})[0];
+  const auto answer = generate::generate(*model, *tokenizer, {{{3, 4}}}, {.max_new_tokens = 3})[0];
   Task task{"t", "t", {question("w3 w4", {}, answer.text), question("w3 w4", {}, "nothing")}, 2};
   EvalOptions options;
   options.generation.max_new_tokens = 3;

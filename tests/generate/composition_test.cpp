@@ -8,10 +8,10 @@ namespace {
 
 using Ids = std::vector<int64_t>;
 
-std::vector<Ids> prompts(const compose::Composition& composition) {
-  std::vector<Ids> ids;
+std::vector<Prompt> prompts(const compose::Composition& composition) {
+  std::vector<Prompt> ids;
   for (const char* text : {"The keeper wrote un", "x", "คนเฝ้า 👍🏽", "every name into"}) {
-    ids.push_back(composition.anchor_member().tokenizer->encode(text, false));
+    ids.push_back({composition.anchor_member().tokenizer->encode(text, false)});
   }
   return ids;
 }
@@ -34,7 +34,7 @@ TEST(GenerateComposed, GreedyEqualsFullPassesInARaggedBatch) {
       const auto& tokenizer = *composition->anchor_member().tokenizer;
       const auto answers = generate(*composition, tokenizer, ids, {.max_new_tokens = 14});
       for (size_t i = 0; i < ids.size(); ++i) {
-        EXPECT_EQ(answers[i].ids, by_full_passes(*composition, ids[i], 14)) << rule << mask << i;
+        EXPECT_EQ(answers[i].ids, by_full_passes(*composition, ids[i].ids, 14)) << rule << mask << i;
       }
     }
   }
@@ -59,10 +59,10 @@ TEST(GenerateComposed, SessionEqualsAFreshStartWhereNothingIsShared) {
   const SamplingOptions options{.max_new_tokens = 6};
   Session session(*composition, tokenizer);
   const Ids first = tokenizer.encode("The keeper wrote until", false);
-  EXPECT_EQ(session.answer(first, options).ids, by_full_passes(*composition, first, 6));
+  EXPECT_EQ(session.answer({first}, options).ids, by_full_passes(*composition, first, 6));
   const Ids second = tokenizer.encode("every name", false);
-  EXPECT_EQ(session.answer(second, options).ids, by_full_passes(*composition, second, 6));
-  EXPECT_EQ(session.answer(second, options).ids, by_full_passes(*composition, second, 6));
+  EXPECT_EQ(session.answer({second}, options).ids, by_full_passes(*composition, second, 6));
+  EXPECT_EQ(session.answer({second}, options).ids, by_full_passes(*composition, second, 6));
   EXPECT_EQ(session.reused(), std::ssize(second) - 1);
 }
 
@@ -74,9 +74,9 @@ TEST(GenerateComposed, SessionGoesOnFromWhatItRead) {
   Session session(*composition, tokenizer);
   const Ids first = tokenizer.encode("The keeper wrote until", false);
   Ids second = first;
-  for (const int64_t id : session.answer(first, options).ids) second.push_back(id);
+  for (const int64_t id : session.answer({first}, options).ids) second.push_back(id);
   for (const int64_t id : tokenizer.encode(" every name", false)) second.push_back(id);
-  const Ids answer = session.answer(second, options).ids;
+  const Ids answer = session.answer({second}, options).ids;
   EXPECT_EQ(session.reused(), std::ssize(first) + 5);
   Ids ids = second;
   for (int64_t i = 0; i < 6; ++i) {

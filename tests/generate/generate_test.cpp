@@ -2,15 +2,15 @@
 
 #include <gtest/gtest.h>
 
+#include "moesaic/adapters/adapter.h"
 #include "moesaic/base/check.h"
 #include "moesaic/generate/sampling.h"
-#include "moesaic/generate/sentence.h"
 #include "tests/generate/tiny_model.h"
 
 namespace moesaic::generate {
 namespace {
 
-using testing::SentenceScale;
+using testing::SentenceScales;
 using testing::tiny_model;
 using testing::word_tokenizer;
 using Ids = std::vector<int64_t>;
@@ -18,8 +18,8 @@ using Ids = std::vector<int64_t>;
 /// Logits of every row by one full forward pass without a cache.
 torch::Tensor full_logits(models::CausalLM& model, const Ids& ids) {
   torch::NoGradGuard no_grad;
-  nn::ForwardContext context;
-  return model.logits(model.hidden_states(nn::RaggedBatch::from_sequences({ids}), context));
+  nn::Pass pass;
+  return model.head().logits(model.hidden({nn::RaggedBatch::from_sequences({ids})}, pass));
 }
 
 Ids greedy_by_full_passes(models::CausalLM& model, Ids ids, int64_t tokens) {
@@ -35,13 +35,13 @@ class Generate : public ::testing::Test {
  protected:
   std::shared_ptr<models::CausalLM> model_ = tiny_model();
   std::shared_ptr<tokenizer::Tokenizer> tokenizer_ = word_tokenizer();
-  const std::vector<Ids> prompts_{{5, 6, 7}, {8}, {3, 9, 4, 11, 12, 20, 21}};
+  const std::vector<Prompt> prompts_{{{5, 6, 7}}, {{8}}, {{3, 9, 4, 11, 12, 20, 21}}};
 };
 
 TEST_F(Generate, GreedyEqualsFullPassesInARaggedBatch) {
   const auto answers = generate(*model_, *tokenizer_, prompts_, {.max_new_tokens = 12});
   for (size_t i = 0; i < prompts_.size(); ++i) {
-    EXPECT_EQ(answers[i].ids, greedy_by_full_passes(*model_, prompts_[i], 12));
+    EXPECT_EQ(answers[i].ids, greedy_by_full_passes(*model_, prompts_[i].ids, 12));
     EXPECT_EQ(answers[i].finish_reason, "length");
   }
 }
@@ -73,10 +73,10 @@ TEST_F(Generate, EosEndsOneSequenceAndTheOthersGoOn) {
 TEST_F(Generate, StreamedPiecesMakeTheText) {
   std::vector<std::string> streamed(prompts_.size());
   const auto answers =
-      generate(*model_, *tokenizer_, prompts_, {.max_new_tokens = 6}, [&](int64_t i, const std::string& piece) {
-        streamed[i] += piece;
-        return true;
-      });
+      generate(*model_, *tokenizer_, prompts_, {.max_new_tokens = 6}, {[&](int64_t i, const std::string& piece) {
+                 streamed[i] += piece;
+                 return true;
+               }});
   for (size_t i = 0; i < prompts_.size(); ++i) {
     EXPECT_EQ(streamed[i], answers[i].text);
     EXPECT_EQ(answers[i].text, tokenizer_->decode(answers[i].ids, true));
@@ -92,10 +92,10 @@ TEST_F(Generate, AStopStringEndsTheAnswerAndIsCutFromIt) {
   const size_t at = plain.text.find(stop);
   std::string streamed;
   const Generation stopped = generate(*model_, *tokenizer_, {prompts_[2]}, {.max_new_tokens = 8, .stop = {stop}},
-                                      [&](int64_t, const std::string& piece) {
+                                      {[&](int64_t, const std::string& piece) {
                                         streamed += piece;
                                         return true;
-                                      })[0];
+                                      }})[0];
   EXPECT_EQ(stopped.text, plain.text.substr(0, at));
   EXPECT_EQ(streamed, stopped.text);
   EXPECT_EQ(stopped.finish_reason, "stop");
@@ -104,7 +104,7 @@ TEST_F(Generate, AStopStringEndsTheAnswerAndIsCutFromIt) {
 
 TEST_F(Generate, TheCallbackCanStopItsSequence) {
   const auto answers = generate(*model_, *tokenizer_, prompts_, {.max_new_tokens = 6},
-                                [](int64_t i, const std::string&) { return i != 1; });
+                                {[](int64_t i, const std::string&) { return i != 1; }});
   EXPECT_LE(answers[1].ids.size(), 2u);
   EXPECT_EQ(answers[1].finish_reason, "stop");
   EXPECT_EQ(answers[0].ids.size(), 6u);
@@ -112,31 +112,29 @@ TEST_F(Generate, TheCallbackCanStopItsSequence) {
 
 TEST_F(Generate, ThePenaltySeesPromptAndAnswer) {
   const SamplingOptions options{.max_new_tokens = 8, .repetition_penalty = 5.0};
-  for (const Ids& prompt : prompts_) {
-    Ids seen = prompt;
+  for (const Prompt& prompt : prompts_) {
+    Ids seen = prompt.ids;
     for (int64_t i = 0; i < options.max_new_tokens; ++i) {
       torch::Tensor logits = full_logits(*model_, seen)[-1].contiguous();
       apply_repetition_penalty({logits.data_ptr<float>(), static_cast<size_t>(logits.numel())}, seen, 5.0);
       seen.push_back(logits.argmax().item<int64_t>());
     }
-    EXPECT_EQ(generate(*model_, *tokenizer_, {prompt}, options)[0].ids, Ids(seen.begin() + prompt.size(), seen.end()));
+    EXPECT_EQ(generate(*model_, *tokenizer_, {prompt}, options)[0].ids, Ids(seen.begin() + std::ssize(prompt.ids), seen.end()));
   }
 }
 
 TEST_F(Generate, SentencesAndRoutingFollowTheAnswersThatGoOn) {
-  for (const nn::ScaleSite& site : model_->sites().scales) {
-    site.slot->adapters.push_back(std::make_shared<SentenceScale>());
-  }
-  const torch::Tensor sentence = torch::tensor({{1.0f}, {-2.0f}, {3.0f}});
+  SentenceScales::attach(*model_);
+  std::vector<Prompt> prompts = prompts_;
+  const std::vector<float> sentences{1.0f, -2.0f, 3.0f};
+  for (size_t i = 0; i < 3; ++i) prompts[i].sentence = {sentences[i]};
   SamplingOptions options{.max_new_tokens = 8};
-  options.eos_ids = {
-      generate(*model_, *tokenizer_, {prompts_[0]}, options, nullptr, sentence.slice(0, 0, 1))[0].ids[1]};
+  options.eos_ids = {generate(*model_, *tokenizer_, {prompts[0]}, options)[0].ids[1]};
   std::vector<Ids> numbers;
-  const auto together = generate(*model_, *tokenizer_, prompts_, options, nullptr, sentence,
-                                 [&](const auto&, const Ids& sequences) { numbers.push_back(sequences); });
+  const auto together = generate(*model_, *tokenizer_, prompts, options,
+                                 {nullptr, [&](const auto&, const Ids& sequences) { numbers.push_back(sequences); }});
   for (int64_t i = 0; i < 3; ++i) {
-    const auto alone = generate(*model_, *tokenizer_, {prompts_[i]}, options, nullptr, sentence.slice(0, i, i + 1));
-    EXPECT_EQ(together[i].ids, alone[0].ids) << i;
+    EXPECT_EQ(together[i].ids, generate(*model_, *tokenizer_, {prompts[i]}, options)[0].ids) << i;
     // Every token of an answer but the last is run through the model, and the prompt once before.
     const auto runs =
         std::count_if(numbers.begin(), numbers.end(), [&](const Ids& n) { return std::count(n.begin(), n.end(), i); });
@@ -144,14 +142,85 @@ TEST_F(Generate, SentencesAndRoutingFollowTheAnswersThatGoOn) {
   }
   EXPECT_LT(together[0].ids.size(), together[2].ids.size()) << "the first must end before the last";
 
-  // A session's cache belongs to the sentence it was made with.
+  // A session's memory belongs to the sentence it was made with.
   Session session(*model_, *tokenizer_);
-  session.answer(prompts_[2], options, nullptr, sentence.slice(0, 0, 1));
-  EXPECT_EQ(session.answer(prompts_[2], options, nullptr, sentence.slice(0, 2, 3)).ids, together[2].ids);
+  session.answer({prompts[2].ids, {1.0f}}, options);
+  EXPECT_EQ(session.answer(prompts[2], options).ids, together[2].ids);
   EXPECT_EQ(session.reused(), 0);
 
-  // The embeddings that sentence routers read are the frozen model's: without a sentence these adapters cannot run.
-  EXPECT_NO_THROW(sentence_embeddings(*model_, nn::RaggedBatch::from_sequences(prompts_)));
+  EXPECT_THROW(generate(*model_, *tokenizer_, prompts_, options), UsageError) << "no column gives a sentence";
+}
+
+/// The request as a router: each row has its own weights over the attached adapters.
+class Mixtures : public Generate {
+ protected:
+  Mixtures() {
+    for (const char* name : {"first", "second"}) attach(*model_, name);
+  }
+  static void attach(models::CausalLM& model, const std::string& name) {
+    adapters::AdapterConfig config;
+    config.method = name == "first" ? "molora" : "lora";
+    config.num_experts = name == "first" ? 3 : 1;
+    config.lora_rank = 2;
+    config.targets = std::vector<std::string>{"q_proj", "v_proj", "down_proj"};
+    const auto adapter = adapters::Adapter::create(config, model.sites(), torch::kCPU, 5);
+    torch::NoGradGuard no_grad;
+    torch::manual_seed(name == "first" ? 6 : 7);
+    for (const auto& parameter : adapter->parameters()) {
+      parameter.tensor.copy_(torch::randn_like(parameter.tensor) * 0.3);
+    }
+    model.attach(name, adapter);
+  }
+};
+
+TEST_F(Mixtures, InOneBatchEqualOneByOne) {
+  std::vector<Prompt> prompts = prompts_;
+  prompts.push_back(prompts_[0]);
+  prompts[0].mixture = {1, 0};
+  prompts[1].mixture = {0, 1};
+  prompts[2].mixture = {0.3, -1.5};
+  prompts[3].mixture = {0, 0};
+  const SamplingOptions options{.max_new_tokens = 10};
+  const auto together = generate(*model_, *tokenizer_, prompts, options);
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    EXPECT_EQ(together[i].ids, generate(*model_, *tokenizer_, {prompts[i]}, options)[0].ids) << i;
+  }
+  // One-hot is the model with that adapter alone; nothing is the base.
+  const auto alone = tiny_model(), base = tiny_model();
+  attach(*alone, "second");
+  EXPECT_EQ(together[1].ids, generate(*alone, *tokenizer_, {prompts_[1]}, options)[0].ids);
+  EXPECT_EQ(together[3].ids, generate(*base, *tokenizer_, {prompts_[0]}, options)[0].ids);
+  EXPECT_NE(together[0].ids, together[3].ids);
+}
+
+TEST_F(Mixtures, WeightsForOtherAdaptersAreRefused) {
+  Prompt prompt = prompts_[0];
+  prompt.mixture = {1};
+  EXPECT_THROW(generate(*model_, *tokenizer_, {prompt}, {.max_new_tokens = 2}), UsageError);
+  EXPECT_THROW(model_->column("third"), UsageError);
+  EXPECT_EQ(model_->column("second"), 1);
+}
+
+TEST_F(Generate, SequencesJoinARunningBatch) {
+  torch::NoGradGuard no_grad;
+  const auto memory = model_->memory(1);
+  auto last = [&](const std::vector<Ids>& step) {
+    nn::Pass pass;
+    const auto batch = nn::RaggedBatch::from_sequences(step);
+    const auto logits = model_->head().logits(model_->hidden({batch}, pass, memory.get()));
+    std::vector<int64_t> next;
+    for (int64_t b = 0; b < batch.batch_size(); ++b) {
+      next.push_back(logits[batch.offsets[b + 1] - 1].argmax().item<int64_t>());
+    }
+    return next;
+  };
+  Ids first{last({prompts_[0].ids})};
+  memory->add(1);
+  const Ids both = last({{first[0]}, prompts_[2].ids});
+  memory->keep({1});
+  const Ids third = last({{both[1]}});
+  EXPECT_EQ((Ids{first[0], both[0]}), greedy_by_full_passes(*model_, prompts_[0].ids, 2));
+  EXPECT_EQ((Ids{both[1], third[0]}), greedy_by_full_passes(*model_, prompts_[2].ids, 2));
 }
 
 TEST_F(Generate, AStopStringMayEndInTheLastHalfCharacter) {
@@ -170,8 +239,8 @@ TEST_F(Generate, AStopStringMayEndInTheLastHalfCharacter) {
 }
 
 TEST_F(Generate, BadPromptsAreRefused) {
-  EXPECT_THROW(generate(*model_, *tokenizer_, {{}}, {}), UsageError);
-  EXPECT_THROW(generate(*model_, *tokenizer_, {{testing::kTinyVocab}}, {}), DataError);
+  EXPECT_THROW(generate(*model_, *tokenizer_, {Prompt{}}, {}), UsageError);
+  EXPECT_THROW(generate(*model_, *tokenizer_, {{{testing::kTinyVocab}}}, {}), DataError);
 }
 
 TEST_F(Generate, ASessionReusesWhatItHasSeen) {
@@ -179,20 +248,20 @@ TEST_F(Generate, ASessionReusesWhatItHasSeen) {
   const SamplingOptions options{.max_new_tokens = 5};
   const Ids first = session.answer(prompts_[2], options).ids;
   EXPECT_EQ(session.reused(), 0);
-  Ids second = prompts_[2];
+  Ids second = prompts_[2].ids;
   second.insert(second.end(), first.begin(), first.end());
   second.insert(second.end(), {14, 15});
-  const Ids answer = session.answer(second, options).ids;
+  const Ids answer = session.answer({second}, options).ids;
   // 7 prompt tokens and the first 4 of the answer: the fifth was never run through the model.
   EXPECT_EQ(session.reused(), 11);
   EXPECT_EQ(answer, greedy_by_full_passes(*model_, second, 5));
   // Another beginning: only what is equal stays.
   Ids third = second;
   third[4] = 2;
-  EXPECT_EQ(session.answer(third, options).ids, greedy_by_full_passes(*model_, third, 5));
+  EXPECT_EQ(session.answer({third}, options).ids, greedy_by_full_passes(*model_, third, 5));
   EXPECT_EQ(session.reused(), 4);
   // The same prompt again: its last token is computed for its logits.
-  EXPECT_EQ(session.answer(third, options).ids, greedy_by_full_passes(*model_, third, 5));
+  EXPECT_EQ(session.answer({third}, options).ids, greedy_by_full_passes(*model_, third, 5));
   EXPECT_EQ(session.reused(), static_cast<int64_t>(third.size()) - 1);
 }
 
@@ -200,22 +269,12 @@ TEST_F(Generate, ScoresAreLogProbabilitiesOfTheNextToken) {
   const auto scores = score(*model_, prompts_);
   EXPECT_TRUE(scores[1].empty());  // a single token has nothing before it
   for (size_t i : {0, 2}) {
-    const torch::Tensor expected = full_logits(*model_, prompts_[i]).log_softmax(1);
-    ASSERT_EQ(scores[i].size(), prompts_[i].size() - 1);
-    for (size_t t = 0; t + 1 < prompts_[i].size(); ++t) {
-      EXPECT_NEAR(scores[i][t], expected[t][prompts_[i][t + 1]].item<float>(), 1e-5);
+    const torch::Tensor expected = full_logits(*model_, prompts_[i].ids).log_softmax(1);
+    ASSERT_EQ(scores[i].size(), prompts_[i].ids.size() - 1);
+    for (size_t t = 0; t + 1 < prompts_[i].ids.size(); ++t) {
+      EXPECT_NEAR(scores[i][t], expected[t][prompts_[i].ids[t + 1]].item<float>(), 1e-5);
     }
   }
-}
-
-TEST_F(Generate, SentenceEmbeddingIsTheMeanHiddenState) {
-  const torch::Tensor embeddings = sentence_embeddings(*model_, nn::RaggedBatch::from_sequences(prompts_));
-  torch::NoGradGuard no_grad;
-  nn::ForwardContext context;
-  const torch::Tensor alone = model_->hidden_states(nn::RaggedBatch::from_sequences({prompts_[2]}), context).mean(0);
-  EXPECT_EQ(embeddings.sizes(), (torch::IntArrayRef{3, 16}));
-  EXPECT_TRUE(embeddings[2].allclose(alone, 1e-5, 1e-6));
-  EXPECT_FALSE(embeddings.requires_grad());
 }
 
 }  // namespace

@@ -9,13 +9,30 @@ constexpr int64_t kTinyVocab = 24;
 
 /// Scales an activation by the number its sequence has as its sentence.
 struct SentenceScale : nn::ScaleAdapter {
-  torch::Tensor forward(const torch::Tensor& y, nn::ForwardContext& context) override {
-    const torch::Tensor factors = context.sentence.index_select(0, context.segments);  // [N, 1]
+  torch::Tensor forward(const torch::Tensor& y, nn::Pass& pass) override {
+    const torch::Tensor factors = pass.sentence.index_select(0, pass.segments);  // [N, 1]
     return y * (y.dim() == 3 ? factors.unsqueeze(-1) : factors);
   }
-  torch::Tensor forward_ffn(const torch::Tensor& act, const torch::Tensor& up, nn::ForwardContext& context) override {
-    return forward(act, context) * up;
+  torch::Tensor forward_ffn(const torch::Tensor& act, const torch::Tensor& up, nn::Pass& pass) override {
+    return forward(act, pass) * up;
   }
+  bool trains() const override { return false; }
+  int64_t saved_per_row() const override { return 0; }
+};
+
+/// SentenceScale at every output of a model: an adapter that reads one number per sequence.
+class SentenceScales : public nn::Attachment {
+ public:
+  static void attach(models::CausalLM& model) { model.attach("scales", std::make_shared<SentenceScales>(model)); }
+  explicit SentenceScales(models::CausalLM& model) {
+    for (const nn::ScaleSite& site : model.sites().scales) {
+      if (site.kind != nn::ScaleKind::kOutput && site.kind != nn::ScaleKind::kFfn) continue;
+      site.slot->adapters.push_back(std::make_shared<SentenceScale>());
+    }
+  }
+  nn::Needs needs() const override { return {.sentence = nn::Needs::Sentence::kColumn, .sentence_width = 1}; }
+  void name_as(const std::string& owner, int64_t) override { owner_ = owner; }
+  void detach() override {}
 };
 
 /// Weights large enough that logits differ clearly.

@@ -204,6 +204,10 @@ Json run(const Json& job) {
     nn::Pass pass;
     const torch::Tensor hidden = model->hidden(text, pass);
     result["logits"] = model->head().logits(hidden.detach()).detach();
+    if (options.quantize_int8) {  // a quantised head has no loss
+      formats::save_safetensors(job["output"].get<std::string>(), result);
+      return {{"ok", true}};
+    }
     const torch::Tensor loss = model->head().loss(hidden.index_select(0, batch.label_rows), batch.labels,
                                                   row_weights(batch, job.value("normalization", "tokens")));
     result["loss"] = loss.detach();

@@ -1,4 +1,4 @@
-#include "moesaic/eval/composition_routes.h"
+#include "moesaic/eval/routes.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -12,23 +12,30 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
 EvalModel view(compose::Composition& composition) {
-  EvalModel model{composition.anchor(), *composition.anchor_member().tokenizer};
-  model.composition = &composition;
-  return model;
+  return {composition, *composition.anchor_member().tokenizer};
 }
 
-TEST(ReadText, AddedIsTheShareOfWhatTheAnchorHad) {
+TEST(RouteText, AddedIsTheShareOfWhatTheAnchorHad) {
   // One connection behind the last block: what it adds is the difference to the anchor alone.
   const auto composition = test::two_tokenizers({{{2, 1}}});
   const auto ids = composition->anchor_member().tokenizer->encode("The keeper wrote until tomorrow", false);
-  const TextReading text = read_text(view(*composition), ids);
+  const TextRoutes text = route_text(view(*composition), ids);
   torch::NoGradGuard no_grad;
   const auto batch = nn::RaggedBatch::from_sequences({ids});
-  nn::ForwardContext context, alone;
-  const auto h = composition->run_layers(batch, composition->align(batch, {{std::ssize(ids)}}), context);
+  nn::Pass alone;
   models::CausalLM& anchor = composition->anchor();
   anchor.prepare(batch, alone);
-  const auto own = anchor.run_layers(anchor.embed(batch.tokens), 0, 3, alone);
+  const auto own = anchor.run_blocks(anchor.embed(batch.tokens), 0, 3, alone);
+  // The final norm undoes the size: what it reads is taken where it is called.
+  torch::Tensor h;
+  {
+    compose::Composition& composed = *composition;
+    nn::Pass pass;
+    std::vector<nn::ReadingRecord> readings;
+    pass.readings = &readings;
+    composed.hidden({batch, {{std::ssize(ids)}}}, pass);
+    h = own + own.norm(2, 1, true) * readings[0].added.unsqueeze(1);  // as long as what is added
+  }
   const auto expected = (h - own).norm(2, 1) / own.norm(2, 1);
   ASSERT_EQ(text.connections.size(), 1u);
   ASSERT_EQ(text.connections[0].added.size(), ids.size());
@@ -37,11 +44,11 @@ TEST(ReadText, AddedIsTheShareOfWhatTheAnchorHad) {
   }
 }
 
-TEST(ReadText, WeightsAreOfWhatIsSeenAndTokensSpellTheText) {
+TEST(RouteText, WeightsAreOfWhatIsSeenAndTokensSpellTheText) {
   const auto composition = test::two_tokenizers();
   const std::string written = "The keeper 👍🏽 wrote until";
   const auto ids = composition->anchor_member().tokenizer->encode(written, false);
-  const TextReading text = read_text(view(*composition), ids);
+  const TextRoutes text = route_text(view(*composition), ids);
   EXPECT_EQ(fmt::format("{}", fmt::join(text.tokens, "")), written);
   ASSERT_EQ(text.streams.size(), 1u);
   // Everything is committed at the end; the augmenting model has its BOS in front.
@@ -59,7 +66,7 @@ TEST(ReadText, WeightsAreOfWhatIsSeenAndTokensSpellTheText) {
   }
 }
 
-TEST(ReadTask, MeansOverAllPositions) {
+TEST(RouteTask, MeansOverAllPositions) {
   const auto composition = test::two_tokenizers();
   Task task;
   task.name = "task";
@@ -69,7 +76,7 @@ TEST(ReadTask, MeansOverAllPositions) {
     item.messages.push_back({{"role", "user"}, {"content", prompt}});
     item.targets = {answer};
   }
-  const TaskReading both = read_task(view(*composition), task, {});
+  const TaskRoutes both = route_task(view(*composition), task, {});
   EXPECT_EQ(both.questions, 2);
   ASSERT_EQ(both.connections.size(), 2u);
   // The same from one question at a time: nothing depends on who shares the batch.
@@ -78,7 +85,7 @@ TEST(ReadTask, MeansOverAllPositions) {
   for (const Item& item : task.items) {
     Task single;
     single.items = {item};
-    const TaskReading one = read_task(view(*composition), single, {});
+    const TaskRoutes one = route_task(view(*composition), single, {});
     const ConnectionUse& use = one.connections[1];
     tokens += one.tokens;
     sum.rows += use.rows;
@@ -99,13 +106,13 @@ TEST(ReadTask, MeansOverAllPositions) {
   EXPECT_GT(use.spread, 0.0);
   EXPECT_LE(use.spread, static_cast<double>(use.choosers));
 
-  const OrderedJson json = composition_routes_json("calm", *composition, {}, {both});
+  const OrderedJson json = routes_json("calm", *composition, {both});
   EXPECT_NEAR(json["tasks"]["task"]["connections"][1]["added"].get<double>(), use.added / use.rows, 1e-4);
   EXPECT_NEAR(json["tasks"]["task"]["connections"][1]["first_share"].get<double>(), use.first / use.readers, 1e-4);
   EXPECT_TRUE(json["text"].is_null());
 }
 
-TEST(ReadTask, UniformAttentionHasTheLargestEntropy) {
+TEST(RouteTask, UniformAttentionHasTheLargestEntropy) {
   // W_Q = 0: every score is 0 and each of c(t) tokens gets 1 / c(t).
   const auto composition = test::two_tokenizers({{{1, 1}}, "token"});
   for (auto& item : composition->named_parameters()) {
@@ -117,20 +124,20 @@ TEST(ReadTask, UniformAttentionHasTheLargestEntropy) {
   item.messages = OrderedJson::array();
   item.messages.push_back({{"role", "user"}, {"content", "The keeper wrote"}});
   item.targets = {"until dawn"};
-  const ConnectionUse use = read_task(view(*composition), task, {}).connections.at(0);
+  const ConnectionUse use = route_task(view(*composition), task, {}).connections.at(0);
   EXPECT_GT(use.choosers, 3);
   EXPECT_NEAR(use.spread, static_cast<double>(use.choosers), 1e-5);
 }
 
-TEST(CompositionPage, HoldsItsDataAndNothingFromOutside) {
+TEST(RoutesPage, HoldsItsDataAndNothingFromOutside) {
   const auto composition = test::two_tokenizers();
-  TextReading text =
-      read_text(view(*composition), composition->anchor_member().tokenizer->encode("a </script> b", false));
-  const std::string page = composition_routes_html(composition_routes_json("calm", *composition, {}, {}, &text));
+  TextRoutes text =
+      route_text(view(*composition), composition->anchor_member().tokenizer->encode("a </script> b", false));
+  const std::string page = routes_html(routes_json("calm", *composition, {}, &text));
   const size_t data = page.find("type=\"application/json\">") + 24, end = page.find("</script>", data);
   const Json json = parse_json(page.substr(data, end - data), "page");
   EXPECT_EQ(json["text"]["tokens"].get<std::vector<std::string>>(), text.tokens);
-  EXPECT_EQ(json["connections"][1], (Json{{"augmenting", 0}, {"aug", 2}, {"anchor", 2}}));
+  EXPECT_EQ(json["structure"]["connections"][1], (Json{{"augmenting", 0}, {"aug", 2}, {"anchor", 2}}));
   EXPECT_EQ(page.find("http"), page.find("http://www.w3.org/2000/svg")) << "the namespace of SVG is no address";
   EXPECT_EQ(page.find("http", page.find("http://www.w3.org/2000/svg") + 1), std::string::npos);
 }
