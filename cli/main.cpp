@@ -6,6 +6,7 @@
 #include <list>
 
 #include "cli/command.h"
+#include "cli/threads.h"
 #include "moesaic/base/device.h"
 #include "moesaic/base/json.h"
 #include "moesaic/base/log.h"
@@ -124,6 +125,7 @@ int run(int argc, char** argv) {
     if (!sub->parsed()) continue;
     set_log_level(verb.first->log_level);
     set_threads(verb.first->threads);
+    const SpinWatch watch;
     return verb.second();
   }
   return static_cast<int>(ExitCode::kUsage);

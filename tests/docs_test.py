@@ -1,10 +1,13 @@
 """The documentation names what the code has: run keys, verbs, and files that exist."""
 
+import os
 import pathlib
 import re
+import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+PROGRAM = pathlib.Path(os.environ.get("MOESAIC_BUILD_DIR", ROOT / "build")) / "moesaic"
 
 
 def read(name):
@@ -19,14 +22,8 @@ def difference(what, documented, real):
 
 
 def run_keys():
-    source = read("moesaic/train/run_config.cpp")
-    table = re.search(r"Json json\{(.*?)\};\n", source, re.DOTALL).group(1)
-    keys = set(re.findall(r'^ *\{"(\w+)", ', table, re.MULTILINE) + re.findall(r'visit\("(\w+)", ', source))
-    eval_keys = re.findall(r'\{"(\w+)", ', re.search(r'\{"eval", \{(.*?)\}\},\n', table).group(1))
-    router = re.search(r"struct RouterConfig \{(.*?)\n\};", read("moesaic/adapters/adapter.h"), re.DOTALL).group(1)
-    router_keys = re.findall(r"^  [\w:]+ (\w+) = ", router, re.MULTILINE)
-    return keys - {"eval"} | {"router.dtype"} | {
-        f"router.{key}" for key in router_keys} | {f"eval.{key}" for key in eval_keys}
+    """The tables of docs/config.md as the program prints them."""
+    return subprocess.run([str(PROGRAM), "train", "--keys"], capture_output=True, text=True, check=True).stdout
 
 
 def verbs():
@@ -41,8 +38,9 @@ def missing_files(page):
 
 
 def main():
-    problems = list(difference("docs/config.md", set(re.findall(r"^\| `([\w.]+)`", read("docs/config.md"), re.MULTILINE)),
-                               run_keys()))
+    problems = []
+    if not read("docs/config.md").endswith(run_keys()):
+        problems.append("docs/config.md: its tables are not what `moesaic train --keys` prints")
     problems += difference("docs/cli.md", set(re.findall(r"^## moesaic (\w+)", read("docs/cli.md"), re.MULTILINE)), verbs())
     for page in ["README.md", "CONTRIBUTING.md", "ARCHITECTURE.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]:
         problems += missing_files(page)

@@ -357,8 +357,9 @@ std::string run_keys_markdown() {
     text += fmt::format("## {}\n\n| key | default | |\n|---|---|---|\n", section);
     for (const RunKey& key : run_keys()) {
       if (std::string_view(key.info.section) != section) continue;
-      std::string value = key.value.is_string() ? fmt::format("`{}`", key.value.get<std::string>()) : key.value.dump();
-      if (key.value == "") value = "\"\"";
+      std::string value = key.value.dump();
+      if (key.value.is_string() && key.value != "") value = fmt::format("`{}`", key.value.get<std::string>());
+      if (key.value.is_number_float()) value = fmt::format("{:g}", key.value.get<double>());
       text += fmt::format("| `{}` | {} | {} |\n", key.name, kRequired.contains(key.name) ? "required" : value,
                           key.info.help);
     }

@@ -68,7 +68,8 @@ TEST_P(EveryMethod, SavedAndLoadedIsTheSameFunction) {
   auto loaded = Adapter::open(folder.path(), toy.sites, torch::kCPU, "");
   const auto again = outputs();
   ASSERT_EQ(again.size(), trained.size());
-  for (size_t i = 0; i < again.size(); ++i) EXPECT_TRUE(again[i].equal(trained[i])) << i;
+  // The same numbers at other addresses: GEMMs of so few rows round by alignment.
+  for (size_t i = 0; i < again.size(); ++i) EXPECT_TRUE(again[i].allclose(trained[i], 1e-6, 1e-6)) << i;
   for (auto& parameter : loaded->parameters()) EXPECT_FALSE(parameter.tensor.requires_grad()) << parameter.name;
 }
 

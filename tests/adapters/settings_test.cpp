@@ -208,7 +208,10 @@ TEST_F(Loaded, AVectorsEffectIsItsDistanceFromOne) {
   }
   auto half = Adapter::open(path_, toy_.sites, torch::kCPU, "", 0.5);
   nn::Pass pass;
-  const auto y = toy_.sites.scales[1].slot->adapters.at(0)->forward(torch::ones({2, 1, 4}), pass);  // k_proj
+  const auto k = std::find_if(toy_.sites.scales.begin(), toy_.sites.scales.end(), [](const nn::ScaleSite& site) {
+    return site.role == nn::Role::kKey && site.kind == nn::ScaleKind::kOutput;
+  });
+  const auto y = k->slot->adapters.at(0)->forward(torch::ones({2, 1, 4}), pass);
   EXPECT_TRUE(y.equal(torch::full({2, 1, 4}, 2.0)));  // 1 + 0.5 (3 - 1)
 }
 

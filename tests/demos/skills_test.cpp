@@ -134,15 +134,15 @@ TEST(Skills, AnswersAreRight) {
   EXPECT_GE(checked, 60);
 }
 
-class SkillFiles : public FolderTest {};
+class SkillFiles : public data::FolderTest {};
 
 TEST_F(SkillFiles, AreReadAsDatasets) {
   write_skills(folder_ / "skills", 12, 5, 1);
-  auto configs = resolve_datasets(Json::parse(R"(["lookup", "lookup_test", "minimum_test"])"), folder_ / "skills");
+  auto configs = data::resolve_datasets(Json::parse(R"(["lookup", "lookup_test", "minimum_test"])"), folder_ / "skills");
   EXPECT_EQ(read_all(configs[0]).size(), 12u);
   EXPECT_EQ(read_all(configs[1]).size(), 5u);
   EXPECT_EQ(read_all(configs[2])[0].messages.size(), 2u);
-  EXPECT_THROW(resolve_datasets("minimum", folder_ / "skills"), UsageError);  // held out: no train file
+  EXPECT_THROW(data::resolve_datasets("minimum", folder_ / "skills"), UsageError);  // held out: no train file
 }
 
 TEST(Skills, Errors) {

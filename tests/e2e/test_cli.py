@@ -20,7 +20,7 @@ WORDS = "red green blue one two three cat dog is not the a yes no maybe when who
 
 
 def moesaic(*arguments, stdin=None):
-    done = subprocess.run([str(tiny_run.PROGRAM), *map(str, arguments)], capture_output=True, text=True, timeout=300,
+    done = subprocess.run([str(tiny_run.PROGRAM), *map(str, tiny_run.with_dtype(arguments))], capture_output=True, text=True, timeout=300,
                           input=stdin, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode >= 0, f"killed by signal {-done.returncode}: {done.stderr}"
     return done

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "moesaic/adapters/adapter.h"
 #include "tests/compose/small_models.h"
 
 namespace moesaic::eval {
@@ -16,26 +17,20 @@ EvalModel view(compose::Composition& composition) {
 }
 
 TEST(RouteText, AddedIsTheShareOfWhatTheAnchorHad) {
-  // One connection behind the last block: what it adds is the difference to the anchor alone.
-  const auto composition = test::two_tokenizers({{{2, 1}}});
+  // One connection behind block 1: what it adds is the difference between that block's output and block 2's input.
+  const auto composition = test::two_tokenizers({{{1, 1}}});
   const auto ids = composition->anchor_member().tokenizer->encode("The keeper wrote until tomorrow", false);
   const TextRoutes text = route_text(view(*composition), ids);
   torch::NoGradGuard no_grad;
-  const auto batch = nn::RaggedBatch::from_sequences({ids});
-  nn::Pass alone;
-  models::CausalLM& anchor = composition->anchor();
-  anchor.prepare(batch, alone);
-  const auto own = anchor.run_blocks(anchor.embed(batch.tokens), 0, 3, alone);
-  // The final norm undoes the size: what it reads is taken where it is called.
-  torch::Tensor h;
-  {
-    compose::Composition& composed = *composition;
-    nn::Pass pass;
-    std::vector<nn::ReadingRecord> readings;
-    pass.readings = &readings;
-    composed.hidden({batch, {{std::ssize(ids)}}}, pass);
-    h = own + own.norm(2, 1, true) * readings[0].added.unsqueeze(1);  // as long as what is added
-  }
+  torch::Tensor own, h;
+  nn::Pass pass;
+  pass.run = [&](nn::Block& block, const torch::Tensor& input, nn::Pass& of_block) {
+    const torch::Tensor output = block.forward(input, of_block);
+    if (of_block.place == "anchor" && block.index() == 1) own = output;
+    if (of_block.place == "anchor" && block.index() == 2) h = input;
+    return output;
+  };
+  composition->hidden({nn::RaggedBatch::from_sequences({ids}), {{std::ssize(ids)}}}, pass);
   const auto expected = (h - own).norm(2, 1) / own.norm(2, 1);
   ASSERT_EQ(text.connections.size(), 1u);
   ASSERT_EQ(text.connections[0].added.size(), ids.size());
@@ -127,6 +122,65 @@ TEST(RouteTask, UniformAttentionHasTheLargestEntropy) {
   const ConnectionUse use = route_task(view(*composition), task, {}).connections.at(0);
   EXPECT_GT(use.choosers, 3);
   EXPECT_NEAR(use.spread, static_cast<double>(use.choosers), 1e-5);
+}
+
+/// An adapter with numbers that show, under `name`.
+void attach(models::LanguageModel& model, const std::string& name, int64_t experts) {
+  adapters::AdapterConfig config;
+  config.method = "molora";
+  config.num_experts = experts;
+  config.lora_rank = 2;
+  config.targets = std::vector<std::string>{"q_proj", "v_proj"};
+  const auto adapter = adapters::Adapter::create(config, *model.parts().front().sites, torch::kCPU, 5);
+  torch::NoGradGuard no_grad;
+  torch::manual_seed(experts);
+  for (const auto& parameter : adapter->parameters()) parameter.tensor.copy_(torch::randn_like(parameter.tensor) * 0.3);
+  model.attach(name, adapter);
+}
+
+Task one_task() {
+  Task task;
+  task.name = "task";
+  Item& item = task.items.emplace_back();
+  item.messages = OrderedJson::array();
+  item.messages.push_back({{"role", "user"}, {"content", "The keeper wrote"}});
+  item.targets = {"until dawn"};
+  return task;
+}
+
+TEST(RoutesJson, MixturesOfDifferentSizesAreKeptApart) {
+  const auto member = test::member("gpt2", 20, 3, 1);
+  attach(*member.model, "a4", 4);
+  attach(*member.model, "a8", 8);
+  const EvalModel model{*member.model, *member.tokenizer};
+  const TaskRoutes routes = route_task(model, one_task(), {});
+  const OrderedJson json = routes_json("base", *member.model, {routes, routes});
+  EXPECT_EQ(json["adapters"], (OrderedJson{"a4", "a8"}));
+  EXPECT_TRUE(json["structure"].is_null());
+  const std::string site = "model.layers.0.self_attn.q_proj";
+  EXPECT_EQ(json["routers"]["a4"][site]["experts"], 4);
+  EXPECT_EQ(json["routers"]["a8"][site]["experts"], 8);
+  for (const auto& [owner, sites] : json["tasks"]["task"]["routers"].items()) {
+    for (const auto& [name, figures] : sites.items()) {
+      const auto mean = figures["mean_prob"].get<std::vector<double>>();
+      EXPECT_NEAR(std::accumulate(mean.begin(), mean.end(), 0.0), 1.0, 1e-5) << owner << name;
+    }
+  }
+  EXPECT_NEAR(json["similarity"]["cosine"][0][1].get<double>(), 1.0, 1e-6);
+}
+
+TEST(RoutesJson, ACompositionHasBoth) {
+  const auto composition = test::two_tokenizers();
+  attach(*composition, "mixture", 3);
+  const auto ids = composition->anchor_member().tokenizer->encode("The keeper wrote", false);
+  const TextRoutes text = route_text(view(*composition), ids);
+  const TaskRoutes task = route_task(view(*composition), one_task(), {});
+  const OrderedJson json = routes_json("calm", *composition, {task}, &text);
+  EXPECT_EQ(json["structure"]["connections"].size(), 2u);
+  EXPECT_EQ(json["tasks"]["task"]["connections"].size(), 2u);
+  EXPECT_EQ(json["text"]["routers"]["mixture"].size(), 6u);
+  EXPECT_EQ(json["text"]["connections"].size(), 2u);
+  EXPECT_NE(routes_table(json).find("mixture"), std::string::npos);
 }
 
 TEST(RoutesPage, HoldsItsDataAndNothingFromOutside) {

@@ -124,8 +124,8 @@ TEST_F(Export, WrongBaseListsEveryOffender) {
     merge_adapter(folder, adapter);
     FAIL() << "expected a DataError";
   } catch (const DataError& error) {
-    EXPECT_THAT(error.what(), HasSubstr("has no model.layers.0.self_attn.q_proj.weight"));
-    EXPECT_THAT(error.what(), HasSubstr("the model's weight is [4, 4], the adapter is for [20, 12]"));
+    EXPECT_THAT(error.what(), HasSubstr("the model has no matrix model.layers.0.self_attn.q_proj.weight"));
+    EXPECT_THAT(error.what(), HasSubstr("up_proj: got lora_A [2, 12] and lora_B [20, 2], expected [r, 4] and [4, r]"));
   }
 }
 

@@ -1,0 +1,109 @@
+#include "cli/threads.h"
+
+#include <ATen/Parallel.h>
+#include <dlfcn.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <mutex>
+#include <stop_token>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace moesaic::cli {
+namespace {
+
+using std::chrono::milliseconds;
+using std::chrono::nanoseconds;
+
+// How libgomp waits is fixed when it is loaded. With these two it spins as by default while it manages at most as many
+// threads as there are CPUs, and does not spin at all while it manages more.
+constexpr const char* kSettings[] = {"OMP_WAIT_POLICY=passive", "GOMP_SPINCOUNT=300000", "MOESAIC_SPIN_WATCH=1"};
+
+std::string_view name_of(std::string_view setting) { return setting.substr(0, setting.find('=')); }
+
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define MOESAIC_ADDRESS_SANITIZER
+#endif
+#elif defined(__SANITIZE_ADDRESS__)
+#define MOESAIC_ADDRESS_SANITIZER
+#endif
+
+#ifndef MOESAIC_ADDRESS_SANITIZER
+/// Runs before the constructors of the libraries, libgomp's among them, and starts the program again with kSettings.
+void start_with_settings(int, char** argv, char** environment) {
+  std::vector<char*> changed;
+  for (char** variable = environment; *variable != nullptr; ++variable) {
+    for (const char* setting : kSettings) {
+      if (name_of(*variable) == name_of(setting)) return;
+    }
+    if (*variable == std::string_view("OMP_NUM_THREADS=1")) return;
+    changed.push_back(*variable);
+  }
+  for (const char* setting : kSettings) changed.push_back(const_cast<char*>(setting));
+  changed.push_back(nullptr);
+  char program[4096] = {};  // the path itself, as the kernel names a process by it
+  if (readlink("/proc/self/exe", program, sizeof program - 1) > 0) execve(program, argv, changed.data());
+}
+
+[[gnu::section(".preinit_array"), gnu::used]] void (*const kStart)(int, char**, char**) = start_with_settings;
+#endif
+
+/// Time that threads of this process were ready to run and another ran in their place, since each began.
+nanoseconds kept_from_running() {
+  int64_t sum = 0;
+  std::error_code gone;  // threads end while we read
+  for (const auto& task : std::filesystem::directory_iterator("/proc/self/task", gone)) {
+    int64_t running = 0, waiting = 0;
+    if (std::ifstream(task.path() / "schedstat") >> running >> waiting) sum += waiting;
+  }
+  return nanoseconds(sum);
+}
+
+void watch(std::stop_token stop, void (*gomp_parallel)(void (*)(void*), void*, unsigned, unsigned)) {
+  constexpr milliseconds kWindow(50), kBusy(5), kShortest(500), kLongest(8000);
+  std::mutex mutex;
+  std::condition_variable_any stopped;
+  auto sleep = [&](milliseconds time) {
+    std::unique_lock lock(mutex);
+    stopped.wait_for(lock, stop, time, [] { return false; });
+  };
+
+  milliseconds pause = kShortest, spinning(0);
+  while (!stop.stop_requested()) {
+    const nanoseconds before = kept_from_running();
+    sleep(kWindow);
+    if (kept_from_running() - before < kBusy) {
+      spinning += kWindow;
+      if (spinning > pause) pause = kShortest;
+      continue;
+    }
+    // A team that sleeps makes libgomp manage more threads than there are CPUs, until the thread that owns it ends.
+    std::thread([&] {
+      gomp_parallel([](void*) {}, nullptr, std::thread::hardware_concurrency() + 1, 0);
+      sleep(pause);
+    }).join();
+    pause = std::min(2 * pause, kLongest);
+    spinning = milliseconds(0);
+  }
+}
+
+}  // namespace
+
+SpinWatch::SpinWatch() {
+  const char* mark = "MOESAIC_SPIN_WATCH";
+  if (std::getenv(mark) == nullptr) return;
+  for (const char* setting : kSettings) unsetenv(std::string(name_of(setting)).c_str());  // programs we start choose
+  auto gomp_parallel = reinterpret_cast<void (*)(void (*)(void*), void*, unsigned, unsigned)>(
+      dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  if (gomp_parallel != nullptr && at::get_num_threads() > 1) thread_ = std::jthread(watch, gomp_parallel);
+}
+
+}  // namespace moesaic::cli
