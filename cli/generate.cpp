@@ -128,7 +128,8 @@ int run_generate(Options options, const CommonOptions& common) {
         line.update(OrderedJson{{"text", answers[i].text},
                                 {"finish_reason", answers[i].finish_reason},
                                 {"prompt_tokens", batch[i].ids.size()},
-                                {"ids", answers[i].ids}});
+                                {"ids", answers[i].ids},
+                                {"dtype", dtype_name(loaded.format.dtype)}});
         std::cout << line.dump(-1, ' ', false, OrderedJson::error_handler_t::replace) << '\n';
       } else if (streams) {
         std::cout << '\n';

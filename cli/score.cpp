@@ -26,8 +26,12 @@ int run_verb(const Options& options, const CommonOptions& common) {
   const double sum = std::accumulate(logprobs.begin(), logprobs.end(), 0.0);
   const double perplexity = std::exp(-sum / static_cast<double>(logprobs.size()));
   if (options.json) {
-    std::cout << OrderedJson{{"ids", ids}, {"logprobs", logprobs}, {"sum", sum}, {"perplexity", perplexity}}.dump()
-              << '\n';
+    const OrderedJson json = {{"ids", ids},
+                              {"logprobs", logprobs},
+                              {"sum", sum},
+                              {"perplexity", perplexity},
+                              {"dtype", dtype_name(loaded.format.dtype)}};
+    std::cout << json.dump() << '\n';
     return 0;
   }
   std::cout << fmt::format("{:>8}  {:>10}  token\n", "id", "logprob");
@@ -49,7 +53,7 @@ Runner add_score(CLI::App& app, CommonOptions& common) {
   app.add_option("--text", options->text, "Text, tokenised with the tokenizer's special tokens (BOS and the like)");
   app.add_option("--ids", options->ids, "Token ids, comma-separated")->delimiter(',');
   app.add_option("--file", options->file, "File of text");
-  app.add_flag("--json", options->json, "Print {\"ids\", \"logprobs\", \"sum\", \"perplexity\"}");
+  app.add_flag("--json", options->json, "Print {\"ids\", \"logprobs\", \"sum\", \"perplexity\", \"dtype\"}");
   return [options, &common] { return run_verb(*options, common); };
 }
 

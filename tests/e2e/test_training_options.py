@@ -169,6 +169,7 @@ def test_mistakes_are_named(changes, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@tiny_run.float32_only
 def test_out_of_memory_is_exit_4(tmp_path):
     """A model of 16 GB in a process that may have 6 GB of addresses."""
     run = tiny_run.make_run(tmp_path, init="random")

@@ -44,7 +44,8 @@ def make_run(folder, initializer_range=0.02, **changes):
         "finetuning_type": "molora", "num_experts": 3, "lora_rank": 2, "lora_dropout": 0.2,
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 5e-3,
         "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "max_steps": 60, "save_steps": 5, "logging_steps": 4,
-        "output_dir": str(folder / "out"), **changes,
+        "output_dir": str(folder / "out"),
+        "bf16": DTYPE == "bfloat16" and changes.get("finetuning_type") != "full", **changes,
     }
     path = folder / (pathlib.Path(run["output_dir"]).name + ".yaml")
     path.write_text(yaml.safe_dump(run))
@@ -53,7 +54,7 @@ def make_run(folder, initializer_range=0.02, **changes):
 
 def with_dtype(arguments):
     """`arguments` with the tests' number format for verbs that ask the hardware, where they name none."""
-    asks = arguments and arguments[0] in {"train", "generate", "chat", "compose", "convert", "demo"}
+    asks = arguments and arguments[0] in {"generate", "chat", "compose", "convert", "demo"}
     return [*arguments, "--dtype", DTYPE] if asks and "--dtype" not in arguments else list(arguments)
 
 
