@@ -1,10 +1,9 @@
 // moesaic chat: a conversation in the terminal. Keys and values of earlier turns are kept.
-#include <signal.h>
 #include <unistd.h>
 
-#include <atomic>
 #include <iostream>
 
+#include "cli/interrupt.h"
 #include "cli/options.h"
 
 namespace moesaic::cli {
@@ -14,25 +13,6 @@ struct Options {
   ModelOptions model;
   generate::SamplingOptions sampling;
   std::string system;
-};
-
-std::atomic<bool> interrupted{false};
-
-/// While one lives, Ctrl-C stops the answer instead of the program.
-class CatchInterrupt {
- public:
-  CatchInterrupt() {
-    interrupted = false;
-    struct sigaction action{};
-    action.sa_handler = [](int) { interrupted = true; };
-    sigaction(SIGINT, &action, &previous_);
-  }
-  ~CatchInterrupt() { sigaction(SIGINT, &previous_, nullptr); }
-  CatchInterrupt(const CatchInterrupt&) = delete;
-  CatchInterrupt& operator=(const CatchInterrupt&) = delete;
-
- private:
-  struct sigaction previous_{};
 };
 
 OrderedJson opening(const Options& options) {
@@ -54,10 +34,6 @@ int run_chat(Options options, const CommonOptions& common) {
 
   generate::Session session(*loaded.model, *loaded.tokenizer);
   OrderedJson messages = opening(options);
-  auto show = [](int64_t, const std::string& piece) {
-    std::cout << piece << std::flush;
-    return !interrupted.load();
-  };
   while (true) {
     if (terminal) std::cout << "\n> " << std::flush;
     std::string line;
@@ -73,7 +49,11 @@ int run_chat(Options options, const CommonOptions& common) {
     }
     messages.push_back({{"role", "user"}, {"content", line}});
     const std::vector<int64_t> prompt = loaded.tokenizer->encode(loaded.chat_template->render(messages, true), false);
-    CatchInterrupt guard;
+    const CatchSignals signals({SIGINT}, /*once=*/false);  // Ctrl-C stops the answer
+    auto show = [&](int64_t, const std::string& piece) {
+      std::cout << piece << std::flush;
+      return !signals.caught();
+    };
     const auto start = std::chrono::steady_clock::now();
     const generate::Generation answer = session.answer({prompt}, options.sampling, show);
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

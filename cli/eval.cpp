@@ -49,7 +49,8 @@ int run_verb(Options options, const CommonOptions& common) {
   eval::RunInfo info;
   info.version = kVersion;
   info.model = options.model.model;
-  info.model_args = {{"model", options.model.model}, {"adapters", options.model.adapters}, {"dtype", dtype_name(loaded.format.dtype)}};
+  info.model_args = {
+      {"model", options.model.model}, {"adapters", options.model.adapters}, {"dtype", dtype_name(loaded.format.dtype)}};
   if (options.model.quantize != "none") info.model_args["quantize"] = options.model.quantize;
   info.batch_size = options.batch_size;
   info.device = loaded.model->facts().device.str();

@@ -22,8 +22,8 @@ int run_export(const ExportOptions& options, const CommonOptions& common) {
   }
   MOESAIC_CHECK(!options.model.empty(), UsageError, "--format hf: got no --model, expected the one to write");
   const auto checkpoint = formats::Checkpoint::open(options.model);
-  auto folder =
-      exporting::model_folder(*checkpoint, number_format(common.dtype == "auto" ? "float32" : common.dtype, torch::kCPU).dtype);
+  auto folder = exporting::model_folder(
+      *checkpoint, number_format(common.dtype == "auto" ? "float32" : common.dtype, torch::kCPU).dtype);
   if (!options.adapter.empty()) exporting::merge_adapter(folder, options.adapter);
   formats::write_model_folder(options.out, folder);
   fmt::print("{}: {} tensors, {}{}\n", options.out, folder.tensors.size(), dtype_name(folder.dtype),

@@ -41,8 +41,7 @@ int run_routes(const Options& options, const CommonOptions& common) {
   std::vector<eval::TaskRoutes> results;
   for (const eval::Task& task : tasks) {
     Progress progress(task.name, static_cast<int64_t>(task.items.size()));
-    results.push_back(
-        eval::route_task(model, task, options.eval, [&](int64_t done) { progress.update(done); }));
+    results.push_back(eval::route_task(model, task, options.eval, [&](int64_t done) { progress.update(done); }));
   }
   std::optional<eval::TextRoutes> text;
   if (!options.text.empty()) text = eval::route_text(model, text_ids(options, model));

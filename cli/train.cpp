@@ -1,8 +1,8 @@
 // moesaic train: a run file becomes an adapter, the connections of a composition, or a model.
-#include <csignal>
 #include <iostream>
 
 #include "cli/command.h"
+#include "cli/interrupt.h"
 #include "moesaic/base/progress.h"
 #include "moesaic/base/yaml.h"
 #include "moesaic/run/run.h"
@@ -17,30 +17,6 @@ struct TrainOptions {
   bool dry_run = false, keys = false;
 };
 
-/// While it lives, the first SIGINT or SIGTERM asks the run to stop behind its step; the second has its usual effect.
-class StopSignal {
- public:
-  StopSignal() {
-    requested_ = 0;
-    struct sigaction action{};
-    action.sa_handler = [](int) { requested_ = 1; };
-    action.sa_flags = SA_RESETHAND | SA_RESTART;
-    sigaction(SIGINT, &action, &previous_interrupt_);
-    sigaction(SIGTERM, &action, &previous_terminate_);
-  }
-  ~StopSignal() {
-    sigaction(SIGINT, &previous_interrupt_, nullptr);
-    sigaction(SIGTERM, &previous_terminate_, nullptr);
-  }
-  StopSignal(const StopSignal&) = delete;
-  StopSignal& operator=(const StopSignal&) = delete;
-  bool requested() const { return requested_ != 0; }
-
- private:
-  static inline volatile std::sig_atomic_t requested_ = 0;
-  struct sigaction previous_interrupt_{}, previous_terminate_{};
-};
-
 /// `text` as one word of a shell's command.
 std::string shell_word(const std::string& text) {
   const bool plain = !text.empty() && std::all_of(text.begin(), text.end(), [](unsigned char c) {
@@ -52,22 +28,29 @@ std::string shell_word(const std::string& text) {
   return word + "'";
 }
 
-int train_run(const TrainOptions& options, run::Run& run) {
+/// What goes on with the run, to be pasted into a shell.
+std::string resume_command(const TrainOptions& options, const CLI::App& app) {
+  std::string command = "moesaic train " + shell_word(options.run);
+  for (const std::string& word : options.overrides) command += " " + shell_word(word);
+  for (const char* flag : {"--seed", "--device", "--dtype"}) {
+    if (app.count(flag) > 0) command += fmt::format(" {} {}", flag, shell_word(app.get_option(flag)->results().back()));
+  }
+  return command + " --resume auto";
+}
+
+int train_run(const TrainOptions& options, const CLI::App& app, run::Run& run) {
   std::unique_ptr<Progress> progress;
-  const StopSignal stop;
+  const CatchSignals signals({SIGINT, SIGTERM}, /*once=*/true);
   train::TrainHooks hooks;
-  hooks.stop = [&] { return stop.requested(); };
+  hooks.stop = [&] { return signals.caught(); };
   hooks.on_log = [&](const train::StepLog& log) {
     if (!progress) progress = std::make_unique<Progress>("train", log.max_steps, log.step - 1);
-    progress->update(log.step,
-                     fmt::format("loss {:.4f}, {} tokens/s", log.loss, format_count(log.tokens_per_second)));
+    progress->update(log.step, fmt::format("loss {:.4f}, {} tokens/s", log.loss, format_count(log.tokens_per_second)));
   };
   const train::TrainResult result = run.train(hooks);
   if (progress) progress->finish();
   if (result.interrupted) {
-    std::string command = "moesaic train " + shell_word(options.run);
-    for (const std::string& word : options.overrides) command += " " + shell_word(word);
-    fmt::print(stderr, "stopped after step {}; go on with:\n  {} --resume auto\n", result.steps, command);
+    fmt::print(stderr, "stopped after step {}; go on with:\n  {}\n", result.steps, resume_command(options, app));
     return static_cast<int>(ExitCode::kInterrupted);
   }
   fmt::print("done       step {}, train loss {:.4f}{}, {} in {}\n", result.steps, result.train_loss,
@@ -93,14 +76,13 @@ int run_train(const TrainOptions& options, const CommonOptions& common, const CL
   if (app.count("--seed") > 0) config["seed"] = common.seed;
   if (app.count("--device") > 0) config["device"] = common.device;
   if (app.count("--dtype") > 0) {
-    config["bf16"] = common.dtype == "auto"
-                         ? Json()
-                         : Json(number_format(common.dtype, torch::kCPU).dtype == torch::kBFloat16);
+    config["bf16"] =
+        common.dtype == "auto" ? Json() : Json(number_format(common.dtype, torch::kCPU).dtype == torch::kBFloat16);
   }
   if (!options.resume.empty()) config["resume_from_checkpoint"] = options.resume;
   run::Run run(run::parse_run_config(config, options.run), options.dry_run);
   std::cout << run.plan().text() << std::flush;
-  if (!options.dry_run) return train_run(options, run);
+  if (!options.dry_run) return train_run(options, app, run);
   std::cout << run.memory_plan().text();
   return 0;
 }

@@ -162,11 +162,9 @@ template <class Config, class Visit>
 void each_adapter_key(Config& adapter, Visit visit) {
   visit("lora_rank", adapter.lora_rank, KeyInfo{kModel, "r of every expert"});
   visit("lora_alpha", adapter.lora_alpha, KeyInfo{kModel, "the delta is scaled by alpha / r"});
-  visit("lora_dropout", adapter.lora_dropout,
-        KeyInfo{kModel, "on the input of the low-rank product, while training"});
+  visit("lora_dropout", adapter.lora_dropout, KeyInfo{kModel, "on the input of the low-rank product, while training"});
   visit("use_rslora", adapter.use_rslora, KeyInfo{kModel, "scale by alpha / sqrt(r)"});
-  visit("rank_pattern", adapter.rank_pattern,
-        KeyInfo{kModel, "other ranks: {regex at the end of the path: rank}"});
+  visit("rank_pattern", adapter.rank_pattern, KeyInfo{kModel, "other ranks: {regex at the end of the path: rank}"});
   visit("alpha_pattern", adapter.alpha_pattern, KeyInfo{kModel, "other alphas, likewise"});
   visit("k_site", adapter.k_site,
         KeyInfo{kModel,
@@ -178,12 +176,10 @@ void each_adapter_key(Config& adapter, Visit visit) {
 template <class Config, class Visit>
 void each_render_key(Config& render, Visit visit) {
   visit("template", render.template_name,
-        KeyInfo{kData,
-                "`auto`: the model's chat template, if it has one; `none`: raw text; or a Jinja file"});
+        KeyInfo{kData, "`auto`: the model's chat template, if it has one; `none`: raw text; or a Jinja file"});
   visit("cutoff_len", render.cutoff_len,
         KeyInfo{kData, "tokens of an example; a longer one loses the middle of its prompt first"});
-  visit("target_cutoff_len", render.target_cutoff_len,
-        KeyInfo{kData, "tokens of an answer; 0 is no limit of its own"});
+  visit("target_cutoff_len", render.target_cutoff_len, KeyInfo{kData, "tokens of an answer; 0 is no limit of its own"});
   visit("train_on_prompt", render.train_on_prompt, KeyInfo{kData, "learn the prompt's tokens, too"});
 }
 
@@ -207,26 +203,31 @@ void each_composition_key(Config& run, Visit visit) {
 /// Keys whose values are read by hand.
 std::vector<RunKey> other_keys() {
   const RunConfig run;
-  static const std::string kTypes = fmt::format(
-      "{}, `full`, or `calm`: the connections of the composition that `model_name_or_path` names",
-      fmt::join([] {
-        std::vector<std::string> names;
-        for (const std::string& name : adapters::method_names()) {
-          names.push_back(fmt::format("`{}` ({})", name, adapters::method_of(name).summary));
-        }
-        return names;
-      }(), ", "));
+  static const std::string kTypes =
+      fmt::format("{}, `full`, or `calm`: the connections of the composition that `model_name_or_path` names",
+                  fmt::join(
+                      [] {
+                        std::vector<std::string> names;
+                        for (const std::string& name : adapters::method_names()) {
+                          names.push_back(fmt::format("`{}` ({})", name, adapters::method_of(name).summary));
+                        }
+                        return names;
+                      }(),
+                      ", "));
   std::vector<RunKey> keys{
-      {"model_name_or_path", nullptr,
+      {"model_name_or_path",
+       nullptr,
        {kModel,
         "folder with config.json, or a .gguf file; with `init: random` a folder with config.json is enough, or that "
         "file itself"}},
-      {"init", run.init,
+      {"init",
+       run.init,
        {kModel,
         "`random`: new weights from config.json alone, for `full`. Normal with deviation 1/sqrt(fan in), divided by "
         "sqrt(2 L) where a matrix writes to the residual stream; embedding 0.1, head 0.02, 0.02 where they are one; "
         "the same for a seed on every device"}},
-      {"tokenizer", nullptr,
+      {"tokenizer",
+       nullptr,
        {kModel,
         "of a new model: a folder, a tokenizer.json or a .gguf file; or `{train: bpe, vocab_size: 2048}`: byte-level "
         "BPE learnt from the run's own training texts (at most 64 MiB of them), every digit a token, `<bos>` `<eos>` "
@@ -234,51 +235,59 @@ std::vector<RunKey> other_keys() {
         "vocab_size). null is the tokenizer beside config.json. A resumed run keeps the one it began with"}},
       {"finetuning_type", run.finetuning_type, {kModel, kTypes.c_str()}},
       {"adapter_name_or_path", nullptr, {kModel, "start from this adapter's numbers instead of new ones"}},
-      {"num_experts", nullptr,
+      {"num_experts",
+       nullptr,
        {kModel,
         "E; or by layer: `{\"0-7\": 4, \"8-23\": 10}`, which must name every adapted layer; null is 10 for "
         "mixtures, 1 otherwise"}},
-      {"lora_target", nullptr,
+      {"lora_target",
+       nullptr,
        {kModel,
         "`all-linear`, `reference`, names (`[q_proj, v_proj]`), or one regular expression over whole module paths; "
         "null is the method's default. A name that matches nothing is an error"}},
-      {"feedforward_modules", nullptr,
+      {"feedforward_modules",
+       nullptr,
        {kModel,
         "(IA)³ and MoV: the names in `lora_target` that scale what they read instead of what they give; null takes "
         "those that end in `down_proj`, `[]` none"}},
       {"layers_to_transform", nullptr, {kModel, "list of layers; null is all"}},
-      {"dataset", nullptr,
+      {"dataset",
+       nullptr,
        {kData,
         "a name in `dataset_info.json`, a file or a folder; a list of them, or objects {name, weight, cap, split, "
         "formatting, columns, tags, val_size, templates}"}},
       {"dataset_dir", ".", {kData, "folder of `dataset_info.json` and of relative names"}},
       {"eval_dataset", nullptr, {kData, "data for evaluation while training, beside that of `val_size`"}},
-      {"val_size", run.val_size,
+      {"val_size",
+       run.val_size,
        {kData, "of every data set, set aside for evaluation: a share below 1, or a number of rows"}},
-      {"mixture_rule", "proportional",
+      {"mixture_rule",
+       "proportional",
        {kData, "rates of data sets without weights: `proportional` to their rows, `equal`, or `t0`"}},
-      {"sentence_column", nullptr,
-       {kData, "column with a list of numbers, for `router.sentence_source: column`"}},
+      {"sentence_column", nullptr, {kData, "column with a list of numbers, for `router.sentence_source: column`"}},
       {"packing", true, {kData, "batches are ragged without padding either way"}},
-      {"bf16", nullptr,
+      {"bf16",
+       nullptr,
        {kSteps,
         "number format of the frozen model: true bfloat16, false float32, null what the hardware does faster; "
         "run.yaml of the output folder says which it was"}},
       {"fp16", false, {kSteps, "true is refused: float16 overflows in training"}},
       {"device", "auto", {kSteps, "`auto`, `cpu`, `cuda`, `cuda:N`"}},
-      {"quantization_bit", nullptr,
+      {"quantization_bit",
+       nullptr,
        {kSteps,
         "nothing else is accepted: the frozen weights stay float. `--quantize int8` is for generation and "
         "evaluation"}},
       {"output_dir", nullptr, {kOutput, "adapter, tokenizer, `run.yaml`, logs and `checkpoint-N` folders"}},
-      {"eval.tasks", Json::array(),
+      {"eval.tasks",
+       Json::array(),
        {kOutput,
         "task files, as `moesaic eval` takes them, scored while training and asked as the training data is rendered; "
         "the scores are `eval/<task>/<metric>` on the console, in train_log.jsonl and in TensorBoard"}},
-      {"eval.steps", run.train.task_eval_steps,
-       {kOutput, "steps between these evaluations; 0 is at the end only"}},
+      {"eval.steps", run.train.task_eval_steps, {kOutput, "steps between these evaluations; 0 is at the end only"}},
       {"eval.limit", run.eval_limit, {kOutput, "questions of each task; 0 is all"}},
-      {"report_to", run.train.report_to,
+      {"report_to",
+       run.train.report_to,
        {kOutput, "`jsonl` (train_log.jsonl, router_stats.jsonl), `tensorboard` (event files)"}},
   };
   static const std::map<std::string, const char*> kRouterHelp{
@@ -287,8 +296,7 @@ std::vector<RunKey> other_keys() {
       {"topk_mode",
        "`mask`: the kept probabilities as they are; `renorm`: divided by their sum; `residual`: MoV scales by 1 + the "
        "kept deviations"},
-      {"input",
-       "what the router reads: `token` (the site's own input), `sentence`, `layer_input`, `ffn_product`"},
+      {"input", "what the router reads: `token` (the site's own input), `sentence`, `layer_input`, `ffn_product`"},
       {"sentence_source",
        "for `sentence`: the frozen model's mean last hidden state of the prompt, or a `column` of the data"},
       {"sentence_dim", "width of the sentence vector; 0 is the model's"},
@@ -302,7 +310,8 @@ std::vector<RunKey> other_keys() {
   };
   Json router = adapters::router_config_json(run.adapter.router);
   router["dtype"] = "float32";
-  for (const auto& [key, value] : router.items()) keys.push_back({"router." + key, value, {kRouter, kRouterHelp.at(key)}});
+  for (const auto& [key, value] : router.items())
+    keys.push_back({"router." + key, value, {kRouter, kRouterHelp.at(key)}});
   return keys;
 }
 

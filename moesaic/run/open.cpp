@@ -79,8 +79,7 @@ void open_single(const std::string& path, const OpenOptions& options, Opened& op
     if (!options.needs_tokenizer && !opened.checkpoint->tokenizer_json()) return nullptr;
     return tokenizer::Tokenizer::open(*opened.checkpoint);
   });
-  const auto model =
-      models::CausalLM::load(*opened.checkpoint, {options.dtype, options.device, options.quantize_int8});
+  const auto model = models::CausalLM::load(*opened.checkpoint, {options.dtype, options.device, options.quantize_int8});
   model->eval();
   opened.model = model;
   opened.tokenizer = tokenizer.get();
@@ -100,7 +99,6 @@ Opened open(const std::string& path, const std::vector<AdapterReference>& adapte
     opened.model->attach(adapter.name,
                          adapters::Adapter::open(adapter.dir, *opened.model->parts().front().sites, options.device,
                                                  opened.checkpoint->fingerprint(), adapter.scale));
-    opened.adapter_names.push_back(adapter.name);
   }
   return opened;
 }

@@ -20,8 +20,8 @@ struct AdapterReference {
   std::filesystem::path dir;
   double scale = 1.0;  // of its effect
 };
-/// [NAME=]DIR[:scale]; NAME is the folder's own when it is left out. Throws UsageError when the folder does not exist or
-/// the scale is no number.
+/// [NAME=]DIR[:scale]; NAME is the folder's own when it is left out. Throws UsageError when the folder does not exist
+/// or the scale is no number.
 AdapterReference parse_adapter_reference(const std::string& text);
 
 struct OpenOptions {
@@ -37,14 +37,13 @@ struct Opened {
   std::shared_ptr<models::LanguageModel> model;
   std::shared_ptr<const tokenizer::Tokenizer> tokenizer;   // nullptr when it has none and none is needed
   std::shared_ptr<tokenizer::ChatTemplate> chat_template;  // nullptr when it has none
-  std::vector<std::string> adapter_names;                  // in the order of `mixture`'s columns
 
   /// Ids that end an answer: those of generation_config.json, of the model's config and of the tokenizer.
   std::vector<int64_t> eos_ids() const;
 };
 
-/// path: a folder with config.json, a .gguf file, or a composition's folder. Adapters go into the model's first part, in
-/// a composition the anchor. Throws UsageError, DataError, FormatError.
+/// path: a folder with config.json, a .gguf file, or a composition's folder. Adapters go into the model's first part,
+/// in a composition the anchor. Throws UsageError, DataError, FormatError.
 Opened open(const std::string& path, const std::vector<AdapterReference>& adapters = {},
             const OpenOptions& options = {});
 

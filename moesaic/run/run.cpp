@@ -12,12 +12,6 @@ namespace moesaic::run {
 
 namespace fs = std::filesystem;
 
-std::string Plan::text() const {
-  std::string text;
-  for (const auto& [label, value] : lines) text += fmt::format("{:<11}{}\n", label, value);
-  return text;
-}
-
 Run::Run(RunConfig config, bool dry)
     : config_(std::move(config)),
       dry_(dry),
@@ -39,8 +33,8 @@ void Run::open_data() {
   if (!config_.eval_dataset.is_null()) {
     for (auto& each : data::resolve_datasets(config_.eval_dataset, config_.dataset_dir)) validation.push_back(each);
   }
-  mixture_ = std::make_unique<data::Mixture>(std::move(training), renderer_,
-                                             derive_seed(config_.train.seed, "mixture"), config_.mixture_rule);
+  mixture_ = std::make_unique<data::Mixture>(std::move(training), renderer_, derive_seed(config_.train.seed, "mixture"),
+                                             config_.mixture_rule);
   if (!validation.empty()) eval_examples_ = data::load_examples(validation, *renderer_);
   MOESAIC_CHECK(config_.train.eval_steps == 0 || !eval_examples_.empty(), UsageError,
                 "eval_steps: got no evaluation data; give val_size or eval_dataset");
@@ -72,24 +66,24 @@ data::Example Run::next_example() {
 
 Plan Run::plan() {
   Plan plan;
-  auto add = [&](const std::string& label, const std::string& text) { plan.lines.emplace_back(label, text); };
-  add("model", fmt::format("{} ({}, {} parameters, {} on {}: {})", config_.model_name_or_path,
-                           prepared_.model->facts().model_type,
-                           format_count(static_cast<double>(prepared_.base_parameters)), dtype_name(format_.dtype),
-                           device_.str(), format_.reason));
-  plan.lines.insert(plan.lines.end(), prepared_.lines.begin(), prepared_.lines.end());
+  plan.add("model", fmt::format("{} ({}, {} parameters, {} on {}: {})", config_.model_name_or_path,
+                                prepared_.model->facts().model_type,
+                                format_count(static_cast<double>(prepared_.base_parameters)), dtype_name(format_.dtype),
+                                device_.str(), format_.reason));
+  for (const auto& [label, text] : prepared_.plan.lines) plan.add(label, text);
   int64_t trainable = 0;
   for (const auto& tensor : train::optimized_tensors(*prepared_.learner, config_.train)) {
     trainable += tensor.tensor.numel();
   }
-  add("trainable", fmt::format("{} ({:.4f} % of {})", trainable,
-                               100.0 * static_cast<double>(trainable) / static_cast<double>(prepared_.base_parameters),
-                               prepared_.base_parameters));
+  plan.add("trainable",
+           fmt::format("{} ({:.4f} % of {})", trainable,
+                       100.0 * static_cast<double>(trainable) / static_cast<double>(prepared_.base_parameters),
+                       prepared_.base_parameters));
   const bool unused = !eval_examples_.empty() && config_.train.eval_steps == 0;
-  add("data", fmt::format("{} examples an epoch, {} for evaluation{}", mixture_->epoch_size(), eval_examples_.size(),
-                          unused ? " (never: eval_steps is 0)" : ""));
+  plan.add("data", fmt::format("{} examples an epoch, {} for evaluation{}", mixture_->epoch_size(),
+                               eval_examples_.size(), unused ? " (never: eval_steps is 0)" : ""));
   for (const auto& count : mixture_->counts()) {
-    add("", fmt::format("{}: {} rows, rate {:.3f}", count.name, count.rows, count.rate));
+    plan.add("", fmt::format("{}: {} rows, rate {:.3f}", count.name, count.rows, count.rate));
   }
   return plan;
 }
@@ -120,11 +114,11 @@ Plan Run::memory_plan() {
     estimate.parts.insert(estimate.parts.end(), more.begin(), more.end());
   }
   Plan plan;
-  plan.lines.emplace_back(
-      "memory", fmt::format("{:.0f} MiB for micro-batches of up to {} tokens ({} targets), the largest of {} drawn",
-                            static_cast<double>(estimate.total()) / kMib, most_tokens, most_targets, kSampled));
+  plan.add("memory",
+           fmt::format("{:.0f} MiB for micro-batches of up to {} tokens ({} targets), the largest of {} drawn",
+                       static_cast<double>(estimate.total()) / kMib, most_tokens, most_targets, kSampled));
   for (const auto& [name, bytes] : estimate.parts) {
-    plan.lines.emplace_back("", fmt::format("{:<18}{:>8.1f} MiB", name, static_cast<double>(bytes) / kMib));
+    plan.add("", fmt::format("{:<18}{:>8.1f} MiB", name, static_cast<double>(bytes) / kMib));
   }
   return plan;
 }
@@ -147,10 +141,10 @@ train::TrainResult Run::train(const train::TrainHooks& hooks) {
   const train::TrainConfig& config = config_.train;
   const int64_t epoch = mixture_->epoch_size();
   if (prepared_.begin) {
-    const bool longer = epoch > 0 && (config.max_batch_tokens > 0 || config.max_steps < 0 ||
-                                      config.max_steps * config.per_device_train_batch_size *
-                                              config.gradient_accumulation_steps >
-                                          epoch);
+    const bool longer =
+        epoch > 0 &&
+        (config.max_batch_tokens > 0 || config.max_steps < 0 ||
+         config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps > epoch);
     prepared_.begin(longer || (config.eval_steps > 0 && !eval_examples_.empty()));
   }
   train::TrainHooks own = hooks;
@@ -166,10 +160,10 @@ void Run::write_card(const train::TrainResult& result) const {
   std::string card = fmt::format("---\nlibrary_name: moesaic\nbase_model: {}\ntags: [{}]\n---\n\n",
                                  Json(config_.model_name_or_path).dump(), config_.finetuning_type);
   card += fmt::format("# {} of {}\n\n", config_.finetuning_type, config_.model_name_or_path);
-  card += fmt::format(
-      "Trained by moesaic {} for {} steps on {} tokens in {}; mean training loss {:.4f}{}.\n\n", kVersion,
-      result.steps, result.tokens, dtype_name(format_.dtype), result.train_loss,
-      result.best_eval_loss ? fmt::format(", best evaluation loss {:.4f}", *result.best_eval_loss) : "");
+  card +=
+      fmt::format("Trained by moesaic {} for {} steps on {} tokens in {}; mean training loss {:.4f}{}.\n\n", kVersion,
+                  result.steps, result.tokens, dtype_name(format_.dtype), result.train_loss,
+                  result.best_eval_loss ? fmt::format(", best evaluation loss {:.4f}", *result.best_eval_loss) : "");
   card += "| data | rows | examples drawn | rate |\n|---|---|---|---|\n";
   for (const auto& count : mixture_->counts()) {
     card += fmt::format("| {} | {} | {} | {:.3f} |\n", count.name, count.rows, count.drawn, count.rate);

@@ -8,17 +8,12 @@
 #include "moesaic/base/device.h"
 #include "moesaic/data/dataset.h"
 #include "moesaic/eval/task.h"
+#include "moesaic/run/plan.h"
 #include "moesaic/run/subject.h"
 #include "moesaic/train/memory.h"
 #include "moesaic/train/trainer.h"
 
 namespace moesaic::run {
-
-/// What a run will do, line by line, for people.
-struct Plan {
-  std::vector<std::pair<std::string, std::string>> lines;  // {"model", "SmolLM2 (llama, ...)"}; "" goes on with the last
-  std::string text() const;
-};
 
 /// Opens everything the config names: model, learner, data, tasks. Throws what these throw.
 class Run {
@@ -36,6 +31,7 @@ class Run {
   /// The next example that training would draw. Throws DataError when there is none.
   data::Example next_example();
 
+  /// What the run will do.
   Plan plan();
   /// What the run will hold at its peak; draws from the data, so nothing can be trained afterwards.
   Plan memory_plan();

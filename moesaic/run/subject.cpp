@@ -42,7 +42,7 @@ std::shared_ptr<models::CausalLM> open_base(const RunConfig& run, const Place& p
   if (random) {
     NewModel blank = open_new_model(run);
     made.checkpoint = blank.checkpoint;
-    if (!blank.tokenizer.empty()) made.lines.emplace_back("tokenizer", blank.tokenizer);
+    if (!blank.tokenizer.empty()) made.plan.add("tokenizer", blank.tokenizer);
   } else {
     made.checkpoint = formats::Checkpoint::open(run.model_name_or_path);
   }
@@ -81,14 +81,13 @@ Prepared open_adapter(const RunConfig& run, const Place& place) {
   if (!run.adapter_name_or_path.empty() && !place.dry) adapter->load(run.adapter_name_or_path);
   model->attach(run.finetuning_type, adapter);
   const adapters::AdapterConfig& settled = adapter->config();
-  made.lines.emplace_back("method", settled.num_experts > 1
-                                        ? fmt::format("{}, {} experts, {} router on {}", settled.method,
-                                                      adapters::experts_json(settled).dump(), settled.router.type,
-                                                      settled.router.input)
-                                        : settled.method);
+  made.plan.add("method", settled.num_experts > 1 ? fmt::format("{}, {} experts, {} router on {}", settled.method,
+                                                                adapters::experts_json(settled).dump(),
+                                                                settled.router.type, settled.router.input)
+                                                  : settled.method);
   std::vector<std::string> hits;
   for (const auto& [pattern, count] : adapter->matches()) hits.push_back(fmt::format("{} {}", pattern, count));
-  made.lines.emplace_back("sites", fmt::format("{}", fmt::join(hits, ", ")));
+  made.plan.add("sites", fmt::format("{}", fmt::join(hits, ", ")));
   made.usage = fmt::format("--model {} --adapter {}", run.model_name_or_path, run.train.output_dir.string());
   made.learner = adapter;
   return made;
@@ -99,7 +98,8 @@ Prepared open_adapter(const RunConfig& run, const Place& place) {
 void check_full(RunConfig& run, const std::string& where) {
   refuse_composition_keys(run, where);
   MOESAIC_CHECK(run.dtype != "bfloat16", UsageError,
-                "{}: bf16: got true, expected false for full fine-tuning, whose weights must hold small updates", where);
+                "{}: bf16: got true, expected false for full fine-tuning, whose weights must hold small updates",
+                where);
   run.dtype = "float32";
 }
 
@@ -148,10 +148,10 @@ Prepared open_calm(const RunConfig& run, const Place& place) {
   made.model = composition;
   std::vector<std::string> paths;
   for (const auto& member : composition->augmenting()) paths.push_back(member.checkpoint->path().string());
-  made.lines.emplace_back("method", fmt::format("calm, augmenting {}", fmt::join(paths, ", ")));
+  made.plan.add("method", fmt::format("calm, augmenting {}", fmt::join(paths, ", ")));
   for (const auto& [at, adapter] : composition->adapters()) {
-    made.lines.emplace_back("adapter", fmt::format("{} of the {}, {}", adapter->config().method, at,
-                                                   run.train_adapters ? "trained too" : "frozen"));
+    made.plan.add("adapter", fmt::format("{} of the {}, {}", adapter->config().method, at,
+                                         run.train_adapters ? "trained too" : "frozen"));
   }
   auto states = std::make_shared<std::shared_ptr<compose::StateCache>>();
   made.begin = [=, gib = run.state_cache_gib, dir = run.state_cache_dir](bool reads_again) {
@@ -168,8 +168,8 @@ Prepared open_calm(const RunConfig& run, const Place& place) {
                       steps = run.train.max_steps * run.train.gradient_accumulation_steps](int64_t tokens) {
     std::vector<std::pair<std::string, int64_t>> parts;
     if (gib <= 0 || !in_memory) return parts;
-    const double all = steps > 0 ? static_cast<double>(composition->state_bytes(tokens)) * static_cast<double>(steps)
-                                 : gib * kGib;
+    const double all =
+        steps > 0 ? static_cast<double>(composition->state_bytes(tokens)) * static_cast<double>(steps) : gib * kGib;
     parts.emplace_back("state cache, most", static_cast<int64_t>(std::min(gib * kGib, all)));
     return parts;
   };

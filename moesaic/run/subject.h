@@ -10,6 +10,7 @@
 #include "moesaic/models/language_model.h"
 #include "moesaic/nn/learner.h"
 #include "moesaic/run/config.h"
+#include "moesaic/run/plan.h"
 
 namespace moesaic::run {
 
@@ -21,8 +22,7 @@ struct Prepared {
   int64_t base_parameters = 0;  // of the model that is adapted
   bool keeps_tokenizer = true;  // the output folder holds the tokenizer
   std::string usage;            // the flags that name the result: "--model M --adapter OUT"
-  /// What it is, line by line, for people: {"method", "molora, 8 experts, ..."}.
-  std::vector<std::pair<std::string, std::string>> lines;
+  Plan plan;                    // what it is: {"method", "molora, 8 experts, ..."}
 
   // What only some subjects do; empty otherwise.
   std::function<void(bool reads_again)> begin;  // before the first step: whether the run reads its data more than once

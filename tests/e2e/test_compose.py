@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     printed = run("compose", path / "compose.yaml")
     assert "another tokenizer, aligned by word" in printed
     # Two connections: D_A D_B + D_B + 4 D_B^2, D_A = 24, D_B = 32.
-    assert f"trainable   {2 * (24 * 32 + 32 + 4 * 32 * 32)} " in printed
+    assert f"trainable  {2 * (24 * 32 + 32 + 4 * 32 * 32)} " in printed
     return path
 
 

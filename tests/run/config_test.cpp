@@ -66,6 +66,20 @@ TEST(RunConfig, ResolvedRunsAreRead) {
   EXPECT_EQ(parse_run_config(resolved, "run").resolved, resolved);
 }
 
+TEST(RunConfig, EveryKeyStandsOnceAndIsDocumented) {
+  std::set<std::string> names;
+  const std::string markdown = run_keys_markdown();
+  for (const RunKey& key : run_keys()) {
+    EXPECT_TRUE(names.insert(key.name).second) << key.name << " stands twice";
+    EXPECT_NE(std::string_view(key.info.help), "") << key.name;
+    EXPECT_THAT(markdown, HasSubstr("| `" + key.name + "` |"));
+  }
+  const Json resolved = parse(Json::object()).resolved;
+  for (const auto& [key, value] : resolved.items()) {
+    EXPECT_TRUE(names.contains(key) || key == "router" || key == "eval") << key;
+  }
+}
+
 TEST(RunConfig, ExpertsByLayer) {
   const RunConfig run = parse({{"num_experts", {{"0-2", 4}, {"3", 10}}}});
   EXPECT_EQ(run.adapter.num_experts, 10);
@@ -111,6 +125,10 @@ INSTANTIATE_TEST_SUITE_P(
                     Mistake{{{"deterministic", 1.5}}, "deterministic"}, Mistake{{{"eval", "rte"}}, "eval: got \"rte\""},
                     Mistake{{{"eval", {{"tasks", {"a"}}, {"limit", -1}}}}, "limit -1"},
                     Mistake{{{"eval", {{"limit", 3}}}}, "got no tasks"},
+                    Mistake{{{"finetuning_type", "molra"}}, "Did you mean 'molora'?"},
+                    Mistake{{{"finetuning_type", "full"}, {"bf16", true}}, "weights must hold small updates"},
+                    Mistake{{{"train_adapters", true}}, "expected finetuning_type calm"},
+                    Mistake{{{"finetuning_type", "calm"}, {"init", "random"}}, "expected pretrained and none"},
                     Mistake{{{"feedforward_modules", {"down_proj"}}}, "expected it for ia3 and mov"},
                     Mistake{{{"finetuning_type", "ia3"}, {"feedforward_modules", {"o_proj"}}}, "with lora_target"}));
 
