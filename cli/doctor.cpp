@@ -57,6 +57,7 @@ Runner add_doctor(CLI::App& app, CommonOptions& common) {
     }
     const bool cuda = load_cuda();
     const c10::Device device = parse_device(common.device);
+    const NumberFormat format = number_format(common.dtype, device);
     OrderedJson report = {
         {"moesaic", kVersion},
         {"libtorch", TORCH_VERSION},
@@ -64,13 +65,15 @@ Runner add_doctor(CLI::App& app, CommonOptions& common) {
         {"system", fmt::format("{} {} {}", system.sysname, system.release, system.machine)},
         {"cpu", cpu_info("model name")},
         {"cpu_features", features},
+        {"cpu_capability", at::get_cpu_capability()},
         {"cores", std::thread::hardware_concurrency()},
         {"threads", at::get_num_threads()},
         {"memory_gib", std::round(sysconf(_SC_PHYS_PAGES) * double(sysconf(_SC_PAGE_SIZE)) / (1 << 30) * 10) / 10},
         {"mkl", at::hasMKL()},
         {"cuda_devices", cuda ? static_cast<int>(torch::cuda::device_count()) : 0},
         {"device", device.str()},
-        {"dtype", dtype_name(number_format(common.dtype, device).dtype)},
+        {"dtype", dtype_name(format.dtype)},
+        {"dtype_reason", format.reason},
         {"cpu_float32_gflops", std::round(flop / gemm_seconds(torch::kFloat32, kRows, kWidth) / 1e9)},
         {"cpu_bfloat16_gflops", std::round(flop / gemm_seconds(torch::kBFloat16, kRows, kWidth) / 1e9)},
     };

@@ -1,8 +1,8 @@
 #include "moesaic/base/device.h"
 
 #include <ATen/Context.h>
-#include <ATen/Version.h>
 #include <ATen/Parallel.h>
+#include <ATen/Version.h>
 #include <ATen/cpu/Utils.h>
 #include <dlfcn.h>
 #include <spdlog/spdlog.h>

@@ -28,9 +28,9 @@ bool same_tokenizer(const tokenizer::Tokenizer& a, const tokenizer::Tokenizer& b
 /// With equal tokenizers the ids pass through.
 class Alignment {
  public:
-  /// rule: word | token | mixed. policy: causal (as above) | prefix (nothing behind the first border is read) | full (every
-  /// position sees all, also the future: for comparison with other code only).
-  /// Throws ConfigError for another word. Without tokenizers (both nullptr) the ids pass through.
+  /// rule: word | token | mixed. policy: causal (as above) | prefix (nothing behind the first border is read) | full
+  /// (every position sees all, also the future: for comparison with other code only). Throws ConfigError for another
+  /// word. Without tokenizers (both nullptr) the ids pass through.
   Alignment(std::shared_ptr<const tokenizer::Tokenizer> anchor, std::shared_ptr<const tokenizer::Tokenizer> augmenting,
             const std::string& rule, const std::string& policy);
 

@@ -506,17 +506,14 @@ torch::Tensor Composition::run(const models::Text& text, nn::Pass& pass, models:
   own.cache = remembered ? &remembered->anchor : nullptr;
   model.prepare(text.tokens, own);
   const nn::RotaryTables rope = rotary_tables(rope_.get(), own.positions);
-  auto add = [&](int64_t block, const torch::Tensor& h) {
-    return connected(block, h, rope, aligned, streams, own);
-  };
+  auto add = [&](int64_t block, const torch::Tensor& h) { return connected(block, h, rope, aligned, streams, own); };
   own.run = [&add, inner = pass.run](nn::Block& block, const torch::Tensor& h, nn::Pass& of_block) {
     return add(block.index(), inner ? inner(block, h, of_block) : block.forward(h, of_block));
   };
   const bool apart = frozen_apart(pass) && !remembered && attachments().empty();
   const int64_t frozen = apart ? first_trained_block() - 1 : -1;
-  const torch::Tensor h = frozen < 0
-                              ? model.embed(text.tokens.tokens)
-                              : frozen_states(anchor_, "anchor", {frozen}, sequences_of(text.tokens))[0];
+  const torch::Tensor h = frozen < 0 ? model.embed(text.tokens.tokens)
+                                     : frozen_states(anchor_, "anchor", {frozen}, sequences_of(text.tokens))[0];
   const torch::Tensor last = model.run_blocks(add(frozen, h), frozen + 1, model.config().num_layers, own);
   if (remembered) remembered->anchor.commit(text.tokens.counts());
   if (pass.readings != nullptr) {
@@ -540,12 +537,11 @@ std::unique_ptr<models::Memory> Composition::memory(int64_t sequences) const {
   std::vector<CompositionMemory::Stream> streams;
   for (size_t m = 0; m < streams_.size(); ++m) {
     const models::CausalLM& aug = *augmenting_[m].model;
-    streams.push_back(
-        {streams_[m].alignment, std::vector<Aligner>(sequences, Aligner(streams_[m].alignment)),
-         nn::KvCache(num_blocks(config_.augmenting[m]), aug.config().num_kv_heads, aug.config().head_dim, sequences,
-                     torch::dtype(aug.dtype()).device(aug.device())),
-         nn::KvCache(std::ssize(streams_[m].connections), heads, facts().width / heads, sequences,
-                     torch::dtype(torch::kFloat32).device(facts().device))});
+    streams.push_back({streams_[m].alignment, std::vector<Aligner>(sequences, Aligner(streams_[m].alignment)),
+                       nn::KvCache(num_blocks(config_.augmenting[m]), aug.config().num_kv_heads, aug.config().head_dim,
+                                   sequences, torch::dtype(aug.dtype()).device(aug.device())),
+                       nn::KvCache(std::ssize(streams_[m].connections), heads, facts().width / heads, sequences,
+                                   torch::dtype(torch::kFloat32).device(facts().device))});
   }
   return std::make_unique<CompositionMemory>(anchor_.model->make_cache(sequences), std::move(streams));
 }

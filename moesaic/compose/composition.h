@@ -92,8 +92,8 @@ class CompositionMemory : public models::Memory {
 /// their highest connected block, without their heads. parameters() are the connections' alone, float32, named
 /// "connections.<k>.{proj,q_proj,k_proj,v_proj,o_proj}.{weight,bias}"; k runs over the augmenting models' in order.
 ///
-/// As a Module it is in evaluation mode until it is trained. In training mode, what is frozen is computed without a graph
-/// and apart from the rest: the augmenting models, and the anchor up to its lowest connected block. On the CPU in
+/// As a Module it is in evaluation mode until it is trained. In training mode, what is frozen is computed without a
+/// graph and apart from the rest: the augmenting models, and the anchor up to its lowest connected block. On the CPU in
 /// float32 a sequence's frozen states are then the same bit for bit whatever is beside it in the batch: every GEMM gets
 /// so many rows that the library computes each of them alike.
 class Composition : public torch::nn::Module, public models::LanguageModel {
@@ -155,8 +155,8 @@ class Composition : public torch::nn::Module, public models::LanguageModel {
                                const nn::Pass& pass);
   /// h plus what the connections at `block` of the anchor read.
   torch::Tensor connected(int64_t block, const torch::Tensor& h, const nn::RotaryTables& rope,
-                          const std::vector<AlignedBatch>& aligned,
-                          const std::vector<std::vector<KeysValues>>& streams, nn::Pass& pass);
+                          const std::vector<AlignedBatch>& aligned, const std::vector<std::vector<KeysValues>>& streams,
+                          nn::Pass& pass);
 
   CompositionConfig config_;
   Member anchor_;

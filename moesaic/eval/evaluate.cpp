@@ -129,8 +129,7 @@ void evaluate_ranked(const EvalModel& model, const Task& task, const EvalOptions
     const auto [prompt, special] = prompt_text(model, item, options.apply_chat_template);
     std::vector<std::string> choices;
     for (const std::string& choice : item.choices) choices.push_back(delimiter + choice);
-    RankQuestion& question =
-        questions.emplace_back(make_rank_question(model.tokenizer, prompt, choices, special, eos));
+    RankQuestion& question = questions.emplace_back(make_rank_question(model.tokenizer, prompt, choices, special, eos));
     question.prompt.sentence = sentence_of(model, item);
     const int64_t length = std::ssize(question.prompt.ids);
     int64_t count = length;
@@ -195,9 +194,9 @@ void evaluate_generated(const EvalModel& model, const Task& task, const EvalOpti
   std::vector<References> references;
   for (const auto& [begin, end] : batches(tokens, options.batch_size)) {
     sampling.seed = options.generation.seed + begin;  // an answer's draw does not depend on the batch size
-    const auto answers = generate::generate(
-        model.model, model.tokenizer, {questions.begin() + begin, questions.begin() + end}, sampling,
-        {.routing = routing});
+    const auto answers =
+        generate::generate(model.model, model.tokenizer, {questions.begin() + begin, questions.begin() + end}, sampling,
+                           {.routing = routing});
     for (size_t i = begin; i < end; ++i) {
       const Item& item = task.items[i];
       // Blanks in front belong to code.

@@ -41,7 +41,7 @@ struct TaskResult {
   std::map<std::string, double> variant_median;                 // median over the templates
   int64_t ties = 0;                  // questions whose best choices scored equally; the first one counts
   std::vector<OrderedJson> samples;  // lm-evaluation-harness's sample rows
-  moe::RoutingStats routing;  // of every router, when there are any
+  moe::RoutingStats routing;         // of every router, when there are any
   double seconds = 0;
 };
 

@@ -28,9 +28,10 @@ std::string page_of(std::string_view html, std::string_view css, std::string_vie
   const auto [head, after_style] = around(html, "<link rel=\"stylesheet\"", ">");
   const auto [body, after_data] = around(after_style, "<script id=\"data\" type=\"application/json\">", "</script>");
   const auto [between, tail] = around(after_data, "<script src=", "</script>");
-  return fmt::format("{}<style>\n{}</style>{}<script id=\"data\" type=\"application/json\">{}</script>{}<script>\n{}"
-                     "</script>{}",
-                     head, css, body, script_safe(data), between, js, tail);
+  return fmt::format(
+      "{}<style>\n{}</style>{}<script id=\"data\" type=\"application/json\">{}</script>{}<script>\n{}"
+      "</script>{}",
+      head, css, body, script_safe(data), between, js, tail);
 }
 
 }  // namespace moesaic::eval

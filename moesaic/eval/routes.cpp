@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <set>
+#include <utility>
 
 #include "moesaic/base/check.h"
 #include "moesaic/eval/page.h"
@@ -85,28 +85,10 @@ std::vector<std::string> token_texts(const tokenizer::Tokenizer& tokenizer, cons
   return texts;
 }
 
-/// Cosine of two tasks' mean probabilities over the sites that both have; null when there are none.
-OrderedJson similarity(const OrderedJson& a, const OrderedJson& b) {
-  double dot = 0, square_a = 0, square_b = 0;
-  for (const auto& [owner, sites] : a.items()) {
-    for (const auto& [name, site] : sites.items()) {
-      if (!b.contains(owner) || !b[owner].contains(name)) continue;
-      const auto p = site["mean_prob"].get<std::vector<double>>();
-      const auto q = b[owner][name]["mean_prob"].get<std::vector<double>>();
-      for (size_t e = 0; e < p.size(); ++e) {
-        dot += p[e] * q[e];
-        square_a += p[e] * p[e];
-        square_b += q[e] * q[e];
-      }
-    }
-  }
-  return square_a > 0 ? OrderedJson(rounded(dot / std::sqrt(square_a * square_b))) : OrderedJson(nullptr);
-}
-
 OrderedJson text_json(const TextRoutes& text) {
   OrderedJson routers = OrderedJson::object(), streams = OrderedJson::array(), connections = OrderedJson::array();
   for (const auto& [owner, sites] : text.routers) {
-    for (const auto& [site, rows] : sites) routers[owner][site] = rounded_rows(rows);
+    for (const auto& [site, router] : sites) routers[owner][site] = rounded_rows(router.probs);
   }
   for (const TextRoutes::Stream& stream : text.streams) {
     streams.push_back({{"tokens", stream.tokens}, {"visible", stream.visible}});
@@ -181,8 +163,8 @@ TextRoutes route_text(const EvalModel& model, const std::vector<int64_t>& ids) {
   TextRoutes result;
   if (!structure.is_null()) {
     // Every token sees those before it; two tokenizers cut a text into about as many.
-    const int64_t weights = structure["num_heads"].get<int64_t>() * std::ssize(structure["connections"]) * count *
-                            (count + 1) / 2;
+    const int64_t weights =
+        structure["num_heads"].get<int64_t>() * std::ssize(structure["connections"]) * count * (count + 1) / 2;
     MOESAIC_CHECK(weights <= kMaxWeights, UsageError,
                   "--text: has about {} attention weights, expected at most {}: shorten it", weights, kMaxWeights);
     result.streams.resize(structure["augmenting"].size());
@@ -196,14 +178,13 @@ TextRoutes route_text(const EvalModel& model, const std::vector<int64_t>& ids) {
   pass.readings = &readings;
   model.model.hidden(generate::text_of(model.model, {{ids}}), pass);
   for (const nn::RoutingRecord& record : records) {
-    // A router of an augmenting model reads that one's tokens.
-    if (record.rows_per_token > 0 && record.probs.size(0) != count * record.rows_per_token) continue;
     torch::Tensor probs = record.probs.to(torch::kCPU, torch::kFloat32);
-    const int64_t experts = probs.size(1);
+    const int64_t experts = probs.size(1), heads = record.rows_per_token;
     // [1, E] of a sentence router, [N, E], or [N*H, E] with heads innermost
-    probs = record.rows_per_token == 0 ? probs.expand({count, experts}) : probs.reshape({count, -1, experts}).mean(1);
-    auto& rows = result.routers[record.owner][record.site];
-    for (const torch::Tensor& row : probs.unbind(0)) rows.push_back(floats(row));
+    probs = heads == 0 ? probs.expand({count, experts}) : probs.reshape({-1, heads, experts}).mean(1);
+    TextRoutes::Router& router = result.routers[record.owner][record.site];
+    router.layer = record.layer;
+    for (const torch::Tensor& row : probs.unbind(0)) router.probs.push_back(floats(row));
   }
   const std::vector<size_t> of = places(structure, readings);
   for (size_t i = 0; i < readings.size(); ++i) {
@@ -241,19 +222,27 @@ OrderedJson routes_json(const std::string& name, const models::LanguageModel& mo
       }
     }
   }
-  for (const std::string& a : names) {
+  if (text != nullptr) {
+    for (const auto& [owner, sites] : text->routers) {
+      for (const auto& [site, router] : sites) {
+        routers[owner][site] = {{"layer", router.layer}, {"experts", router.probs.at(0).size()}};
+      }
+    }
+  }
+  for (const TaskRoutes& a : tasks) {
     OrderedJson row = OrderedJson::array();
-    for (const std::string& b : names) row.push_back(similarity(by_task[a]["routers"], by_task[b]["routers"]));
+    for (const TaskRoutes& b : tasks) row.push_back(rounded(moe::routing_similarity(a.routers, b.routers)));
     cosine.push_back(std::move(row));
   }
-  const bool routed = !routers.empty();
-  return {{"model", name},
-          {"adapters", adapters},
-          {"routers", std::move(routers)},
-          {"structure", model.structure()},
-          {"tasks", std::move(by_task)},
-          {"similarity", routed ? OrderedJson{{"tasks", names}, {"cosine", std::move(cosine)}} : OrderedJson(nullptr)},
-          {"text", text != nullptr ? text_json(*text) : OrderedJson(nullptr)}};
+  const bool compared = !tasks.empty() && !routers.empty();
+  return {
+      {"model", name},
+      {"adapters", adapters},
+      {"routers", std::move(routers)},
+      {"structure", model.structure()},
+      {"tasks", std::move(by_task)},
+      {"similarity", compared ? OrderedJson{{"tasks", names}, {"cosine", std::move(cosine)}} : OrderedJson(nullptr)},
+      {"text", text != nullptr ? text_json(*text) : OrderedJson(nullptr)}};
 }
 
 std::string routes_table(const OrderedJson& routes) {
@@ -261,7 +250,7 @@ std::string routes_table(const OrderedJson& routes) {
   for (const auto& [name, task] : routes["tasks"].items()) width = std::max(width, name.size());
   for (const auto& [owner, sites] : routes["routers"].items()) owner_width = std::max(owner_width, owner.size());
   std::string text;
-  if (!routes["routers"].empty()) {
+  if (!routes["similarity"].is_null()) {
     text += fmt::format("{:<{}}  {:<{}}  {:>8}  {:>8}  {:>8}  mean probability of each expert\n", "task", width,
                         "routers", owner_width, "tokens", "entropy", "max load");
   }
@@ -277,7 +266,7 @@ std::string routes_table(const OrderedJson& routes) {
           sums[e] += mean[e];
           counts[e] += 1;
         }
-        entropy += site["entropy"].get<double>() / std::log(static_cast<double>(mean.size()));
+        entropy += site["entropy_share"].get<double>();
         load = std::max(load, site["max_load"].get<double>());
       }
       for (size_t e = 0; e < sums.size(); ++e) sums[e] /= counts[e];
@@ -295,11 +284,11 @@ std::string routes_table(const OrderedJson& routes) {
     for (size_t k = 0; k < task["connections"].size(); ++k) {
       const OrderedJson& use = task["connections"][k];
       const OrderedJson& joined = routes["structure"]["connections"][k];
-      text += fmt::format("{:<{}}  {:<20}  {:>9.3f}  {:>8.3f}  {:>11.3f}\n", name, width,
-                          fmt::format("{}: {} -> {}", joined["augmenting"].get<int64_t>(),
-                                      joined["aug"].get<int64_t>(), joined["anchor"].get<int64_t>()),
-                          use["added"].get<double>(), use["entropy_share"].get<double>(),
-                          use["first_share"].get<double>());
+      text +=
+          fmt::format("{:<{}}  {:<20}  {:>9.3f}  {:>8.3f}  {:>11.3f}\n", name, width,
+                      fmt::format("{}: {} -> {}", joined["augmenting"].get<int64_t>(), joined["aug"].get<int64_t>(),
+                                  joined["anchor"].get<int64_t>()),
+                      use["added"].get<double>(), use["entropy_share"].get<double>(), use["first_share"].get<double>());
     }
   }
   return text;

@@ -42,9 +42,13 @@ struct TextRoutes {
     std::vector<float> added;                              // |Y| / |H_B| per token
     std::vector<std::vector<std::vector<float>>> weights;  // [H][T][visible]
   };
+  struct Router {
+    int64_t layer;
+    std::vector<std::vector<float>> probs;  // [T][E]; of per-head routers the mean over heads
+  };
   std::vector<std::string> tokens;  // T
-  /// owner -> site -> [T][E] probabilities; of per-head routers the mean over heads.
-  std::map<std::string, std::map<std::string, std::vector<std::vector<float>>>> routers;
+  /// owner -> site -> router. That of an augmenting model ("augmenting.0") has a row per token of its stream.
+  std::map<std::string, std::map<std::string, Router>> routers;
   std::vector<Stream> streams;          // per augmenting model
   std::vector<Connection> connections;  // in the order of LanguageModel::structure's
 };
@@ -55,7 +59,7 @@ TextRoutes route_text(const EvalModel& model, const std::vector<int64_t>& ids);
 /// {model, adapters, routers: {owner: {site: {layer, experts}}}, structure: LanguageModel::structure() or null,
 ///  tasks: {name: {questions, tokens, routers: RoutingStats::json(),
 ///                 connections: [{added, entropy, entropy_share, first_share}]}},
-///  similarity: {tasks, cosine} or null without routers,
+///  similarity: {tasks, cosine} or null without tasks or routers,
 ///  text: {tokens, routers: {owner: {site: [T][E]}}, streams: [{tokens, visible}], connections: [{added, weights}]}
 ///        or null}
 /// cosine: of two tasks' mean probabilities, all sites that both have end to end. `name` is the model's.

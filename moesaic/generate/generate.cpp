@@ -132,7 +132,7 @@ void decode(Texts& texts, std::vector<Answer*> live, torch::Tensor logits, const
 
 /// One row per prompt of what prompts may leave out, or undefined when all do. `rest` is what a prompt without has.
 template <class T>
-torch::Tensor rows_of(const std::vector<Prompt>& prompts, std::vector<T> Prompt::*member, const std::vector<T>& rest) {
+torch::Tensor rows_of(const std::vector<Prompt>& prompts, std::vector<T> Prompt::* member, const std::vector<T>& rest) {
   std::vector<torch::Tensor> rows;
   bool given = false;
   for (const Prompt& prompt : prompts) {
@@ -207,9 +207,13 @@ Generation Session::answer(const Prompt& prompt, const SamplingOptions& options,
   }
   last_ = prompt;
   seen_.resize(reused_);
-  memory_->truncate(0, reused_);
-  text.tokens = nn::RaggedBatch::from_sequences({{prompt.ids.begin() + reused_, prompt.ids.end()}},
-                                                model_.facts().device);
+  if (reused_ == 0) {
+    memory_ = model_.memory(1);  // without the last prompt's vectors and weights
+  } else {
+    memory_->truncate(0, reused_);
+  }
+  text.tokens =
+      nn::RaggedBatch::from_sequences({{prompt.ids.begin() + reused_, prompt.ids.end()}}, model_.facts().device);
   Texts texts(model_, *memory_, nullptr);
   Answer answer(0, prompt.ids, tokenizer_, options);
   decode(texts, {&answer}, texts.run(text, {0}), stream);

@@ -108,17 +108,18 @@ OrderedJson RoutingStats::json() const {
 
 Json RoutingStats::summary() const {
   Means all;
-  std::map<int64_t, Means> layers;
+  std::map<std::pair<std::string, int64_t>, Means> layers;
   for (const auto& [owner, sites] : owners_) {
     for (const auto& [name, site] : sites) {
       all.add(site);
-      layers[site.layer].add(site);
+      layers[{owner, site.layer}].add(site);
     }
   }
   Json result = all.json();
-  for (const auto& [layer, means] : layers) {
+  for (const auto& [place, means] : layers) {
     Json row = means.json();
-    row["layer"] = layer;
+    row["owner"] = place.first;
+    row["layer"] = place.second;
     result["layers"].push_back(row);
   }
   return result;

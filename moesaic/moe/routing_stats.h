@@ -47,8 +47,8 @@ class RoutingStats {
   /// {owner: {site: {layer, rows, mean_prob [E], prob_std [E], top1_share [E], entropy (nats), entropy_share,
   /// max_load}}}
   OrderedJson json() const;
-  /// {"entropy_share", "load_cv", "max_load", "layers": [{"layer", the same}]}: means over routers of the first two and
-  /// the largest load.
+  /// {"entropy_share", "load_cv", "max_load", "layers": [{"owner", "layer", the same}]}: means over routers of the
+  /// first two and the largest load. Layers of different owners are different layers.
   Json summary() const;
   /// The largest load of one expert of one router, and which router that is.
   std::pair<double, std::string> largest_load() const;

@@ -36,9 +36,8 @@ TEST(NumberFormat, AutoAsksTheHardwareAndSaysWhy) {
   EXPECT_EQ(number_format("auto", c10::kCPU).dtype, cpu_has_fast_bfloat16() ? c10::kBFloat16 : c10::kFloat);
   EXPECT_EQ(number_format("auto", c10::Device(c10::kCUDA, 0)).dtype, c10::kBFloat16);
   EXPECT_THAT([] { number_format("int8", c10::kCPU); }, ThrowsMessage<UsageError>(HasSubstr("expected auto, float32")));
-  EXPECT_EQ(number_format("auto", c10::kCPU).reason, cpu_has_fast_bfloat16()
-                                                         ? "this CPU multiplies it faster than float32"
-                                                         : "this CPU has no fast bfloat16");
+  EXPECT_EQ(number_format("auto", c10::kCPU).reason,
+            cpu_has_fast_bfloat16() ? "this CPU multiplies it faster than float32" : "this CPU has no fast bfloat16");
   EXPECT_EQ(dtype_name(c10::kBFloat16), "bfloat16");
 }
 

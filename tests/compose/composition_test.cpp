@@ -56,16 +56,35 @@ TEST(Composition, ZeroStartIsTheAnchorBitForBit) {
   for (const int threads : {1, 2}) {
     const Threads guard(threads);
     for (const auto& [name, config] : test::tiny_configs()) {
-    const auto anchor = test::random_model(config, torch::kFloat32, 1),
-               aug = test::random_model(config, torch::kFloat32, 2);
-    Composition composition(config_of({{evenly_spaced(2, 2, 2)}}), {anchor, nullptr}, {{aug, nullptr}}, 3);
-    const std::vector<Ids> sequences{{5, 9, 3, 50, 7, 7}, {1}, {2, 3}};
-    torch::NoGradGuard no_grad;
-    EXPECT_TRUE(torch::equal(logits_of(composition, sequences), test::logits_of(*anchor, sequences))) << name;
-    randomise(composition);
-    EXPECT_GT(relative_error(logits_of(composition, sequences), test::logits_of(*anchor, sequences)), 0.02) << name;
+      const auto anchor = test::random_model(config, torch::kFloat32, 1),
+                 aug = test::random_model(config, torch::kFloat32, 2);
+      Composition composition(config_of({{evenly_spaced(2, 2, 2)}}), {anchor, nullptr}, {{aug, nullptr}}, 3);
+      const std::vector<Ids> sequences{{5, 9, 3, 50, 7, 7}, {1}, {2, 3}};
+      torch::NoGradGuard no_grad;
+      EXPECT_TRUE(torch::equal(logits_of(composition, sequences), test::logits_of(*anchor, sequences))) << name;
+      randomise(composition);
+      EXPECT_GT(relative_error(logits_of(composition, sequences), test::logits_of(*anchor, sequences)), 0.02) << name;
+    }
   }
 }
+
+/// Wide models and few rows, where a product's sums depend on how many rows it has beside them.
+TEST(Composition, ZeroStartIsTheAnchorBitForBitWhateverTheNumberOfRows) {
+  Json config = test::small_config(400, 192, 3);
+  config["intermediate_size"] = 517;
+  config["head_dim"] = 48;
+  const auto anchor = test::random_model(config, torch::kFloat32, 1),
+             aug = test::random_model(config, torch::kFloat32, 2);
+  Composition composition(config_of({{{{1, 1}, {2, 2}}}}), {anchor, nullptr}, {{aug, nullptr}}, 3);
+  for (const int threads : {1, 2}) {
+    const Threads guard(threads);
+    for (const int64_t rows : {1, 5, 12}) {
+      Ids ids(rows);
+      std::iota(ids.begin(), ids.end(), 7);
+      EXPECT_TRUE(torch::equal(logits_of(composition, {ids}), test::logits_of(*anchor, {ids})))
+          << rows << " rows, threads: " << threads;
+    }
+  }
 }
 
 TEST(Composition, TrainsNothingButTheConnections) {
@@ -287,6 +306,42 @@ TEST(Incremental, SequencesJoinARunningBatch) {
   longer.push_back(70);
   const auto whole = logits_of(*composition, {longer});
   EXPECT_LT(relative_error(together.slice(0, 0, 1), whole.slice(0, whole.size(0) - 1)), 2e-5);
+}
+
+/// Sequences join, wait, go back and leave; each is then where it would be alone.
+TEST(Incremental, ARunningBatchEqualsOneByOne) {
+  const auto composition = two_tokenizers();
+  const auto sequences = encoded(*composition, kTexts);
+  const auto memory = composition->memory(1);
+  std::vector<Ids> running{sequences[3]};
+  logits_of(*composition, running, {}, memory.get());
+  memory->add(2);
+  // The first one waits: a text may bring it no token.
+  nn::RaggedBatch joining = nn::RaggedBatch::from_sequences({sequences[2], sequences[0]});
+  joining.offsets.insert(joining.offsets.begin(), 0);
+  {
+    torch::NoGradGuard no_grad;
+    nn::Pass pass;
+    composition->hidden({joining}, pass, memory.get());
+  }
+  running.push_back(sequences[2]);
+  running.push_back(sequences[0]);
+  memory->truncate(2, 5);
+  running[2].resize(5);
+  memory->keep({2, 0});
+  running = {running[2], running[0]};
+  const auto next = encoded(*composition, {" old long until dawn", "x"});
+  const auto together = logits_of(*composition, next, {}, memory.get());
+  int64_t row = 0;
+  for (size_t b = 0; b < running.size(); ++b) {
+    running[b].insert(running[b].end(), next[b].begin(), next[b].end());
+    EXPECT_EQ(memory->length(static_cast<int64_t>(b)), std::ssize(running[b]));
+    const int64_t end = row + std::ssize(next[b]);
+    const auto alone = logits_of(*composition, {running[b]});
+    EXPECT_LT(relative_error(together.slice(0, row, end), alone.slice(0, alone.size(0) - std::ssize(next[b]))), 2e-5)
+        << b;
+    row = end;
+  }
 }
 
 TEST(Composition, ReadingsSayWhatEveryConnectionDid) {

@@ -127,8 +127,9 @@ TEST(Connection, RowsThatSeeNothingGetExactlyNothing) {
 
 TEST(Connection, AttentionWeightsAreWhatForwardMixesBy) {
   const nn::Rope rope(nn::RopeConfig{}, 4);
-  Connection connection(ConnectionConfig{.num_heads = 2, .cross_position = "rope", .norm = "none", .attention_bias = true}, 3, 8,
-                        torch::TensorOptions(torch::kFloat64));
+  Connection connection(
+      ConnectionConfig{.num_heads = 2, .cross_position = "rope", .norm = "none", .attention_bias = true}, 3, 8,
+      torch::TensorOptions(torch::kFloat64));
   torch::manual_seed(7);
   torch::NoGradGuard no_grad;
   for (auto& parameter : connection->parameters()) parameter.normal_(0, 0.8);
@@ -158,8 +159,9 @@ TEST(Connection, AttentionWeightsAreWhatForwardMixesBy) {
 
 TEST(Connection, GradientsOfEveryParameter) {
   for (const char* position : {"rope", "none"}) {
-    Connection connection(ConnectionConfig{.num_heads = 2, .cross_position = position, .norm = "none", .attention_bias = true}, 3, 8,
-                          torch::TensorOptions(torch::kFloat64));
+    Connection connection(
+        ConnectionConfig{.num_heads = 2, .cross_position = position, .norm = "none", .attention_bias = true}, 3, 8,
+        torch::TensorOptions(torch::kFloat64));
     torch::manual_seed(6);
     std::vector<torch::Tensor> inputs{leaf(torch::randn({4, 8})), leaf(torch::randn({5, 3}))};
     for (auto& parameter : connection->parameters()) {

@@ -269,6 +269,12 @@ def test_inspect_counts_the_reference_molora(tmp_path, folder):
 def test_doctor():
     report = json.loads(run("doctor", "--json").stdout)
     assert report["threads"] >= 1 and report["libtorch"].startswith("2.") and report["device"] in ("cpu", "cuda", "cuda:0")
+    # As on a processor without AVX2.
+    done = subprocess.run([str(tiny_run.PROGRAM), "doctor", "--json", "--device", "cpu"], capture_output=True, text=True,
+                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": "default"})
+    report = json.loads(done.stdout)
+    assert report["cpu_capability"] == "DEFAULT"
+    assert (report["dtype"], report["dtype_reason"]) == ("float32", "this CPU has no fast bfloat16")
 
 
 # --- eval, routes ----------------------------------------------------------------------------------------------------

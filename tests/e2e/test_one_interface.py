@@ -124,17 +124,18 @@ def test_a_sentence_router_beside_a_composition(folder):
 # --- the request as a router -----------------------------------------------------------------------------------------
 
 REQUESTS = [("red cat", {"four": 1}), ("dog is", {"lora": 0.5}), ("red cat", ["eight", "lora"]), ("not one", {}),
-            ("two", {"four": 0.25, "eight": 1.5, "lora": -1})]
+            ("two", {"four": 0.25, "eight": 1.5, "lora": -1}), ("red cat", None)]
 
 
 @float32_only
 @pytest.mark.parametrize("model", ["model", "calm"])
 def test_every_prompt_chooses_its_adapters(folder, model, tmp_path):
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text, "adapters": chosen}) + "\n"
-                                                    for text, chosen in REQUESTS))
+    rows = [{"prompt": text} if chosen is None else {"prompt": text, "adapters": chosen} for text, chosen in REQUESTS]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     attached = [flag for name in ("four", "eight", "lora") for flag in ("--adapter", folder / name)]
     expected = []
     for text, chosen in REQUESTS:
+        chosen = ["four", "eight", "lora"] if chosen is None else chosen  # all that are attached
         weights = {name: 1 for name in chosen} if isinstance(chosen, list) else chosen
         flags = [flag for name, weight in weights.items() for flag in ("--adapter", f"{folder / name}:{weight}")]
         expected += generate(folder, model, *flags, "-p", text)

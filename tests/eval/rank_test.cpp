@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "moesaic/adapters/adapter.h"
 #include "moesaic/eval/evaluate.h"
 #include "moesaic/eval/report.h"
 #include "tests/generate/tiny_model.h"
@@ -112,6 +113,41 @@ TEST(Rank, EveryChoiceIsReadWithTheSentenceOfItsQuestion) {
   EXPECT_THAT(passes, ElementsAre(ElementsAre(0, 1, 2, 3), ElementsAre(0, 1, 1, 3, 3)));
 }
 
+/// Two mixtures of different numbers of experts under their names.
+std::shared_ptr<models::CausalLM> with_two_mixtures() {
+  auto model = tiny_model();
+  for (const int64_t experts : {4, 8}) {
+    adapters::AdapterConfig config;
+    config.method = "molora";
+    config.num_experts = experts;
+    config.lora_rank = 2;
+    config.targets = std::vector<std::string>{"q_proj", "down_proj"};
+    const auto adapter = adapters::Adapter::create(config, model->sites(), torch::kCPU, 5);
+    torch::NoGradGuard no_grad;
+    torch::manual_seed(experts);
+    for (const auto& parameter : adapter->parameters()) parameter.tensor.normal_(0, 0.3);
+    model->attach(fmt::format("a{}", experts), adapter);
+  }
+  return model;
+}
+
+TEST(Rank, QuestionsHaveTheirOwnMixtures) {
+  const auto model = with_two_mixtures();
+  std::vector<RankQuestion> questions = some_questions();
+  questions[0].prompt.mixture = {1, 0};
+  questions[1].prompt.mixture = {0, 0};
+  questions[3].prompt.mixture = {-0.5, 2};
+  const auto together = rank(*model, questions);
+  const auto base = rank(*tiny_model(), {some_questions()[1]});
+  for (size_t q = 0; q < questions.size(); ++q) {
+    const auto alone = rank(*model, {questions[q]});
+    for (size_t c = 0; c < questions[q].choices.size(); ++c) {
+      EXPECT_NEAR(together[q][c].logprob, alone[0][c].logprob, 1e-4) << q << " " << c;
+      if (q == 1) EXPECT_NEAR(together[q][c].logprob, base[0][c].logprob, 1e-4) << "weights 0 are the base";
+    }
+  }
+}
+
 TEST(FirstLargest, TiesGoToTheFirstAndAreReported) {
   EXPECT_EQ(first_largest({-3, -1, -2}).index, 1u);
   EXPECT_FALSE(first_largest({-3, -1, -2}).tied);
@@ -181,6 +217,26 @@ TEST(Evaluate, SumAndCharacterNormalisedAccuracyCanDiffer) {
   EXPECT_EQ(result.metrics.at("acc_norm").value, mean_first ? 1 : 0);
   EXPECT_TRUE(sum_first);
   EXPECT_FALSE(mean_first) << "choose words for which the two rules disagree";
+}
+
+TEST(Evaluate, RoutingIsCountedByOwner) {
+  const auto model = with_two_mixtures();
+  auto tokenizer = word_tokenizer();
+  Task generated{"g", "g", {question("w3 w4", {}, "w5"), question("w6", {}, "w7")}, 2};
+  EvalOptions options;
+  options.generation.max_new_tokens = 3;
+  for (const Task& task : {ranked_task(), generated}) {
+    const OrderedJson routing = evaluate({*model, *tokenizer}, task, options).routing.json();
+    for (const auto& [owner, experts] : {std::pair("a4", 4u), {"a8", 8u}}) {
+      ASSERT_EQ(routing[owner].size(), 4u) << "two sites in two layers";
+      for (const auto& [site, figures] : routing[owner].items()) {
+        ASSERT_EQ(figures["mean_prob"].size(), experts) << owner << site;
+        const auto mean = figures["mean_prob"].get<std::vector<double>>();
+        EXPECT_NEAR(std::accumulate(mean.begin(), mean.end(), 0.0), 1.0, 1e-4) << owner << site;
+      }
+    }
+  }
+  EXPECT_TRUE(evaluate({*tiny_model(), *tokenizer}, ranked_task(), {}).routing.empty());
 }
 
 TEST(Evaluate, EqualChoicesAreATie) {

@@ -12,9 +12,7 @@ namespace {
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
-EvalModel view(compose::Composition& composition) {
-  return {composition, *composition.anchor_member().tokenizer};
-}
+EvalModel view(compose::Composition& composition) { return {composition, *composition.anchor_member().tokenizer}; }
 
 TEST(RouteText, AddedIsTheShareOfWhatTheAnchorHad) {
   // One connection behind block 1: what it adds is the difference between that block's output and block 2's input.
@@ -124,18 +122,22 @@ TEST(RouteTask, UniformAttentionHasTheLargestEntropy) {
   EXPECT_NEAR(use.spread, static_cast<double>(use.choosers), 1e-5);
 }
 
-/// An adapter with numbers that show, under `name`.
-void attach(models::LanguageModel& model, const std::string& name, int64_t experts) {
+/// A mixture of low-rank adapters with numbers that show.
+std::shared_ptr<adapters::Adapter> mixture(nn::Sites& sites, int64_t experts) {
   adapters::AdapterConfig config;
   config.method = "molora";
   config.num_experts = experts;
   config.lora_rank = 2;
   config.targets = std::vector<std::string>{"q_proj", "v_proj"};
-  const auto adapter = adapters::Adapter::create(config, *model.parts().front().sites, torch::kCPU, 5);
+  const auto adapter = adapters::Adapter::create(config, sites, torch::kCPU, 5);
   torch::NoGradGuard no_grad;
   torch::manual_seed(experts);
-  for (const auto& parameter : adapter->parameters()) parameter.tensor.copy_(torch::randn_like(parameter.tensor) * 0.3);
-  model.attach(name, adapter);
+  for (const auto& parameter : adapter->parameters()) parameter.tensor.normal_(0, 0.3);
+  return adapter;
+}
+
+void attach(models::LanguageModel& model, const std::string& name, int64_t experts) {
+  model.attach(name, mixture(*model.parts().front().sites, experts));
 }
 
 Task one_task() {
@@ -183,17 +185,57 @@ TEST(RoutesJson, ACompositionHasBoth) {
   EXPECT_NE(routes_table(json).find("mixture"), std::string::npos);
 }
 
+TEST(RoutesJson, ATextAloneHasItsRouters) {
+  const auto member = test::member("gpt2", 20, 3, 1);
+  attach(*member.model, "mixture", 3);
+  const TextRoutes text = route_text({*member.model, *member.tokenizer}, member.tokenizer->encode("The keeper", false));
+  const OrderedJson json = routes_json("base", *member.model, {}, &text);
+  const std::string site = "model.layers.2.self_attn.v_proj";
+  EXPECT_EQ(json["routers"]["mixture"][site], (OrderedJson{{"layer", 2}, {"experts", 3}}));
+  EXPECT_EQ(json["text"]["routers"]["mixture"][site].size(), text.tokens.size());
+  for (const OrderedJson& row : json["text"]["routers"]["mixture"][site]) {
+    const auto probs = row.get<std::vector<double>>();
+    EXPECT_NEAR(std::accumulate(probs.begin(), probs.end(), 0.0), 1.0, 1e-3);
+  }
+  EXPECT_TRUE(json["similarity"].is_null()) << "there are no tasks to compare";
+  EXPECT_EQ(routes_table(json), "");
+}
+
+TEST(RoutesJson, RoutersOfAnAugmentingModelReadItsOwnTokens) {
+  compose::Member augmenting = test::member("llama3", 14, 4, 2);
+  augmenting.adapter = mixture(augmenting.model->sites(), 4);
+  compose::Composition composition(test::config_of({{{{0, 1}, {2, 2}}}}), test::member("gpt2", 20, 3, 1),
+                                   std::vector{augmenting}, 7);
+  const auto ids = composition.anchor_member().tokenizer->encode("The keeper 👍🏽 wrote until", false);
+  const TextRoutes text = route_text(view(composition), ids);
+  ASSERT_NE(text.streams.at(0).tokens.size(), ids.size()) << "choose a text that the two tokenizers cut differently";
+  const auto& routers = text.routers.at("augmenting.0");
+  EXPECT_EQ(routers.size(), 6u) << "two sites of each block that is run";
+  for (const auto& [site, router] : routers) EXPECT_EQ(router.probs.size(), text.streams[0].tokens.size()) << site;
+  const TaskRoutes task = route_task(view(composition), one_task(), {});
+  const OrderedJson json = routes_json("calm", composition, {task}, &text);
+  EXPECT_TRUE(json["adapters"].empty()) << "it is carried, not attached";
+  EXPECT_EQ(json["tasks"]["task"]["routers"]["augmenting.0"].size(), 6u);
+}
+
 TEST(RoutesPage, HoldsItsDataAndNothingFromOutside) {
   const auto composition = test::two_tokenizers();
-  TextRoutes text =
-      route_text(view(*composition), composition->anchor_member().tokenizer->encode("a </script> b", false));
-  const std::string page = routes_html(routes_json("calm", *composition, {}, &text));
+  const auto ids = composition->anchor_member().tokenizer->encode("a </script> <!--<script> b", false);
+  const TextRoutes text = route_text(view(*composition), ids);
+  // Written as one token of a tokenizer that has it.
+  TextRoutes whole = text;
+  whole.tokens[0] = "</script><!-- <script>";
+  const std::string page = routes_html(routes_json("</title>", *composition, {}, &whole));
   const size_t data = page.find("type=\"application/json\">") + 24, end = page.find("</script>", data);
+  EXPECT_EQ(page.substr(data, end - data).find("<!--"), std::string::npos);
   const Json json = parse_json(page.substr(data, end - data), "page");
-  EXPECT_EQ(json["text"]["tokens"].get<std::vector<std::string>>(), text.tokens);
+  EXPECT_EQ(json["text"]["tokens"].get<std::vector<std::string>>(), whole.tokens);
   EXPECT_EQ(json["structure"]["connections"][1], (Json{{"augmenting", 0}, {"aug", 2}, {"anchor", 2}}));
   EXPECT_EQ(page.find("http"), page.find("http://www.w3.org/2000/svg")) << "the namespace of SVG is no address";
   EXPECT_EQ(page.find("http", page.find("http://www.w3.org/2000/svg") + 1), std::string::npos);
+  for (const char* outside : {"<link", " src=", "href=", "@import", "url("}) {
+    EXPECT_EQ(page.find(outside), std::string::npos) << outside;
+  }
 }
 
 }  // namespace

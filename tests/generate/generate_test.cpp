@@ -74,9 +74,9 @@ TEST_F(Generate, StreamedPiecesMakeTheText) {
   std::vector<std::string> streamed(prompts_.size());
   const auto answers =
       generate(*model_, *tokenizer_, prompts_, {.max_new_tokens = 6}, {[&](int64_t i, const std::string& piece) {
-                 streamed[i] += piece;
-                 return true;
-               }});
+        streamed[i] += piece;
+        return true;
+      }});
   for (size_t i = 0; i < prompts_.size(); ++i) {
     EXPECT_EQ(streamed[i], answers[i].text);
     EXPECT_EQ(answers[i].text, tokenizer_->decode(answers[i].ids, true));
@@ -119,7 +119,8 @@ TEST_F(Generate, ThePenaltySeesPromptAndAnswer) {
       apply_repetition_penalty({logits.data_ptr<float>(), static_cast<size_t>(logits.numel())}, seen, 5.0);
       seen.push_back(logits.argmax().item<int64_t>());
     }
-    EXPECT_EQ(generate(*model_, *tokenizer_, {prompt}, options)[0].ids, Ids(seen.begin() + std::ssize(prompt.ids), seen.end()));
+    EXPECT_EQ(generate(*model_, *tokenizer_, {prompt}, options)[0].ids,
+              Ids(seen.begin() + std::ssize(prompt.ids), seen.end()));
   }
 }
 
@@ -199,6 +200,48 @@ TEST_F(Mixtures, WeightsForOtherAdaptersAreRefused) {
   EXPECT_THROW(generate(*model_, *tokenizer_, {prompt}, {.max_new_tokens = 2}), UsageError);
   EXPECT_THROW(model_->column("third"), UsageError);
   EXPECT_EQ(model_->column("second"), 1);
+}
+
+TEST_F(Mixtures, ASessionWithOtherWeightsBeginsAnew) {
+  const SamplingOptions options{.max_new_tokens = 6};
+  Session session(*model_, *tokenizer_);
+  Prompt prompt = prompts_[2];
+  session.answer(prompt, options);
+  for (const std::vector<double>& weights : {std::vector{0.0, 1.0}, {-1.0, 0.5}, {}}) {
+    prompt.mixture = weights;
+    EXPECT_EQ(session.answer(prompt, options).ids, generate(*model_, *tokenizer_, {prompt}, options)[0].ids);
+    EXPECT_EQ(session.reused(), 0);
+    session.answer(prompt, options);
+    EXPECT_EQ(session.reused(), std::ssize(prompt.ids) - 1);
+  }
+}
+
+/// A router that reads the mean of the frozen model's states over the whole prompt.
+TEST_F(Generate, SentenceEmbeddingsAreThoseOfEachPrompt) {
+  adapters::AdapterConfig config;
+  config.method = "molora";
+  config.num_experts = 3;
+  config.lora_rank = 2;
+  config.targets = std::vector<std::string>{"q_proj", "v_proj", "down_proj"};
+  config.router.input = "sentence";
+  const auto adapter = adapters::Adapter::create(config, model_->sites(), torch::kCPU, 5);
+  {
+    torch::NoGradGuard no_grad;
+    torch::manual_seed(8);
+    for (const auto& parameter : adapter->parameters()) parameter.tensor.normal_(0, 0.5);
+  }
+  model_->attach("mixture", adapter);
+  const SamplingOptions options{.max_new_tokens = 8};
+  const auto together = generate(*model_, *tokenizer_, prompts_, options);
+  for (size_t i = 0; i < prompts_.size(); ++i) {
+    EXPECT_EQ(together[i].ids, generate(*model_, *tokenizer_, {prompts_[i]}, options)[0].ids) << i;
+  }
+  Session session(*model_, *tokenizer_);
+  session.answer(prompts_[2], options);
+  Prompt longer = prompts_[2];
+  longer.ids.push_back(9);
+  EXPECT_EQ(session.answer(longer, options).ids, generate(*model_, *tokenizer_, {longer}, options)[0].ids);
+  EXPECT_EQ(session.reused(), 0) << "a longer prompt has another mean";
 }
 
 TEST_F(Generate, SequencesJoinARunningBatch) {

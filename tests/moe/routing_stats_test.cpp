@@ -63,6 +63,19 @@ TEST(RoutingStats, SummaryOfUniformAndCollapsed) {
   EXPECT_EQ(stats.largest_load(), (std::pair<double, std::string>{1.0, "a4 b"}));
 }
 
+TEST(RoutingStats, SummaryKeepsTheLayersOfOwnersApart) {
+  RoutingStats stats;
+  stats.add({record("a", torch::tensor({{1.0f, 0.0f}}), 0, "anchor"),
+             record("a", torch::full({1, 4}, 0.25f), 0, "augmenting.0")});
+  const Json layers = stats.summary()["layers"];
+  ASSERT_EQ(layers.size(), 2u);
+  EXPECT_EQ(layers[0]["owner"], "anchor");
+  EXPECT_EQ(layers[0]["max_load"], 1.0);
+  EXPECT_EQ(layers[1]["owner"], "augmenting.0");
+  EXPECT_EQ(layers[1]["max_load"], 0.25);
+  for (const Json& row : layers) EXPECT_EQ(row["layer"], 0);
+}
+
 TEST(RoutingStats, MicroBatchesAddUpByRows) {
   RoutingStats stats;
   stats.add({record("a", torch::tensor({{0.9f, 0.1f}}))});

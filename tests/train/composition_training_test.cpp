@@ -213,6 +213,51 @@ TEST_F(CompositionTraining, AdaptersAreTrainedTogetherOrFrozen) {
       torch::equal(adapter_values(*compose::load_composition(settings.output_dir, {})), adapter_values(*trained)));
 }
 
+/// Routers of an augmenting model are balanced and logged under its name, checkpointed or not.
+TEST_F(CompositionTraining, RoutersOfAugmentingModelsAreBalancedAndLogged) {
+  {
+    const auto aug = compose::open_member(formats::Checkpoint::open(root_.path() / "aug"), {});
+    adapters::AdapterConfig config;
+    config.method = "molora";
+    config.num_experts = 3;
+    config.lora_rank = 2;
+    config.targets = std::vector<std::string>{"q_proj", "up_proj"};
+    adapters::Adapter::create(config, aug.model->sites(), torch::kCPU, 3)->save(root_.path() / "adapter");
+  }
+  auto run = [&](double coefficient, bool checkpointing) {
+    auto open = [&](const char* name, const std::filesystem::path& adapter) {
+      return compose::open_member(formats::Checkpoint::open(root_.path() / name), {}, {.adapter = adapter});
+    };
+    const auto composition =
+        std::make_shared<compose::Composition>(test::config_of({{{{0, 1}, {2, 2}}}}), open("anchor", {}),
+                                               std::vector{open("aug", root_.path() / "adapter")}, 7);
+    Sentences stream(*composition->anchor_member().tokenizer);
+    TrainConfig settings = config(3);
+    settings.moe_aux_loss_coef = coefficient;
+    settings.gradient_checkpointing = checkpointing;
+    settings.logging_steps = 1;
+    settings.output_dir = root_.path() / fmt::format("out-{}-{}", coefficient, checkpointing);
+    double aux_loss = 0;
+    train_connections(composition, stream, settings, {}, [&](const StepLog& log) { aux_loss = log.aux_loss; }, true);
+    std::vector<torch::Tensor> routers;
+    for (const nn::Parameter& parameter : composition->adapters()[0].second->parameters()) {
+      if (parameter.kind == nn::Parameter::Kind::kRouter) routers.push_back(parameter.tensor.detach().flatten());
+    }
+    std::ifstream rows(settings.output_dir / "router_stats.jsonl");
+    int64_t steps = 0;
+    for (std::string line; std::getline(rows, line); ++steps) {
+      for (const Json& layer : Json::parse(line)["layers"]) EXPECT_EQ(layer["owner"], "augmenting.0");
+    }
+    EXPECT_EQ(steps, 3);
+    return std::make_pair(aux_loss, torch::cat(routers));
+  };
+  const auto off = run(0.0, false), on = run(1.0, false), again = run(1.0, true);
+  EXPECT_EQ(off.first, 0.0);
+  EXPECT_NEAR(on.first, 1.0, 0.3);  // E sum_e f_e p_e is 1 when all experts are used alike
+  EXPECT_FALSE(torch::equal(on.second, off.second));
+  EXPECT_NEAR(again.first, on.first, 1e-5);
+}
+
 TEST_F(CompositionTraining, DivergenceNamesTheModelAndItsLayer) {
   const auto composition = fresh();
   Sentences stream(*composition->anchor_member().tokenizer);

@@ -175,6 +175,20 @@ TEST_P(CheckpointedBlocksRun, EqualKeptActivations) {
 // With dropout the second run of a layer must draw the same masks.
 INSTANTIATE_TEST_SUITE_P(Dropout, CheckpointedBlocksRun, testing::Values(0.0, 0.4));
 
+TEST(CheckpointedBlocks, GiveTheSameRunBitForBit) {
+  auto ends = [](bool checkpointing) {
+    TrainConfig config = quick_config(4);
+    config.gradient_checkpointing = checkpointing;
+    TinyRun run(molora_config(0.3));
+    CountingStream stream;
+    run.train(config, stream);
+    return std::make_pair(run.logs.back().loss, run.values());
+  };
+  const auto plain = ends(false), again = ends(true);
+  EXPECT_EQ(plain.first, again.first);
+  EXPECT_TRUE(torch::equal(plain.second, again.second));
+}
+
 TEST(Trainer, RouterLossesReachTheRouters) {
   auto router_values = [](double balance, double z) {
     TrainConfig config = smooth_config(2);
@@ -193,6 +207,26 @@ TEST(Trainer, RouterLossesReachTheRouters) {
   const auto plain = router_values(0, 0);
   EXPECT_GT(difference(plain, router_values(0.5, 0)), 1e-5);
   EXPECT_GT(difference(plain, router_values(0, 0.5)), 1e-5);
+}
+
+TEST(Trainer, RouterLossesAreThoseOfTrainedRouters) {
+  // Another mixture of the same model that is frozen decides too, but neither adds to the loss nor is averaged in.
+  auto aux_loss = [](bool beside) {
+    TrainConfig config = quick_config(1);
+    config.moe_aux_loss_coef = 0.5;
+    TinyRun run;
+    if (beside) {
+      auto frozen = adapters::Adapter::create(molora_config(), run.model->sites(), torch::kCPU, 12);
+      frozen->set_trainable(false);
+      run.model->attach("frozen", frozen);
+    }
+    CountingStream stream;
+    run.train(config, stream);
+    return run.logs[0].aux_loss;
+  };
+  // Its B is zero, so it does not change what the others read.
+  EXPECT_NEAR(aux_loss(false), aux_loss(true), 1e-6);
+  EXPECT_GT(aux_loss(false), 0.0);
 }
 
 TEST(Trainer, RouterLossesWithoutARouterAreRefused) {
@@ -223,6 +257,26 @@ TEST(Memory, GrowsWithTokensAndShrinksWithCheckpointing) {
   // Of three layers the inputs, and the largest whole: 16 numbers of 4 bytes a token and layer.
   EXPECT_LT(activations(100), kept / 2);
   EXPECT_GT(activations(100), 3 * 16 * 4 * 100);
+}
+
+TEST(Memory, CountsTrainedTensorsTheirGradientsAndTheOptimizer) {
+  TinyRun run;
+  TrainConfig config = quick_config();
+  auto part = [&](const std::string& wanted) {
+    for (const auto& [name, bytes] : estimate_memory(*run.model, *run.adapter, config, 10, 5, torch::kCPU).parts) {
+      if (name == wanted) return bytes;
+    }
+    return int64_t{-1};
+  };
+  const int64_t trained = 4 * run.values().numel();
+  int64_t frozen = 0;
+  for (const auto& weight : run.model->parameters()) frozen += 4 * weight.numel();
+  EXPECT_EQ(part("frozen weights"), frozen);
+  EXPECT_EQ(part("trained tensors"), trained);
+  EXPECT_EQ(part("gradients"), trained);
+  EXPECT_EQ(part("optimizer state"), 2 * trained);
+  config.optim = "adafactor";
+  EXPECT_EQ(part("optimizer state"), trained);
 }
 
 TEST(Trainer, SentenceRouterReadsTheFrozenModel) {
@@ -422,7 +476,8 @@ TEST(Trainer, LogsForMachines) {
   EXPECT_TRUE(rows[2].contains("eval_loss"));
   const auto routing = read_lines(folder.path() / "router_stats.jsonl");
   ASSERT_EQ(routing.size(), 2u);
-  EXPECT_EQ(routing[1]["layers"].size(), 3u);
+  ASSERT_EQ(routing[1]["layers"].size(), 3u);
+  for (const Json& layer : routing[1]["layers"]) EXPECT_EQ(layer["owner"], "adapter");
   EXPECT_GT(routing[1]["entropy_share"].get<double>(), 0.5);
   EXPECT_EQ(std::distance(fs::directory_iterator(folder.path() / "tensorboard"), fs::directory_iterator()), 1);
 }

@@ -69,6 +69,8 @@ const tip = (e, ...nodes) => {
 };
 
 const word = token => (token === '' ? '\u2026' : token.replace(/\n/g, '\u21b5'));
+/// At most n characters, the end kept: names of models and tasks differ there.
+const short = (name, n) => (name.length > n ? '\u2026' + name.slice(1 - n) : name);
 const named = token => word(token).trim() || '\u2423';
 const quoted = token => (token === '' ? 'part of a character' : `\u201c${named(token)}\u201d`);
 const count = (n, what) => `${n.toLocaleString('en')} ${what}${n === 1 ? '' : 's'}`;
@@ -113,7 +115,8 @@ function drawHeat() {
   const all = tasks.flatMap((_, t) => shown.flatMap(site => figures(tasks[t], site)[metric]));
   const low = Math.min(...all);
   const high = Math.max(...all);
-  el('uniform').textContent = (1 / experts).toFixed(3);
+  const equal = new Set(shown.map(site => (1 / chosen()[site].experts).toFixed(3)));
+  el('uniform').textContent = [...equal].join(' or ');
   const names = range(experts).map(e => 'expert ' + e);
   el('overall').replaceChildren(heatTable(tasks, names, mean, Math.min(...means), Math.max(...means)));
   el('scale').replaceChildren(make('span', {}, 'layers: ' + low.toFixed(3), rampBar(), high.toFixed(3)));
@@ -143,17 +146,17 @@ function drawHeat() {
 
 function drawEntropy() {
   const shown = sites();
-  const wide = 1080, tall = 260, left = 44, bottom = 30;
+  const wide = Math.max(300, el('entropy').clientWidth), tall = 260, left = 44, bottom = 30;
   const x = i => left + (shown.length > 1 ? i / (shown.length - 1) : 0.5) * (wide - left - 14);
   const y = v => 10 + (1 - v) * (tall - bottom - 10);
-  const chart = svg('svg', { viewBox: `0 0 ${wide} ${tall}`, width: '100%', style: 'min-width:640px' });
+  const chart = svg('svg', { width: wide, height: tall, style: 'display:block' });
   for (const v of [0, 0.25, 0.5, 0.75, 1]) {
     chart.append(
       svg('line', { x1: left, x2: wide - 14, y1: y(v), y2: y(v), class: 'grid' }),
       svg('text', { x: left - 8, y: y(v) + 4, 'text-anchor': 'end' }, v)
     );
   }
-  const step = Math.ceil(shown.length / 16);
+  const step = Math.ceil((shown.length * 60) / wide);
   shown.forEach((site, i) => {
     if (i % step !== 0 || shown.length - i <= step) return;
     chart.append(svg('text', { x: x(i), y: tall - 10, 'text-anchor': 'middle' }, layerOf(site)));
@@ -185,6 +188,12 @@ function drawSimilarity() {
   );
 }
 
+/// The tokens that an owner's routers read: those of its augmenting model, else the text's.
+function tokensOf(owner) {
+  const [, source] = /^augmenting\.(\d+)$/.exec(owner) || [];
+  return source !== undefined && text.streams[source] ? text.streams[source].tokens : text.tokens;
+}
+
 function drawExperts() {
   const rows = text.routers[el('owner').value][el('layer').value];
   const experts = rows[0].length;
@@ -192,11 +201,11 @@ function drawExperts() {
     ...range(experts).map(e => make('span', {}, dot(expertColour(e, experts, 1)), 'expert ' + e))
   );
   el('expert_text').replaceChildren(
-    ...text.tokens.flatMap((token, t) => {
+    ...tokensOf(el('owner').value).flatMap((token, t) => {
       const p = rows[t];
       const best = p.indexOf(Math.max(...p));
       const sure = Math.max(0, (p[best] - 1 / experts) / (1 - 1 / experts));
-      const span = make('span', { textContent: token.replace(/\n/g, '\u21b5') });
+      const span = make('span', { textContent: word(token) });
       span.style.background = expertColour(best, experts, 0.25 + 0.75 * Math.sqrt(sure));
       span.onmousemove = event =>
         showTip(
@@ -255,8 +264,8 @@ const base = path => path.split('/').filter(part => part).pop() || 'model';
 const sourceOf = k => structure.augmenting[joins[k].augmenting];
 const streamOf = k => text.streams[joins[k].augmenting];
 const label = k => {
-  const name = structure.augmenting.length > 1 ? base(sourceOf(k).model) + ': ' : '';
-  return `${name}block ${block(joins[k].aug)} \u2192 ${block(joins[k].anchor)}`;
+  const name = structure.augmenting.length > 1 ? ', ' + short(base(sourceOf(k).model), 18) : '';
+  return `block ${block(joins[k].aug)} \u2192 ${block(joins[k].anchor)}${name}`;
 };
 const shortly = v => (v >= 0.995 || v < 0.0005 ? v.toFixed(2) : v.toFixed(3));
 const choose = change => {
@@ -287,7 +296,6 @@ function drawBlocks() {
   const wide = 500;
   const tallest = Math.max(structure.anchor.blocks, ...structure.augmenting.map(a => a.blocks));
   const step = Math.max(13, Math.min(26, Math.floor(480 / tallest)));
-  const short = name => (name.length > 30 ? name.slice(0, 29) + '\u2026' : name);
   el('blocks').replaceChildren(
     ...structure.augmenting.map((model, m) => {
       const mine = joins.map((j, k) => [j, k]).filter(([j]) => j.augmenting === m);
@@ -297,7 +305,7 @@ function drawBlocks() {
       const size = { viewBox: `0 0 ${wide} ${44 + rows * step}`, width: wide, style: 'max-width:100%;height:auto' };
       const chart = svg('svg', size);
       const column = (x, title, blocks, used) => {
-        chart.append(svg('text', { x: x + 35, y: 18, 'text-anchor': 'middle' }, short(title)));
+        chart.append(svg('text', { x: x + 35, y: 18, 'text-anchor': 'middle' }, short(title, 24)));
         for (let i = low; i < blocks; i++) {
           if (i < 0 && !used.has(i)) continue;
           const box = { x, y: y(i) - (step - 4) / 2, width: 70, height: step - 4, rx: 4 };
@@ -464,12 +472,11 @@ function drawMap(canvas, k, head, cell, labels) {
   if (!labels) return { left, top };
   g.font = '12px ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace';
   g.textBaseline = 'middle';
-  const short = token => (named(token).length > 11 ? named(token).slice(0, 10) + '\u2026' : named(token));
   if (roomy) {
     g.textAlign = 'right';
     text.tokens.forEach((token, t) => {
       g.fillStyle = variable(t === state.token ? '--ink' : '--soft');
-      g.fillText(short(token), left - 6, top + (t + 0.5) * cell);
+      g.fillText(short(named(token), 11), left - 6, top + (t + 0.5) * cell);
     });
     g.fillStyle = variable('--soft');
     g.textAlign = 'left';
@@ -477,7 +484,7 @@ function drawMap(canvas, k, head, cell, labels) {
       g.save();
       g.translate(left + (s + 0.5) * cell, top - 6);
       g.rotate(-Math.PI / 2);
-      g.fillText(short(token), 0, 0);
+      g.fillText(short(named(token), 11), 0, 0);
       g.restore();
     });
   }
@@ -582,7 +589,13 @@ if (routers) startRouters();
 else el('routers').remove();
 if (structure) startConnections();
 else el('connections').remove();
-dark.onchange = () => {
+const drawAll = () => {
   if (routers) drawRouters();
   if (structure) drawConnections();
 };
+dark.onchange = drawAll;
+let width = innerWidth;
+addEventListener('resize', () => {
+  if (width !== innerWidth) drawAll();
+  width = innerWidth;
+});
