@@ -60,8 +60,20 @@ def main():
     # The precompiled header hides a missing <torch/torch.h>.
     problems += [f"{header.relative_to(ROOT)}: uses tensors, but includes none of what declares them"
                  for header in headers if not includes_torch(header, set())]
+    problems += installed_problems(headers)
     print("\n".join(problems) or f"{len(headers)} headers compile alone")
     return 1 if problems or not headers else 0
+
+
+def installed_problems(headers):
+    """An installed header includes only what is installed, too."""
+    private = set(re.findall(r'PATTERN "(\w+\.h)" EXCLUDE', (ROOT / "cmake" / "Install.cmake").read_text()))
+    for header in headers:
+        if header.name in private:
+            continue
+        for name in re.findall(r'^#include "([^"]+)"', header.read_text(), re.MULTILINE):
+            if not name.startswith("moesaic/") or pathlib.PurePath(name).name in private:
+                yield f"{header.relative_to(ROOT)}: is installed, but {name} is not"
 
 
 def includes_torch(header, seen):

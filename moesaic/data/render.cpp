@@ -1,17 +1,10 @@
 #include <algorithm>
 
+#include "moesaic/base/text.h"
 #include "moesaic/data/dataset.h"
 
 namespace moesaic::data {
 namespace {
-
-bool is_space(char c) { return c == ' ' || c == '\t' || c == '\r' || c == '\n'; }
-
-std::string_view trimmed(std::string_view text) {
-  while (!text.empty() && is_space(text.back())) text.remove_suffix(1);
-  while (!text.empty() && is_space(text.front())) text.remove_prefix(1);
-  return text;
-}
 
 OrderedJson conversation(const Row& row) {
   if (!row.messages.is_null()) return row.messages;
@@ -37,7 +30,7 @@ Row raw(const Row& row) {
 bool answered(const OrderedJson& messages) {
   return std::any_of(messages.begin(), messages.end(), [](const OrderedJson& message) {
     return message.at("role") == "assistant" &&
-           (message.contains("tool_calls") || !trimmed(message.at("content").get_ref<const std::string&>()).empty());
+           (message.contains("tool_calls") || !stripped(message.at("content").get_ref<const std::string&>()).empty());
   });
 }
 
@@ -95,14 +88,14 @@ std::optional<Example> Renderer::render_row(const Row& row) const {
     // A template that writes nothing behind the last answer would never teach the model to stop.
     bool open_end = !chat.trained.empty() && chat.trained.back().second == chat.text.size() &&
                     messages.back().at("role") == "assistant" && !messages.back().contains("tool_calls") &&
-                    trimmed(chat.text).ends_with(trimmed(messages.back().at("content").get<std::string>()));
+                    stripped(chat.text).ends_with(stripped(messages.back().at("content").get<std::string>()));
     if (open_end && tokenizer_->eos_id() && example.ids.back() != *tokenizer_->eos_id()) {
       example.ids.push_back(*tokenizer_->eos_id());
       example.mask.push_back(1);
     }
   } else {
     Row pair = raw(row);
-    if (trimmed(pair.target).empty()) return std::nullopt;
+    if (stripped(pair.target).empty()) return std::nullopt;
     MOESAIC_CHECK(tokenizer_->eos_id().has_value(), DataError,
                   "the tokenizer has no end-of-text token, and an answer without one can't be learnt to stop");
     example.ids = render_prompt(pair);

@@ -2,9 +2,10 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <fstream>
+
+#include "tests/temporary_folder.h"
 
 namespace moesaic {
 namespace {
@@ -22,14 +23,10 @@ std::string message_of(Action action) {
   return "";
 }
 
-class TemporaryFolder : public testing::Test {
+class InFolder : public testing::Test {
  protected:
-  void SetUp() override {
-    std::string pattern = (std::filesystem::temp_directory_path() / "moesaic-XXXXXX").string();
-    folder_ = mkdtemp(pattern.data());
-  }
-  void TearDown() override { std::filesystem::remove_all(folder_); }
-  std::filesystem::path folder_;
+  const test::TemporaryFolder temporary_;
+  const std::filesystem::path folder_ = temporary_.path();
 };
 
 TEST(ParseJson, ReadsValuesAndKeepsOrderWhereAsked) {
@@ -56,7 +53,7 @@ TEST(ParseJson, RefusesDeepNestingButNotBracketsInStrings) {
   EXPECT_EQ(parse_json('"' + std::string(300, '[') + "\\\"[\"", "x").get<std::string>().size(), 302);
 }
 
-TEST_F(TemporaryFolder, FilesAreWrittenWholeAndReadBack) {
+TEST_F(InFolder, FilesAreWrittenWholeAndReadBack) {
   auto path = folder_ / "a.json";
   write_file_atomically(path, "{\"x\": 1}");
   write_file_atomically(path, "{\"x\": 2}");
@@ -66,7 +63,7 @@ TEST_F(TemporaryFolder, FilesAreWrittenWholeAndReadBack) {
               HasSubstr("No such file"));
 }
 
-TEST_F(TemporaryFolder, ReadRefusesFoldersMissingAndLargeFiles) {
+TEST_F(InFolder, ReadRefusesFoldersMissingAndLargeFiles) {
   EXPECT_THAT(message_of<DataError>([&] { read_file(folder_); }), HasSubstr("is a folder"));
   EXPECT_THAT(message_of<DataError>([&] { read_file(folder_ / "absent"); }), HasSubstr("No such file"));
   write_file_atomically(folder_ / "large", std::string(11, 'x'));

@@ -1,7 +1,6 @@
 // A folder that is removed at the end of a test, and a tokenizer of whole words.
 #pragma once
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <filesystem>
 #include <fstream>
@@ -10,18 +9,12 @@
 
 #include "moesaic/data/dataset.h"
 #include "moesaic/tokenizer/tokenizer.h"
+#include "tests/temporary_folder.h"
 
 namespace moesaic::data {
 
 class FolderTest : public testing::Test {
  protected:
-  FolderTest() {
-    static int number = 0;
-    folder_ = std::filesystem::path(testing::TempDir()) / fmt::format("moesaic_data_{}_{}", getpid(), number++);
-    std::filesystem::create_directories(folder_);
-  }
-  ~FolderTest() override { std::filesystem::remove_all(folder_); }
-
   std::filesystem::path write(const std::string& name, std::string_view bytes) const {
     std::filesystem::create_directories((folder_ / name).parent_path());
     std::ofstream(folder_ / name, std::ios::binary) << bytes;
@@ -36,7 +29,8 @@ class FolderTest : public testing::Test {
     return config;
   }
 
-  std::filesystem::path folder_;
+  const test::TemporaryFolder temporary_;
+  const std::filesystem::path folder_ = temporary_.path();
 };
 
 inline std::vector<Row> read_all(const DatasetConfig& config) {
