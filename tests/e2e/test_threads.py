@@ -12,6 +12,7 @@ import pytest
 import tiny_run
 
 POLICY = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"  # ends with us
 needs_two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core: one thread")
 
 
@@ -23,7 +24,7 @@ def environment(**chosen):
 @contextlib.contextmanager
 def busy(processes):
     """Processes that compute meanwhile."""
-    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    others = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(processes)]
     try:
         yield
     finally:
