@@ -2,6 +2,7 @@
 // object of changes to it, runs it once.
 #include <iostream>
 
+#include "cli/threads.h"
 #include "moesaic/adapters/adapter.h"
 #include "moesaic/compose/folder.h"
 #include "moesaic/data/example.h"
@@ -192,6 +193,7 @@ int main() {
   std::getline(std::cin, line);
   Json job = Json::parse(line);
   at::set_num_threads(job["threads"]);
+  const cli::SpinWatch watch;
   const std::map<std::string, Run (*)(const Json&)> kinds{{"training", training},
                                                           {"generate", generation},
                                                           {"calm", composed_training},

@@ -6,6 +6,7 @@ range is over the rounds. CPU seconds (of all threads) stand beside wall seconds
 """
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -324,8 +325,45 @@ def calm_rows(threads, repeats, quick, log, released=None):
                   "0.80 is at most 1.25x)", g["ours-composed"], both, "0.80", "tok/s")
 
 
+BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"  # ends with us
+
+
+@contextlib.contextmanager
+def busy(processes):
+    """Other processes that compute meanwhile."""
+    others = [subprocess.Popen([PYTHON, "-c", BUSY]) for _ in range(processes)]
+    try:
+        time.sleep(0.3)
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def load_rows(threads, repeats, quick, log):
+    """A step beside busy processes, against PEFT's and against each one's own step on the quiet machine."""
+    job, tokens = uniform_jobs(threads, quick, sequences=2)
+    groups = {}
+    for processes in (0, 1, 2, 4):
+        log(f"LoRA, {tokens}, beside {processes} busy processes")
+
+        def run(contestant, processes=processes):
+            with busy(processes):
+                contestant.run()
+
+        groups[processes] = rounds({"ours-lora": job("lora"), "peft-lora": job("lora")}, repeats, log, run)
+    quiet = groups.pop(0)
+    for processes, g in groups.items():
+        what = f"LoRA r=4 all linears, step of {tokens} beside {processes} busy process{'es' if processes > 1 else ''}"
+        yield compare("C13", f"{what}: PEFT", g["ours-lora"], g["peft-lora"], "1.0")
+        yield compare("C13", f"{what}: our own on the quiet machine", g["ours-lora"], quiet["ours-lora"], "")
+        yield compare("C13", f"PEFT's step beside {processes}: its own on the quiet machine", g["peft-lora"],
+                      quiet["peft-lora"], "")
+
+
 SECTIONS = {"lora": lora_rows, "molora": molora_rows, "mov": mov_rows, "instructions": instruction_rows,
-            "generation": generation_rows, "start": start_rows, "calm": calm_rows}
+            "generation": generation_rows, "start": start_rows, "calm": calm_rows, "load": load_rows}
 
 
 def machine():
