@@ -2,6 +2,7 @@
 #include <iostream>
 
 #include "cli/command.h"
+#include "moesaic/base/count_numbers.h"
 #include "moesaic/base/device.h"
 #include "moesaic/compose/folder.h"
 #include "moesaic/compose/released.h"
@@ -20,8 +21,7 @@ int run(const ConvertOptions& options, const CommonOptions& common) {
       options.anchor, options.augmenting, options.mask, {number_format(common.dtype, device).dtype, device, false}};
   const auto composition = compose::import_released(options.in, released);
   compose::save_composition(*composition, options.out);
-  int64_t parameters = 0;
-  for (const auto& parameter : composition->parameters()) parameters += parameter.numel();
+  const int64_t parameters = count_numbers(composition->parameters());
   fmt::print("anchor      {}\naugmenting  {}\n", composition->anchor_member().checkpoint->path().string(),
              composition->augmenting()[0].checkpoint->path().string());
   for (const compose::ConnectionPair& pair : composition->config().augmenting[0].connections) {

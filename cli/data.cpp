@@ -2,9 +2,9 @@
 #include <unistd.h>
 
 #include "cli/command.h"
-#include "moesaic/base/yaml.h"
 #include "demos/key_files.h"
 #include "demos/skills.h"
+#include "moesaic/base/yaml.h"
 #include "moesaic/data/validate.h"
 #include "moesaic/run/run.h"
 

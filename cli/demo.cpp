@@ -2,12 +2,13 @@
 #include <fmt/format.h>
 
 #include "cli/command.h"
+#include "demos/greedy_match.h"
+#include "demos/skills.h"
 #include "moesaic/adapters/adapter.h"
+#include "moesaic/base/count_numbers.h"
 #include "moesaic/base/device.h"
 #include "moesaic/base/progress.h"
 #include "moesaic/data/dataset.h"
-#include "demos/skills.h"
-#include "demos/greedy_match.h"
 #include "moesaic/eval/routes.h"
 #include "moesaic/formats/checkpoint.h"
 #include "moesaic/models/causal_lm.h"
@@ -88,7 +89,7 @@ class Demo {
 
     Run run;
     run.method = method;
-    for (const auto& parameter : adapter->parameters()) run.trainable += parameter.tensor.numel();
+    run.trainable = count_numbers(adapter->parameters());
     data::Mixture mixture(data::resolve_datasets(trained_, folder_ / "data"), renderer_, common_.seed, "proportional");
     train::TrainConfig trainer;
     trainer.output_dir = folder_ / method;

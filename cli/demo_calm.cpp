@@ -54,7 +54,8 @@ std::vector<demos::KeyRow> run_experiment(demos::KeyExperiment& experiment, bool
 Json results_json(const std::vector<demos::KeyRow>& rows, const CalmDemoOptions& options, uint64_t seed) {
   Json json{{"seed", seed}, {"test_rows", options.test_rows}, {"fraction", options.fraction}};
   for (const demos::KeyRow& row : rows) {
-    for (size_t i = 0; i < std::size(demos::kKeyTasks); ++i) json["table"][row.name][demos::kKeyTasks[i].first] = row.scores[i];
+    for (size_t i = 0; i < std::size(demos::kKeyTasks); ++i)
+      json["table"][row.name][demos::kKeyTasks[i].first] = row.scores[i];
     json["trained_parameters"][row.name] = row.trained;
     json["train_seconds"][row.name] = row.seconds;
   }
@@ -80,7 +81,7 @@ int run_calm_demo(const CalmDemoOptions& options, const CommonOptions& common) {
         "frozen and joined by two cross-attentions, trained on 100 of the keys. All questions use the other 400.\n\n");
   }
   demos::KeyExperiment experiment(options.output_dir, common.seed, options.fraction, options.test_rows,
-                           parse_device(common.device));
+                                  parse_device(common.device));
   const std::vector<demos::KeyRow> rows = run_experiment(experiment, options.ablations);
   const Json results = results_json(rows, options, common.seed);
   const std::filesystem::path folder = options.output_dir;

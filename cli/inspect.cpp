@@ -3,10 +3,12 @@
 
 #include "cli/command.h"
 #include "moesaic/adapters/adapter.h"
-#include "moesaic/models/causal_lm.h"
+#include "moesaic/base/count_numbers.h"
 #include "moesaic/base/device.h"
+#include "moesaic/base/text.h"
 #include "moesaic/compose/folder.h"
 #include "moesaic/formats/adapter_folder.h"
+#include "moesaic/models/causal_lm.h"
 
 namespace moesaic::cli {
 namespace fs = std::filesystem;
@@ -17,8 +19,6 @@ struct Options {
   adapters::AdapterConfig adapter;
   bool tensors = false, json = false;
 };
-
-std::string shape_text(const std::vector<int64_t>& shape) { return fmt::format("[{}]", fmt::join(shape, ", ")); }
 
 int64_t count(const std::vector<int64_t>& shape) {
   return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
@@ -105,12 +105,6 @@ std::shared_ptr<models::CausalLM> meta_model(const formats::Checkpoint& checkpoi
   return std::make_shared<models::CausalLM>(config, torch::dtype(torch::kFloat32).device(torch::kMeta));
 }
 
-int64_t parameter_count(const models::CausalLM& model) {
-  int64_t total = 0;
-  for (const torch::Tensor& parameter : model.parameters()) total += parameter.numel();
-  return total;
-}
-
 OrderedJson model_header(const formats::Checkpoint& checkpoint, const models::CausalLM& model) {
   const models::DecoderConfig& config = model.config();
   return {{"path", checkpoint.path().string()},     {"model_type", config.model_type},
@@ -133,7 +127,7 @@ OrderedJson inspect_model(const fs::path& path, bool list) {
   const auto model = meta_model(*checkpoint);
   OrderedJson report = {{"kind", path.extension() == ".gguf" ? "gguf" : "model"}};
   report.update(model_header(*checkpoint, *model));
-  report["total_parameters"] = parameter_count(*model);
+  report["total_parameters"] = count_numbers(model->parameters());
   if (weights) {
     describe_tensors(*checkpoint, checkpoint->names(), list, report);
     report["fingerprint"] = checkpoint->fingerprint();
@@ -148,7 +142,7 @@ OrderedJson inspect_model(const fs::path& path, bool list) {
 OrderedJson inspect_method(const Options& options) {
   const auto checkpoint = formats::Checkpoint::open(options.model, /*weights=*/false);
   const auto model = meta_model(*checkpoint);
-  const int64_t total = parameter_count(*model);
+  const int64_t total = count_numbers(model->parameters());
   OrderedJson report = model_header(*checkpoint, *model);
   report["method"] = options.method;
   if (options.method == "full") {
@@ -166,9 +160,9 @@ OrderedJson inspect_method(const Options& options) {
     if (scales && std::find(names.begin(), names.end(), "down_proj") != names.end()) config.feedforward = {"down_proj"};
   }
   const auto adapter = adapters::Adapter::create(config, model->sites(), torch::kMeta, 0);
-  int64_t trainable = 0, router = 0;
+  const int64_t trainable = count_numbers(adapter->parameters());
+  int64_t router = 0;
   for (const nn::Parameter& parameter : adapter->parameters()) {
-    trainable += parameter.tensor.numel();
     if (parameter.kind == nn::Parameter::Kind::kRouter) router += parameter.tensor.numel();
   }
   OrderedJson patterns = OrderedJson::array();

@@ -101,8 +101,8 @@ SpinWatch::SpinWatch() {
   const char* mark = "MOESAIC_SPIN_WATCH";
   if (std::getenv(mark) == nullptr) return;
   for (const char* setting : kSettings) unsetenv(std::string(name_of(setting)).c_str());  // programs we start choose
-  auto gomp_parallel = reinterpret_cast<void (*)(void (*)(void*), void*, unsigned, unsigned)>(
-      dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  auto gomp_parallel =
+      reinterpret_cast<void (*)(void (*)(void*), void*, unsigned, unsigned)>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   if (gomp_parallel != nullptr && at::get_num_threads() > 1) thread_ = std::jthread(watch, gomp_parallel);
 }
 

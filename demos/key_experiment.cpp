@@ -1,5 +1,6 @@
 #include "demos/key_experiment.h"
 
+#include "moesaic/base/count_numbers.h"
 #include "moesaic/base/progress.h"
 #include "moesaic/base/seed.h"
 #include "moesaic/compose/folder.h"
@@ -15,21 +16,16 @@ constexpr int64_t kFurtherSteps = 400;  // of whatever is trained on top of trai
 constexpr double kFurtherLearningRate = 4e-3;
 
 Json model_config() {
-  return {{"model_type", "llama"},
-          {"architectures", Json::array({"LlamaForCausalLM"})},
-          {"vocab_size", kKeyVocabulary},
-          {"hidden_size", 64},
-          {"intermediate_size", 192},
-          {"num_hidden_layers", 4},
-          {"num_attention_heads", 4},
-          {"num_key_value_heads", 4},
-          {"max_position_embeddings", 64},
-          {"rms_norm_eps", 1e-6},
-          {"rope_theta", 10000.0},
-          {"hidden_act", "silu"},
-          {"tie_word_embeddings", false},
-          {"bos_token_id", key_bos_id()},
-          {"eos_token_id", key_eos_id()}};
+  return {
+      {"model_type", "llama"},         {"architectures", Json::array({"LlamaForCausalLM"})},
+      {"vocab_size", kKeyVocabulary},  {"hidden_size", 64},
+      {"intermediate_size", 192},      {"num_hidden_layers", 4},
+      {"num_attention_heads", 4},      {"num_key_value_heads", 4},
+      {"max_position_embeddings", 64}, {"rms_norm_eps", 1e-6},
+      {"rope_theta", 10000.0},         {"hidden_act", "silu"},
+      {"tie_word_embeddings", false},  {"bos_token_id", key_bos_id()},
+      {"eos_token_id", key_eos_id()},
+  };
 }
 
 std::shared_ptr<models::CausalLM> new_model(const std::string& name, c10::Device device, uint64_t seed) {
@@ -48,12 +44,6 @@ std::shared_ptr<adapters::Adapter> make_lora(models::CausalLM& model, int64_t ra
   return adapters::Adapter::create(config, model.sites(), model.device(), seed);
 }
 
-int64_t parameters_of(nn::Learner& learner) {
-  int64_t count = 0;
-  for (const auto& parameter : learner.parameters()) count += parameter.tensor.numel();
-  return count;
-}
-
 }  // namespace
 
 KeyRow KeyExperiment::make_model(const std::string& name, KeyText texts, int64_t steps) {
@@ -61,7 +51,7 @@ KeyRow KeyExperiment::make_model(const std::string& name, KeyText texts, int64_t
   models::AllWeights all(model, folder_of());
   const auto result = train(name, *model, all, {texts}, steps, 3e-3);
   const compose::Member member = open(name);
-  return row(name, *member.model, *member.tokenizer, parameters_of(all), result.seconds);
+  return row(name, *member.model, *member.tokenizer, count_numbers(all.parameters()), result.seconds);
 }
 
 void KeyExperiment::make_random_model(const std::string& name) {
@@ -71,15 +61,14 @@ void KeyExperiment::make_random_model(const std::string& name) {
 KeyRow KeyExperiment::compose(const std::string& name, const std::string& anchor, const std::string& augmenting,
                               const compose::CompositionConfig& config) {
   const compose::Member member = open(anchor);
-  const auto composition = std::make_shared<compose::Composition>(
-      config, member, std::vector{open(augmenting)}, derive_seed(seed_, name + " init"));
+  const auto composition = std::make_shared<compose::Composition>(config, member, std::vector{open(augmenting)},
+                                                                  derive_seed(seed_, name + " init"));
   int64_t trained = 0;
   double seconds = 0;
   {
     compose::Connections connections(composition, /*train_adapters=*/false);
-    trained = parameters_of(connections);
-    seconds =
-        train(name, *composition, connections, kComposedTexts, kFurtherSteps, kFurtherLearningRate).seconds;
+    trained = count_numbers(connections.parameters());
+    seconds = train(name, *composition, connections, kComposedTexts, kFurtherSteps, kFurtherLearningRate).seconds;
   }
   return row(name, *composition, *member.tokenizer, trained, seconds);
 }
@@ -87,19 +76,19 @@ KeyRow KeyExperiment::compose(const std::string& name, const std::string& anchor
 KeyRow KeyExperiment::adapt(const std::string& name, const std::string& model, int64_t parameters) {
   const compose::Member member = open(model);
   const uint64_t seed = derive_seed(seed_, name + " init");
-  const int64_t of_rank_one = parameters_of(*make_lora(*member.model, 1, seed));
+  const int64_t of_rank_one = count_numbers(make_lora(*member.model, 1, seed)->parameters());
   const int64_t rank = std::max<int64_t>(1, (parameters + of_rank_one / 2) / of_rank_one);
   const auto adapter = make_lora(*member.model, rank, seed);
   member.model->attach(name, adapter);
   const auto result = train(name, *member.model, *adapter, kComposedTexts, kFurtherSteps, kFurtherLearningRate);
-  return row(name, *member.model, *member.tokenizer, parameters_of(*adapter), result.seconds);
+  return row(name, *member.model, *member.tokenizer, count_numbers(adapter->parameters()), result.seconds);
 }
 
 KeyRow KeyExperiment::tune(const std::string& name, const std::string& model, KeyText texts) {
   const compose::Member member = open(model);
   models::AllWeights all(member.model, folder_of());
   const auto result = train(name, *member.model, all, {texts}, kFurtherSteps, 3e-3);
-  return row(name, *member.model, *member.tokenizer, parameters_of(all), result.seconds);
+  return row(name, *member.model, *member.tokenizer, count_numbers(all.parameters()), result.seconds);
 }
 
 formats::ModelFolder KeyExperiment::folder_of() const {
@@ -150,8 +139,7 @@ KeyRow KeyExperiment::row(const std::string& name, models::LanguageModel& model,
     for (const auto& question : questions) prompts.push_back({question.prompt});
     const auto answers = generate::generate(model, tokenizer, prompts, greedy);
     int64_t right = 0;
-    for (size_t i = 0; i < questions.size(); ++i)
-      right += key_answer_is_right(task, questions[i], answers[i].ids);
+    for (size_t i = 0; i < questions.size(); ++i) right += key_answer_is_right(task, questions[i], answers[i].ids);
     row.scores.push_back(static_cast<double>(right) / static_cast<double>(questions.size()));
   }
   return row;

@@ -4,8 +4,8 @@
 #include <string>
 #include <vector>
 
-#include "moesaic/compose/composition.h"
 #include "demos/key_arithmetic.h"
+#include "moesaic/compose/composition.h"
 #include "moesaic/train/trainer.h"
 
 namespace moesaic::demos {

@@ -5,8 +5,8 @@
 #include <random>
 #include <set>
 
-#include "moesaic/base/seed.h"
 #include "demos/key_arithmetic.h"
+#include "moesaic/base/seed.h"
 #include "moesaic/data/order.h"
 
 namespace moesaic::demos {

@@ -57,8 +57,8 @@ struct AdapterConfig {
   int64_t experts_at(int64_t layer) const { return layer_experts.empty() ? num_experts : layer_experts.at(layer); }
 };
 
-/// The method's preset targets at these sites, by role: `reference` or `all-linear` (lora, molora; "" means all-linear);
-/// keys, values and the FFN branch for ia3 and mov.
+/// The method's preset targets at these sites, by role: `reference` or `all-linear` (lora, molora; "" means
+/// all-linear); keys, values and the FFN branch for ia3 and mov.
 AdapterConfig resolve_targets(AdapterConfig config, const std::string& preset, const nn::Sites& sites);
 
 /// One trained thing beside a frozen model: what a run learns, and what a model carries.

@@ -4,6 +4,7 @@
 #include "moesaic/adapters/router_setup.h"
 #include "moesaic/base/check.h"
 #include "moesaic/base/seed.h"
+#include "moesaic/base/text.h"
 #include "moesaic/moe/low_rank.h"
 
 namespace moesaic::adapters {
@@ -133,9 +134,7 @@ void fold_low_rank(const AdapterConfig& config, const std::string& site, formats
   const int64_t out = linear.weight.size(0), in = linear.weight.size(1);
   const bool fits = a.defined() && b.defined() && a.dim() == 2 && b.dim() == 2 && a.size(0) == b.size(1) &&
                     a.size(1) == in && b.size(0) == out;
-  auto shape = [](const torch::Tensor& t) {
-    return t.defined() ? fmt::format("[{}]", fmt::join(t.sizes(), ", ")) : std::string("none");
-  };
+  auto shape = [](const torch::Tensor& t) { return t.defined() ? shape_text(t.sizes()) : std::string("none"); };
   MOESAIC_CHECK(fits, DataError, "{}: got lora_A {} and lora_B {}, expected [r, {}] and [{}, r]", site, shape(a),
                 shape(b), in, out);
   const double rank = static_cast<double>(pattern_value(config.rank_pattern, site, config.lora_rank));

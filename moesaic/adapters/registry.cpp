@@ -3,6 +3,7 @@
 #include "moesaic/adapters/low_rank_adapter.h"
 #include "moesaic/adapters/scale_adapter.h"
 #include "moesaic/base/check.h"
+#include "moesaic/formats/claim.h"
 
 namespace moesaic::adapters {
 namespace {
@@ -73,11 +74,11 @@ void fold(const formats::AdapterFolder& adapter, const std::string& where, forma
   for (const auto& [name, tensor] : adapter.tensors) {
     if (const std::string site = linear_of(name); !site.empty()) sites.insert(site);
   }
-  std::vector<std::string> wrong;
+  formats::Misfits found;
   for (const std::string& site : sites) {
     const auto weight = model.find(site + ".weight"), bias = model.find(site + ".bias");
     if (weight == model.end() || weight->second.dim() != 2) {
-      wrong.push_back(fmt::format("{}: the model has no matrix {}.weight", site, site));
+      found.missing.push_back(fmt::format("{}.weight, a matrix of the model", site));
       std::erase_if(left, [&](const auto& item) { return linear_of(item.first) == site; });
       continue;
     }
@@ -86,15 +87,14 @@ void fold(const formats::AdapterFolder& adapter, const std::string& where, forma
     try {
       method_of(config.method).fold(config, site, left, linear);
     } catch (const DataError& error) {
-      wrong.emplace_back(error.what());
+      found.wrong.emplace_back(error.what());
       continue;
     }
     weight->second = linear.weight;
     if (bias != model.end()) bias->second = linear.bias;
   }
-  for (const auto& [name, tensor] : left) wrong.push_back(fmt::format("{}: unexpected tensor", name));
-  MOESAIC_CHECK(wrong.empty(), DataError, "{} does not fit the model:\n  {}\nhint: wrong base model?", where,
-                fmt::join(wrong, "\n  "));
+  for (const auto& [name, tensor] : left) found.unexpected.push_back(name);
+  formats::check_fits(found, where, "the model", "wrong base model?");
 }
 
 void Adapter::set_trainable(bool on) {

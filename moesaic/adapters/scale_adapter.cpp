@@ -10,7 +10,7 @@ namespace {
 class ScaleAdapter : public Adapter {
  public:
   ScaleAdapter(AdapterConfig config, nn::Sites& sites, const torch::Device& device, uint64_t seed, bool trainable,
-                double effect) {
+               double effect) {
     config_ = std::move(config);
     if (config_.k_site == "auto") {
       config_.k_site = mixes() && sites.has_qk_norm ? "post_qk_norm" : "output";

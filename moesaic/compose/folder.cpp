@@ -3,7 +3,7 @@
 #include "moesaic/base/check.h"
 #include "moesaic/base/device.h"
 #include "moesaic/base/sha256.h"
-#include "moesaic/formats/safetensors.h"
+#include "moesaic/formats/claim.h"
 #include "moesaic/models/initialize.h"
 
 namespace moesaic::compose {
@@ -153,23 +153,11 @@ std::shared_ptr<formats::Checkpoint> open_reference(const Reference& reference, 
   return checkpoint;
 }
 
-/// Adds to `problems` every tensor that has no parameter and every parameter without a fitting tensor.
-void check_tensors(const formats::SafetensorsFile& file, const std::map<std::string, std::vector<int64_t>>& shapes,
+/// Adds to `problems` what of the connections' file does not fit.
+void check_tensors(const formats::SafetensorsFile& file, const formats::Declarations& expected,
                    std::vector<std::string>& problems) {
-  for (const auto& [name, shape] : shapes) {
-    if (!file.contains(name)) {
-      problems.push_back(fmt::format("{}: {} is missing", kTensorsName, name));
-    } else if (file.shape(name) != shape) {
-      problems.push_back(fmt::format("{}: {}: got [{}], expected [{}]", kTensorsName, name,
-                                     fmt::join(file.shape(name), ", "), fmt::join(shape, ", ")));
-    } else if (!at::isFloatingType(file.dtype(name))) {
-      problems.push_back(fmt::format("{}: {}: got {}, expected numbers with a fraction", kTensorsName, name,
-                                     c10::toString(file.dtype(name))));
-    }
-  }
-  for (const std::string& name : file.names()) {
-    if (!shapes.contains(name)) problems.push_back(fmt::format("{}: {} is unexpected", kTensorsName, name));
-  }
+  const formats::Misfits found = formats::misfits(expected, formats::declarations(file));
+  if (!found.empty()) problems.push_back(std::string(kTensorsName) + ":" + found.text());
 }
 
 void throw_problems(const fs::path& dir, const std::vector<std::string>& problems) {
@@ -264,14 +252,14 @@ std::shared_ptr<Composition> load_composition(const fs::path& dir, const models:
     problems.push_back(error.what());  // of another model than the one that was replaced
     throw_problems(dir, problems);
   }
-  std::map<std::string, std::vector<int64_t>> shapes;
+  formats::Declarations shapes;
   int64_t k = 0;
   for (size_t m = 0; m < config.augmenting.size(); ++m) {
     for (size_t c = 0; c < config.composition.augmenting[m].connections.size(); ++c, ++k) {
       const ConnectionImpl connection(config.composition.connection, models[m + 1].hidden_size, models[0].hidden_size,
                                       torch::TensorOptions(torch::kMeta).dtype(torch::kFloat32));
       for (const auto& item : connection.named_parameters()) {
-        shapes[fmt::format("connections.{}.{}", k, item.key())] = item.value().sizes().vec();
+        shapes[fmt::format("connections.{}.{}", k, item.key())] = {item.value().sizes().vec()};
       }
     }
   }
@@ -328,8 +316,8 @@ std::vector<nn::Parameter> Connections::parameters() {
 
 void Connections::load(const fs::path& dir) {
   Composition& composition = *composition_;
-  std::map<std::string, std::vector<int64_t>> shapes;
-  for (const auto& item : composition.named_parameters()) shapes[item.key()] = item.value().sizes().vec();
+  formats::Declarations shapes;
+  for (const auto& item : composition.named_parameters()) shapes[item.key()] = {item.value().sizes().vec()};
   std::vector<std::string> problems;
   const FolderConfig saved = parse_folder_config(read_json(dir / kConfigName), dir);
   auto compare = [&](const std::string& place, const Reference& reference, const Member& member) {

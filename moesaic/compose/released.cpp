@@ -2,6 +2,7 @@
 
 #include "moesaic/base/check.h"
 #include "moesaic/compose/folder.h"
+#include "moesaic/formats/claim.h"
 #include "moesaic/formats/torch_file.h"
 
 namespace moesaic::compose {
@@ -93,59 +94,66 @@ std::vector<ConnectionPair> read_pairs(const Json& config, const std::string& wh
 /// Compares the checkpoint's copy of a model, the tensors behind `prefix`, with the model given for it; takes them out
 /// of `tensors`.
 void compare_base(TensorMap& tensors, const std::string& prefix, const formats::Checkpoint& base,
-                  std::vector<std::string>& problems) {
-  std::set<std::string> missing;
-  if (const auto first = tensors.lower_bound(prefix); first != tensors.end() && first->first.starts_with(prefix)) {
-    for (const std::string& name : base.names()) missing.insert(name);
-  }
+                  formats::Misfits& found) {
+  auto computed = [](const std::string& name) { return name.ends_with("rotary_emb.inv_freq"); };  // not learned
+  TensorMap copy;
   for (auto it = tensors.lower_bound(prefix); it != tensors.end() && it->first.starts_with(prefix);) {
-    const auto [name, ours] = std::pair(it->first.substr(prefix.size()), it->second);
+    if (!computed(it->first)) copy.insert(*it);
     it = tensors.erase(it);
-    missing.erase(name);
-    if (name.ends_with("rotary_emb.inv_freq")) continue;  // computed, not learned
-    const bool head = name == "lm_head.weight" && !base.contains(name);
-    const std::string source = head ? "model.embed_tokens.weight" : name;  // a tied head is the embedding
-    if (!base.contains(source)) {
-      problems.push_back(fmt::format("{}{}: {} has no such tensor", prefix, name, base.path().string()));
-    } else if (const at::Tensor given = base.tensor(source); given.sizes() != ours.sizes()) {
-      problems.push_back(fmt::format("{}{}: got [{}], but [{}] in {}", prefix, name, fmt::join(ours.sizes(), ", "),
-                                     fmt::join(given.sizes(), ", "), base.path().string()));
-    } else if (!torch::equal(given.to(ours.dtype()), ours)) {
-      problems.push_back(fmt::format("{}{}: other numbers than in {}", prefix, name, base.path().string()));
-    }
   }
-  for (const std::string& name : missing) problems.push_back(prefix + name + " is missing");
+  if (copy.empty()) return;
+  std::map<std::string, std::string> sources;  // in `base`
+  for (const std::string& name : base.names()) {
+    if (!computed(name)) sources[prefix + name] = name;
+  }
+  const std::string head = prefix + "lm_head.weight";
+  if (copy.contains(head)) sources.emplace(head, "model.embed_tokens.weight");  // a tied head is the embedding
+  formats::Declarations expected;
+  for (const auto& [name, source] : sources) expected[name] = {base.shape(source)};
+  found.add(formats::misfits(expected, formats::declarations(copy), formats::Dtypes::kAny));
+  for (const auto& [name, ours] : copy) {
+    if (!sources.contains(name) || ours.sizes() != expected[name].shape) continue;
+    if (torch::equal(base.tensor(sources[name]).to(ours.dtype()), ours)) continue;
+    found.wrong.push_back(fmt::format("{}: other numbers than in {}", name, base.path().string()));
+  }
 }
 
-/// Moves the tensors of connection k into `connection`, or says what is wrong with them.
-void take_connection(TensorMap& tensors, int64_t k, torch::nn::Module& connection, std::vector<std::string>& problems) {
+/// A tensor of a released connection: ours, one above the other.
+struct HookTensor {
+  const char* name;
+  std::vector<std::string> targets;
+};
+const std::vector<HookTensor> kHookTensors{
+    {"proj.weight", {"proj.weight"}},
+    {"proj.bias", {"proj.bias"}},
+    {"cross_attention.in_proj_weight", {"q_proj.weight", "k_proj.weight", "v_proj.weight"}},
+    {"cross_attention.in_proj_bias", {"q_proj.bias", "k_proj.bias", "v_proj.bias"}},
+    {"cross_attention.out_proj.weight", {"o_proj.weight"}},
+    {"cross_attention.out_proj.bias", {"o_proj.bias"}},
+    {"post_attention_layernorm.weight", {"norm.weight"}}};
+
+std::string hook_name(int64_t k, const HookTensor& tensor) {
+  return fmt::format("cross_attention_hooks.{}.{}", k, tensor.name);
+}
+
+/// What the tensors of connection k must be.
+void declare_connection(int64_t k, const torch::nn::Module& connection, formats::Declarations& expected) {
+  const auto parameters = connection.named_parameters();
+  for (const HookTensor& tensor : kHookTensors) {
+    std::vector<int64_t> shape = parameters[tensor.targets[0]].sizes().vec();
+    shape[0] *= std::ssize(tensor.targets);
+    expected[hook_name(k, tensor)] = {shape};
+  }
+}
+
+/// Copies the tensors of connection k, which fit.
+void take_connection(const TensorMap& tensors, int64_t k, torch::nn::Module& connection) {
   torch::NoGradGuard no_grad;
   auto parameters = connection.named_parameters();
-  const int64_t width = parameters["q_proj.weight"].size(0);
-  auto take = [&](const char* name, const std::vector<std::string>& targets) {
-    const std::string full = fmt::format("cross_attention_hooks.{}.{}", k, name);
-    std::vector<int64_t> expected = parameters[targets[0]].sizes().vec();
-    expected[0] *= std::ssize(targets);
-    const auto node = tensors.extract(full);
-    if (node.empty()) {
-      problems.push_back(full + " is missing");
-    } else if (node.mapped().sizes() != expected) {
-      problems.push_back(fmt::format("{}: got [{}], expected [{}]", full, fmt::join(node.mapped().sizes(), ", "),
-                                     fmt::join(expected, ", ")));
-    } else {
-      for (size_t part = 0; part < targets.size(); ++part) {
-        parameters[targets[part]].copy_(node.mapped().narrow(0, static_cast<int64_t>(part) * width,
-                                                             targets.size() > 1 ? width : node.mapped().size(0)));
-      }
-    }
-  };
-  take("proj.weight", {"proj.weight"});
-  take("proj.bias", {"proj.bias"});
-  take("cross_attention.in_proj_weight", {"q_proj.weight", "k_proj.weight", "v_proj.weight"});
-  take("cross_attention.in_proj_bias", {"q_proj.bias", "k_proj.bias", "v_proj.bias"});
-  take("cross_attention.out_proj.weight", {"o_proj.weight"});
-  take("cross_attention.out_proj.bias", {"o_proj.bias"});
-  take("post_attention_layernorm.weight", {"norm.weight"});
+  for (const HookTensor& tensor : kHookTensors) {
+    const auto parts = tensors.at(hook_name(k, tensor)).chunk(std::ssize(tensor.targets));
+    for (size_t part = 0; part < parts.size(); ++part) parameters[tensor.targets[part]].copy_(parts[part]);
+  }
 }
 
 }  // namespace
@@ -204,13 +212,17 @@ std::shared_ptr<Composition> import_released(const fs::path& dir, const Released
   }
 
   TensorMap tensors = read_tensors(dir);
-  compare_base(tensors, "anchor_model.", *anchor.checkpoint, problems);
-  compare_base(tensors, "aug_model.", *augmenting.checkpoint, problems);
+  formats::Misfits found;
+  compare_base(tensors, "anchor_model.", *anchor.checkpoint, found);
+  compare_base(tensors, "aug_model.", *augmenting.checkpoint, found);
   auto composition = std::make_shared<Composition>(shape, anchor, std::vector{augmenting}, /*seed=*/0);
   const auto children = composition->named_children()["connections"]->named_children();
-  for (int64_t k = 0; k < std::ssize(pairs); ++k) take_connection(tensors, k, *children[std::to_string(k)], problems);
-  for (const auto& [name, _] : tensors) problems.push_back(name + " is unexpected");
+  formats::Declarations expected;
+  for (int64_t k = 0; k < std::ssize(pairs); ++k) declare_connection(k, *children[std::to_string(k)], expected);
+  found.add(formats::misfits(expected, formats::declarations(tensors)));
+  if (!found.empty()) problems.push_back("the tensors do not fit:" + found.text());
   throw_problems(dir, problems);
+  for (int64_t k = 0; k < std::ssize(pairs); ++k) take_connection(tensors, k, *children[std::to_string(k)]);
   return composition;
 }
 

@@ -3,6 +3,7 @@
 #include <chrono>
 
 #include "moesaic/base/sha256.h"
+#include "moesaic/base/text.h"
 #include "moesaic/eval/code_runner.h"
 #include "moesaic/eval/corpus_metrics.h"
 
@@ -12,12 +13,6 @@ namespace {
 constexpr int64_t kAutoBatchTokens = 4096;
 
 std::string dump(const OrderedJson& json) { return json.dump(-1, ' ', false, OrderedJson::error_handler_t::replace); }
-
-std::string strip(const std::string& text) {
-  const size_t begin = text.find_first_not_of(" \t\r\n");
-  if (begin == std::string::npos) return "";
-  return text.substr(begin, text.find_last_not_of(" \t\r\n") - begin + 1);
-}
 
 /// Characters (code points) of UTF-8 text.
 int64_t characters(const std::string& text) {
@@ -154,7 +149,7 @@ void evaluate_ranked(const EvalModel& model, const Task& task, const EvalOptions
         filtered.push_back(pair);
       }
       auto right = [&](const Winner& winner) {
-        const std::string answer = strip(item.choices[winner.index]);
+        const std::string answer = stripped(item.choices[winner.index]);
         return std::find(item.targets.begin(), item.targets.end(), answer) != item.targets.end() ? 1.0 : 0.0;
       };
       const Winner best = first_largest(sums);
@@ -200,7 +195,7 @@ void evaluate_generated(const EvalModel& model, const Task& task, const EvalOpti
     for (size_t i = begin; i < end; ++i) {
       const Item& item = task.items[i];
       // Blanks in front belong to code.
-      const std::string answer = item.program ? code_in(answers[i - begin].text) : strip(answers[i - begin].text);
+      const std::string answer = item.program ? code_in(answers[i - begin].text) : stripped(answers[i - begin].text);
       std::map<std::string, double> values;
       for (const AnswerMetric& metric : kAnswerMetrics) {
         if (wanted(metrics, metric.name)) values[metric.name] = metric.score(answer, item.targets);

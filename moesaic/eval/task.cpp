@@ -4,6 +4,7 @@
 #include <fstream>
 #include <set>
 
+#include "moesaic/base/text.h"
 #include "moesaic/data/dataset.h"
 #include "moesaic/eval/metrics.h"
 
@@ -69,12 +70,6 @@ bool has_keys(const OrderedJson& row, std::initializer_list<const char*> keys) {
 bool is_p3(const OrderedJson& row) { return has_keys(row, {"inputs", "answer_choices"}); }
 bool is_multiple_choice(const OrderedJson& row) { return has_keys(row, {"query", "choices", "gold"}); }
 
-std::string strip(const std::string& text) {
-  const size_t begin = text.find_first_not_of(" \t\r\n");
-  if (begin == std::string::npos) return "";
-  return text.substr(begin, text.find_last_not_of(" \t\r\n") - begin + 1);
-}
-
 OrderedJson row_of(const std::string& line, const fs::path& path, int64_t number) {
   return parse_ordered_json(line, fmt::format("{}:{}", path.string(), number));
 }
@@ -103,11 +98,11 @@ Item p3_item(const OrderedJson& row, const std::string& where, RowErrors& errors
   Item item;
   item.messages = user_turn(text_at(row, "inputs", where, errors));
   item.targets = texts_at(row, row.contains("target") ? "target" : "targets", where, errors);
-  for (std::string& target : item.targets) target = strip(target);
+  for (std::string& target : item.targets) target = stripped(target);
   if (!row["answer_choices"].is_null()) {
     item.choices = texts_at(row, "answer_choices", where, errors);
     const bool found = std::any_of(item.choices.begin(), item.choices.end(), [&](const std::string& choice) {
-      return std::find(item.targets.begin(), item.targets.end(), strip(choice)) != item.targets.end();
+      return std::find(item.targets.begin(), item.targets.end(), stripped(choice)) != item.targets.end();
     });
     if (!found) errors.add(fmt::format("{}: the target is none of the answer choices", where));
   }
@@ -121,7 +116,7 @@ Item multiple_choice_item(const OrderedJson& row, const std::string& where, RowE
   item.choices = texts_at(row, "choices", where, errors);
   const OrderedJson& gold = row["gold"];
   if (gold.is_number_unsigned() && gold.get<uint64_t>() < item.choices.size()) {
-    item.targets = {strip(item.choices[gold.get<size_t>()])};
+    item.targets = {stripped(item.choices[gold.get<size_t>()])};
   } else {
     errors.add(fmt::format("{}: \"gold\" is no index of a choice", where));
   }
@@ -277,12 +272,12 @@ void read_mgsm(Task& task, const TaskOptions& options) {
   });
   if (words == std::end(kMgsmWords)) words = kMgsmWords;
   task.metrics = {"number"};
-  task.stop = {strip(words->question)};
+  task.stop = {stripped(words->question)};
   task.max_new_tokens = 256;
   RowErrors errors;
   each_line(task.path, [&](const std::string& line, int64_t number) {
     const size_t tab = line.find('\t');
-    const std::string answer = tab == std::string::npos ? "" : strip(line.substr(tab + 1));
+    const std::string answer = tab == std::string::npos ? "" : stripped(line.substr(tab + 1));
     if (answer.empty() || answer.find_first_not_of("-.,0123456789") != std::string::npos) {
       return errors.add(fmt::format("line {}: expected a question, a tab and a number", number));
     }
@@ -322,7 +317,7 @@ std::vector<Item> superni_items(const OrderedJson& file, const std::string& path
     Item item;
     item.messages = user_turn(head + text_at(instances[i], "input", where, errors));
     item.targets = texts_at(instances[i], "output", where, errors);
-    for (std::string& target : item.targets) labels.insert(target = strip(target));
+    for (std::string& target : item.targets) labels.insert(target = stripped(target));
     item.doc = instances[i];
     items.push_back(std::move(item));
   }
@@ -368,7 +363,7 @@ std::vector<Item> training_rows(const fs::path& path, int64_t& available, int64_
           answer.value("role", "") == "assistant" && answer.contains("content") && answer["content"].is_string(),
           DataError, "{}: the last message is no answer of the assistant, so there is nothing to compare with",
           row->where);
-      item.targets = {strip(answer["content"].get<std::string>())};
+      item.targets = {stripped(answer["content"].get<std::string>())};
       item.doc = {{"messages", row->messages}};
       item.messages = row->messages;
       item.messages.erase(item.messages.size() - 1);
@@ -376,7 +371,7 @@ std::vector<Item> training_rows(const fs::path& path, int64_t& available, int64_
       MOESAIC_CHECK(!row->prompt.empty(), DataError,
                     "{}: a row of plain text has no question. Expected a prompt and an answer, or messages.",
                     row->where);
-      item.targets = {strip(row->target)};
+      item.targets = {stripped(row->target)};
       item.doc = {{"prompt", row->prompt}, {"target", row->target}};
       item.messages = user_turn(row->prompt);
     }

@@ -1,12 +1,11 @@
 #include "moesaic/models/causal_lm.h"
 
 #include "moesaic/base/check.h"
+#include "moesaic/formats/claim.h"
 #include "moesaic/nn/decoder_layer.h"
 
 namespace moesaic::models {
 namespace {
-
-constexpr size_t kShownNames = 20;  // per kind of error
 
 /// A module that is one matrix: embed_tokens, lm_head.
 struct MatrixModuleImpl : torch::nn::Module {
@@ -43,40 +42,19 @@ nn::DecoderLayerConfig layer_config(const DecoderConfig& config, int64_t layer) 
   return result;
 }
 
-std::string shape_text(at::IntArrayRef shape) { return fmt::format("[{}]", fmt::join(shape, ", ")); }
-
-std::string listed(const char* title, const std::vector<std::string>& names) {
-  if (names.empty()) return "";
-  const size_t shown = std::min(names.size(), kShownNames);
-  std::string text = fmt::format("\n  {} ({}):\n    {}", title, names.size(),
-                                 fmt::join(names.begin(), names.begin() + static_cast<int64_t>(shown), "\n    "));
-  if (shown < names.size()) text += fmt::format("\n    and {} more", names.size() - shown);
-  return text;
-}
-
 /// Old checkpoints store the rotary frequencies, which follow from the config.
 bool is_derived_buffer(const std::string& name) { return name.ends_with("rotary_emb.inv_freq"); }
 
 /// Throws DataError listing every tensor of the file that has no place and every parameter without a fitting tensor.
 void check_tensors(const formats::Checkpoint& checkpoint, const CausalLM& model, bool ignore_head) {
-  std::vector<std::string> missing, unexpected, misshapen;
-  const auto parameters = model.named_parameters();
-  for (const auto& item : parameters) {
-    if (!checkpoint.contains(item.key())) {
-      missing.push_back(item.key());
-    } else if (const auto shape = checkpoint.shape(item.key()); item.value().sizes() != at::IntArrayRef(shape)) {
-      misshapen.push_back(
-          fmt::format("{}: got {}, expected {}", item.key(), shape_text(shape), shape_text(item.value().sizes())));
-    }
-  }
-  for (const std::string& name : checkpoint.names()) {
-    if (is_derived_buffer(name) || (ignore_head && name == "lm_head.weight")) continue;
-    if (parameters.find(name) == nullptr) unexpected.push_back(name);
-  }
-  MOESAIC_CHECK(missing.empty() && unexpected.empty() && misshapen.empty(), DataError,
-                "{}: the weights do not fit config.json (model_type {}):{}{}{}", checkpoint.path().string(),
-                model.config().model_type, listed("missing", missing), listed("unexpected", unexpected),
-                listed("of the wrong shape", misshapen));
+  formats::Declarations expected, present = formats::declarations(checkpoint);
+  for (const auto& item : model.named_parameters()) expected[item.key()] = {item.value().sizes().vec()};
+  std::erase_if(present, [&](const auto& item) {
+    return is_derived_buffer(item.first) || (ignore_head && item.first == "lm_head.weight");
+  });
+  formats::check_fits(formats::misfits(expected, present, formats::Dtypes::kAny), checkpoint.path().string(),
+                      fmt::format("config.json (model_type {})", model.config().model_type),
+                      "config.json and weights of one model?");
 }
 
 }  // namespace
@@ -104,8 +82,8 @@ CausalLM::CausalLM(const DecoderConfig& config, const torch::TensorOptions& opti
   head_ = std::make_unique<nn::Head>(head, config.final_softcap);
   stack_.rope = std::make_unique<nn::Rope>(config.rope, config.head_dim);
   if (config.rope_local) stack_.rope_local = std::make_unique<nn::Rope>(*config.rope_local, config.head_dim);
-  facts_ = {config.model_type, config.vocab_size,  config.hidden_size,         config.num_layers,
-            config.eos_ids,    head.device(), head.scalar_type()};
+  facts_ = {config.model_type, config.vocab_size, config.hidden_size, config.num_layers,
+            config.eos_ids,    head.device(),     head.scalar_type()};
   stack_.embedding_scale =
       torch::tensor(config.embedding_scale, torch::kFloat64).to(dtype()).to(torch::kFloat64).item<double>();
   sites_.has_qk_norm = config.qk_norm;

@@ -14,6 +14,7 @@ torch::Tensor index_of(const std::vector<int64_t>& rows, torch::Device device) {
 /// `kept` with the rows of `fresh` where its sequence has not begun.
 torch::Tensor of_beginning(const torch::Tensor& kept, const torch::Tensor& fresh, const std::vector<uint8_t>& begins) {
   if (!kept.defined() || !fresh.defined()) return fresh.defined() ? fresh : kept;
+  if (std::find(begins.begin(), begins.end(), 1) == begins.end()) return kept;
   torch::Tensor rows = kept.clone();
   for (size_t b = 0; b < begins.size(); ++b) {
     if (begins[b]) rows[static_cast<int64_t>(b)].copy_(fresh[static_cast<int64_t>(b)]);
@@ -80,6 +81,10 @@ void LanguageModel::attach(const std::string& name, std::shared_ptr<nn::Attachme
     MOESAIC_CHECK(other->owner() != name, UsageError,
                   "--adapter: two adapters have the name '{}'; name them apart: NAME=DIR", name);
   }
+  for (const Part& part : parts()) {
+    MOESAIC_CHECK(part.place.empty() || part.place != name, UsageError,
+                  "--adapter: '{}' names a member of the composition; name the adapter apart: NAME=DIR", name);
+  }
   MOESAIC_CHECK(before.sentence == Sentence::kNone || wants.sentence == Sentence::kNone ||
                     (before.sentence == wants.sentence && before.sentence_width == wants.sentence_width),
                 UsageError,
@@ -97,10 +102,10 @@ int64_t LanguageModel::column(const std::string& name) const {
     names.push_back(attachment->owner());
   }
   const std::string nearest = nearest_name(name, names);
-  throw UsageError(fmt::format("adapter '{}': not attached; {}{}", name,
-                               names.empty() ? std::string("the model has none")
-                                             : fmt::format("expected one of {}", fmt::join(names, ", ")),
-                               nearest.empty() ? "" : fmt::format(". Did you mean '{}'?", nearest)));
+  throw UsageError(fmt::format(
+      "adapter '{}': not attached; {}{}", name,
+      names.empty() ? std::string("the model has none") : fmt::format("expected one of {}", fmt::join(names, ", ")),
+      nearest.empty() ? "" : fmt::format(". Did you mean '{}'?", nearest)));
 }
 
 nn::Needs LanguageModel::needs() const {
@@ -164,12 +169,15 @@ torch::Tensor LanguageModel::sentence_vectors(const Text& text, const Memory* me
 
 torch::Tensor LanguageModel::mixture_rows(const Text& text, const Memory* memory) const {
   const torch::Tensor kept = memory != nullptr ? memory->mixture : torch::Tensor();
-  if (!text.mixture.defined()) return kept;
+  if (!text.mixture.defined()) {
+    const torch::Tensor whole = kept.defined() ? torch::ones_like(kept) : kept;
+    return of_beginning(kept, whole, beginnings(text, memory));
+  }
   const auto adapters = std::ssize(attachments_);
-  MOESAIC_CHECK(text.mixture.dim() == 2 && text.mixture.size(0) == text.tokens.batch_size() &&
-                    text.mixture.size(1) == adapters,
-                UsageError, "mixture: got [{}], expected [{}, {}]: a weight of every attached adapter for each sequence",
-                fmt::join(text.mixture.sizes(), ", "), text.tokens.batch_size(), adapters);
+  MOESAIC_CHECK(
+      text.mixture.dim() == 2 && text.mixture.size(0) == text.tokens.batch_size() && text.mixture.size(1) == adapters,
+      UsageError, "mixture: got [{}], expected [{}, {}]: a weight of every attached adapter for each sequence",
+      fmt::join(text.mixture.sizes(), ", "), text.tokens.batch_size(), adapters);
   MOESAIC_CHECK(text.mixture.isfinite().all().item<bool>(), UsageError,
                 "mixture: got a weight that is not finite, expected numbers");
   return of_beginning(kept, text.mixture.to(facts().device, torch::kFloat32), beginnings(text, memory));

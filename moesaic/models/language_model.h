@@ -26,11 +26,11 @@ struct Facts {
 /// A ragged batch and what is known about it.
 struct Text {
   nn::RaggedBatch tokens;
-  nn::Borders borders{};                                  // where prompts end
-  torch::Tensor sentence{};                               // [B, d_e] for routers that read a data column's vectors
-  std::vector<std::vector<int64_t>> prompts{};            // what sentence embeddings are made of; empty = the tokens
-  torch::Tensor mixture{};                                // [B, A]: weight of every attached adapter; undefined = 1
-  torch::Tensor rows{};                                   // [M] int64: the rows wanted; undefined = all N
+  nn::Borders borders{};                        // where prompts end
+  torch::Tensor sentence{};                     // [B, d_e] for routers that read a data column's vectors
+  std::vector<std::vector<int64_t>> prompts{};  // what sentence embeddings are made of; empty = the tokens
+  torch::Tensor mixture{};                      // [B, A]: weight of every attached adapter; undefined = 1
+  torch::Tensor rows{};                         // [M] int64: the rows wanted; undefined = all N
 };
 
 /// What a model keeps of the texts it is in the middle of, per sequence. Sequences join and leave.

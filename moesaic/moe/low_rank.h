@@ -25,9 +25,9 @@ struct LowRankExperts {
   int64_t rank;     // r
   double scale;     // alpha / r (or alpha / sqrt(r)), times the effect asked for when loading
   double dropout = 0.0;
-  torch::Tensor a;  // [E, r, in]
-  torch::Tensor b;  // [E*r, out]
-  Router router;    // weight [E, in]
+  torch::Tensor a;      // [E, r, in]
+  torch::Tensor b;      // [E*r, out]
+  Router router;        // weight [E, in]
   int64_t column = -1;  // of the pass's mixture; -1 = none
 
   int64_t width() const { return experts * rank; }

@@ -25,8 +25,7 @@ torch::Tensor Router::route(const torch::Tensor& logits, nn::Pass& pass, int64_t
   const torch::Tensor probs = logits.softmax(-1);
   const torch::Tensor weights = topk_weights(probs, options.top_k, options.topk_mode);
   if (pass.routing != nullptr) {
-    pass.routing->push_back(
-        {owner, site, layer, weight.requires_grad(), logits, probs, weights, rows_per_token});
+    pass.routing->push_back({owner, site, layer, weight.requires_grad(), logits, probs, weights, rows_per_token});
   }
   return weights;
 }

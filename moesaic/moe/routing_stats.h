@@ -34,8 +34,8 @@ struct SiteRouting {
   double load_cv() const;
 };
 
-/// Routing by owner (RoutingRecord::owner) and site. Filled pass by pass from Pass::routing; no padding exists, so every
-/// row counts.
+/// Routing by owner (RoutingRecord::owner) and site. Filled pass by pass from Pass::routing; no padding exists, so
+/// every row counts.
 class RoutingStats {
  public:
   using Sites = std::map<std::string, SiteRouting>;  // by site path

@@ -111,9 +111,7 @@ bool ScaleExperts::fused(const torch::Tensor& input, const nn::Pass& pass) const
          input.scalar_type() == vectors.scalar_type();
 }
 
-int64_t ScaleExperts::saved_per_row() const {
-  return vectors.size(0) * (vectors.dim() == 3 ? vectors.size(1) : 1);
-}
+int64_t ScaleExperts::saved_per_row() const { return vectors.size(0) * (vectors.dim() == 3 ? vectors.size(1) : 1); }
 
 torch::Tensor ScaleExperts::forward(const torch::Tensor& y, nn::Pass& pass) {
   if (y.dim() == 3 && vectors.dim() == 2) return forward(y.flatten(1), pass).view(y.sizes());

@@ -251,7 +251,7 @@ torch::Tensor SelfAttentionImpl::forward(const torch::Tensor& x, Pass& pass) {
   q = apply_rope(q, tables);
   k = apply_rope(k, tables);
   const torch::Tensor mixed = pass.cache ? cached_attention(q, k, v, layer_, pass, config_.options)
-                                            : ragged_attention(q, k, v, pass.offsets, config_.options);
+                                         : ragged_attention(q, k, v, pass.offsets, config_.options);
   return o_.forward(mixed.reshape({rows, config_.heads * k_width}), pass);
 }
 

@@ -100,9 +100,9 @@ void FeedForwardImpl::add_sites(const std::string& path, Sites& sites) {
 }
 
 int64_t FeedForwardImpl::saved_per_row(bool whole) const {
-  int64_t numbers = 2 * down_.in();                         // gate and up
-  if (whole || gate_up_.delta) numbers += gate_up_.in();    // the normed input
-  if (whole || down_.delta) numbers += down_.in();          // the branch
+  int64_t numbers = 2 * down_.in();                       // gate and up
+  if (whole || gate_up_.delta) numbers += gate_up_.in();  // the normed input
+  if (whole || down_.delta) numbers += down_.in();        // the branch
   for (const LinearGroup* group : {&gate_up_, &down_}) {
     if (group->delta) numbers += group->delta->saved_per_row();
   }

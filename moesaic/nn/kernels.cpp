@@ -42,7 +42,7 @@ const KernelTable& kernels() {
 #if defined(__x86_64__)
   static const KernelTable& table =
       kAvx2Kernels.gemv_f32 && at::get_cpu_capability() != "DEFAULT" && __builtin_cpu_supports("fma") ? kAvx2Kernels
-                                                                                               : kGenericKernels;
+                                                                                                      : kGenericKernels;
   return table;
 #else
   return kGenericKernels;

@@ -36,8 +36,8 @@ struct RotaryTables {
 
 /// What one router decided at one site in one forward pass.
 struct RoutingRecord {
-  std::string owner;       // the adapter's name, or the place of the model that carries it: "augmenting.0"
-  std::string site;        // module path, e.g. "model.layers.0.self_attn.q_proj"
+  std::string owner;  // the adapter's name, or the place of the model that carries it: "augmenting.0"
+  std::string site;   // module path, e.g. "model.layers.0.self_attn.q_proj"
   int64_t layer;
   bool trained;            // the router's weights require a gradient
   torch::Tensor logits;    // [M, E] float32; M = N, N*H (per head, head-minor) or B (sentence router)

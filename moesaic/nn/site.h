@@ -110,9 +110,9 @@ struct Sites {
 /// What an adapter wants to know of a text.
 struct Needs {
   enum class Sentence { kNone, kHidden, kColumn };
-  bool routed = false;                   // a router mixes experts
-  Sentence sentence = Sentence::kNone;   // vectors of a whole prompt: the frozen model's, or a data column's
-  int64_t sentence_width = 0;            // d_e
+  bool routed = false;                  // a router mixes experts
+  Sentence sentence = Sentence::kNone;  // vectors of a whole prompt: the frozen model's, or a data column's
+  int64_t sentence_width = 0;           // d_e
 };
 
 /// An adapter, as the model that owns it sees it.

@@ -25,9 +25,7 @@ bool Journal::reports_to(const std::string& target) const {
          std::find(config_.report_to.begin(), config_.report_to.end(), target) != config_.report_to.end();
 }
 
-bool Journal::logs_routing(int64_t step) const {
-  return reports_to("jsonl") && step % config_.logging_steps == 0;
-}
+bool Journal::logs_routing(int64_t step) const { return reports_to("jsonl") && step % config_.logging_steps == 0; }
 
 void Journal::open(int64_t resumed) {
   if (reports_to("jsonl")) {

@@ -1,5 +1,5 @@
-// The training keys of a run, each written once: its name, its field, what it means, and whether a resumed run must keep
-// it to be the same run.
+// The training keys of a run, each written once: its name, its field, what it means, and whether a resumed run must
+// keep it to be the same run.
 #pragma once
 #include "moesaic/train/trainer.h"
 
@@ -32,14 +32,14 @@ void each_train_key(Config& train, Visit visit) {
   visit("max_steps", train.max_steps, KeyInfo{kSteps, "steps; -1 follows from `num_train_epochs`"});
   visit("num_train_epochs", train.num_train_epochs, KeyInfo{kSteps, "epochs, when `max_steps` is -1"});
   visit("learning_rate", train.learning_rate, KeyInfo{kSteps, "peak", true});
-  visit("router_learning_rate", train.router_learning_rate,
-        KeyInfo{kSteps, "of routers; 0 is `learning_rate`", true});
+  visit("router_learning_rate", train.router_learning_rate, KeyInfo{kSteps, "of routers; 0 is `learning_rate`", true});
   visit("lr_scheduler_type", train.lr_scheduler_type,
         KeyInfo{kSteps, "`constant`, `linear`, `cosine`, `inverse_sqrt`", true});
   visit("warmup_ratio", train.warmup_ratio, KeyInfo{kSteps, "share of the steps", true});
   visit("warmup_steps", train.warmup_steps, KeyInfo{kSteps, "steps; wins over `warmup_ratio`", true});
   visit("optim", train.optim, KeyInfo{kSteps, "`adamw`, `adafactor`", true});
-  visit("weight_decay", train.weight_decay, KeyInfo{kSteps, "decoupled; not of routers, vectors, norms and biases", true});
+  visit("weight_decay", train.weight_decay,
+        KeyInfo{kSteps, "decoupled; not of routers, vectors, norms and biases", true});
   visit("adam_beta1", train.adam_beta1, KeyInfo{kSteps, "decay of the mean of the gradients", true});
   visit("adam_beta2", train.adam_beta2, KeyInfo{kSteps, "decay of the mean of their squares", true});
   visit("adam_epsilon", train.adam_epsilon, KeyInfo{kSteps, "added to the root of that mean", true});
@@ -59,8 +59,7 @@ void each_train_key(Config& train, Visit visit) {
         KeyInfo{kOutput, "`auto`: the newest complete checkpoint; or a checkpoint folder"});
   visit("logging_steps", train.logging_steps, KeyInfo{kOutput, "steps between log lines"});
   visit("save_steps", train.save_steps, KeyInfo{kOutput, "steps between checkpoints; 0 is none"});
-  visit("save_total_limit", train.save_total_limit,
-        KeyInfo{kOutput, "checkpoints kept, beside the best; 0 keeps all"});
+  visit("save_total_limit", train.save_total_limit, KeyInfo{kOutput, "checkpoints kept, beside the best; 0 keeps all"});
   visit("eval_steps", train.eval_steps, KeyInfo{kOutput, "steps between evaluations; 0 is none"});
   visit("early_stopping_patience", train.early_stopping_patience,
         KeyInfo{kOutput, "stop after so many evaluations without improvement; 0 is off"});

@@ -23,9 +23,10 @@ class DeterministicAlgorithms {
  public:
   DeterministicAlgorithms(bool on, torch::Device device) {
     if (!on) return;
-    MOESAIC_CHECK(device.is_cpu() || std::getenv("CUBLAS_WORKSPACE_CONFIG") != nullptr, UsageError,
-                  "deterministic: got no CUBLAS_WORKSPACE_CONFIG in the environment, expected :4096:8: without it cuBLAS "
-                  "has no deterministic algorithm");
+    MOESAIC_CHECK(
+        device.is_cpu() || std::getenv("CUBLAS_WORKSPACE_CONFIG") != nullptr, UsageError,
+        "deterministic: got no CUBLAS_WORKSPACE_CONFIG in the environment, expected :4096:8: without it cuBLAS "
+        "has no deterministic algorithm");
     context().setDeterministicAlgorithms(true, /*warn_only=*/false);
     context().setDeterministicFillUninitializedMemory(false);  // a debugging aid that costs time
   }
@@ -328,8 +329,7 @@ std::vector<OptimizedTensor> optimized_tensors(nn::Learner& learner, const Train
     if (!parameter.tensor.is_meta() && !seen.insert(parameter.tensor.data_ptr()).second) continue;
     const bool own_rate = parameter.kind == Kind::kRouter && config.router_learning_rate > 0;
     const bool decays = parameter.kind == Kind::kWeight || parameter.kind == Kind::kMatrix;
-    tensors.push_back({parameter.name, parameter.tensor,
-                       own_rate ? config.router_learning_rate : config.learning_rate,
+    tensors.push_back({parameter.name, parameter.tensor, own_rate ? config.router_learning_rate : config.learning_rate,
                        decays ? config.weight_decay : 0.0, parameter.kind == Kind::kWeight});
   }
   return tensors;

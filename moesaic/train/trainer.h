@@ -26,26 +26,26 @@ struct TrainConfig {
   std::string optim = "adamw";              // adamw | adafactor
   double weight_decay = 0.0;                // decoupled
   double adam_beta1 = 0.9, adam_beta2 = 0.999, adam_epsilon = 1e-8;
-  int64_t adafactor_initial_step = 0;             // updates made before the first
-  std::string lr_scheduler_type = "linear";       // constant | linear | cosine | inverse_sqrt
-  double warmup_ratio = 0.0;                      // share of the steps
-  int64_t warmup_steps = 0;                       // steps; wins over warmup_ratio
-  double max_grad_norm = 1.0;                     // 0 = off
-  int64_t max_steps = -1;                         // -1: from num_train_epochs
-  double num_train_epochs = 3;                    // when max_steps is -1
-  bool gradient_checkpointing = false;            // blocks run again in the backward pass
-  std::string loss_normalization = "tokens";      // tokens | sequences
-  double moe_aux_loss_coef = 0.0;                 // of the balance loss
-  double router_z_loss_coef = 0.0;                // of the z-loss
-  int64_t logging_steps = 10;                     // steps between log lines
-  int64_t save_steps = 500;                       // steps between checkpoints; 0 = none
-  int64_t eval_steps = 0;                         // steps between evaluations; 0 = none
-  int64_t save_total_limit = 2;                   // checkpoints kept beside the best; 0 = all
-  int64_t task_eval_steps = 0;                    // steps between task evaluations; 0 = at the end only
-  int64_t early_stopping_patience = 0;            // evaluations without improvement; 0 = off
-  std::string resume_from_checkpoint = "none";    // auto | none | DIR
-  std::vector<std::string> report_to{"jsonl"};    // jsonl, tensorboard
-  uint64_t seed = 42;                             // of dropout, jitter and everything else random in training
+  int64_t adafactor_initial_step = 0;           // updates made before the first
+  std::string lr_scheduler_type = "linear";     // constant | linear | cosine | inverse_sqrt
+  double warmup_ratio = 0.0;                    // share of the steps
+  int64_t warmup_steps = 0;                     // steps; wins over warmup_ratio
+  double max_grad_norm = 1.0;                   // 0 = off
+  int64_t max_steps = -1;                       // -1: from num_train_epochs
+  double num_train_epochs = 3;                  // when max_steps is -1
+  bool gradient_checkpointing = false;          // blocks run again in the backward pass
+  std::string loss_normalization = "tokens";    // tokens | sequences
+  double moe_aux_loss_coef = 0.0;               // of the balance loss
+  double router_z_loss_coef = 0.0;              // of the z-loss
+  int64_t logging_steps = 10;                   // steps between log lines
+  int64_t save_steps = 500;                     // steps between checkpoints; 0 = none
+  int64_t eval_steps = 0;                       // steps between evaluations; 0 = none
+  int64_t save_total_limit = 2;                 // checkpoints kept beside the best; 0 = all
+  int64_t task_eval_steps = 0;                  // steps between task evaluations; 0 = at the end only
+  int64_t early_stopping_patience = 0;          // evaluations without improvement; 0 = off
+  std::string resume_from_checkpoint = "none";  // auto | none | DIR
+  std::vector<std::string> report_to{"jsonl"};  // jsonl, tensorboard
+  uint64_t seed = 42;                           // of dropout, jitter and everything else random in training
   bool deterministic = false;  // PyTorch's deterministic algorithms only; on the CPU runs repeat themselves either way
 };
 
@@ -63,7 +63,8 @@ struct StepLog {
 /// Throws UsageError with everything about `config` that can't be run, in one message. `epoch_size` as train() takes
 /// it.
 void check_config(const TrainConfig& config, int64_t epoch_size);
-/// Throws UsageError when the config asks for what this model or learner hasn't: losses of routers where none is trained.
+/// Throws UsageError when the config asks for what this model or learner hasn't: losses of routers where none is
+/// trained.
 void check_run(const TrainConfig& config, nn::Learner& learner);
 
 /// Scores tasks with the weights of this moment: {"rte/acc", 0.61}. Must not draw from the global random generators.

@@ -6,6 +6,7 @@
 #include "moesaic/adapters/adapter.h"
 #include "moesaic/base/check.h"
 #include "tests/adapters/toy_sites.h"
+#include "tests/temporary_folder.h"
 
 namespace moesaic::adapters {
 namespace {
@@ -190,12 +191,8 @@ TEST(Settings, WhatTheModelOrTheExpertsCannotDoIsRefused) {
 
 class Loaded : public ::testing::Test {
  protected:
-  Loaded() {
-    std::string pattern = (std::filesystem::temp_directory_path() / "settings_test_XXXXXX").string();
-    path_ = mkdtemp(pattern.data());
-  }
-  ~Loaded() override { std::filesystem::remove_all(path_); }
-  std::filesystem::path path_;
+  const test::TemporaryFolder folder_;
+  const std::filesystem::path path_ = folder_.path();
   ToySites toy_;
 };
 

@@ -13,7 +13,8 @@ struct ToySites {
     sites.model_type = "llama";
     for (int64_t layer = 0; layer < 2; ++layer) {
       const std::string base = fmt::format("model.layers.{}.", layer);
-      add(layer, base + "self_attn.", 12, {{"q_proj", kQuery, 12, 3}, {"k_proj", kKey, 4, 1}, {"v_proj", kValue, 4, 1}});
+      add(layer, base + "self_attn.", 12,
+          {{"q_proj", kQuery, 12, 3}, {"k_proj", kKey, 4, 1}, {"v_proj", kValue, 4, 1}});
       if (qk_norm) scale(layer, base + "self_attn.k_proj", kKey, nn::ScaleKind::kPostHeadNorm, 1, 4);
       add(layer, base + "self_attn.", 12, {{"o_proj", kAttentionOut, 12, 0}});
       add(layer, base + "mlp.", 12, {{"gate_proj", kGate, 20, 0}, {"up_proj", kUp, 20, 0}});
@@ -46,8 +47,7 @@ struct ToySites {
       const auto index = static_cast<int64_t>(i);
       group.members()[i]->weight.normal_(0, 0.3);
       sites.linears.push_back({prefix + name, role, layer, &group, index, in, out});
-      sites.scales.push_back(
-          {prefix + name, role, layer, nn::ScaleKind::kInput, &group.input_slot(index), 0, in, 12});
+      sites.scales.push_back({prefix + name, role, layer, nn::ScaleKind::kInput, &group.input_slot(index), 0, in, 12});
       sites.scales.push_back({prefix + name, role, layer, nn::ScaleKind::kOutput, &group.output_slot(index), head_count,
                               head_count > 0 ? out / head_count : out, 12});
     }

@@ -241,6 +241,8 @@ TEST_F(CarriedAdapters, AreBesideWhatARequestMixes) {
     torch::manual_seed(12);
     for (const auto& parameter : adapter->parameters()) parameter.tensor.normal_(0.0, 0.3);
   }
+  EXPECT_THAT([&] { made->attach("anchor", adapter); },
+              ::testing::ThrowsMessage<UsageError>(HasSubstr("a member of the composition")));
   made->attach("mine", adapter);
   const auto with = test::logits_of(*made, kSequences);
   torch::NoGradGuard no_grad;

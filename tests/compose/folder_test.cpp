@@ -160,9 +160,9 @@ TEST_F(CompositionFolder, EveryWrongTensorIsListed) {
     tensors["connections.2.proj.weight"] = torch::zeros({2});
     tensors["connections.1.v_proj.weight"] = torch::zeros({20, 20}, torch::kInt64);
   });
-  EXPECT_THAT(error(), AllOf(HasSubstr("connections.0.q_proj.weight is missing"),
+  EXPECT_THAT(error(), AllOf(HasSubstr("missing (1):\n    connections.0.q_proj.weight"),
                              HasSubstr("connections.1.proj.weight: got [20, 15], expected [20, 14]"),
-                             HasSubstr("connections.2.proj.weight is unexpected"),
+                             HasSubstr("unexpected (1):\n    connections.2.proj.weight"),
                              HasSubstr("connections.1.v_proj.weight: got Long")));
 }
 

@@ -138,7 +138,8 @@ class SkillFiles : public data::FolderTest {};
 
 TEST_F(SkillFiles, AreReadAsDatasets) {
   write_skills(folder_ / "skills", 12, 5, 1);
-  auto configs = data::resolve_datasets(Json::parse(R"(["lookup", "lookup_test", "minimum_test"])"), folder_ / "skills");
+  auto configs =
+      data::resolve_datasets(Json::parse(R"(["lookup", "lookup_test", "minimum_test"])"), folder_ / "skills");
   EXPECT_EQ(read_all(configs[0]).size(), 12u);
   EXPECT_EQ(read_all(configs[1]).size(), 5u);
   EXPECT_EQ(read_all(configs[2])[0].messages.size(), 2u);

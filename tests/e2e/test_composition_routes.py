@@ -80,4 +80,5 @@ def test_convert_then_look_inside(folder, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     done = moesaic("convert", tmp_path, tmp_path / "damaged", *bases)
     assert done.returncode == 3 and not (tmp_path / "damaged").exists()
-    assert "hooks.0.proj.bias is missing" in done.stderr and "hooks.1.proj.bias is unexpected" in done.stderr
+    assert "missing (1):\n    cross_attention_hooks.0.proj.bias\n" in done.stderr
+    assert "unexpected (1):\n    cross_attention_hooks.1.proj.bias" in done.stderr

@@ -1,12 +1,12 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <stdlib.h>
 #include <torch/torch.h>
 
 #include "moesaic/adapters/adapter.h"
 #include "moesaic/export/merge.h"
 #include "moesaic/export/peft.h"
 #include "moesaic/models/causal_lm.h"
+#include "tests/temporary_folder.h"
 
 namespace moesaic::exporting {
 namespace {
@@ -18,8 +18,6 @@ using testing::HasSubstr;
 class Export : public testing::Test {
  protected:
   Export() {
-    std::string name = (fs::temp_directory_path() / "moesaic-export-XXXXXX").string();
-    folder_ = mkdtemp(name.data());
     config_ = {{"architectures", {"Qwen2ForCausalLM"}},
                {"model_type", "qwen2"},
                {"vocab_size", 29},
@@ -44,7 +42,6 @@ class Export : public testing::Test {
     }
     formats::write_model_folder(base(), files);
   }
-  ~Export() override { fs::remove_all(folder_); }
 
   fs::path base() const { return folder_ / "base"; }
 
@@ -88,7 +85,7 @@ class Export : public testing::Test {
     EXPECT_GT((logits(base()) - expected).abs().max().item<double>(), 1e-2);  // the adapter does something
   }
 
-  fs::path folder_;
+  const test::TemporaryFolder folder_;
   Json config_;
 };
 
@@ -124,7 +121,7 @@ TEST_F(Export, WrongBaseListsEveryOffender) {
     merge_adapter(folder, adapter);
     FAIL() << "expected a DataError";
   } catch (const DataError& error) {
-    EXPECT_THAT(error.what(), HasSubstr("the model has no matrix model.layers.0.self_attn.q_proj.weight"));
+    EXPECT_THAT(error.what(), HasSubstr("model.layers.0.self_attn.q_proj.weight, a matrix of the model"));
     EXPECT_THAT(error.what(), HasSubstr("up_proj: got lora_A [2, 12] and lora_B [20, 2], expected [r, 4] and [4, r]"));
   }
 }

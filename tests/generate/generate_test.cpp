@@ -216,6 +216,22 @@ TEST_F(Mixtures, ASessionWithOtherWeightsBeginsAnew) {
   }
 }
 
+TEST_F(Mixtures, ASequenceThatBeginsAgainForgetsItsWeights) {
+  const torch::NoGradGuard no_grad;
+  const auto memory = model_->memory(1);
+  auto last = [&](const torch::Tensor& mixture, models::Memory* kept) {
+    models::Text text{nn::RaggedBatch::from_sequences({prompts_[0].ids})};
+    text.mixture = mixture;
+    nn::Pass pass;
+    return model_->head().logits(model_->hidden(text, pass, kept));
+  };
+  const auto weighed = last(torch::tensor({{0.0f, 1.0f}}), memory.get());
+  memory->truncate(0, 0);
+  const auto whole = last({}, memory.get());
+  EXPECT_LT((whole - last({}, nullptr)).abs().max().item<double>(), 1e-5);
+  EXPECT_GT((whole - weighed).abs().max().item<double>(), 1e-2);
+}
+
 /// A router that reads the mean of the frozen model's states over the whole prompt.
 TEST_F(Generate, SentenceEmbeddingsAreThoseOfEachPrompt) {
   adapters::AdapterConfig config;

@@ -215,8 +215,9 @@ TEST(CausalLM, ScaleSitesActOnWhatTheirNameSaysCachedToo) {
           << name << " " << site.name;
       const auto memory = adapted->memory(1);
       logits_of(*adapted, {{1, 2, 3}}, memory.get());
-      EXPECT_LT(relative_error(logits_of(*adapted, {{4}}, memory.get()), logits_of(*scaled, {{1, 2, 3, 4}}).narrow(0, 3, 1)),
-                1e-5)
+      EXPECT_LT(
+          relative_error(logits_of(*adapted, {{4}}, memory.get()), logits_of(*scaled, {{1, 2, 3, 4}}).narrow(0, 3, 1)),
+          1e-5)
           << name << " " << site.name;
       site.slot->adapters.clear();
     }

@@ -62,7 +62,8 @@ TEST(BalanceLoss, HasAGradientUnderSoftMerging) {
 TEST(ZLoss, IsTheMeanSquaredLogSumExp) {
   const auto logits = torch::tensor({{0.0, 0.0}, {1.0, 1.0}});
   const double expected = (std::pow(std::log(2.0), 2) + std::pow(1 + std::log(2.0), 2)) / 2;
-  EXPECT_NEAR(z_loss({"owner", "site", 0, true, logits, logits.softmax(-1), logits.softmax(-1), 1}).item<double>(), expected, 1e-6);
+  EXPECT_NEAR(z_loss({"owner", "site", 0, true, logits, logits.softmax(-1), logits.softmax(-1), 1}).item<double>(),
+              expected, 1e-6);
 }
 
 TEST(Router, TemperatureDividesTheLogits) {

@@ -40,8 +40,8 @@ TEST(RoutingStats, SumsOverPasses) {
 
 TEST(RoutingStats, OwnersAreKeptApart) {
   RoutingStats stats;
-  stats.add({record("a", torch::tensor({{0.75f, 0.25f}})),
-             record("a", torch::tensor({{0.1f, 0.2f, 0.3f, 0.4f}}), 3, "a8")});
+  stats.add(
+      {record("a", torch::tensor({{0.75f, 0.25f}})), record("a", torch::tensor({{0.1f, 0.2f, 0.3f, 0.4f}}), 3, "a8")});
   EXPECT_EQ(stats.owners().at("a4").at("a").experts(), 2);
   EXPECT_EQ(stats.owners().at("a8").at("a").experts(), 4);
   EXPECT_THROW(stats.add({record("a", torch::tensor({{0.1f, 0.2f, 0.7f}}))}), DataError);

@@ -65,9 +65,7 @@ TEST(SplitColumns, GradientIsTheConcatenation) {
 /// Doubles what it is given and remembers that it was asked.
 struct Doubling : ScaleAdapter {
   torch::Tensor forward(const torch::Tensor& y, Pass&) override { return y * 2; }
-  torch::Tensor forward_ffn(const torch::Tensor& act, const torch::Tensor& up, Pass&) override {
-    return act * 2 * up;
-  }
+  torch::Tensor forward_ffn(const torch::Tensor& act, const torch::Tensor& up, Pass&) override { return act * 2 * up; }
   bool trains() const override { return false; }
   int64_t saved_per_row() const override { return 0; }
 };
@@ -90,8 +88,9 @@ TEST(FeedForward, EverySlotActsWhereItSays) {
     site.slot->adapters = {std::make_shared<Doubling>()};
     // Twice what down_proj reads is twice what it gives.
     const bool branch = site.kind == ScaleKind::kFfn;
-    const auto expected = reference(site.name == "mlp.gate_proj" ? 2 : 1, branch ? 2 : 1,
-                                    site.name == "mlp.up_proj" ? 2 : 1, !branch && site.name == "mlp.down_proj" ? 2 : 1);
+    const auto expected =
+        reference(site.name == "mlp.gate_proj" ? 2 : 1, branch ? 2 : 1, site.name == "mlp.up_proj" ? 2 : 1,
+                  !branch && site.name == "mlp.down_proj" ? 2 : 1);
     EXPECT_LT(relative_error(ffn->forward(x, pass), expected), 1e-5) << site.name;
     site.slot->adapters.clear();
   }

@@ -29,7 +29,8 @@ std::shared_ptr<adapters::Adapter> attach(const Json& job, models::CausalLM& mod
   if (job.contains("adapter")) {
     auto adapter = adapters::Adapter::open(job["adapter"].get<std::string>(), model.sites(), model.device(),
                                            checkpoint.fingerprint(), job.value("scale", 1.0));
-    for (const nn::Parameter& parameter : adapter->parameters()) torch::Tensor(parameter.tensor).set_requires_grad(true);
+    for (const nn::Parameter& parameter : adapter->parameters())
+      torch::Tensor(parameter.tensor).set_requires_grad(true);
     model.attach("adapter", adapter);
     return adapter;
   }

@@ -527,9 +527,9 @@ TEST(Trainer, FullFineTuningTrainsEveryWeightAndResumes) {
   CountingStream stream(-1, 4);
   auto all_of = [](const std::shared_ptr<models::CausalLM>& model) {
     formats::ModelFolder folder;
-    folder.config = {{"model_type", "llama"},       {"vocab_size", 53},        {"hidden_size", 16},
-                     {"intermediate_size", 24},     {"num_hidden_layers", 3},  {"num_attention_heads", 4},
-                     {"num_key_value_heads", 2},    {"head_dim", 4},           {"tie_word_embeddings", true}};
+    folder.config = {{"model_type", "llama"},    {"vocab_size", 53},       {"hidden_size", 16},
+                     {"intermediate_size", 24},  {"num_hidden_layers", 3}, {"num_attention_heads", 4},
+                     {"num_key_value_heads", 2}, {"head_dim", 4},          {"tie_word_embeddings", true}};
     return models::AllWeights(model, folder);
   };
   auto all = all_of(straight);
