@@ -8,6 +8,7 @@
 #include "moesaic/data/example.h"
 #include "moesaic/generate/generate.h"
 #include "moesaic/models/causal_lm.h"
+#include "moesaic/models/registry.h"
 #include "moesaic/train/trainer.h"
 
 namespace {
@@ -41,7 +42,7 @@ using Run = std::function<Json(int64_t index, const Json& job)>;
 
 Loaded load(const Json& job, const std::string& method) {
   Loaded loaded;
-  const auto checkpoint = formats::Checkpoint::open(job["model"].get<std::string>());
+  const auto checkpoint = models::open_checkpoint(job["model"].get<std::string>());
   models::LoadOptions options;
   options.quantize_int8 = job.value("quantize", false);
   loaded.model = models::CausalLM::load(*checkpoint, options);
@@ -135,7 +136,7 @@ std::shared_ptr<compose::Composition> compose_pair(const Json& job, bool release
   }
   config.augmenting.emplace_back();
   for (const Json& pair : job["connections"]) config.augmenting[0].connections.push_back({pair[0], pair[1]});
-  auto open = [](const std::string& path) { return compose::open_member(formats::Checkpoint::open(path), {}); };
+  auto open = [](const std::string& path) { return compose::open_member(models::open_checkpoint(path), {}); };
   return std::make_shared<compose::Composition>(config, open(job["models"][0]), std::vector{open(job["models"][1])},
                                                 /*seed=*/1);
 }

@@ -12,6 +12,7 @@
 #include "moesaic/eval/routes.h"
 #include "moesaic/formats/checkpoint.h"
 #include "moesaic/models/causal_lm.h"
+#include "moesaic/models/registry.h"
 #include "moesaic/train/trainer.h"
 
 namespace moesaic::cli {
@@ -47,7 +48,7 @@ class Demo {
     MOESAIC_CHECK(std::filesystem::exists(options.model), UsageError,
                   "--model {}: no such file. `make demo` fetches it; any folder with config.json or GGUF file will do.",
                   options.model);
-    checkpoint_ = formats::Checkpoint::open(options.model);
+    checkpoint_ = models::open_checkpoint(options.model);
     const NumberFormat format = number_format(common.dtype, device_);
     model_ = models::CausalLM::load(*checkpoint_, {format.dtype, device_, false});
     fmt::print("Computing in {} on {}: {}.\n\n", dtype_name(format.dtype), device_.str(), format.reason);

@@ -3,6 +3,7 @@
 #include "moesaic/base/device.h"
 #include "moesaic/export/merge.h"
 #include "moesaic/export/peft.h"
+#include "moesaic/models/registry.h"
 
 namespace moesaic::cli {
 namespace {
@@ -21,7 +22,7 @@ int run_export(const ExportOptions& options, const CommonOptions& common) {
     return 0;
   }
   MOESAIC_CHECK(!options.model.empty(), UsageError, "--format hf: got no --model, expected the one to write");
-  const auto checkpoint = formats::Checkpoint::open(options.model);
+  const auto checkpoint = models::open_checkpoint(options.model);
   auto folder = exporting::model_folder(
       *checkpoint, number_format(common.dtype == "auto" ? "float32" : common.dtype, torch::kCPU).dtype);
   if (!options.adapter.empty()) exporting::merge_adapter(folder, options.adapter);

@@ -9,6 +9,7 @@
 #include "moesaic/compose/folder.h"
 #include "moesaic/formats/adapter_folder.h"
 #include "moesaic/models/causal_lm.h"
+#include "moesaic/models/registry.h"
 
 namespace moesaic::cli {
 namespace fs = std::filesystem;
@@ -24,7 +25,15 @@ int64_t count(const std::vector<int64_t>& shape) {
   return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
 }
 
-/// Parameter counts per dtype and the tensor list (its names only on request).
+std::string stored_type(const formats::Checkpoint& checkpoint, const std::string& name) {
+  return checkpoint.stored_type(name);
+}
+template <class Source>
+std::string stored_type(const Source& source, const std::string& name) {
+  return dtype_name(source.dtype(name));
+}
+
+/// Parameter counts per stored type and the tensor list (its names only on request).
 template <class Source>
 void describe_tensors(const Source& source, const std::vector<std::string>& names, bool list, OrderedJson& report) {
   std::map<std::string, int64_t> by_dtype;
@@ -32,7 +41,7 @@ void describe_tensors(const Source& source, const std::vector<std::string>& name
   OrderedJson tensors = OrderedJson::array();
   for (const std::string& name : names) {
     const std::vector<int64_t> shape = source.shape(name);
-    const std::string dtype = dtype_name(source.dtype(name));
+    const std::string dtype = stored_type(source, name);
     by_dtype[dtype] += count(shape);
     total += count(shape);
     if (list) tensors.push_back({{"name", name}, {"dtype", dtype}, {"shape", shape}});
@@ -123,7 +132,7 @@ bool has_weights(const fs::path& path) {
 
 OrderedJson inspect_model(const fs::path& path, bool list) {
   const bool weights = has_weights(path);
-  const auto checkpoint = formats::Checkpoint::open(path, weights);
+  const auto checkpoint = models::open_checkpoint(path, weights);
   const auto model = meta_model(*checkpoint);
   OrderedJson report = {{"kind", path.extension() == ".gguf" ? "gguf" : "model"}};
   report.update(model_header(*checkpoint, *model));
@@ -140,7 +149,7 @@ OrderedJson inspect_model(const fs::path& path, bool list) {
 
 /// What training `method` inside the model of a config would train.
 OrderedJson inspect_method(const Options& options) {
-  const auto checkpoint = formats::Checkpoint::open(options.model, /*weights=*/false);
+  const auto checkpoint = models::open_checkpoint(options.model, /*weights=*/false);
   const auto model = meta_model(*checkpoint);
   const int64_t total = count_numbers(model->parameters());
   OrderedJson report = model_header(*checkpoint, *model);

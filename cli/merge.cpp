@@ -4,6 +4,7 @@
 #include "moesaic/adapters/adapter.h"
 #include "moesaic/base/device.h"
 #include "moesaic/models/causal_lm.h"
+#include "moesaic/models/registry.h"
 
 namespace moesaic::cli {
 namespace {
@@ -25,7 +26,7 @@ torch::Tensor probe_logits(models::CausalLM& model) {
 }
 
 int run_merge(const MergeOptions& options, const CommonOptions& common) {
-  const auto checkpoint = formats::Checkpoint::open(options.model);
+  const auto checkpoint = models::open_checkpoint(options.model);
   const bool quantized = fs::path(options.model).extension() == ".gguf";
   MOESAIC_CHECK(!(quantized && options.onto == "original"), UsageError,
                 "--onto: got original for {}, whose weights are quantised: merged weights don't fit back into them\n"
@@ -45,7 +46,7 @@ int run_merge(const MergeOptions& options, const CommonOptions& common) {
   // The proof: the merged model against the base with the adapter beside it.
   auto base = models::CausalLM::load(*checkpoint, {});
   const auto adapter = adapters::Adapter::open(options.adapter, base->sites(), torch::kCPU, checkpoint->fingerprint());
-  auto merged = models::CausalLM::load(*formats::Checkpoint::open(options.out), {});
+  auto merged = models::CausalLM::load(*models::open_checkpoint(options.out), {});
   const auto expected = probe_logits(*base), got = probe_logits(*merged);
   const double drift = (expected - got).abs().max().item<double>();
   fmt::print("{}: {} merged into {} weights, {}\n", options.out, adapter->config().method,

@@ -7,6 +7,7 @@
 #include "moesaic/formats/model_folder.h"
 #include "moesaic/generate/generate.h"
 #include "moesaic/models/initialize.h"
+#include "moesaic/models/registry.h"
 
 namespace moesaic::demos {
 namespace {
@@ -100,7 +101,7 @@ formats::ModelFolder KeyExperiment::folder_of() const {
 }
 
 compose::Member KeyExperiment::open(const std::string& name) const {
-  return compose::open_member(formats::Checkpoint::open(folder_ / name), {torch::kFloat32, device_, false});
+  return compose::open_member(models::open_checkpoint(folder_ / name), {torch::kFloat32, device_, false});
 }
 
 train::TrainResult KeyExperiment::train(const std::string& name, models::LanguageModel& model, nn::Learner& learner,

@@ -23,35 +23,35 @@ struct RouterConfig {
   std::string input = "token";             // token | sentence | layer_input | ffn_product
   int64_t sentence_dim = 0;                // d_e for input `sentence`; 0 = the model's hidden size
   std::string sentence_source = "hidden";  // hidden (the frozen model's mean-pooled last state) | column
-  double init_std = 0.02;
-  double jitter = 0.0;  // multiplicative uniform(1-j, 1+j) on the router's input while training
-  double temperature = 1.0;
+  double init_std = 0.02;                  // of the normal distribution that a router's weights begin with
+  double jitter = 0.0;                     // multiplicative uniform(1-j, 1+j) on the router's input while training
+  double temperature = 1.0;                // divides the logits
   bool head_wise = true;  // mov at heads: a vector and a router row per head, or one of each over all heads
 };
 
 /// Everything that defines an adapter. Parsed from a run's keys or from adapter_config.json.
 struct AdapterConfig {
-  std::string method;                        // lora | ia3 | mov | molora
-  int64_t num_experts = 1;                   // at every site, or the largest of `layer_experts`
-  std::map<int64_t, int64_t> layer_experts;  // experts by layer; empty = num_experts everywhere
-  int64_t lora_rank = 8;
-  double lora_alpha = 16;
-  double lora_dropout = 0.0;
-  bool use_rslora = false;
-  TargetPattern targets;                 // names or dotted suffixes, or one full regex
-  std::vector<std::string> feedforward;  // (IA)^3 and MoV: targets that scale their input, not their output
-  TargetPattern exclude;                 // same rule, taken away
-  std::map<std::string, int64_t> rank_pattern;
-  std::map<std::string, double> alpha_pattern;
-  std::vector<int64_t> layers_to_transform;  // empty = all
+  std::string method;                           // lora | ia3 | mov | molora
+  int64_t num_experts = 1;                      // at every site, or the largest of `layer_experts`
+  std::map<int64_t, int64_t> layer_experts;     // experts by layer; empty = num_experts everywhere
+  int64_t lora_rank = 8;                        // r of each expert
+  double lora_alpha = 16;                       // the delta is multiplied by alpha / r
+  double lora_dropout = 0.0;                    // of the low-rank input, while training
+  bool use_rslora = false;                      // alpha / sqrt(r) instead
+  TargetPattern targets;                        // names or dotted suffixes, or one full regex
+  std::vector<std::string> feedforward;         // (IA)^3 and MoV: targets that scale their input, not their output
+  TargetPattern exclude;                        // same rule, taken away
+  std::map<std::string, int64_t> rank_pattern;  // lora_rank of the sites a pattern matches
+  std::map<std::string, double> alpha_pattern;  // lora_alpha likewise
+  std::vector<int64_t> layers_to_transform;     // empty = all
   /// Where keys are scaled: auto | output | post_qk_norm (after the per-head norm, which would cancel a gain before
   /// it). auto: post_qk_norm for mov on models with q/k norm, else output (what PEFT's (IA)^3 does).
   std::string k_site = "auto";
-  RouterConfig router;
-  std::string base_model_name_or_path;
-  std::string base_fingerprint;  // Checkpoint::fingerprint()
-  std::string base_dtype;
-  Json extra = Json::object();  // PEFT keys we carry but do not use
+  RouterConfig router;                  // of every site with more than one expert
+  std::string base_model_name_or_path;  // the model it was trained on, for people
+  std::string base_fingerprint;         // Checkpoint::fingerprint()
+  std::string base_dtype;               // number format the base had in training
+  Json extra = Json::object();          // PEFT keys we carry but do not use
 
   /// Experts at a site of `layer`, which must be one of layer_experts' when that is not empty.
   int64_t experts_at(int64_t layer) const { return layer_experts.empty() ? num_experts : layer_experts.at(layer); }

@@ -3,6 +3,7 @@
 #pragma once
 #include <fmt/format.h>
 
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -58,3 +59,16 @@ class ShapeError : public DataError {
   do {                                                   \
     if (!(cond)) throw Type(::fmt::format(__VA_ARGS__)); \
   } while (0)
+
+/// What only a mistake in this library can break: presets dev and asan abort and name the place, release doesn't look.
+#ifdef MOESAIC_DEBUG
+#define MOESAIC_ASSERT(cond)                                                         \
+  do {                                                                               \
+    if (!(cond)) {                                                                   \
+      ::fmt::print(stderr, "{}:{}: does not hold: {}\n", __FILE__, __LINE__, #cond); \
+      ::std::abort();                                                                \
+    }                                                                                \
+  } while (0)
+#else
+#define MOESAIC_ASSERT(cond) static_cast<void>(sizeof(!(cond)))
+#endif

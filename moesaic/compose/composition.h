@@ -30,9 +30,9 @@ int64_t default_heads(const models::DecoderConfig& anchor);
 
 /// How one augmenting model is joined.
 struct AugmentingConfig {
-  std::vector<ConnectionPair> connections;
-  std::string align = "word";   // word | token | mixed
-  std::string mask = "causal";  // causal | prefix | full; see Alignment
+  std::vector<ConnectionPair> connections;  // which of its blocks the anchor's blocks read
+  std::string align = "word";               // word | token | mixed
+  std::string mask = "causal";              // causal | prefix | full; see Alignment
   bool operator==(const AugmentingConfig&) const = default;
 };
 
@@ -41,8 +41,8 @@ int64_t num_blocks(const AugmentingConfig& config);
 
 /// Everything that defines a composition beside its models.
 struct CompositionConfig {
-  ConnectionConfig connection;
-  std::vector<AugmentingConfig> augmenting;
+  ConnectionConfig connection;               // of all connections
+  std::vector<AugmentingConfig> augmenting;  // one of each augmenting model
 };
 
 /// Throws ConfigError with everything that does not fit the models, in one message.

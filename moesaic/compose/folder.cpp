@@ -5,6 +5,7 @@
 #include "moesaic/base/sha256.h"
 #include "moesaic/formats/claim.h"
 #include "moesaic/models/initialize.h"
+#include "moesaic/models/registry.h"
 
 namespace moesaic::compose {
 namespace {
@@ -132,7 +133,7 @@ std::shared_ptr<formats::Checkpoint> open_reference(const Reference& reference, 
   }
   std::shared_ptr<formats::Checkpoint> checkpoint;
   try {
-    checkpoint = formats::Checkpoint::open(reference.path);
+    checkpoint = models::open_checkpoint(reference.path);
   } catch (const DataError& error) {
     problems.push_back(fmt::format("{}: {}", role, error.what()));
     return nullptr;

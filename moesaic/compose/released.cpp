@@ -4,6 +4,7 @@
 #include "moesaic/compose/folder.h"
 #include "moesaic/formats/claim.h"
 #include "moesaic/formats/torch_file.h"
+#include "moesaic/models/registry.h"
 
 namespace moesaic::compose {
 namespace {
@@ -184,8 +185,8 @@ std::shared_ptr<Composition> import_released(const fs::path& dir, const Released
   const fs::path anchor_path = find_base(options.anchor, config, "anchor_model", "--anchor", dir, problems);
   const fs::path aug_path = find_base(options.augmenting, config, "aug_model", "--augmenting", dir, problems);
   throw_problems(dir, problems);
-  const Member anchor = open_member(formats::Checkpoint::open(anchor_path), options.load);
-  const Member augmenting = open_member(formats::Checkpoint::open(aug_path), options.load);
+  const Member anchor = open_member(models::open_checkpoint(anchor_path), options.load);
+  const Member augmenting = open_member(models::open_checkpoint(aug_path), options.load);
   const bool both = anchor.tokenizer && augmenting.tokenizer;
   if (both ? !same_tokenizer(*anchor.tokenizer, *augmenting.tokenizer) : anchor.tokenizer != augmenting.tokenizer) {
     problems.push_back(

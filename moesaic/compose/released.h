@@ -11,7 +11,7 @@ namespace moesaic::compose {
 struct ReleasedOptions {
   std::filesystem::path anchor, augmenting;  // the models; empty = the paths in its config.json
   std::string mask = "full";                 // full gives the released code's numbers; see AugmentingConfig
-  models::LoadOptions load;
+  models::LoadOptions load;                  // of both models
 };
 
 /// The composition that a folder of google-deepmind/calm holds: config.json (model_type "calm") and pytorch_model.bin

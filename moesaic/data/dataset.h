@@ -32,8 +32,8 @@ struct RenderOptions {
   int64_t cutoff_len = 1024;           // tokens of a whole example; Renderer says what is cut
   int64_t target_cutoff_len = 0;       // tokens behind the prompt, EOS included; 0 = no separate limit
   std::string template_name = "auto";  // auto: the model's chat template, if any; none: raw; else a Jinja file's path
-  bool train_on_prompt = false;
-  std::string sentence_column;  // column with a list of numbers for router input `sentence`
+  bool train_on_prompt = false;        // prompts are learnt too
+  std::string sentence_column;         // column with a list of numbers for router input `sentence`
 };
 
 /// A row in one form, whatever the file's shape.

@@ -267,15 +267,8 @@ std::string fingerprint_of(const std::vector<std::string>& names,
   return "sha256:" + all.hex();
 }
 
-std::shared_ptr<Checkpoint> Checkpoint::open(const fs::path& path, bool weights) {
-  MOESAIC_CHECK(is_there(path), DataError, "{}: no such file or folder; expected a model folder or a .gguf file",
-                path.string());
-  if (fs::is_directory(path)) return std::make_shared<FolderCheckpoint>(path, weights);
-  if (path.extension() == ".safetensors" || path.filename() == kConfigName) {
-    throw DataError(fmt::format("{}: is one file of a model folder; give the folder '{}'", path.string(),
-                                path.parent_path().string()));
-  }
-  return open_gguf(path);
+std::shared_ptr<Checkpoint> open_folder(const fs::path& path, bool weights) {
+  return std::make_shared<FolderCheckpoint>(path, weights);
 }
 
 }  // namespace moesaic::formats

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "moesaic/base/device.h"
 #include "moesaic/base/json.h"
 
 namespace moesaic::formats {
@@ -16,10 +17,6 @@ namespace moesaic::formats {
 class Checkpoint {
  public:
   virtual ~Checkpoint() = default;
-
-  /// Opens a folder with config.json, or a .gguf file. With `weights` false only the config is read (a folder without
-  /// weights is fine). Throws DataError / FormatError with a hint.
-  static std::shared_ptr<Checkpoint> open(const std::filesystem::path& path, bool weights = true);
 
   /// The path that was given.
   const std::filesystem::path& path() const { return path_; }
@@ -33,6 +30,8 @@ class Checkpoint {
   virtual std::vector<int64_t> shape(const std::string& name) const = 0;
   /// The dtype the tensor has after loading (quantised GGUF types load as float32).
   virtual at::ScalarType dtype(const std::string& name) const = 0;
+  /// What the file holds: "float32", "bfloat16", ..., or ggml's name of a quantised type ("Q4_1").
+  virtual std::string stored_type(const std::string& name) const { return dtype_name(dtype(name)); }
   /// The tensor as stored (a read-only view of the mapped file), or dequantised to float32.
   virtual at::Tensor tensor(const std::string& name) const = 0;
   /// Copies (dequantises, converts) the tensor into `destination`, which has its shape; any float dtype, any strides.
@@ -54,5 +53,9 @@ class Checkpoint {
   std::filesystem::path path_;
   Json config_;
 };
+
+/// A folder with config.json. With `weights` false only the config is read (a folder without weights is fine).
+/// Throws DataError / FormatError with a hint. models::open_checkpoint opens GGUF files too.
+std::shared_ptr<Checkpoint> open_folder(const std::filesystem::path& path, bool weights = true);
 
 }  // namespace moesaic::formats

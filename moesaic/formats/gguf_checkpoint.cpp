@@ -13,33 +13,24 @@
 namespace moesaic::formats {
 namespace {
 
-constexpr const char* kArchitectures[] = {"llama", "qwen2", "qwen3", "gemma3"};
 constexpr uint64_t kMaxSize = 1 << 30;  // of any count in the metadata
 constexpr size_t kMaxListedErrors = 10;
 constexpr const char* kRopeFactors = "rope_freqs.weight";
 
-struct NamePair {
-  const char* gguf;
-  const char* hf;
-};
-constexpr NamePair kTopNames[] = {
+constexpr GgufName kTopNames[] = {
     {"token_embd.weight", "model.embed_tokens.weight"},
     {"output_norm.weight", "model.norm.weight"},
     {"output.weight", "lm_head.weight"},
 };
-constexpr NamePair kLayerNames[] = {
+constexpr GgufName kLayerNames[] = {
     {"attn_norm", "input_layernorm"},    {"attn_q", "self_attn.q_proj"},      {"attn_k", "self_attn.k_proj"},
     {"attn_v", "self_attn.v_proj"},      {"attn_output", "self_attn.o_proj"}, {"attn_q_norm", "self_attn.q_norm"},
     {"attn_k_norm", "self_attn.k_norm"}, {"ffn_gate", "mlp.gate_proj"},       {"ffn_up", "mlp.up_proj"},
     {"ffn_down", "mlp.down_proj"},
 };
-constexpr NamePair kPlainNorms[] = {{"ffn_norm", "post_attention_layernorm"}};
-constexpr NamePair kGemmaNorms[] = {{"post_attention_norm", "post_attention_layernorm"},
-                                    {"ffn_norm", "pre_feedforward_layernorm"},
-                                    {"post_ffw_norm", "post_feedforward_layernorm"}};
 
 /// The Hugging Face name of a tensor, or "" when it is unknown.
-std::string hf_name(const std::string& name, bool gemma) {
+std::string hf_name(const std::string& name, std::span<const GgufName> norms) {
   for (const auto& [gguf, hf] : kTopNames) {
     if (name == gguf) return hf;
   }
@@ -50,53 +41,22 @@ std::string hf_name(const std::string& name, bool gemma) {
   const std::string part = name.substr(layer_end + 1, part_end - layer_end - 1);
   const bool number = !layer.empty() && layer.size() < 6 && layer.find_first_not_of("0123456789") == std::string::npos;
   if (!number || (suffix != ".weight" && suffix != ".bias")) return "";
-  const auto find = [&](const auto& pairs) -> std::string {
+  for (const auto& pairs : {std::span<const GgufName>(kLayerNames), norms}) {
     for (const auto& [gguf, hf] : pairs) {
       if (part == gguf) return fmt::format("model.layers.{}.{}{}", layer, hf, suffix);
     }
-    return "";
-  };
-  if (std::string found = find(kLayerNames); !found.empty()) return found;
-  return gemma ? find(kGemmaNorms) : find(kPlainNorms);
+  }
+  return "";
 }
 
-/// Reads metadata and collects what is missing, so that all of it is said at once.
-class Metadata {
- public:
-  explicit Metadata(const GgufFile& file) : file_(file), arch_(file.find_string("general.architecture").value_or("")) {}
-
-  const std::string& arch() const { return arch_; }
-  std::string key(const char* name) const { return arch_ + "." + name; }
-
-  std::optional<int64_t> find_size(const char* name) const { return checked(file_.find_uint(key(name)), name); }
-  std::optional<double> find_number(const char* name) const { return file_.find_number(key(name)); }
-  int64_t size(const char* name) {
-    const auto value = find_size(name);
-    if (!value) missing_.push_back(key(name));
-    return value.value_or(1);
+/// float32 for a quantised type.
+at::ScalarType plain_dtype(GgmlType type) {
+  switch (type) {
+    case GgmlType::kF16: return at::kHalf;
+    case GgmlType::kBF16: return at::kBFloat16;
+    default: return at::kFloat;
   }
-  double number(const char* name) {
-    const auto value = find_number(name);
-    if (!value) missing_.push_back(key(name));
-    return value.value_or(1);
-  }
-  void check_complete() const {
-    MOESAIC_CHECK(missing_.empty(), FormatError, "{}: metadata is missing: {}", file_.bytes().where,
-                  fmt::join(missing_, ", "));
-  }
-
- private:
-  std::optional<int64_t> checked(std::optional<uint64_t> value, const char* name) const {
-    if (!value) return std::nullopt;
-    MOESAIC_CHECK(*value <= kMaxSize, FormatError, "{}: metadata '{}': got {}, expected at most {}",
-                  file_.bytes().where, key(name), *value, kMaxSize);
-    return static_cast<int64_t>(*value);
-  }
-
-  const GgufFile& file_;
-  std::string arch_;
-  std::vector<std::string> missing_;
-};
+}
 
 /// What llama3's rope scaling divides each frequency by (transformers: modeling_rope_utils, "llama3").
 std::vector<double> llama3_factors(size_t count, double theta, double factor, double low, double high,
@@ -113,23 +73,24 @@ std::vector<double> llama3_factors(size_t count, double theta, double factor, do
 
 class GgufCheckpoint : public Checkpoint {
  public:
-  explicit GgufCheckpoint(Bytes bytes) : file_(std::move(bytes)) {
+  GgufCheckpoint(Bytes bytes, std::span<const GgufArchitecture* const> known) : file_(std::move(bytes)) {
     path_ = file_.bytes().where;
     const std::string& where = file_.bytes().where;
     const std::string type = file_.find_string("general.type").value_or("model");
     MOESAIC_CHECK(type == "model", DataError, "{}: general.type: got '{}', expected 'model'", where, type);
-    Metadata metadata(file_);
-    const bool known = std::any_of(std::begin(kArchitectures), std::end(kArchitectures),
-                                   [&](const char* name) { return metadata.arch() == name; });
-    MOESAIC_CHECK(known, DataError, "{}: general.architecture: got '{}', expected one of {}", where, metadata.arch(),
-                  fmt::join(kArchitectures, ", "));
+    const GgufMetadata metadata(file_);
+    std::vector<std::string> names;
+    for (const GgufArchitecture* architecture : known) {
+      names.push_back(architecture->name);
+      if (metadata.arch() == architecture->name) architecture_ = architecture;
+    }
+    MOESAIC_CHECK(architecture_, DataError, "{}: general.architecture: got '{}', expected one of {}", where,
+                  metadata.arch(), fmt::join(names, ", "));
     MOESAIC_CHECK(metadata.find_size("expert_count").value_or(0) == 0, DataError,
                   "{}: holds a mixture of experts, which is not supported; expected a dense model", where);
-    gemma_ = metadata.arch() == "gemma3";
-    llama_ = metadata.arch() == "llama";
     map_tensors();
     config_ = normalise_config(translate(metadata), where);
-    if (llama_) check_head_rows();
+    check_head_rows();
   }
 
   std::vector<std::string> names() const override {
@@ -141,12 +102,12 @@ class GgufCheckpoint : public Checkpoint {
   std::vector<int64_t> shape(const std::string& name) const override { return at(name).shape; }
 
   at::ScalarType dtype(const std::string& name) const override {
-    if (offset_norm(name)) return at::kFloat;
-    switch (at(name).type) {
-      case GgmlType::kF16: return at::kHalf;
-      case GgmlType::kBF16: return at::kBFloat16;
-      default: return at::kFloat;
-    }
+    return offset_norm(name) ? at::kFloat : plain_dtype(at(name).type);
+  }
+
+  std::string stored_type(const std::string& name) const override {
+    const GgmlTypeInfo& info = ggml_type_info(at(name).type);
+    return info.elements == 1 ? dtype_name(plain_dtype(info.type)) : info.name;
   }
 
   at::Tensor tensor(const std::string& name) const override {
@@ -217,11 +178,13 @@ class GgufCheckpoint : public Checkpoint {
   }
 
   /// llama.cpp's converter stores gemma's norm weights as 1 + w.
-  bool offset_norm(const std::string& name) const { return gemma_ && name.ends_with("norm.weight"); }
+  bool offset_norm(const std::string& name) const {
+    return architecture_->norms_plus_one && name.ends_with("norm.weight");
+  }
 
   /// Heads whose rows llama.cpp's converter interleaved; 0 for a tensor it left alone.
   int64_t heads_of(const std::string& name) const {
-    if (!llama_) return 0;
+    if (!architecture_->interleaved_heads) return 0;
     if (name.find(".self_attn.q_proj.") != std::string::npos) return heads_;
     return name.find(".self_attn.k_proj.") != std::string::npos ? kv_heads_ : 0;
   }
@@ -259,7 +222,7 @@ class GgufCheckpoint : public Checkpoint {
     std::vector<std::string> errors;
     for (const auto& tensor : file_.tensors()) {
       if (tensor.name == kRopeFactors) continue;
-      const std::string name = hf_name(tensor.name, gemma_);
+      const std::string name = hf_name(tensor.name, architecture_->norms);
       if (name.empty()) {
         errors.push_back(tensor.name);
       } else {
@@ -281,16 +244,26 @@ class GgufCheckpoint : public Checkpoint {
   }
 
   /// config.json's keys from the metadata.
-  Json translate(Metadata& metadata) {
-    const std::string& arch = metadata.arch();
-    Json config = {{"hidden_size", metadata.size("embedding_length")},
-                   {"intermediate_size", metadata.size("feed_forward_length")},
-                   {"num_hidden_layers", metadata.size("block_count")},
-                   {"num_attention_heads", metadata.size("attention.head_count")},
-                   {"max_position_embeddings", metadata.size("context_length")},
-                   {"rms_norm_eps", metadata.number("attention.layer_norm_rms_epsilon")}};
-    metadata.check_complete();
+  Json translate(const GgufMetadata& metadata) {
     const std::string& where = file_.bytes().where;
+    Json config = Json::object();
+    std::vector<std::string> missing;
+    const auto require = [&](const char* key, const char* name, const auto& value) {
+      if (value)
+        config[key] = *value;
+      else
+        missing.push_back(metadata.key(name));
+    };
+    for (const auto& [key, name] : {std::pair{"hidden_size", "embedding_length"},
+                                    {"intermediate_size", "feed_forward_length"},
+                                    {"num_hidden_layers", "block_count"},
+                                    {"num_attention_heads", "attention.head_count"},
+                                    {"max_position_embeddings", "context_length"}}) {
+      require(key, name, metadata.find_size(name));
+    }
+    constexpr const char* kEpsilon = "attention.layer_norm_rms_epsilon";
+    require("rms_norm_eps", kEpsilon, metadata.find_number(kEpsilon));
+    MOESAIC_CHECK(missing.empty(), FormatError, "{}: metadata is missing: {}", where, fmt::join(missing, ", "));
     heads_ = config["num_attention_heads"];
     kv_heads_ = metadata.find_size("attention.head_count_kv").value_or(heads_);
     const int64_t hidden = config["hidden_size"];
@@ -316,38 +289,13 @@ class GgufCheckpoint : public Checkpoint {
          {std::pair{"bos_token_id", "bos"}, {"eos_token_id", "eos"}, {"pad_token_id", "padding"}}) {
       if (const auto id = file_.find_uint(fmt::format("tokenizer.ggml.{}_token_id", gguf))) config[key] = *id;
     }
-
-    const int64_t window = metadata.find_size("attention.sliding_window").value_or(0);
-    if (llama_) {
-      const bool mistral = window > 0;
-      config["model_type"] = mistral ? "mistral" : "llama";
-      config["architectures"] = {mistral ? "MistralForCausalLM" : "LlamaForCausalLM"};
-      config["hidden_act"] = "silu";
-      if (mistral) config["sliding_window"] = window;
-      config["attention_bias"] = tensors_.contains("model.layers.0.self_attn.q_proj.bias");
-      config["mlp_bias"] = tensors_.contains("model.layers.0.mlp.up_proj.bias");
-    } else if (gemma_) {
-      config["model_type"] = "gemma3_text";
-      config["architectures"] = {"Gemma3ForCausalLM"};
-      config["hidden_activation"] = "gelu_pytorch_tanh";
-      config["sliding_window"] = window;
-      // llama.cpp scales the 27B model, known by its 62 layers, by the width per head and all others by the head size.
-      config["query_pre_attn_scalar"] = config["num_hidden_layers"] == 62 ? hidden / heads_ : head_dim;
-      if (const auto cap = metadata.find_number("attn_logit_softcapping")) config["attn_logit_softcapping"] = *cap;
-      if (const auto cap = metadata.find_number("final_logit_softcapping")) config["final_logit_softcapping"] = *cap;
-      config["rope_local_base_freq"] = metadata.find_number("rope.freq_base_swa").value_or(10'000.0);
-    } else {
-      config["model_type"] = arch;
-      config["architectures"] = {arch == "qwen2" ? "Qwen2ForCausalLM" : "Qwen3ForCausalLM"};
-      config["hidden_act"] = "silu";
-      if (arch == "qwen3") config["attention_bias"] = tensors_.contains("model.layers.0.self_attn.q_proj.bias");
-    }
     config["rope_theta"] = metadata.find_number("rope.freq_base").value_or(10'000.0);
     config["rope_scaling"] = rope_scaling(metadata, config);
+    architecture_->complete(metadata, config);
     return config;
   }
 
-  Json rope_scaling(const Metadata& metadata, const Json& config) const {
+  Json rope_scaling(const GgufMetadata& metadata, const Json& config) const {
     const std::string& where = file_.bytes().where;
     for (const auto& tensor : file_.tensors()) {
       if (tensor.name == kRopeFactors) return llama3_scaling(tensor, config["rope_theta"]);
@@ -398,7 +346,7 @@ class GgufCheckpoint : public Checkpoint {
   }
 
   GgufFile file_;
-  bool gemma_ = false, llama_ = false;
+  const GgufArchitecture* architecture_ = nullptr;
   int64_t heads_ = 0, kv_heads_ = 0;
   std::map<std::string, const GgufTensor*> tensors_;
   mutable std::once_flag fingerprint_once_;
@@ -407,7 +355,26 @@ class GgufCheckpoint : public Checkpoint {
 
 }  // namespace
 
-std::shared_ptr<Checkpoint> open_gguf(const std::filesystem::path& path) { return open_gguf(Bytes::map(path)); }
-std::shared_ptr<Checkpoint> open_gguf(Bytes bytes) { return std::make_shared<GgufCheckpoint>(std::move(bytes)); }
+GgufMetadata::GgufMetadata(const GgufFile& file)
+    : file_(file), arch_(file.find_string("general.architecture").value_or("")) {}
+
+std::optional<int64_t> GgufMetadata::find_size(const char* name) const {
+  const auto value = file_.find_uint(key(name));
+  if (!value) return std::nullopt;
+  MOESAIC_CHECK(*value <= kMaxSize, FormatError, "{}: metadata '{}': got {}, expected at most {}", file_.bytes().where,
+                key(name), *value, kMaxSize);
+  return static_cast<int64_t>(*value);
+}
+
+std::optional<double> GgufMetadata::find_number(const char* name) const { return file_.find_number(key(name)); }
+
+bool GgufMetadata::has_tensor(std::string_view name) const {
+  const auto& tensors = file_.tensors();
+  return std::any_of(tensors.begin(), tensors.end(), [&](const GgufTensor& tensor) { return tensor.name == name; });
+}
+
+std::shared_ptr<Checkpoint> open_gguf(Bytes bytes, std::span<const GgufArchitecture* const> known) {
+  return std::make_shared<GgufCheckpoint>(std::move(bytes), known);
+}
 
 }  // namespace moesaic::formats

@@ -13,15 +13,15 @@
 namespace moesaic::generate {
 
 struct SamplingOptions {
-  int64_t max_new_tokens = 256;
-  double temperature = 0.0;  // 0 = greedy
-  int64_t top_k = 0;         // 0 = off
-  double top_p = 1.0;
-  double min_p = 0.0;
+  int64_t max_new_tokens = 256;     // an answer ends here at the latest
+  double temperature = 0.0;         // 0 = greedy
+  int64_t top_k = 0;                // 0 = off
+  double top_p = 1.0;               // the likeliest tokens of this mass; 1 = all
+  double min_p = 0.0;               // tokens of at least this share of the likeliest; 0 = all
   double repetition_penalty = 1.0;  // transformers' definition, over prompt and answer
   std::vector<std::string> stop{};  // stop strings; cut from the answer
-  std::vector<int64_t> eos_ids{};
-  uint64_t seed = 0;
+  std::vector<int64_t> eos_ids{};   // end an answer
+  uint64_t seed = 0;                // of the sampling
 };
 
 /// What is asked, and with which adapters.
@@ -54,8 +54,8 @@ using RoutingCallback =
 
 /// Who watches.
 struct Hooks {
-  StreamCallback stream{};
-  RoutingCallback routing{};
+  StreamCallback stream{};    // gets text as it comes
+  RoutingCallback routing{};  // gets what routers decided
 };
 
 /// Answers every prompt; sequences leave the batch as they finish. A sequence's answer does not depend on its

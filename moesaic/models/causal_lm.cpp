@@ -2,6 +2,7 @@
 
 #include "moesaic/base/check.h"
 #include "moesaic/formats/claim.h"
+#include "moesaic/models/registry.h"
 #include "moesaic/nn/decoder_layer.h"
 
 namespace moesaic::models {
@@ -220,7 +221,7 @@ void AllWeights::save(const std::filesystem::path& dir) const {
 
 void AllWeights::load(const std::filesystem::path& dir) {
   torch::NoGradGuard no_grad;
-  const auto checkpoint = formats::Checkpoint::open(dir);
+  const auto checkpoint = open_checkpoint(dir);
   check_tensors(*checkpoint, *model_, /*ignore_head=*/false);
   for (auto& item : model_->named_parameters()) item.value().copy_(checkpoint->tensor(item.key()));
 }

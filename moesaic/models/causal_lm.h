@@ -18,9 +18,9 @@ namespace moesaic::models {
 
 struct LoadOptions {
   torch::ScalarType dtype = torch::kFloat32;  // of the frozen weights and activations
-  torch::Device device = torch::kCPU;
-  bool quantize_int8 = false;  // weight-only int8, for decoding
-  int64_t num_blocks = -1;     // the first blocks alone, without the head: the whole file is checked, this much is read
+  torch::Device device = torch::kCPU;         // where the weights go
+  bool quantize_int8 = false;                 // weight-only int8, for decoding
+  int64_t num_blocks = -1;  // the first blocks alone, without the head: the whole file is checked, this much is read
 };
 
 /// A key-value cache as a Memory.

@@ -142,13 +142,11 @@ RopeConfig read_rope(ConfigReader& reader, const Json& rope, const std::string& 
       reader.error(name + "." + key, fmt::format("got {}, expected a number above {}", shown(rope.at(key)), low));
     }
   };
-  const char* type_key = has("rope_type") ? "rope_type" : "type";
-  if (has(type_key)) {
-    const Json& type = rope.at(type_key);
+  if (has("rope_type")) {
+    const Json& type = rope.at("rope_type");
     const std::vector<std::string> known{"default", "linear", "dynamic", "llama3", "yarn"};
     if (!type.is_string() || std::find(known.begin(), known.end(), type.get<std::string>()) == known.end()) {
-      reader.error(name + "." + type_key,
-                   fmt::format("got {}, expected one of {}", shown(type), fmt::join(known, ", ")));
+      reader.error(name + ".rope_type", fmt::format("got {}, expected one of {}", shown(type), fmt::join(known, ", ")));
       return result;
     }
     result.type = type.get<std::string>();
@@ -207,15 +205,7 @@ RopeConfig read_rope(ConfigReader& reader, const Json& rope, const std::string& 
 }
 
 RopeConfig read_flat_rope(ConfigReader& reader, const DecoderConfig& config) {
-  const double theta = reader.positive("rope_theta", 10'000.0);
-  if (reader.has("rope_scaling"))
-    return read_rope(reader, reader.json().at("rope_scaling"), "rope_scaling", theta, config);
-  if (reader.has("rope_parameters")) {
-    return read_rope(reader, reader.json().at("rope_parameters"), "rope_parameters", theta, config);
-  }
-  RopeConfig rope;
-  rope.theta = theta;
-  return rope;
+  return read_rope(reader, reader.json().at("rope_parameters"), "rope_parameters", 10'000.0, config);
 }
 
 std::vector<uint8_t> read_layer_types(ConfigReader& reader, const DecoderConfig& config,

@@ -55,8 +55,7 @@ struct FamilyDefaults {
 
 /// Sizes, norms, head and token ids: what every family has under the same keys.
 DecoderConfig read_common(ConfigReader& reader, const FamilyDefaults& defaults);
-/// The one rope object of a family without local layers: rope_parameters (transformers 5), or rope_scaling and
-/// rope_theta (transformers 4).
+/// The one rope object of a family without local layers.
 RopeConfig read_flat_rope(ConfigReader& reader, const DecoderConfig& config);
 /// One rope object. `name` is its key, for messages; `theta` applies when it has none of its own.
 RopeConfig read_rope(ConfigReader& reader, const Json& rope, const std::string& name, double theta,

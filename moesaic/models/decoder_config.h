@@ -4,7 +4,6 @@
 #include <string>
 #include <vector>
 
-#include "moesaic/base/json.h"
 #include "moesaic/nn/kernel_table.h"
 #include "moesaic/nn/rope.h"
 
@@ -15,32 +14,26 @@ using nn::RopeConfig;
 
 /// Everything that differs between decoder families.
 struct DecoderConfig {
-  std::string model_type;
+  std::string model_type;  // config.json's
   int64_t vocab_size = 0, hidden_size = 0, intermediate_size = 0, num_layers = 0;
   int64_t num_heads = 0, num_kv_heads = 0, head_dim = 0;
-  int64_t max_position = 2048;
+  int64_t max_position = 2048;  // longest text it was trained on
   double rms_norm_eps = 1e-6;
-  Activation activation = Activation::kSilu;
-  bool qkv_bias = false, o_bias = false, mlp_bias = false;
-  bool qk_norm = false;  // per-head RMSNorm on queries and keys (qwen3, gemma3)
-  bool tie_word_embeddings = false;
-  bool norm_plus_one = false;                           // RMSNorm multiplies by (1 + weight) (gemma)
-  bool pre_post_norms = false;                          // norms before and after both halves of a layer (gemma3)
-  double embedding_scale = 1.0;                         // gemma: sqrt(d), rounded to the weights' dtype
-  double query_scale = 0.0;                             // attention scale; 0 = 1/sqrt(head_dim)
-  double attention_softcap = 0.0, final_softcap = 0.0;  // 0 = off
-  int64_t sliding_window = 0;                           // 0 = none
-  std::vector<uint8_t> layer_is_sliding;                // per layer; empty = all layers sliding when sliding_window > 0
-  RopeConfig rope;                                      // global layers
-  std::optional<RopeConfig> rope_local;                 // sliding layers, when they have their own base (gemma3)
-  std::vector<int64_t> eos_ids;
+  Activation activation = Activation::kSilu;                // of the gate
+  bool qkv_bias = false, o_bias = false, mlp_bias = false;  // which linears add a bias
+  bool qk_norm = false;                                     // per-head RMSNorm on queries and keys (qwen3, gemma3)
+  bool tie_word_embeddings = false;                         // the head is the embedding
+  bool norm_plus_one = false;                               // RMSNorm multiplies by (1 + weight) (gemma)
+  bool pre_post_norms = false;                              // norms before and after both halves of a layer (gemma3)
+  double embedding_scale = 1.0;                             // gemma: sqrt(d), rounded to the weights' dtype
+  double query_scale = 0.0;                                 // attention scale; 0 = 1/sqrt(head_dim)
+  double attention_softcap = 0.0, final_softcap = 0.0;      // 0 = off
+  int64_t sliding_window = 0;                               // 0 = none
+  std::vector<uint8_t> layer_is_sliding;  // per layer; empty = all layers sliding when sliding_window > 0
+  RopeConfig rope;                        // global layers
+  std::optional<RopeConfig> rope_local;   // sliding layers, when they have their own base (gemma3)
+  std::vector<int64_t> eos_ids;           // end an answer
   int64_t bos_id = -1;
 };
-
-/// Parses config.json (as transformers 4 and 5 write it) of any registered family.
-/// Throws ConfigError for an unknown model_type (with the known ones) or impossible values (zero, negative, NaN, huge).
-DecoderConfig parse_decoder_config(const Json& config, const std::string& where);
-/// The registered model_type names.
-std::vector<std::string> known_model_types();
 
 }  // namespace moesaic::models

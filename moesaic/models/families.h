@@ -1,6 +1,7 @@
 // One function per family: config.json's words to a DecoderConfig. Defaults are those of the family's configuration
-// class in transformers 5.
+// class in transformers 5. And one row: how the family lies in a GGUF file.
 #pragma once
+#include "moesaic/formats/gguf_checkpoint.h"
 #include "moesaic/models/config_reader.h"
 
 namespace moesaic::models {
@@ -15,5 +16,16 @@ DecoderConfig parse_gemma3(ConfigReader& reader);
 
 /// Qwen's windows: layers from max_window_layers on slide when use_sliding_window is set.
 void read_qwen_windows(ConfigReader& reader, DecoderConfig& config);
+
+extern const formats::GgufArchitecture kLlamaGguf, kQwen2Gguf, kQwen3Gguf, kGemmaGguf, kGemma2Gguf, kGemma3Gguf;
+/// The norms of a layer with one before each half.
+inline constexpr formats::GgufName kPreNorms[] = {{"ffn_norm", "post_attention_layernorm"}};
+/// The norms of a layer with one before and one behind each half (gemma 2 and 3).
+inline constexpr formats::GgufName kPrePostNorms[] = {{"post_attention_norm", "post_attention_layernorm"},
+                                                      {"ffn_norm", "pre_feedforward_layernorm"},
+                                                      {"post_ffw_norm", "post_feedforward_layernorm"}};
+/// What gemma 2 and 3 keep in a GGUF file alike: window, soft caps and the softmax scale. llama.cpp scales the 27B
+/// model, known by its number of layers, by the width per head and all others by the head size.
+void complete_gemma(const formats::GgufMetadata& metadata, Json& config, int64_t layers_of_27b);
 
 }  // namespace moesaic::models

@@ -51,4 +51,38 @@ DecoderConfig parse_gemma2(ConfigReader& reader) {
   return config;
 }
 
+void complete_gemma(const formats::GgufMetadata& metadata, Json& config, int64_t layers_of_27b) {
+  config["hidden_activation"] = "gelu_pytorch_tanh";
+  if (const auto window = metadata.find_size("attention.sliding_window")) config["sliding_window"] = *window;
+  const auto hidden = config["hidden_size"].get<int64_t>(), heads = config["num_attention_heads"].get<int64_t>();
+  config["query_pre_attn_scalar"] =
+      config["num_hidden_layers"] == layers_of_27b ? Json(hidden / heads) : config["head_dim"];
+  if (const auto cap = metadata.find_number("attn_logit_softcapping")) config["attn_logit_softcapping"] = *cap;
+  if (const auto cap = metadata.find_number("final_logit_softcapping")) config["final_logit_softcapping"] = *cap;
+}
+
+const formats::GgufArchitecture kGemmaGguf = {
+    .name = "gemma",
+    .norms = kPreNorms,
+    .norms_plus_one = true,
+    .complete =
+        [](const formats::GgufMetadata&, Json& config) {
+          config["model_type"] = "gemma";
+          config["architectures"] = {"GemmaForCausalLM"};
+          config["hidden_activation"] = "gelu_pytorch_tanh";
+        },
+};
+
+const formats::GgufArchitecture kGemma2Gguf = {
+    .name = "gemma2",
+    .norms = kPrePostNorms,
+    .norms_plus_one = true,
+    .complete =
+        [](const formats::GgufMetadata& metadata, Json& config) {
+          config["model_type"] = "gemma2";
+          config["architectures"] = {"Gemma2ForCausalLM"};
+          complete_gemma(metadata, config, 46);
+        },
+};
+
 }  // namespace moesaic::models

@@ -5,17 +5,13 @@
 namespace moesaic::models {
 namespace {
 
-/// The rope object of one kind of layer.
+/// The rope object of one kind of layer; one that is not by kind is that of the full ones.
 RopeConfig read_kind(ConfigReader& reader, const char* kind, double theta, const DecoderConfig& config) {
-  if (reader.has("rope_parameters")) {
-    const Json& nested = reader.json().at("rope_parameters");
-    if (nested.is_object() && nested.contains(kind) && !nested.at(kind).is_null()) {
-      return read_rope(reader, nested.at(kind), std::string("rope_parameters.") + kind, theta, config);
-    }
-  }
-  RopeConfig rope;
-  rope.theta = theta;
-  return rope;
+  const Json& rope = reader.json().at("rope_parameters");
+  if (rope.contains(kind))
+    return read_rope(reader, rope.at(kind), std::string("rope_parameters.") + kind, theta, config);
+  const bool flat = !rope.contains("full_attention") && std::string_view(kind) == "full_attention";
+  return read_rope(reader, flat ? rope : Json::object(), "rope_parameters", theta, config);
 }
 
 }  // namespace
@@ -57,13 +53,22 @@ DecoderConfig parse_gemma3(ConfigReader& reader) {
     config.sliding_window = reader.size("sliding_window", 4096, int64_t{1} << 30);
   }
 
-  const double theta = reader.positive("rope_theta", 1'000'000.0);
-  const double local_theta = reader.positive("rope_local_base_freq", 10'000.0);
-  config.rope = reader.has("rope_scaling")
-                    ? read_rope(reader, reader.json().at("rope_scaling"), "rope_scaling", theta, config)
-                    : read_kind(reader, "full_attention", theta, config);
-  config.rope_local = read_kind(reader, "sliding_attention", local_theta, config);
+  config.rope = read_kind(reader, "full_attention", 1'000'000.0, config);
+  config.rope_local = read_kind(reader, "sliding_attention", 10'000.0, config);
   return config;
 }
+
+const formats::GgufArchitecture kGemma3Gguf = {
+    .name = "gemma3",
+    .norms = kPrePostNorms,
+    .norms_plus_one = true,
+    .complete =
+        [](const formats::GgufMetadata& metadata, Json& config) {
+          config["model_type"] = "gemma3_text";
+          config["architectures"] = {"Gemma3ForCausalLM"};
+          complete_gemma(metadata, config, 62);
+          config["rope_local_base_freq"] = metadata.find_number("rope.freq_base_swa").value_or(10'000.0);
+        },
+};
 
 }  // namespace moesaic::models

@@ -35,6 +35,7 @@ void Memory::keep(const std::vector<int64_t>& rows) {
   keep_sequences(rows);
   for (torch::Tensor* each : {&sentence, &mixture}) {
     if (each->defined()) *each = each->index_select(0, index_of(rows, each->device()));
+    MOESAIC_ASSERT(!each->defined() || each->size(0) == sequences());
   }
 }
 
@@ -45,6 +46,7 @@ void Memory::add(int64_t count) {
     // Weights are 1 and vectors 0 until the first text brings its own.
     const double value = each == &mixture ? 1.0 : 0.0;
     *each = torch::cat({*each, torch::full({count, each->size(1)}, value, each->options())});
+    MOESAIC_ASSERT(each->size(0) == sequences());
   }
 }
 
@@ -185,6 +187,8 @@ torch::Tensor LanguageModel::mixture_rows(const Text& text, const Memory* memory
 
 torch::Tensor LanguageModel::hidden(const Text& text, nn::Pass& pass, Memory* memory) {
   const int64_t batch = text.tokens.batch_size();
+  MOESAIC_ASSERT(text.tokens.offsets.front() == 0 && text.tokens.num_tokens() == text.tokens.tokens.size(0) &&
+                 std::is_sorted(text.tokens.offsets.begin(), text.tokens.offsets.end()));
   MOESAIC_CHECK(memory == nullptr || memory->sequences() == batch, ShapeError,
                 "memory: got a text of {} sequences, expected {}", batch, memory != nullptr ? memory->sequences() : 0);
   MOESAIC_CHECK(text.borders.empty() || std::ssize(text.borders) == batch, ShapeError,
@@ -202,7 +206,10 @@ torch::Tensor LanguageModel::hidden(const Text& text, nn::Pass& pass, Memory* me
     memory->sentence = pass.sentence;
     memory->mixture = pass.mixture;
   }
-  return run(text, pass, memory);
+  torch::Tensor states = run(text, pass, memory);
+  MOESAIC_ASSERT(states.dim() == 2 && states.size(1) == facts().width &&
+                 states.size(0) == (text.rows.defined() ? text.rows : text.tokens.tokens).size(0));
+  return states;
 }
 
 }  // namespace moesaic::models

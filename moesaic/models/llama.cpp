@@ -18,4 +18,21 @@ DecoderConfig parse_llama(ConfigReader& reader) {
   return config;
 }
 
+// A mistral is a llama with a window there.
+const formats::GgufArchitecture kLlamaGguf = {
+    .name = "llama",
+    .norms = kPreNorms,
+    .interleaved_heads = true,
+    .complete =
+        [](const formats::GgufMetadata& metadata, Json& config) {
+          const int64_t window = metadata.find_size("attention.sliding_window").value_or(0);
+          config["model_type"] = window > 0 ? "mistral" : "llama";
+          config["architectures"] = {window > 0 ? "MistralForCausalLM" : "LlamaForCausalLM"};
+          if (window > 0) config["sliding_window"] = window;
+          config["hidden_act"] = "silu";
+          config["attention_bias"] = metadata.has_tensor("blk.0.attn_q.bias");
+          config["mlp_bias"] = metadata.has_tensor("blk.0.ffn_up.bias");
+        },
+};
+
 }  // namespace moesaic::models

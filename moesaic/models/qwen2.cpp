@@ -38,4 +38,15 @@ DecoderConfig parse_qwen2(ConfigReader& reader) {
   return config;
 }
 
+const formats::GgufArchitecture kQwen2Gguf = {
+    .name = "qwen2",
+    .norms = kPreNorms,
+    .complete =
+        [](const formats::GgufMetadata&, Json& config) {
+          config["model_type"] = "qwen2";
+          config["architectures"] = {"Qwen2ForCausalLM"};
+          config["hidden_act"] = "silu";
+        },
+};
+
 }  // namespace moesaic::models

@@ -20,4 +20,16 @@ DecoderConfig parse_qwen3(ConfigReader& reader) {
   return config;
 }
 
+const formats::GgufArchitecture kQwen3Gguf = {
+    .name = "qwen3",
+    .norms = kPreNorms,
+    .complete =
+        [](const formats::GgufMetadata& metadata, Json& config) {
+          config["model_type"] = "qwen3";
+          config["architectures"] = {"Qwen3ForCausalLM"};
+          config["hidden_act"] = "silu";
+          config["attention_bias"] = metadata.has_tensor("blk.0.attn_q.bias");
+        },
+};
+
 }  // namespace moesaic::models

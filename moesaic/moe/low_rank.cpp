@@ -362,6 +362,7 @@ torch::Tensor LowRankGroup::forward(const torch::Tensor& x, const nn::LinearGrou
     bs.push_back(e->b);
     columns.push_back(group.column(e->index));
     scales.push_back(e->scale);
+    MOESAIC_ASSERT(e->a.size(-1) == x.size(1) && e->b.size(0) == e->width());
   }
   for (const auto& e : experts_) {
     if (e->router.defined() && e->router.options.plain()) leaves.push_back(e->router.weight);

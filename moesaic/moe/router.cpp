@@ -24,6 +24,7 @@ torch::Tensor Router::logits(const torch::Tensor& u, const nn::Pass& pass) const
 torch::Tensor Router::route(const torch::Tensor& logits, nn::Pass& pass, int64_t rows_per_token) const {
   const torch::Tensor probs = logits.softmax(-1);
   const torch::Tensor weights = topk_weights(probs, options.top_k, options.topk_mode);
+  MOESAIC_ASSERT(weights.sizes() == probs.sizes() && !(weights.detach().min().item<double>() < 0));
   if (pass.routing != nullptr) {
     pass.routing->push_back({owner, site, layer, weight.requires_grad(), logits, probs, weights, rows_per_token});
   }

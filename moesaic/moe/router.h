@@ -14,11 +14,11 @@ enum class RouterInput { kToken, kSentence, kLayerInput, kFfnProduct };
 
 /// How logits become weights.
 struct RouterOptions {
-  RouterInput input = RouterInput::kToken;
-  int64_t top_k = 0;  // 0 = soft merging over all experts
-  TopkMode topk_mode = TopkMode::kMask;
-  double jitter = 0.0;  // multiplicative uniform(1-j, 1+j) on the router's input while training
-  double temperature = 1.0;
+  RouterInput input = RouterInput::kToken;  // what it reads
+  int64_t top_k = 0;                        // 0 = soft merging over all experts
+  TopkMode topk_mode = TopkMode::kMask;     // what becomes of the kept weights
+  double jitter = 0.0;                      // multiplicative uniform(1-j, 1+j) on the router's input while training
+  double temperature = 1.0;                 // divides the logits
   /// Soft merging from the site's own input with nothing that changes logits: the fused paths apply.
   bool plain() const { return input == RouterInput::kToken && top_k == 0 && jitter == 0.0; }
 };

@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 
+#include "moesaic/base/check.h"
 #include "moesaic/nn/kernel_table.h"
 #include "moesaic/nn/kv_cache.h"
 #include "moesaic/nn/rope.h"
@@ -176,6 +177,7 @@ torch::Tensor decode_attention(const torch::Tensor& q,
 
 torch::Tensor ragged_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
                                const std::vector<int64_t>& offsets, const AttentionOptions& options) {
+  MOESAIC_ASSERT(offsets.back() == q.size(0) && k.sizes() == v.sizes() && q.size(1) % k.size(1) == 0);
   const bool grad = torch::GradMode::is_enabled() && (q.requires_grad() || k.requires_grad() || v.requires_grad());
   if (options.softcap == 0 && q.is_cpu()) {
     if (grad) return CpuFlashFunction::apply(q, k, v, offsets, options.scale, options.window);

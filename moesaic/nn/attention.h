@@ -31,11 +31,11 @@ torch::Tensor cached_attention(const torch::Tensor& q, const torch::Tensor& k, c
 /// Sizes and switches of a decoder's self-attention.
 struct SelfAttentionConfig {
   int64_t hidden_size = 0, heads = 0, kv_heads = 0, head_dim = 0;
-  bool qkv_bias = false, o_bias = false;
-  bool qk_norm = false;  // per-head RMSNorm on queries and keys, before RoPE
+  bool qkv_bias = false, o_bias = false;  // which linears add a bias
+  bool qk_norm = false;                   // per-head RMSNorm on queries and keys, before RoPE
   double norm_eps = 1e-6, norm_offset = 0.0;
-  AttentionOptions options;
-  bool local_rope = false;  // rotates by pass.rope_local
+  AttentionOptions options;  // scale, soft cap and window
+  bool local_rope = false;   // rotates by pass.rope_local
 };
 
 /// q, k, v = x Wqkv; q, k = rope(norm(q)), rope(norm(k)); out = attention(q, k, v) Wo.

@@ -11,11 +11,11 @@
 namespace moesaic::nn {
 
 struct DecoderLayerConfig {
-  SelfAttentionConfig attention;
-  int64_t intermediate_size = 0;
-  bool mlp_bias = false;
-  GluKind activation = GluKind::kSilu;
-  bool pre_post_norms = false;  // norms before and after both halves (Gemma 3)
+  SelfAttentionConfig attention;        // sizes and switches of its first half
+  int64_t intermediate_size = 0;        // width of the feed-forward network
+  bool mlp_bias = false;                // its linears add biases
+  GluKind activation = GluKind::kSilu;  // of its gate
+  bool pre_post_norms = false;          // norms before and after both halves (Gemma 3)
 };
 
 /// h = h + attention(norm(h));  h = h + ffn(norm(h)). With pre_post_norms each half's output is normed too, before it

@@ -32,6 +32,7 @@ std::pair<torch::Tensor, torch::Tensor> KvCache::append(int64_t layer, int64_t b
                                                         const torch::Tensor& v) {
   torch::NoGradGuard no_grad;
   const int64_t used = lengths_[b], count = k.size(0);
+  MOESAIC_ASSERT(k.sizes() == v.sizes() && k.dim() == 3 && k.size(1) == kv_heads_ && k.size(2) == head_dim_);
   torch::Tensor& keys = keys_[layer][b];
   torch::Tensor& values = values_[layer][b];
   keys = grown(keys, used, used + count, kv_heads_, head_dim_, options_);
@@ -44,7 +45,12 @@ std::pair<torch::Tensor, torch::Tensor> KvCache::append(int64_t layer, int64_t b
 void KvCache::commit(const std::vector<int64_t>& counts) {
   MOESAIC_CHECK(counts.size() == lengths_.size(), ShapeError, "KV cache: got {} sequences, expected {}", counts.size(),
                 lengths_.size());
-  for (size_t b = 0; b < counts.size(); ++b) lengths_[b] += counts[b];
+  for (size_t b = 0; b < counts.size(); ++b) {
+    lengths_[b] += counts[b];
+    MOESAIC_ASSERT(std::all_of(keys_.begin(), keys_.end(), [&](const std::vector<torch::Tensor>& layer) {
+      return lengths_[b] == 0 || (layer[b].defined() && layer[b].size(0) >= lengths_[b]);
+    }));
+  }
 }
 
 void KvCache::truncate(int64_t b, int64_t length) {

@@ -1,5 +1,6 @@
 #include "moesaic/nn/linear.h"
 
+#include "moesaic/base/check.h"
 #include "moesaic/nn/split.h"
 
 namespace moesaic::nn {
@@ -42,6 +43,7 @@ bool LinearGroup::trains() const {
 }
 
 torch::Tensor LinearGroup::product(const torch::Tensor& x) const {
+  MOESAIC_ASSERT(x.dim() == 2 && x.size(1) == in_);
   if (members_.front()->weight.requires_grad()) {
     std::vector<torch::Tensor> outputs;
     for (const Linear& member : members_) outputs.push_back(at::linear(x, member->weight, member->bias));

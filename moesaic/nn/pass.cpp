@@ -40,6 +40,7 @@ Pass Pass::sibling() const {
 
 torch::Tensor Pass::adapter_weight(int64_t column) const {
   if (!mixture.defined() || column < 0) return {};
+  MOESAIC_ASSERT(column < mixture.size(1) && mixture.size(0) == std::ssize(offsets) - 1);
   return mixture.select(1, column).index_select(0, segments).unsqueeze(1);
 }
 

@@ -11,9 +11,9 @@ namespace moesaic::nn {
 
 /// RoPE of one kind of layer: base, scaling and what the scaling does to the frequencies and to cos/sin.
 struct RopeConfig {
-  std::string type = "default";  // default | linear | dynamic | llama3 | yarn
-  double theta = 10000.0;
-  double factor = 1.0;
+  std::string type = "default";                                     // default | linear | dynamic | llama3 | yarn
+  double theta = 10000.0;                                           // base of the frequencies
+  double factor = 1.0;                                              // by which positions or frequencies are scaled
   int64_t original_max_position = 0;                                // dynamic, llama3, yarn
   double low_freq_factor = 1.0, high_freq_factor = 4.0;             // llama3
   double beta_fast = 32.0, beta_slow = 1.0, attention_factor = -1;  // yarn; -1 = derived

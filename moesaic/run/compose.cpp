@@ -3,6 +3,7 @@
 #include "moesaic/base/check.h"
 #include "moesaic/base/yaml.h"
 #include "moesaic/compose/folder.h"
+#include "moesaic/models/registry.h"
 
 namespace moesaic::run {
 namespace {
@@ -181,7 +182,7 @@ Plan compose_models(const Json& keys, const std::string& where, uint64_t seed, c
   try {
     const Request request = parse_request(json, where, seed);
     const compose::Member anchor =
-        compose::open_member(formats::Checkpoint::open(request.anchor.model), load, request.anchor.options);
+        compose::open_member(models::open_checkpoint(request.anchor.model), load, request.anchor.options);
     const models::DecoderConfig& anchor_config = anchor.model->config();
     compose::CompositionConfig config;
     config.connection = parse_connection(json, anchor_config, where);
@@ -189,7 +190,7 @@ Plan compose_models(const Json& keys, const std::string& where, uint64_t seed, c
     std::vector<models::DecoderConfig> aug_configs;
     for (size_t m = 0; m < request.augmenting.size(); ++m) {
       const Entry& entry = request.augmenting[m];
-      const auto checkpoint = formats::Checkpoint::open(entry.member.model);
+      const auto checkpoint = models::open_checkpoint(entry.member.model);
       aug_configs.push_back(models::parse_decoder_config(checkpoint->config(), checkpoint->path().string()));
       config.augmenting.push_back({pairs_of(entry, anchor_config.num_layers, aug_configs[m].num_layers,
                                             fmt::format("{}: augmenting[{}]", where, m)),

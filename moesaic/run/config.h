@@ -12,7 +12,7 @@ namespace moesaic::run {
 
 /// A run, parsed.
 struct RunConfig {
-  std::string model_name_or_path;
+  std::string model_name_or_path;          // folder or .gguf file
   std::string init = "pretrained";         // pretrained | random (from config.json alone)
   std::string tokenizer;                   // of a model from nothing: folder or file; "" = the model's own, or trained
   int64_t tokenizer_vocab_size = 0;        // above 0: trained on the run's texts
@@ -21,18 +21,18 @@ struct RunConfig {
   adapters::AdapterConfig adapter;         // targets are empty when `target_preset` names them
   std::string target_preset;               // reference | all-linear | ""
   Json dataset, eval_dataset;              // as data::resolve_datasets takes them
-  std::string dataset_dir;
-  double val_size = 0;
-  std::string mixture_rule;
-  data::RenderOptions render;
-  std::string device, dtype;  // as parse_device, number_format
-  train::TrainConfig train;
-  bool train_adapters = false;          // of a composition's models, with the connections
-  double state_cache_gib = 2;           // GiB of a composition's frozen states kept between epochs; 0 = off
-  std::string state_cache_dir;          // "" = kept in memory; else a folder, which outlives the run
-  std::vector<std::string> eval_tasks;  // task files scored while training, train.task_eval_steps apart
-  int64_t eval_limit = 0;               // questions of each; 0 = all
-  Json resolved;                        // every key with its value: what run.yaml of the output folder holds
+  std::string dataset_dir;                 // where names of datasets are looked up
+  double val_size = 0;                     // share (below 1) or number of rows held out
+  std::string mixture_rule;                // how datasets are weighed
+  data::RenderOptions render;              // how rows become tokens
+  std::string device, dtype;               // as parse_device, number_format
+  train::TrainConfig train;                // the loop
+  bool train_adapters = false;             // of a composition's models, with the connections
+  double state_cache_gib = 2;              // GiB of a composition's frozen states kept between epochs; 0 = off
+  std::string state_cache_dir;             // "" = kept in memory; else a folder, which outlives the run
+  std::vector<std::string> eval_tasks;     // task files scored while training, train.task_eval_steps apart
+  int64_t eval_limit = 0;                  // questions of each; 0 = all
+  Json resolved;                           // every key with its value: what run.yaml of the output folder holds
 };
 
 /// A key as docs/config.md tells of it.

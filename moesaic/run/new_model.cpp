@@ -1,6 +1,7 @@
 #include "moesaic/run/new_model.h"
 
 #include "moesaic/data/texts.h"
+#include "moesaic/models/registry.h"
 #include "moesaic/tokenizer/tokenizer.h"
 #include "moesaic/train/checkpoint.h"
 
@@ -46,7 +47,7 @@ class BlankCheckpoint : public formats::Checkpoint {
 /// `path`: a folder with tokenizer.json, that file itself, or a .gguf file.
 TokenizerFiles read_tokenizer(const fs::path& path) {
   if (path.extension() == ".gguf") {
-    const auto checkpoint = formats::Checkpoint::open(path, false);
+    const auto checkpoint = models::open_checkpoint(path, false);
     const auto json = checkpoint->tokenizer_json();
     MOESAIC_CHECK(json, DataError, "{}: holds no tokenizer", path.string());
     return {*json, checkpoint->tokenizer_config(), checkpoint->chat_template()};
@@ -89,7 +90,7 @@ std::optional<fs::path> resumed_folder(const train::TrainConfig& config) {
 NewModel open_new_model(const RunConfig& run) {
   fs::path folder = run.model_name_or_path;
   if (folder.filename() == "config.json") folder = folder.has_parent_path() ? folder.parent_path() : ".";
-  const auto model = formats::Checkpoint::open(folder, false);
+  const auto model = models::open_checkpoint(folder, false);
   const int64_t config_vocabulary = get_or<int64_t>(model->config(), "vocab_size", 0, folder.string());
   auto check_size = [&](int64_t tokens, const std::string& where) {
     MOESAIC_CHECK(tokens <= config_vocabulary, DataError,

@@ -6,6 +6,7 @@
 #include "moesaic/base/check.h"
 #include "moesaic/compose/folder.h"
 #include "moesaic/models/causal_lm.h"
+#include "moesaic/models/registry.h"
 
 namespace moesaic::run {
 
@@ -73,7 +74,7 @@ void open_composition(const std::string& path, const OpenOptions& options, Opene
 }
 
 void open_single(const std::string& path, const OpenOptions& options, Opened& opened) {
-  opened.checkpoint = formats::Checkpoint::open(path);
+  opened.checkpoint = models::open_checkpoint(path);
   // Building the tokenizer takes as long as reading the weights of a small model: side by side.
   auto tokenizer = std::async(std::launch::async, [&]() -> std::shared_ptr<const tokenizer::Tokenizer> {
     if (!options.needs_tokenizer && !opened.checkpoint->tokenizer_json()) return nullptr;

@@ -25,7 +25,7 @@ struct AdapterReference {
 AdapterReference parse_adapter_reference(const std::string& text);
 
 struct OpenOptions {
-  torch::Device device = torch::kCPU;
+  torch::Device device = torch::kCPU;         // where it computes
   torch::ScalarType dtype = torch::kFloat32;  // of frozen weights and activations
   bool quantize_int8 = false;                 // weight-only, of the frozen models
   bool needs_tokenizer = true;                // else a model that comes without one is fine

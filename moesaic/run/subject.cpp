@@ -6,6 +6,7 @@
 #include "moesaic/compose/folder.h"
 #include "moesaic/models/causal_lm.h"
 #include "moesaic/models/initialize.h"
+#include "moesaic/models/registry.h"
 #include "moesaic/run/new_model.h"
 
 namespace moesaic::run {
@@ -44,7 +45,7 @@ std::shared_ptr<models::CausalLM> open_base(const RunConfig& run, const Place& p
     made.checkpoint = blank.checkpoint;
     if (!blank.tokenizer.empty()) made.plan.add("tokenizer", blank.tokenizer);
   } else {
-    made.checkpoint = formats::Checkpoint::open(run.model_name_or_path);
+    made.checkpoint = models::open_checkpoint(run.model_name_or_path);
   }
   const auto config = models::parse_decoder_config(made.checkpoint->config(), run.model_name_or_path);
   std::shared_ptr<models::CausalLM> model;

@@ -43,12 +43,12 @@ struct AdamWOptions {
 std::unique_ptr<Optimizer> make_adamw(std::vector<OptimizedTensor> tensors, const AdamWOptions& options);
 
 struct AdafactorOptions {
-  int64_t initial_step = 0;  // updates made before the first one; T5's pretraining had 1.1 million
-  double decay_exponent = 0.8;
+  int64_t initial_step = 0;         // updates made before the first one; T5's pretraining had 1.1 million
+  double decay_exponent = 0.8;      // beta_2 at step t is 1 - t^-this
   double clipping_threshold = 1.0;  // of the update's root mean square
   double epsilon1 = 1e-30;          // added to g^2
   double epsilon2 = 1e-3;           // least parameter scale
-  int64_t min_dim_to_factor = 128;
+  int64_t min_dim_to_factor = 128;  // smaller matrices keep a second moment of their own
 };
 
 /// Adafactor without momentum, as t5x has it:

@@ -2,6 +2,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "moesaic/models/registry.h"
 #include "tests/compose/small_models.h"
 #include "tests/nn/gradcheck.h"
 #include "tests/temporary_folder.h"
@@ -26,7 +27,7 @@ class CarriedAdapters : public ::testing::Test {
 
   /// An adapter of a model, with numbers that show.
   void write_adapter(const std::string& model, const std::string& method, std::vector<std::string> targets) const {
-    const Member member = open_member(formats::Checkpoint::open(path(model)), {});
+    const Member member = open_member(models::open_checkpoint(path(model)), {});
     adapters::AdapterConfig config;
     config.method = method;
     config.num_experts = method == "molora" ? 3 : 1;
@@ -40,7 +41,7 @@ class CarriedAdapters : public ::testing::Test {
     adapter->save(path(model + "_adapter"));
   }
   Member open(const std::string& model, bool with_adapter) const {
-    return open_member(formats::Checkpoint::open(path(model)), {},
+    return open_member(models::open_checkpoint(path(model)), {},
                        {.adapter = with_adapter ? path(model + "_adapter") : fs::path()});
   }
   std::shared_ptr<Composition> composition(bool anchor_adapter, bool aug_adapter) const {
@@ -289,7 +290,7 @@ TEST_F(CarriedAdapters, ThatRouteBySentenceAreRefused) {
 
 TEST_F(CarriedAdapters, OfAnAugmentingModelKeepTheWholeModel) {
   auto layers = [&](const MemberOptions& options) {
-    return open_member(formats::Checkpoint::open(path("aug")), {}, options).model->config().num_layers;
+    return open_member(models::open_checkpoint(path("aug")), {}, options).model->config().num_layers;
   };
   EXPECT_EQ(layers({.num_blocks = 2}), 2);
   EXPECT_EQ(layers({.adapter = path("aug_adapter"), .num_blocks = 2}), 4);
@@ -308,7 +309,7 @@ TEST_F(CarriedAdapters, BlocksAboveTheHighestConnectionAreNotHeld) {
 
 TEST_F(CarriedAdapters, RandomNumbersComeFromTheirSeed) {
   auto with = [&](std::optional<uint64_t> seed) {
-    const Member aug = open_member(formats::Checkpoint::open(path("aug")), {}, {.random_seed = seed});
+    const Member aug = open_member(models::open_checkpoint(path("aug")), {}, {.random_seed = seed});
     auto made =
         std::make_shared<Composition>(test::config_of({{{{0, 1}}}}), open("anchor", false), std::vector{aug}, 7);
     test::randomise(*made);

@@ -6,6 +6,7 @@
 #include <random>
 
 #include "moesaic/formats/checkpoint.h"
+#include "moesaic/models/registry.h"
 #include "tests/compose/tokenizers.h"
 
 namespace moesaic::compose {
@@ -259,7 +260,7 @@ TEST(AlignmentLaw, SmolLM2) {
   const std::filesystem::path path =
       std::filesystem::path(MOESAIC_SOURCE_DIR) / ".cache/models/SmolLM2-135M-Instruct.Q4_1.gguf";
   if (!std::filesystem::exists(path)) GTEST_SKIP() << "the model of `make demo` is not there";
-  const TokenizerPtr smol = Tokenizer::open(*formats::Checkpoint::open(path));
+  const TokenizerPtr smol = Tokenizer::open(*models::open_checkpoint(path));
   for (const auto& [anchor, aug] :
        {std::pair<TokenizerPtr, TokenizerPtr>(smol, golden_tokenizer("llama3")), {golden_tokenizer("gpt2"), smol}}) {
     const auto how = alignment(anchor, aug);

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "moesaic/models/registry.h"
 #include "tests/compose/small_models.h"
 #include "tests/temporary_folder.h"
 
@@ -19,7 +20,7 @@ class CompositionFolder : public ::testing::Test {
   CompositionFolder() {
     test::write_small_model(root_.path() / "anchor", "gpt2", 20, 3, 1);
     test::write_small_model(root_.path() / "aug", "llama3", 14, 4, 2);
-    auto member = [&](const char* name) { return open_member(formats::Checkpoint::open(root_.path() / name), {}); };
+    auto member = [&](const char* name) { return open_member(models::open_checkpoint(root_.path() / name), {}); };
     composition_ = std::make_shared<Composition>(test::config_of({{{{0, 1}, {2, 2}}, "token"}}), member("anchor"),
                                                  std::vector{member("aug")}, 7);
     test::randomise(*composition_);
@@ -78,7 +79,7 @@ TEST_F(CompositionFolder, LinksToFoldersAndModelsAreFollowed) {
   // A link's name stays: files of a download cache are links to names without an ending.
   fs::create_directory_symlink(root_.path() / "aug", root_.path() / "aug-link");
   Composition linked(composition_->config(), composition_->anchor_member(),
-                     {open_member(formats::Checkpoint::open(root_.path() / "aug-link/"), {})}, 7);
+                     {open_member(models::open_checkpoint(root_.path() / "aug-link/"), {})}, 7);
   save_composition(linked, other / "calm");  // through the link
   EXPECT_EQ(read_json(dir() / "calm_config.json")["augmenting"][0]["model"], "../aug-link");
   EXPECT_NO_THROW(load_composition(dir(), {}));

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include "moesaic/formats/safetensors.h"
+#include "moesaic/models/registry.h"
 #include "tests/compose/small_models.h"
 #include "tests/temporary_folder.h"
 
@@ -46,7 +47,7 @@ class ReleasedCheckpoint : public ::testing::Test {
   /// Adds the checkpoint's copies of both models.
   void add_bases() {
     for (const auto& [prefix, path] : {std::pair("anchor_model.", anchor()), {"aug_model.", aug()}}) {
-      const auto base = formats::Checkpoint::open(path);
+      const auto base = models::open_checkpoint(path);
       for (const auto& name : base->names()) tensors_[prefix + name] = base->tensor(name).clone();
     }
   }

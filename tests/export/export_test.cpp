@@ -6,6 +6,7 @@
 #include "moesaic/export/merge.h"
 #include "moesaic/export/peft.h"
 #include "moesaic/models/causal_lm.h"
+#include "moesaic/models/registry.h"
 #include "tests/temporary_folder.h"
 
 namespace moesaic::exporting {
@@ -56,7 +57,7 @@ class Export : public testing::Test {
     if (method == "lora") config.rank_pattern = {{"o_proj", 3}};
     config.targets = std::move(targets);
     config.feedforward = std::move(feedforward);
-    auto model = models::CausalLM::load(*formats::Checkpoint::open(base()), {});
+    auto model = models::CausalLM::load(*models::open_checkpoint(base()), {});
     const auto adapter = adapters::Adapter::create(config, model->sites(), torch::kCPU, 5);
     torch::NoGradGuard no_grad;
     for (auto& parameter : adapter->parameters()) parameter.tensor.add_(torch::randn_like(parameter.tensor), 0.3);
@@ -67,7 +68,7 @@ class Export : public testing::Test {
 
   torch::Tensor logits(const fs::path& model_dir, const fs::path& adapter_dir = {}) const {
     torch::NoGradGuard no_grad;
-    auto model = models::CausalLM::load(*formats::Checkpoint::open(model_dir), {});
+    auto model = models::CausalLM::load(*models::open_checkpoint(model_dir), {});
     std::shared_ptr<adapters::Adapter> adapter;
     if (!adapter_dir.empty()) adapter = adapters::Adapter::open(adapter_dir, model->sites(), torch::kCPU, "");
     nn::Pass pass;
@@ -76,7 +77,7 @@ class Export : public testing::Test {
   }
 
   void expect_merge_keeps_logits(const fs::path& adapter_dir) {
-    auto folder = model_folder(*formats::Checkpoint::open(base()), torch::kFloat32);
+    auto folder = model_folder(*models::open_checkpoint(base()), torch::kFloat32);
     merge_adapter(folder, adapter_dir);
     const fs::path merged = folder_ / "merged";
     formats::write_model_folder(merged, folder);
@@ -102,7 +103,7 @@ TEST_F(Export, OneExpertMergesLikeItsBaseline) {
 }
 
 TEST_F(Export, AMixtureIsRefusedWithTheReason) {
-  auto folder = model_folder(*formats::Checkpoint::open(base()), torch::kFloat32);
+  auto folder = model_folder(*models::open_checkpoint(base()), torch::kFloat32);
   try {
     merge_adapter(folder, make_adapter("molora", 3, kAllLinear));
     FAIL() << "expected a UsageError";
@@ -114,7 +115,7 @@ TEST_F(Export, AMixtureIsRefusedWithTheReason) {
 
 TEST_F(Export, WrongBaseListsEveryOffender) {
   const auto adapter = make_adapter("lora", 1, kAllLinear);
-  auto folder = model_folder(*formats::Checkpoint::open(base()), torch::kFloat32);
+  auto folder = model_folder(*models::open_checkpoint(base()), torch::kFloat32);
   folder.tensors.erase("model.layers.0.self_attn.q_proj.weight");
   folder.tensors["model.layers.1.mlp.up_proj.weight"] = torch::zeros({4, 4});
   try {
@@ -159,7 +160,7 @@ TEST_F(Export, EveryExpertBecomesAnAdapterOfItsOwn) {
 }
 
 TEST_F(Export, FolderOfAModelIsTheModel) {
-  const auto folder = model_folder(*formats::Checkpoint::open(base()), torch::kFloat32);
+  const auto folder = model_folder(*models::open_checkpoint(base()), torch::kFloat32);
   formats::write_model_folder(folder_ / "copy", folder);
   EXPECT_TRUE(torch::equal(logits(folder_ / "copy"), logits(base())));
 }

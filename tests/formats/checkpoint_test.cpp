@@ -39,7 +39,7 @@ TEST(Checkpoint, SingleFile) {
   TemporaryFolder folder;
   write_file(folder / "config.json", kConfig);
   save_safetensors(folder / "model.safetensors", two_tensors());
-  const auto checkpoint = Checkpoint::open(folder.path());
+  const auto checkpoint = open_folder(folder.path());
   EXPECT_EQ(checkpoint->path(), folder.path());
   EXPECT_EQ(checkpoint->config()["rope_parameters"]["rope_theta"], 500.0);
   EXPECT_THAT(checkpoint->names(), testing::ElementsAre(kEmbedding, kNorm));
@@ -58,7 +58,7 @@ TEST(Checkpoint, ReadIntoConvertsToAnyDtypeAndStrides) {
   TemporaryFolder folder;
   write_file(folder / "config.json", kConfig);
   save_safetensors(folder / "model.safetensors", two_tensors());
-  const auto checkpoint = Checkpoint::open(folder.path());
+  const auto checkpoint = open_folder(folder.path());
   at::Tensor transposed = torch::zeros({4, 3}, at::kBFloat16);
   checkpoint->read_into(kEmbedding, transposed.t());
   EXPECT_TRUE(at::equal(transposed, two_tensors()[kEmbedding].t().to(at::kBFloat16)));
@@ -73,7 +73,7 @@ TEST(Checkpoint, ShardsLookLikeOneFile) {
   write_file(one / "config.json", kConfig);
   save_safetensors(one / "model.safetensors", two_tensors());
   write_shards(two.path());
-  const auto single = Checkpoint::open(one.path()), sharded = Checkpoint::open(two.path());
+  const auto single = open_folder(one.path()), sharded = open_folder(two.path());
   EXPECT_EQ(sharded->names(), single->names());
   for (const auto& name : single->names()) EXPECT_TRUE(at::equal(sharded->tensor(name), single->tensor(name)));
   EXPECT_EQ(sharded->fingerprint(), single->fingerprint());
@@ -85,7 +85,7 @@ TEST(Checkpoint, BadIndexes) {
     write_shards(folder.path(), index);
     SCOPED_TRACE(index);
     try {
-      Checkpoint::open(folder.path());
+      open_folder(folder.path());
       ADD_FAILURE() << "was accepted";
     } catch (const FormatError& error) {
       for (const auto& piece : pieces) EXPECT_THAT(error.what(), testing::HasSubstr(piece));
@@ -110,7 +110,7 @@ TEST(Checkpoint, ATensorInTwoShardsIsRefused) {
   write_shards(folder.path());
   std::filesystem::remove(folder / "model-00002-of-00002.safetensors");
   save_safetensors(folder / "model-00002-of-00002.safetensors", two_tensors());
-  EXPECT_ERROR(Checkpoint::open(folder.path()), FormatError, kEmbedding, "more than one shard");
+  EXPECT_ERROR(open_folder(folder.path()), FormatError, kEmbedding, "more than one shard");
 }
 
 TEST(Checkpoint, AShardThatPointsToItselfEndsInAnError) {
@@ -118,25 +118,23 @@ TEST(Checkpoint, AShardThatPointsToItselfEndsInAnError) {
   write_shards(folder.path());
   std::filesystem::remove(folder / "model-00002-of-00002.safetensors");
   std::filesystem::create_symlink("model-00002-of-00002.safetensors", folder / "model-00002-of-00002.safetensors");
-  EXPECT_ERROR(Checkpoint::open(folder.path()), FormatError, "'model-00002-of-00002.safetensors' is missing");
+  EXPECT_ERROR(open_folder(folder.path()), FormatError, "'model-00002-of-00002.safetensors' is missing");
 }
 
 TEST(Checkpoint, MissingPartsAreExplained) {
   TemporaryFolder folder;
-  EXPECT_ERROR(Checkpoint::open(folder / "none"), DataError, "no such file");
-  EXPECT_ERROR(Checkpoint::open(folder.path()), DataError, "no config.json");
+  EXPECT_ERROR(open_folder(folder.path()), DataError, "no config.json");
   write_file(folder / "small.gguf", "x");
-  EXPECT_ERROR(Checkpoint::open(folder.path()), DataError, "Did you mean", "small.gguf");
+  EXPECT_ERROR(open_folder(folder.path()), DataError, "Did you mean", "small.gguf");
   write_file(folder / "adapter_config.json", "{}");
-  EXPECT_ERROR(Checkpoint::open(folder.path()), DataError, "adapter");
+  EXPECT_ERROR(open_folder(folder.path()), DataError, "adapter");
   write_file(folder / "config.json", kConfig);
-  EXPECT_ERROR(Checkpoint::open(folder.path()), DataError, "no model.safetensors");
-  EXPECT_ERROR(Checkpoint::open(folder / "config.json"), DataError, "give the folder");
+  EXPECT_ERROR(open_folder(folder.path()), DataError, "no model.safetensors");
   write_file(folder / "pytorch_model.bin", "x");
-  EXPECT_ERROR(Checkpoint::open(folder.path()), DataError, "pickle");
-  EXPECT_THAT(Checkpoint::open(folder.path(), false)->names(), testing::IsEmpty());
+  EXPECT_ERROR(open_folder(folder.path()), DataError, "pickle");
+  EXPECT_THAT(open_folder(folder.path(), false)->names(), testing::IsEmpty());
   write_file(folder / "config.json", "{\"rope_theta\": NaN}");
-  EXPECT_ERROR(Checkpoint::open(folder.path(), false), FormatError, "config.json");
+  EXPECT_ERROR(open_folder(folder.path(), false), FormatError, "config.json");
 }
 
 TEST(Checkpoint, MultiModalPrefixesAreTakenOff) {
@@ -147,14 +145,14 @@ TEST(Checkpoint, MultiModalPrefixesAreTakenOff) {
                                                   {"language_model.lm_head.weight", torch::ones({2, 2})},
                                                   {"vision_tower.x.weight", torch::ones({2})},
                                                   {"multi_modal_projector.y", torch::ones({2})}});
-  EXPECT_THAT(Checkpoint::open(folder.path())->names(), testing::ElementsAre("lm_head.weight", kEmbedding));
+  EXPECT_THAT(open_folder(folder.path())->names(), testing::ElementsAre("lm_head.weight", kEmbedding));
   save_safetensors(folder / "model.safetensors", {{"model.language_model.norm.weight", torch::ones({2})},
                                                   {"model.vision_tower.x.weight", torch::ones({2})},
                                                   {"lm_head.weight", torch::ones({2, 2})}});
-  EXPECT_THAT(Checkpoint::open(folder.path())->names(), testing::ElementsAre("lm_head.weight", kNorm));
+  EXPECT_THAT(open_folder(folder.path())->names(), testing::ElementsAre("lm_head.weight", kNorm));
   save_safetensors(folder / "model.safetensors", {{"model.language_model.norm.weight", torch::ones({2})},
                                                   {"language_model.model.norm.weight", torch::ones({2})}});
-  EXPECT_ERROR(Checkpoint::open(folder.path()), FormatError, "two tensors", kNorm);
+  EXPECT_ERROR(open_folder(folder.path()), FormatError, "two tensors", kNorm);
 }
 
 TEST(Checkpoint, AModelSavedWithoutItsHeadGetsItsPrefix) {
@@ -163,7 +161,7 @@ TEST(Checkpoint, AModelSavedWithoutItsHeadGetsItsPrefix) {
   save_safetensors(folder / "model.safetensors", {{"embed_tokens.weight", torch::ones({2, 2})},
                                                   {"layers.0.self_attn.rotary_emb.inv_freq", torch::ones({2})},
                                                   {"norm.weight", torch::ones({2})}});
-  EXPECT_THAT(Checkpoint::open(folder.path())->names(), testing::ElementsAre(kEmbedding, kNorm));
+  EXPECT_THAT(open_folder(folder.path())->names(), testing::ElementsAre(kEmbedding, kNorm));
 }
 
 TEST(Checkpoint, TokenizerFilesAndChatTemplates) {
@@ -174,7 +172,7 @@ TEST(Checkpoint, TokenizerFilesAndChatTemplates) {
   write_file(folder / "tokenizer_config.json",
              R"({"bos_token": {"content": "<s>", "special": true}, "eos_token": "</s>",
                  "chat_template": [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]})");
-  const auto checkpoint = Checkpoint::open(folder.path(), false);
+  const auto checkpoint = open_folder(folder.path(), false);
   EXPECT_EQ(checkpoint->tokenizer_json(), "{\"x\": 1}");
   EXPECT_EQ(checkpoint->tokenizer_config()["bos_token"], "<s>");
   EXPECT_EQ(checkpoint->tokenizer_config()["eos_token"], "</s>");
@@ -191,7 +189,7 @@ TEST(Checkpoint, FingerprintSeesEveryKindOfChange) {
     TemporaryFolder folder;
     write_file(folder / "config.json", kConfig);
     save_safetensors(folder / "model.safetensors", tensors);
-    return Checkpoint::open(folder.path())->fingerprint();
+    return open_folder(folder.path())->fingerprint();
   };
   const at::Tensor large = torch::zeros({300'000});  // more bytes than the 64 blocks
   const TensorMap tensors = {{"a", torch::zeros({2, 3})}, {"b", large}};

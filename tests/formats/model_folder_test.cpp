@@ -41,7 +41,7 @@ TEST(ModelFolder, RoundTripWithTheTiedHeadOnce) {
   model.generation_config = {{"eos_token_id", 3}};
   write_model_folder(folder / "deep" / "er", model);
 
-  const auto read = Checkpoint::open(folder / "deep" / "er");
+  const auto read = open_folder(folder / "deep" / "er");
   EXPECT_THAT(read->names(), testing::ElementsAre("model.embed_tokens.weight", "model.norm.weight", "position_ids"));
   EXPECT_EQ(read->dtype("model.norm.weight"), at::kBFloat16);
   EXPECT_EQ(read->dtype("position_ids"), at::kLong) << "integers stay";
@@ -64,7 +64,7 @@ TEST(ModelFolder, ShardsOfALimitedSize) {
               testing::UnorderedElementsAre("config.json", "model-00001-of-00002.safetensors",
                                             "model-00002-of-00002.safetensors", "model.safetensors.index.json"));
   EXPECT_EQ(read_json(folder / "model.safetensors.index.json")["metadata"]["total_size"], 64);
-  const auto read = Checkpoint::open(folder.path());
+  const auto read = open_folder(folder.path());
   EXPECT_EQ(read->names().size(), 3u);
   EXPECT_TRUE(at::equal(read->tensor("position_ids"), torch::arange(3)));
 
@@ -73,7 +73,7 @@ TEST(ModelFolder, ShardsOfALimitedSize) {
   EXPECT_THAT(files_of(folder.path()), testing::UnorderedElementsAre("config.json", "model.safetensors"));
   model.max_shard_bytes = 1;
   write_model_folder(folder.path(), model);
-  EXPECT_EQ(Checkpoint::open(folder.path())->names().size(), 3u) << "no old model.safetensors in the way";
+  EXPECT_EQ(open_folder(folder.path())->names().size(), 3u) << "no old model.safetensors in the way";
 }
 
 TEST(ModelFolder, AHeadThatIsNotTiedIsKeptOrRefused) {
@@ -85,7 +85,7 @@ TEST(ModelFolder, AHeadThatIsNotTiedIsKeptOrRefused) {
   EXPECT_ERROR(write_model_folder(folder / "file" / "model", tiny()), DataError, "can't be made");
   model.config["tie_word_embeddings"] = false;
   write_model_folder(folder.path(), model);
-  EXPECT_TRUE(Checkpoint::open(folder.path())->contains("lm_head.weight"));
+  EXPECT_TRUE(open_folder(folder.path())->contains("lm_head.weight"));
 }
 
 }  // namespace

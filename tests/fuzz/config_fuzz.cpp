@@ -6,6 +6,7 @@
 #include "moesaic/base/json.h"
 #include "moesaic/formats/config.h"
 #include "moesaic/models/causal_lm.h"
+#include "moesaic/models/registry.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace moesaic;

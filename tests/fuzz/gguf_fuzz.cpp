@@ -3,7 +3,7 @@
 #include <spdlog/spdlog.h>
 
 #include "moesaic/base/check.h"
-#include "moesaic/formats/gguf_checkpoint.h"
+#include "moesaic/models/registry.h"
 
 extern "C" int LLVMFuzzerInitialize(int*, char***) {
   spdlog::set_level(spdlog::level::off);
@@ -14,7 +14,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace moesaic;
   try {
     const auto checkpoint =
-        formats::open_gguf(formats::Bytes::from_string({reinterpret_cast<const char*>(data), size}, "fuzz"));
+        models::open_gguf(formats::Bytes::from_string({reinterpret_cast<const char*>(data), size}, "fuzz"));
     for (const auto& name : checkpoint->names()) {
       at::Tensor read = at::empty(checkpoint->shape(name), at::kFloat);
       checkpoint->read_into(name, read);

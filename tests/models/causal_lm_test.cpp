@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include "moesaic/base/check.h"
+#include "moesaic/models/registry.h"
 #include "moesaic/nn/linear.h"
 #include "tests/models/tiny_models.h"
 #include "tests/nn/gradcheck.h"

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include "moesaic/models/registry.h"
 #include "tests/models/tiny_models.h"
 
 namespace moesaic::models {

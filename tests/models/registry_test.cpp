@@ -5,6 +5,8 @@
 
 #include "moesaic/base/check.h"
 #include "moesaic/models/causal_lm.h"
+#include "moesaic/models/registry.h"
+#include "tests/formats/files.h"
 
 namespace moesaic::models {
 namespace {
@@ -140,7 +142,7 @@ TEST(ParseDecoderConfig, UnknownFamiliesNameTheKnownOnes) {
               HasSubstr("got \"lama\", expected one of gemma, gemma2, gemma3_text, llama, mistral, qwen2, qwen3"));
   EXPECT_THAT(text, HasSubstr("Did you mean llama?"));
   EXPECT_THAT(message(Json::object()), HasSubstr("model_type"));
-  EXPECT_THAT(message(Json::array()), HasSubstr("expected a JSON object"));
+  EXPECT_THAT(message(Json::array()), HasSubstr("is not a JSON object"));
 }
 
 TEST(ParseDecoderConfig, ListsEveryImpossibleValue) {
@@ -154,9 +156,11 @@ TEST(ParseDecoderConfig, ListsEveryImpossibleValue) {
                                     {"num_key_value_heads", 3},
                                     {"tie_word_embeddings", 1},
                                     {"hidden_act", "relu"},
-                                    {"rope_scaling", {{"rope_type", "longrope"}}}});
-  for (const char* key : {"hidden_size", "num_hidden_layers", "vocab_size", "rms_norm_eps", "intermediate_size",
-                          "num_key_value_heads", "tie_word_embeddings", "hidden_act", "rope_scaling.rope_type"}) {
+                                    {"rope_theta", -1.0},
+                                    {"rope_scaling", {{"rope_type", "linear"}, {"factor", 0}}}});
+  for (const char* key :
+       {"hidden_size", "num_hidden_layers", "vocab_size", "rms_norm_eps", "intermediate_size", "num_key_value_heads",
+        "tie_word_embeddings", "hidden_act", "rope_parameters.rope_theta", "rope_parameters.factor"}) {
     EXPECT_THAT(text, HasSubstr(std::string("'") + key + "'"));
   }
 }
@@ -170,11 +174,22 @@ TEST(ParseDecoderConfig, RefusesWhatWouldComputeNonsense) {
   EXPECT_THAT(message({{"model_type", "qwen2"}, {"layer_types", {"full_attention"}}}), HasSubstr("a list of 32 names"));
   EXPECT_THAT(message({{"model_type", "llama"}, {"rope_parameters", {{"partial_rotary_factor", 0.5}}}}),
               HasSubstr("partial_rotary_factor"));
+  EXPECT_THAT(message({{"model_type", "llama"}, {"rope_scaling", {{"rope_type", "longrope"}}}}),
+              HasSubstr("'rope_parameters.rope_type'"));
   EXPECT_THAT(message({{"model_type", "llama"}, {"rope_scaling", {{"rope_type", "linear"}}}}), HasSubstr("factor"));
   EXPECT_THAT(message({{"model_type", "llama"},
                        {"rope_scaling",
                         {{"rope_type", "llama3"}, {"factor", 8}, {"low_freq_factor", 4}, {"high_freq_factor", 4}}}}),
               HasSubstr("more than low_freq_factor"));
+}
+
+TEST(OpenCheckpoint, WhatIsNoModelIsExplained) {
+  const test::TemporaryFolder folder;
+  EXPECT_ERROR(open_checkpoint(folder / "none"), DataError, "no such file", ".gguf");
+  formats::test::write_file(folder / "config.json", "{}");
+  EXPECT_ERROR(open_checkpoint(folder / "config.json"), DataError, "give the folder", folder.path().string());
+  formats::test::write_file(folder / "text.txt", "hello");
+  EXPECT_ERROR(open_checkpoint(folder / "text.txt"), FormatError, "text.txt");
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "moesaic/models/causal_lm.h"
+#include "moesaic/models/registry.h"
 
 namespace moesaic::test {
 

@@ -10,6 +10,7 @@
 #include "moesaic/compose/folder.h"
 #include "moesaic/data/example.h"
 #include "moesaic/formats/safetensors.h"
+#include "moesaic/models/registry.h"
 #include "tests/parity/answer_lines.h"
 
 namespace {
@@ -18,7 +19,7 @@ using moesaic::Json;
 using namespace moesaic;
 
 compose::Member open(const Json& path) {
-  return compose::open_member(formats::Checkpoint::open(path.get<std::string>()), {});
+  return compose::open_member(models::open_checkpoint(path.get<std::string>()), {});
 }
 
 void create(const Json& job) {

@@ -3,12 +3,13 @@
 
 #include "moesaic/formats/checkpoint.h"
 #include "moesaic/formats/model_folder.h"
+#include "moesaic/models/registry.h"
 
 int main(int argc, char** argv) {
   using namespace moesaic;
   if (argc < 3) return static_cast<int>(ExitCode::kUsage);
   try {
-    const auto checkpoint = formats::Checkpoint::open(argv[1]);
+    const auto checkpoint = models::open_checkpoint(argv[1]);
     formats::ModelFolder model;
     model.config = checkpoint->config();
     for (const auto& name : checkpoint->names()) {

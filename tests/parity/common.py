@@ -71,7 +71,7 @@ FAMILIES = {
         layer_types=["sliding_attention", "sliding_attention", "full_attention"])),
 }
 # One model of each architecture, for the tests that need not vary the rope.
-ARCHITECTURES = ["llama", "llama-tied-mqa", "llama-biases", "mistral", "qwen2", "qwen3", "gemma3"]
+ARCHITECTURES = ["llama", "llama-tied-mqa", "llama-biases", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"]
 
 # Lengths on both sides of every window and of the dynamic rope's limit.
 LENGTHS = [7, 23, 1, 14]

@@ -15,6 +15,7 @@
 #include "moesaic/data/example.h"
 #include "moesaic/generate/generate.h"
 #include "moesaic/models/causal_lm.h"
+#include "moesaic/models/registry.h"
 #include "moesaic/train/trainer.h"
 #include "tests/parity/answer_lines.h"
 
@@ -155,7 +156,7 @@ formats::TensorMap train_step(const Json& job, models::CausalLM& model, adapters
 }
 
 Json run(const Json& job) {
-  const auto checkpoint = formats::Checkpoint::open(job["model"].get<std::string>());
+  const auto checkpoint = models::open_checkpoint(job["model"].get<std::string>());
   models::LoadOptions options;
   options.dtype = job.value("dtype", "float32") == "bfloat16" ? torch::kBFloat16 : torch::kFloat32;
   options.quantize_int8 = job.value("quantize", false);

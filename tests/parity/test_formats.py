@@ -16,7 +16,7 @@ import common
 
 FAMILIES = {
     **{name: common.FAMILIES[name] for name in ["llama", "llama-biases", "llama-tied-mqa", "llama-rope-linear", "qwen3",
-                                                "gemma3"]},
+                                                "gemma", "gemma2", "gemma3"]},
     # The GGUF of a qwen2 holds no head size apart from width / heads.
     "qwen2": common.Family(transformers.Qwen2Config, dict(hidden_size=40, head_dim=10, tie_word_embeddings=True)),
 }
@@ -50,6 +50,10 @@ def metadata_of(writer, config, arch):
         writer.add_uint32("gemma3.attention.sliding_window_pattern", 6)
         writer.add_float32("gemma3.rope.freq_base_swa", rope["sliding_attention"]["rope_theta"])
         rope = rope["full_attention"]
+    if arch == "gemma2":
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
     if arch != "qwen2":
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
@@ -88,7 +92,7 @@ def write_gguf(path, model=None, arch="llama", tokenizer=None):
             data = interleave(data, config.num_attention_heads)
         elif arch == "llama" and ".k_proj." in name:
             data = interleave(data, config.num_key_value_heads)
-        elif arch == "gemma3" and name.endswith("norm.weight"):
+        elif arch.startswith("gemma") and name.endswith("norm.weight"):
             data = data + 1
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), np.ascontiguousarray(data))
     writer.write_header_to_file()
@@ -115,16 +119,17 @@ def assert_same_model(folder, reference, tolerance=0.0):
 def test_gguf(family, tmp_path):
     config = FAMILIES[family].config()
     arch = config.model_type.removesuffix("_text")
-    if arch == "gemma3":  # every sixth layer is global in a GGUF, and its softmax scale is the head size's
+    if arch == "gemma3":  # every sixth layer is global in a GGUF
         config.layer_types = ["sliding_attention"] * config.num_hidden_layers
+    if arch in ("gemma2", "gemma3"):  # a GGUF's softmax scale is the head size's
         config.query_pre_attn_scalar = config.head_dim
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     common.randomise(model)
     path = write_gguf(tmp_path / "model.gguf", model, arch)
     # Adding 1 to gemma's norms and taking it off again rounds once: 2^-24 at values below 2, twice that below 4.
-    tolerance = 2.0 ** -22 if arch == "gemma3" else 0.0
+    tolerance = 2.0 ** -22 if arch.startswith("gemma") else 0.0
     assert_same_model(convert(path, tmp_path / "folder"), model, tolerance)
-    if arch not in ("llama", "gemma3"):
+    if arch not in ("llama", "gemma2", "gemma3"):
         return
     # What the converter changed here is undone by transformers' reader too, so it is what llama.cpp's would have written.
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)

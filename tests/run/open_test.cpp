@@ -1,4 +1,5 @@
 #include "moesaic/run/open.h"
+#include "moesaic/models/registry.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -26,7 +27,7 @@ class OpenTest : public testing::Test {
     config.method = "lora";
     config.lora_rank = 2;
     config.targets = std::vector<std::string>{"q_proj"};
-    const auto model = models::CausalLM::load(*formats::Checkpoint::open(path("model")), {});
+    const auto model = models::CausalLM::load(*models::open_checkpoint(path("model")), {});
     adapters::Adapter::create(config, model->sites(), torch::kCPU, 1)->save(path("lora"));
     fs::create_directory(path("a=b"));
   }

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include "moesaic/compose/folder.h"
+#include "moesaic/models/registry.h"
 #include "moesaic/train/trainer.h"
 #include "tests/compose/small_models.h"
 #include "tests/temporary_folder.h"
@@ -48,7 +49,7 @@ class CompositionTraining : public ::testing::Test {
   }
   std::shared_ptr<compose::Composition> fresh(const std::string& mask = "causal") const {
     auto open = [&](const char* name) {
-      return compose::open_member(formats::Checkpoint::open(root_.path() / name), {});
+      return compose::open_member(models::open_checkpoint(root_.path() / name), {});
     };
     return std::make_shared<compose::Composition>(test::config_of({{{{0, 1}, {2, 2}}, "word", mask}}), open("anchor"),
                                                   std::vector{open("aug")}, 7);
@@ -164,7 +165,7 @@ TEST_F(FrozenStates, ASmallCacheGivesTheSameRunToo) { EXPECT_EQ(run(nullptr), ru
 /// The anchor's adapter learns beside the connections, survives a stop, and is not touched where it is frozen.
 TEST_F(CompositionTraining, AdaptersAreTrainedTogetherOrFrozen) {
   {
-    const auto anchor = compose::open_member(formats::Checkpoint::open(root_.path() / "anchor"), {});
+    const auto anchor = compose::open_member(models::open_checkpoint(root_.path() / "anchor"), {});
     adapters::AdapterConfig config;
     config.method = "molora";
     config.num_experts = 2;
@@ -174,7 +175,7 @@ TEST_F(CompositionTraining, AdaptersAreTrainedTogetherOrFrozen) {
   }
   auto carrying = [&] {
     auto open = [&](const char* name, const std::filesystem::path& adapter) {
-      return compose::open_member(formats::Checkpoint::open(root_.path() / name), {}, {.adapter = adapter});
+      return compose::open_member(models::open_checkpoint(root_.path() / name), {}, {.adapter = adapter});
     };
     return std::make_shared<compose::Composition>(test::config_of({{{{0, 1}, {2, 2}}}}),
                                                   open("anchor", root_.path() / "adapter"),
@@ -216,7 +217,7 @@ TEST_F(CompositionTraining, AdaptersAreTrainedTogetherOrFrozen) {
 /// Routers of an augmenting model are balanced and logged under its name, checkpointed or not.
 TEST_F(CompositionTraining, RoutersOfAugmentingModelsAreBalancedAndLogged) {
   {
-    const auto aug = compose::open_member(formats::Checkpoint::open(root_.path() / "aug"), {});
+    const auto aug = compose::open_member(models::open_checkpoint(root_.path() / "aug"), {});
     adapters::AdapterConfig config;
     config.method = "molora";
     config.num_experts = 3;
@@ -226,7 +227,7 @@ TEST_F(CompositionTraining, RoutersOfAugmentingModelsAreBalancedAndLogged) {
   }
   auto run = [&](double coefficient, bool checkpointing) {
     auto open = [&](const char* name, const std::filesystem::path& adapter) {
-      return compose::open_member(formats::Checkpoint::open(root_.path() / name), {}, {.adapter = adapter});
+      return compose::open_member(models::open_checkpoint(root_.path() / name), {}, {.adapter = adapter});
     };
     const auto composition =
         std::make_shared<compose::Composition>(test::config_of({{{{0, 1}, {2, 2}}}}), open("anchor", {}),

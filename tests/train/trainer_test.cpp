@@ -1,4 +1,5 @@
 #include "moesaic/train/trainer.h"
+#include "moesaic/models/registry.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -554,7 +555,7 @@ TEST(Trainer, FullFineTuningTrainsEveryWeightAndResumes) {
   train(*second, second_all, second_stream, {}, config, 0);
   EXPECT_TRUE(torch::equal(flat(*straight), flat(*second)));
   // A checkpoint is a model folder.
-  const auto saved = models::CausalLM::load(*formats::Checkpoint::open(broken.path() / "checkpoint-8"), {});
+  const auto saved = models::CausalLM::load(*models::open_checkpoint(broken.path() / "checkpoint-8"), {});
   EXPECT_TRUE(torch::equal(flat(*saved), flat(*second)));
 }
 

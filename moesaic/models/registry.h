@@ -1,0 +1,26 @@
+// The families of models: what is read, by config.json's model_type or a GGUF file's architecture.
+#pragma once
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "moesaic/formats/bytes.h"
+#include "moesaic/formats/checkpoint.h"
+#include "moesaic/models/decoder_config.h"
+
+namespace moesaic::models {
+
+/// Parses config.json (as transformers 4 and 5 write it) of any registered family.
+/// Throws ConfigError for an unknown model_type (with the known ones) or impossible values (zero, negative, NaN, huge).
+DecoderConfig parse_decoder_config(const Json& config, const std::string& where);
+/// The registered model_type names.
+std::vector<std::string> known_model_types();
+
+/// Opens a folder with config.json, or a .gguf file of a registered architecture. With `weights` false only the config
+/// of a folder is read (one without weights is fine). Throws DataError / FormatError with a hint.
+std::shared_ptr<formats::Checkpoint> open_checkpoint(const std::filesystem::path& path, bool weights = true);
+/// A GGUF file that is in memory.
+std::shared_ptr<formats::Checkpoint> open_gguf(formats::Bytes bytes);
+
+}  // namespace moesaic::models
