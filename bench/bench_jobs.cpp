@@ -67,6 +67,7 @@ std::vector<data::Batch> read_batches(const Json& job) {
       data::Example example;
       example.ids = batch["ids"][row].get<std::vector<int64_t>>();
       example.mask = batch["mask"][row].get<std::vector<uint8_t>>();
+      example.end_prompts_by_mask();
       examples.push_back(std::move(example));
     }
     batches.push_back(data::collate(examples, torch::kCPU));

@@ -1,4 +1,5 @@
-// The C side of the Rust crate in this folder: tokenizers (tokenizer.json) and minijinja (chat templates).
+// The C side of the Rust crate in this folder: tokenizers (tokenizer.json), minijinja (chat templates) and
+// fancy-regex (patterns in files).
 //
 // Handles are opaque, immutable after set-up and safe to share between threads. Texts are UTF-8 with explicit lengths.
 // A function that can fail writes its reason to `error`, which the caller passes empty; no panic leaves the crate.
@@ -11,12 +12,16 @@ extern "C" {
 
 struct BridgeTokenizer;
 struct BridgeTemplate;
+struct BridgePattern;
 
 struct BridgeText {
   char* data;
   size_t size;
 };
 void bridge_text_free(BridgeText text);
+
+/// Lower case by Unicode's full mapping, as Python's str.lower; bytes that are no UTF-8 become U+FFFD.
+BridgeText bridge_lowercase(const char* text, size_t size);
 
 /// UTF-8 of the caller.
 struct BridgeView {
@@ -59,8 +64,15 @@ bool bridge_tokenizer_train(const BridgeView* texts, size_t count, size_t vocab_
 /// Null on failure; `error` then names the template's line.
 BridgeTemplate* bridge_template_new(const char* source, size_t size, BridgeText* error);
 void bridge_template_free(BridgeTemplate* tmpl);
-/// context: JSON object with the template's variables, in the order its maps are to keep.
-bool bridge_template_render(const BridgeTemplate* tmpl, const char* context, size_t size, BridgeText* out,
-                            BridgeText* error);
+/// context: JSON object with the template's variables, in the order its maps are to keep. mark_generation: what stands
+/// in a {% generation %} block comes between U+FDEE and U+FDEF.
+bool bridge_template_render(const BridgeTemplate* tmpl, const char* context, size_t size, bool mark_generation,
+                            BridgeText* out, BridgeText* error);
+
+/// A regular expression in Python's syntax. Null on failure.
+BridgePattern* bridge_pattern_new(const char* source, size_t size, BridgeText* error);
+void bridge_pattern_free(BridgePattern* pattern);
+/// Whether the whole text matches; fails when that takes too many steps.
+bool bridge_pattern_matches(const BridgePattern* pattern, const char* text, size_t size, bool* out, BridgeText* error);
 
 }  // extern "C"

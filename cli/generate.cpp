@@ -18,13 +18,15 @@ struct Options {
 struct Prompt {
   std::string text;      // what the user gave
   OrderedJson messages;  // a whole conversation, or null
+  OrderedJson tools;     // that the answer may call, or null
   OrderedJson adapters;  // the request's adapters, or null
   std::vector<float> sentence;
   std::string where;  // its place in the file
 };
 
-/// .jsonl: {"prompt": text} or {"messages": [...]}, with "adapters" {name: weight} where the request chooses them and
-/// "sentence" a list of numbers if the router needs one; any other file: a prompt a line.
+/// .jsonl: {"prompt": text} or {"messages": [...]}, with "tools" [...] that may be called, "adapters" {name: weight}
+/// where the request chooses them and "sentence" a list of numbers if the router needs one; any other file: a prompt a
+/// line.
 std::vector<Prompt> read_prompts(const std::string& path) {
   std::ifstream file(path);
   MOESAIC_CHECK(file.good() && std::filesystem::is_regular_file(path), DataError, "--prompts {}: can't read this file.",
@@ -48,6 +50,19 @@ std::vector<Prompt> read_prompts(const std::string& path) {
     MOESAIC_CHECK(has_prompt != has_messages, DataError,
                   "{}: expected an object with either \"prompt\" (text) or \"messages\" (a list), got {}", where,
                   line.substr(0, 80));
+    static const std::vector<std::string> kKeys{"prompt", "messages", "tools", "adapters", "sentence", "id"};
+    for (const auto& item : row.items()) {
+      if (std::find(kKeys.begin(), kKeys.end(), item.key()) != kKeys.end()) continue;
+      const std::string near = nearest_name(item.key(), kKeys);
+      throw DataError(fmt::format("{}: unknown key '{}'{}; a prompt may have {}", where, item.key(),
+                                  near.empty() ? "" : fmt::format(", did you mean '{}'?", near),
+                                  fmt::join(kKeys, ", ")));
+    }
+    if (row.contains("tools") && !row["tools"].empty()) {
+      MOESAIC_CHECK(row["tools"].is_array(), DataError, "{}: \"tools\" is {}, expected a list", where,
+                    row["tools"].type_name());
+      prompt.tools = row["tools"];
+    }
     if (has_prompt) prompt.text = row["prompt"].get<std::string>();
     if (has_messages) prompt.messages = row["messages"];
     if (row.contains("adapters")) prompt.adapters = row["adapters"];
@@ -68,11 +83,11 @@ std::vector<Prompt> read_prompts(const std::string& path) {
 std::vector<int64_t> encode(const Loaded& loaded, const Options& options, const Prompt& prompt) {
   const bool chat = !options.raw && loaded.chat_template;
   if (!chat) {
-    MOESAIC_CHECK(prompt.messages.is_null() && options.system.empty(), UsageError,
+    MOESAIC_CHECK(prompt.messages.is_null() && prompt.tools.is_null() && options.system.empty(), UsageError,
                   "{} need a chat template, and {}. Give the prompt as text.",
-                  options.system.empty() ? "messages" : "--system and messages",
+                  options.system.empty() ? "messages and tools" : "--system, messages and tools",
                   options.raw ? "--raw switches it off" : "this model has none");
-    return loaded.tokenizer->encode(prompt.text, true);
+    return loaded.tokenizer->encode_start(prompt.text).ids;
   }
   OrderedJson messages = prompt.messages;
   if (messages.is_null()) {
@@ -80,14 +95,14 @@ std::vector<int64_t> encode(const Loaded& loaded, const Options& options, const 
     if (!options.system.empty()) messages.push_back({{"role", "system"}, {"content", options.system}});
     messages.push_back({{"role", "user"}, {"content", prompt.text}});
   }
-  return loaded.tokenizer->encode(loaded.chat_template->render(messages, true), false);
+  return loaded.tokenizer->encode(loaded.chat_template->render(messages, true, prompt.tools), false);
 }
 
 int run_generate(Options options, const CommonOptions& common) {
   MOESAIC_CHECK(options.prompts.empty() != options.file.empty(), UsageError,
                 "give either -p TEXT or --prompts FILE, and not both");
   std::vector<Prompt> prompts;
-  for (const std::string& text : options.prompts) prompts.push_back({text, nullptr, nullptr, {}, ""});
+  for (const std::string& text : options.prompts) prompts.push_back({text, nullptr, nullptr, nullptr, {}, ""});
   if (!options.file.empty()) prompts = read_prompts(options.file);
 
   const Loaded loaded = load(options.model, common);
@@ -110,7 +125,8 @@ int run_generate(Options options, const CommonOptions& common) {
       if (!prompt.adapters.is_null()) asked.mixture = run::mixture_row(*loaded.model, prompt.adapters, prompt.where);
     }
     generate::SamplingOptions sampling = options.sampling;
-    sampling.seed = common.seed + first;  // an answer's draw does not depend on the batch size
+    sampling.seed = common.seed;
+    sampling.first = static_cast<int64_t>(first);  // an answer's draw does not depend on the batch size
     generate::Hooks hooks;
     if (streams) hooks.stream = show;
     const auto answers = generate::generate(*loaded.model, *loaded.tokenizer, batch, sampling, hooks);
@@ -154,7 +170,7 @@ Runner add_generate(CLI::App& app, CommonOptions& common) {
       ->expected(1)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
   app.add_option("--prompts", options->file,
-                 "File of prompts: .jsonl with \"prompt\" or \"messages\" and, if the request chooses, "
+                 "File of prompts: .jsonl with \"prompt\" or \"messages\" and, where they are wanted, \"tools\" and "
                  "\"adapters\": {name: weight}; or text, one a line");
   app.add_option("--system", options->system, "System message");
   app.add_flag("--raw", options->raw, "Give the model the bare text, without its chat template");

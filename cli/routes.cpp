@@ -24,7 +24,7 @@ std::vector<int64_t> text_ids(const Options& options, const eval::EvalModel& mod
   item.messages = OrderedJson::array();
   item.messages.push_back({{"role", "user"}, {"content", options.text}});
   const auto [prompt, special] = eval::prompt_text(model, item, options.eval.apply_chat_template);
-  return model.tokenizer.encode(prompt, special);
+  return special ? model.tokenizer.encode_start(prompt).ids : model.tokenizer.encode(prompt, false);
 }
 
 int run_routes(const Options& options, const CommonOptions& common) {

@@ -218,6 +218,7 @@ std::optional<data::Example> KeyTexts::next() {
   const size_t learnt = kind == KeyText::kArithmetic ? equals : substitution;
   example.mask.assign(ids.size(), 0);
   std::fill(example.mask.begin() + static_cast<ptrdiff_t>(learnt), example.mask.end(), 1);
+  example.end_prompts_by_mask();
   return example;
 }
 

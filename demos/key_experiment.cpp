@@ -95,8 +95,8 @@ KeyRow KeyExperiment::tune(const std::string& name, const std::string& model, Ke
 formats::ModelFolder KeyExperiment::folder_of() const {
   formats::ModelFolder folder;
   folder.config = model_config();
-  folder.tokenizer_json = key_tokenizer_json().dump();
-  folder.tokenizer_config = key_tokenizer_config();
+  folder.tokenizer.json = key_tokenizer_json().dump();
+  folder.tokenizer.config = key_tokenizer_config();
   return folder;
 }
 

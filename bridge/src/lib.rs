@@ -1,4 +1,5 @@
-//! C ABI over `tokenizers` and `minijinja`; bridge.h is its other half and says what each function does.
+//! C ABI over `tokenizers`, `minijinja` and `fancy-regex`; bridge.h is its other half and says what each function does.
+mod pattern;
 mod template;
 mod tokenizer;
 
@@ -6,6 +7,7 @@ use std::os::raw::c_char;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::{Mutex, Once};
 
+use pattern::Pattern;
 use template::ChatTemplate;
 use tokenizer::BridgeTokenizer;
 
@@ -47,7 +49,13 @@ fn guard<T>(error: *mut Text, f: impl FnOnce() -> Result<T, String>) -> Option<T
     QUIET.call_once(|| {
         std::panic::set_hook(Box::new(|info| {
             if let Ok(mut text) = PANIC.lock() {
-                *text = info.to_string().replace('\n', " ");
+                // The path of a source file would be one of the machine that built this.
+                let place = info.location().map_or(String::new(), |at| {
+                    format!("{}:{}", at.file().rsplit(['/', '\\']).next().unwrap_or_default(), at.line())
+                });
+                let payload = info.payload();
+                let said = payload.downcast_ref::<&str>().map(|s| s.to_string()).or(payload.downcast_ref::<String>().cloned());
+                *text = format!("{place}: {}", said.unwrap_or_default().replace('\n', " "));
             }
         }));
     });
@@ -82,6 +90,11 @@ pub unsafe extern "C" fn bridge_text_free(text: Text) {
     if !text.data.is_null() {
         drop(Box::from_raw(std::ptr::slice_from_raw_parts_mut(text.data, text.size)));
     }
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_lowercase(text: *const c_char, size: usize) -> Text {
+    String::from_utf8_lossy(bytes(text, size)).to_lowercase().into()
 }
 
 #[no_mangle]
@@ -227,12 +240,41 @@ pub unsafe extern "C" fn bridge_template_render(
     template: *const ChatTemplate,
     context: *const c_char,
     size: usize,
+    mark_generation: bool,
     out: *mut Text,
     error: *mut Text,
 ) -> bool {
     guard(error, || {
-        *out = (*template).render(bytes(context, size))?.into();
+        *out = (*template).render(bytes(context, size), mark_generation)?.into();
         Ok(())
     })
     .is_some()
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_pattern_new(source: *const c_char, size: usize, error: *mut Text) -> *mut Pattern {
+    let pattern = guard(error, || Pattern::new(utf8(source, size)?));
+    pattern.map_or(std::ptr::null_mut(), |pattern| Box::into_raw(Box::new(pattern)))
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_pattern_free(pattern: *mut Pattern) {
+    if !pattern.is_null() {
+        drop(Box::from_raw(pattern));
+    }
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_pattern_matches(
+    pattern: *const Pattern,
+    text: *const c_char,
+    size: usize,
+    out: *mut bool,
+    error: *mut Text,
+) -> bool {
+    let matched = guard(error, || (*pattern).matches(utf8(text, size)?));
+    if let Some(matched) = matched {
+        *out = matched;
+    }
+    matched.is_some()
 }

@@ -8,7 +8,15 @@ use minijinja::{Environment, Error, ErrorKind, State, Value};
 use minijinja_contrib::pycompat;
 
 const NAME: &str = "chat_template";
-const MAX_SOURCE_BYTES: usize = 1 << 20;
+/// The template with {% generation %} blocks that mark what they print.
+const MARKED: &str = "marked chat_template";
+const GENERATION_MARKS: (char, char) = ('\u{FDEE}', '\u{FDEF}');
+const MAX_SOURCE_BYTES: usize = 256 << 10;
+/// Parsing goes a few calls deeper with every link of a chain ("not not ...", "a.b.b", elif), and a link is a byte or
+/// more. Only what is touched of the stack takes memory.
+const STACK_PER_SOURCE_BYTE: usize = 4 << 10;
+/// A chain of constants joined by `~` is folded in time that grows with the cube of its length.
+const MAX_JOINS: usize = 4_000;
 /// One unit per instruction and per 64 bytes made: a fraction of a second of work or 128 MB at most.
 const FUEL: u64 = 2_000_000;
 /// Dropping a value goes one call deeper per level of nesting, and FUEL buys about a million levels. Only what is
@@ -18,6 +26,7 @@ const MAX_JSON_DEPTH: usize = 200;
 
 pub struct ChatTemplate {
     environment: Environment<'static>,
+    marks: bool,
 }
 
 impl ChatTemplate {
@@ -25,6 +34,14 @@ impl ChatTemplate {
         if source.len() > MAX_SOURCE_BYTES {
             return Err(format!("{} bytes, expected at most {MAX_SOURCE_BYTES}", source.len()));
         }
+        let joins = source.matches('~').count();
+        if joins > MAX_JOINS {
+            return Err(format!("{joins} times '~', expected at most {MAX_JOINS}"));
+        }
+        on_stack((1 << 20) + STACK_PER_SOURCE_BYTE * source.len(), || Self::compile(source))
+    }
+
+    fn compile(source: &str) -> Result<Self, String> {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(describe)?;
         environment.set_syntax(syntax);
@@ -38,23 +55,34 @@ impl ChatTemplate {
         environment.add_filter("trim", |value: &Value, chars: Option<&str>| strip(&value.to_string(), chars, true, true).to_string());
         environment.add_test("sequence", is_sequence);
         environment.add_test("iterable", |value: &Value| is_sequence(value) || value.kind() == ValueKind::Iterable);
-        let source = replace_generation_tags(&source.replace("\r\n", "\n").replace('\r', "\n"));
-        environment.add_template_owned(NAME, source).map_err(describe)?;
-        Ok(Self { environment })
+        environment.add_function("moesaic_generation", mark_generation);
+        let source = source.replace("\r\n", "\n").replace('\r', "\n");
+        let plain = replace_generation_tags(&source, "with", "endwith");
+        let marked = replace_generation_tags(&source, "call moesaic_generation()", "endcall");
+        let marks = plain != source && environment.add_template_owned(MARKED, marked).is_ok();
+        environment.add_template_owned(NAME, plain).map_err(describe)?;
+        Ok(Self { environment, marks })
     }
 
-    pub fn render(&self, context: &[u8]) -> Result<String, String> {
-        std::thread::scope(|scope| {
-            let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, || self.render_here(context));
-            let thread = thread.map_err(|e| format!("cannot start a thread to render in: {e}"))?;
-            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })
+    /// `mark_generation`: what `{% generation %}` blocks print stands between marks.
+    pub fn render(&self, context: &[u8], mark_generation: bool) -> Result<String, String> {
+        let name = if mark_generation && self.marks { MARKED } else { NAME };
+        on_stack(STACK_BYTES, || self.render_here(name, context))
     }
 
-    fn render_here(&self, context: &[u8]) -> Result<String, String> {
+    fn render_here(&self, name: &str, context: &[u8]) -> Result<String, String> {
         let context: Value = serde_json::from_slice(context).map_err(|e| format!("the conversation does not parse: {e}"))?;
-        self.environment.get_template(NAME).and_then(|template| template.render(context)).map_err(describe)
+        self.environment.get_template(name).and_then(|template| template.render(context)).map_err(describe)
     }
+}
+
+/// Runs `work` in a thread with a stack of `bytes`.
+fn on_stack<T: Send>(bytes: usize, work: impl FnOnce() -> Result<T, String> + Send) -> Result<T, String> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().stack_size(bytes).spawn_scoped(scope, work);
+        let thread = thread.map_err(|e| format!("cannot start a thread with a stack of {} MiB: {e}", bytes >> 20))?;
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 /// Has a length and items, which for Python a text and a map have too.
@@ -108,9 +136,15 @@ fn strftime_now(format: &str) -> Result<String, Error> {
     String::from_utf8(buffer[1..written].to_vec()).map_err(|_| invalid())
 }
 
+/// The body of a `{% generation %}` block between its marks.
+fn mark_generation(state: &mut State, kwargs: Kwargs) -> Result<String, Error> {
+    let body = kwargs.get::<Value>("caller")?.call(state, &[])?;
+    Ok(format!("{}{body}{}", GENERATION_MARKS.0, GENERATION_MARKS.1))
+}
+
 /// `{% generation %}` marks the assistant's words for a training mask. It prints its body and keeps what is set inside
-/// to itself, as an empty `{% with %}` does.
-fn replace_generation_tags(source: &str) -> String {
+/// to itself, as an empty `{% with %}` does, or a `{% call %}`.
+fn replace_generation_tags(source: &str, begin: &str, end: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(at) = rest.find("{%") {
@@ -118,7 +152,7 @@ fn replace_generation_tags(source: &str) -> String {
         out.push_str(before);
         let body = tag.strip_prefix(['-', '+']).unwrap_or(tag);
         let name = body.trim_start();
-        let replaced = [("generation", "with"), ("endgeneration", "endwith")].into_iter().find_map(|(from, to)| {
+        let replaced = [("generation", begin), ("endgeneration", end)].into_iter().find_map(|(from, to)| {
             let after = name.strip_prefix(from)?;
             let close = after.trim_start();
             close.strip_prefix(['-', '+']).unwrap_or(close).starts_with("%}").then_some((after, to))

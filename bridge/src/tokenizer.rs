@@ -4,13 +4,26 @@ use tokenizers::models::bpe::{BpeTrainer, BPE};
 use tokenizers::models::TrainerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::digits::Digits;
+use tokenizers::pre_tokenizers::metaspace::PrependScheme;
 use tokenizers::pre_tokenizers::sequence::Sequence as Steps;
 use tokenizers::processors::sequence::Sequence;
 use tokenizers::processors::template::TemplateProcessing;
-use tokenizers::{AddedToken, PostProcessorWrapper, Tokenizer};
+use tokenizers::{AddedToken, PostProcessorWrapper, PreTokenizerWrapper, Tokenizer};
 
 pub struct BridgeTokenizer {
     tokenizer: Tokenizer,
+    prepends_blank: bool,
+}
+
+/// True for the pre-tokenizer of Llama's and Mistral's SentencePiece vocabularies, which puts a blank in front of a text.
+/// It leaves texts that begin with one as they are; SentencePiece itself and llama.cpp put another in front of these.
+fn prepends_blank(tokenizer: &Tokenizer) -> bool {
+    match tokenizer.get_pre_tokenizer() {
+        Some(PreTokenizerWrapper::Metaspace(metaspace)) => {
+            !metaspace.split && metaspace.prepend_scheme != PrependScheme::Never
+        }
+        _ => false,
+    }
 }
 
 /// Keeps the whole byte range of every token: a trimmed token of blanks would have an empty one and never be trained.
@@ -63,7 +76,8 @@ impl BridgeTokenizer {
         if let Some(processor) = tokenizer.get_post_processor().cloned() {
             tokenizer.with_post_processor(Some(without_trimming(processor)));
         }
-        Ok(Self { tokenizer })
+        let prepends_blank = prepends_blank(&tokenizer);
+        Ok(Self { tokenizer, prepends_blank })
     }
 
     pub fn add_tokens(&mut self, json: &[u8]) -> Result<(), String> {
@@ -87,12 +101,17 @@ impl BridgeTokenizer {
         add_special_tokens: bool,
         with_offsets: bool,
     ) -> Result<(Vec<u32>, Option<Vec<usize>>), String> {
+        let blank = if self.prepends_blank && text.starts_with([' ', '\u{2581}']) { " " } else { "" };
+        let text = [blank, text].concat();
         if !with_offsets {
-            let encoding = self.tokenizer.encode_fast(text, add_special_tokens).map_err(|e| e.to_string())?;
+            let encoding = self.tokenizer.encode_fast(text.as_str(), add_special_tokens).map_err(|e| e.to_string())?;
             return Ok((encoding.get_ids().to_vec(), None));
         }
-        let encoding = self.tokenizer.encode(text, add_special_tokens).map_err(|e| e.to_string())?;
-        let offsets = encoding.get_offsets().iter().flat_map(|&(begin, end)| [begin, end]).collect();
+        let encoding = self.tokenizer.encode(text.as_str(), add_special_tokens).map_err(|e| e.to_string())?;
+        let offsets = encoding.get_offsets().iter()
+            .flat_map(|&(begin, end)| [begin, end])
+            .map(|at| at.saturating_sub(blank.len()))
+            .collect();
         Ok((encoding.get_ids().to_vec(), Some(offsets)))
     }
 

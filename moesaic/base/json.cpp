@@ -1,6 +1,7 @@
 #include "moesaic/base/json.h"
 
 #include <fcntl.h>
+#include <poll.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -10,6 +11,8 @@
 #include <cerrno>
 #include <cstring>
 #include <numeric>
+
+#include "moesaic/base/output_folder.h"
 
 namespace moesaic {
 namespace {
@@ -48,6 +51,32 @@ AnyJson parse(std::string_view text, const std::string& where) {
     if (message.size() > 300) message = message.substr(0, 300) + "...";
     throw FormatError(fmt::format("{}: not valid JSON: {}", where, message));
   }
+}
+
+/// `text` with null for the bare words NaN, Infinity and -Infinity.
+std::string without_non_numbers(std::string_view text) {
+  std::string out;
+  bool in_string = false;
+  for (size_t i = 0; i < text.size();) {
+    if (!in_string) {
+      size_t length = 0;
+      for (const std::string_view word : {"NaN", "Infinity", "-Infinity"}) {
+        if (text.substr(i).starts_with(word)) length = word.size();
+      }
+      if (length > 0) {
+        out += "null";
+        i += length;
+        continue;
+      }
+    } else if (text[i] == '\\' && i + 1 < text.size()) {
+      out += text[i++];
+      out += text[i++];
+      continue;
+    }
+    in_string = in_string != (text[i] == '"');
+    out += text[i++];
+  }
+  return out;
 }
 
 class FileDescriptor {
@@ -93,7 +122,10 @@ std::string lower_with_underscores(std::string_view text) {
 Json parse_json(std::string_view text, const std::string& where) { return parse<Json>(text, where); }
 
 OrderedJson parse_ordered_json(std::string_view text, const std::string& where) {
-  return parse<OrderedJson>(text, where);
+  if (text.find("NaN") == std::string_view::npos && text.find("Infinity") == std::string_view::npos) {
+    return parse<OrderedJson>(text, where);
+  }
+  return parse<OrderedJson>(without_non_numbers(text), where);
 }
 
 Json read_json(const std::filesystem::path& path, size_t max_bytes) {
@@ -101,7 +133,8 @@ Json read_json(const std::filesystem::path& path, size_t max_bytes) {
 }
 
 std::string read_file(const std::filesystem::path& path, size_t max_bytes) {
-  FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  // A pipe that nobody writes to is empty, not waited for.
+  FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
   MOESAIC_CHECK(file.get() >= 0, DataError, "{}: cannot be read: {}", path.string(), std::strerror(errno));
   struct stat status{};
   MOESAIC_CHECK(::fstat(file.get(), &status) == 0, DataError, "{}: cannot be read: {}", path.string(),
@@ -117,6 +150,11 @@ std::string read_file(const std::filesystem::path& path, size_t max_bytes) {
   while (true) {
     ssize_t got = ::read(file.get(), buffer.data(), buffer.size());
     if (got < 0 && errno == EINTR) continue;
+    if (got < 0 && errno == EAGAIN) {  // the other end of a pipe has not written yet
+      pollfd ready{file.get(), POLLIN, 0};
+      ::poll(&ready, 1, -1);
+      continue;
+    }
     MOESAIC_CHECK(got >= 0, DataError, "{}: cannot be read: {}", path.string(), std::strerror(errno));
     if (got == 0) return bytes;
     bytes.append(buffer.data(), static_cast<size_t>(got));
@@ -126,7 +164,7 @@ std::string read_file(const std::filesystem::path& path, size_t max_bytes) {
 }
 
 void write_file_atomically(const std::filesystem::path& path, std::string_view bytes) {
-  std::string temporary = fmt::format("{}.tmp.{}", path.string(), ::getpid());
+  const std::string temporary = temporary_name(path);
   auto fail = [&](const char* what) {
     int reason = errno;
     ::unlink(temporary.c_str());

@@ -20,6 +20,7 @@ using OrderedJson = nlohmann::ordered_json;  // keys in file order; for rows of 
 /// Parses `text`; `where` names the source in messages. Nesting deeper than 200 levels is refused.
 /// Throws FormatError with line and column.
 Json parse_json(std::string_view text, const std::string& where);
+/// The same for rows of data, where NaN and Infinity, which Python's json and pandas write, are null.
 OrderedJson parse_ordered_json(std::string_view text, const std::string& where);
 
 /// Reads and parses a whole file. Throws FormatError; a file larger than `max_bytes` is refused.

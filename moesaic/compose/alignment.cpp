@@ -23,41 +23,6 @@ std::pair<char32_t, size_t> character_at(std::string_view text, size_t at) {
   return {c, length};
 }
 
-/// Removes from a normalizer or pre-tokenizer what puts a blank in front of a text. Returns true when it is to be
-/// dropped as a whole. `words`: an earlier step has cut the text into words, each of which needs its mark.
-bool drop_prefix(Json& step, bool& words) {
-  if (!step.is_object()) return false;
-  const std::string type = step.value("type", "");
-  if (type == "Prepend") return true;
-  if (type == "WhitespaceSplit" || type == "Whitespace") words = true;
-  if (type == "ByteLevel") step["add_prefix_space"] = false;
-  if (type == "Metaspace" && !words) {
-    step["prepend_scheme"] = "never";
-    step.erase("add_prefix_space");
-  }
-  for (const char* list : {"normalizers", "pretokenizers"}) {
-    if (!step.contains(list) || !step[list].is_array()) continue;
-    Json kept = Json::array();
-    for (Json& part : step[list]) {
-      if (!drop_prefix(part, words)) kept.push_back(part);
-    }
-    step[list] = kept;
-  }
-  return false;
-}
-
-/// The tokenizer for text in the middle of a text.
-std::shared_ptr<const tokenizer::Tokenizer> continuation_of(std::shared_ptr<const tokenizer::Tokenizer> tokenizer) {
-  const Json original = parse_json(tokenizer->json(), "tokenizer.json");
-  Json json = original;
-  bool words = false;
-  for (const char* part : {"normalizer", "pre_tokenizer"}) {
-    if (json.contains(part) && drop_prefix(json[part], words)) json[part] = nullptr;
-  }
-  if (json == original) return tokenizer;
-  return std::make_shared<tokenizer::Tokenizer>(json.dump(), tokenizer->config(), "tokenizer.json");
-}
-
 }  // namespace
 
 bool same_tokenizer(const tokenizer::Tokenizer& a, const tokenizer::Tokenizer& b) {
@@ -96,7 +61,6 @@ Alignment::Alignment(std::shared_ptr<const tokenizer::Tokenizer> anchor,
   if (anchor == nullptr || same_tokenizer(*anchor, *augmenting)) return;
   anchor_ = std::move(anchor);
   augmenting_ = std::move(augmenting);
-  continuation_ = continuation_of(augmenting_);
   const auto start = augmenting_->bos_id() ? augmenting_->bos_id() : augmenting_->eos_id();
   if (start) start_ = {*start};
   for (const std::string& text : anchor_->special_texts()) {
@@ -113,8 +77,10 @@ Aligner::Aligner(std::shared_ptr<const Alignment> alignment) : alignment_(std::m
 
 /// Commits the first `bytes` of the open text.
 void Aligner::close(size_t bytes, std::vector<int64_t>& ids) {
-  const auto& tokenizer = at_start_ ? *alignment_->augmenting_ : *alignment_->continuation_;
-  for (const int64_t id : tokenizer.encode(std::string_view(open_).substr(0, bytes), /*add_special_tokens=*/false)) {
+  const auto& tokenizer = *alignment_->augmenting_;
+  const std::string_view text = std::string_view(open_).substr(0, bytes);
+  for (const int64_t id :
+       at_start_ ? tokenizer.encode(text, /*add_special_tokens=*/false) : tokenizer.encode_behind(text)) {
     ids.push_back(id);
   }
   open_.erase(0, bytes);

@@ -40,9 +40,8 @@ class Alignment {
  private:
   friend class Aligner;
   std::shared_ptr<const tokenizer::Tokenizer> anchor_, augmenting_;
-  std::shared_ptr<const tokenizer::Tokenizer> continuation_;  // augmenting_ without a blank put in front of a text
-  std::vector<int64_t> start_;                                // BOS, or EOS where there is none, in front of the text
-  std::vector<uint8_t> is_special_;                           // by anchor id
+  std::vector<int64_t> start_;       // BOS, or EOS where there is none, in front of the text
+  std::vector<uint8_t> is_special_;  // by anchor id
   bool prompt_by_word_, answer_by_word_;
   std::string policy_;
 };

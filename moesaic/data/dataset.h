@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "moesaic/data/example.h"
+#include "moesaic/formats/checkpoint.h"
 #include "moesaic/tokenizer/tokenizer.h"
 
 namespace moesaic::data {
@@ -31,10 +32,15 @@ struct DatasetConfig {
 struct RenderOptions {
   int64_t cutoff_len = 1024;           // tokens of a whole example; Renderer says what is cut
   int64_t target_cutoff_len = 0;       // tokens behind the prompt, EOS included; 0 = no separate limit
-  std::string template_name = "auto";  // auto: the model's chat template, if any; none: raw; else a Jinja file's path
+  std::string template_name = "auto";  // auto: the model's chat templates, if any; none: raw; else see chat_templates
   bool train_on_prompt = false;        // prompts are learnt too
   std::string sentence_column;         // column with a list of numbers for router input `sentence`
+  std::string on_bad_row = "stop";     // stop | skip: what becomes of a row that can't be read or rendered
 };
+
+/// The chat templates of a run whose key `template` is `name`: the checkpoint's (auto), none, the checkpoint's one of
+/// that name, or a Jinja file. Throws UsageError for anything else.
+formats::ChatTemplates chat_templates(const formats::Checkpoint& checkpoint, const std::string& name);
 
 /// A row in one form, whatever the file's shape.
 struct Row {
@@ -50,8 +56,9 @@ struct Row {
 ///
 /// With a chat template a row is a conversation: the assistant's turns and their end-of-turn tokens are targets;
 /// inputs/targets become one user and one assistant turn. Raw (template `none`, no chat template, or a `text` row) it
-/// is  [BOS if the tokenizer adds one] prompt answer EOS,  with nothing put between them and the two tokenised apart,
-/// so that the prompt's ids are those generation sees. The last label is the EOS or end-of-turn token unless cut.
+/// is  [BOS if the tokenizer adds one] prompt answer EOS,  BOS and EOS once also where the texts spell them, with
+/// nothing put between prompt and answer and the two tokenised apart, so that the prompt's ids are those generation
+/// sees. The last label is the EOS or end-of-turn token unless cut.
 ///
 /// Cutting. An answer longer than target_cutoff_len loses its end. An example longer than cutoff_len loses the middle
 /// of its prompt (all before the first target), because both ends hold what the model needs: BOS, the system turn and
@@ -75,6 +82,8 @@ class Renderer {
   const tokenizer::ChatTemplate* chat_template() const { return chat_.get(); }
   const tokenizer::Tokenizer& tokenizer() const { return *tokenizer_; }
   const RenderOptions& options() const { return options_; }
+  /// Everything that decides what a row becomes, as hashes and settings: {"tokenizer", "template", "cutoff_len", ...}.
+  Json identity() const;
 
  private:
   std::optional<Example> render_row(const Row& row) const;
@@ -82,7 +91,6 @@ class Renderer {
   std::shared_ptr<const tokenizer::Tokenizer> tokenizer_;
   std::shared_ptr<const tokenizer::ChatTemplate> chat_;
   RenderOptions options_;
-  bool adds_bos_ = false;
 };
 
 /// Rows of one file's split, in order, in bounded memory (a file larger than memory is fine). A row number counts the
@@ -112,7 +120,8 @@ std::vector<DatasetConfig> resolve_datasets(const Json& dataset, const std::file
 std::pair<std::vector<DatasetConfig>, std::vector<DatasetConfig>> train_validation(std::vector<DatasetConfig> datasets,
                                                                                    double val_size, uint64_t seed);
 
-/// Every row of the data sets in file order as examples, at most `limit` of each (0 = all): for evaluation.
+/// Every row of the data sets in file order as examples, at most `limit` of each (0 = all): for evaluation. Bad rows
+/// are named all at once, in a DataError, or in a warning where the renderer skips them.
 std::vector<Example> load_examples(const std::vector<DatasetConfig>& datasets, const Renderer& renderer,
                                    int64_t limit = 0);
 

@@ -10,12 +10,11 @@ int64_t Example::targets() const {
   return count;
 }
 
-std::vector<int64_t> Example::prompt_ends() const {
-  std::vector<int64_t> ends;
+void Example::end_prompts_by_mask() {
+  prompt_ends.clear();
   for (size_t i = 1; i < mask.size(); ++i) {
-    if (mask[i - 1] == 0 && mask[i] != 0) ends.push_back(static_cast<int64_t>(i));
+    if (mask[i - 1] == 0 && mask[i] != 0) prompt_ends.push_back(static_cast<int64_t>(i));
   }
-  return ends;
 }
 
 Batch collate(const std::vector<Example>& examples, torch::Device device) {
@@ -43,7 +42,7 @@ Batch collate(const std::vector<Example>& examples, torch::Device device) {
     sequences.push_back(example.ids);
     sentence.insert(sentence.end(), example.sentence.begin(), example.sentence.end());
     batch.datasets.push_back(example.dataset);
-    batch.prompt_ends.push_back(example.prompt_ends());
+    batch.prompt_ends.push_back(example.prompt_ends);
   }
   batch.tokens = nn::RaggedBatch::from_sequences(sequences, device);
   batch.label_rows = torch::tensor(rows, torch::kInt64).to(device);

@@ -17,9 +17,12 @@ struct Example {
   std::vector<uint8_t> mask;    // same length as ids
   std::vector<float> sentence;  // router input `sentence` from a column; empty otherwise
   int64_t dataset = 0;          // index in the mixture
-  int64_t targets() const;      // number of ones in mask[1..]
-  /// Numbers of tokens behind which an answer begins, ascending: i with mask[i - 1] = 0 and mask[i] = 1.
-  std::vector<int64_t> prompt_ends() const;
+  /// Numbers of tokens behind which an answer begins, ascending. Routers and compositions read them; whether prompts
+  /// are learnt too says the mask alone.
+  std::vector<int64_t> prompt_ends;
+  int64_t targets() const;  // number of ones in mask[1..]
+  /// Sets prompt_ends where the mask is of answers only: i with mask[i - 1] = 0 and mask[i] = 1.
+  void end_prompts_by_mask();
 };
 
 /// A ragged batch with its labels.

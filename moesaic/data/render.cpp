@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "moesaic/base/sha256.h"
 #include "moesaic/base/text.h"
 #include "moesaic/data/dataset.h"
 
@@ -42,6 +43,18 @@ void cut_prompt_middle(Example& example, int64_t prompt, int64_t keep) {
 
 }  // namespace
 
+formats::ChatTemplates chat_templates(const formats::Checkpoint& checkpoint, const std::string& name) {
+  if (name == "none") return {};
+  formats::ChatTemplates sources = checkpoint.chat_templates();
+  if (name == "auto") return sources;
+  if (const auto named = sources.find(name); named != sources.end()) return {{"default", named->second}};
+  if (std::filesystem::is_regular_file(name)) return {{"default", read_file(name)}};
+  std::vector<std::string> names;
+  for (const auto& [known, source] : sources) names.push_back(known);
+  throw UsageError(fmt::format("template is '{}', expected auto, none, a file with a Jinja template{}", name,
+                               names.empty() ? "" : fmt::format(" or one of the model's: {}", fmt::join(names, ", "))));
+}
+
 Renderer::Renderer(std::shared_ptr<const tokenizer::Tokenizer> tokenizer,
                    std::shared_ptr<const tokenizer::ChatTemplate> chat, RenderOptions options)
     : tokenizer_(std::move(tokenizer)), chat_(std::move(chat)), options_(std::move(options)) {
@@ -49,21 +62,23 @@ Renderer::Renderer(std::shared_ptr<const tokenizer::Tokenizer> tokenizer,
   MOESAIC_CHECK(options_.target_cutoff_len >= 0, UsageError, "target_cutoff_len is {}, expected 0 or more",
                 options_.target_cutoff_len);
   if (options_.template_name == "none") chat_ = nullptr;
-  std::vector<int64_t> empty = tokenizer_->encode("", true);
-  adds_bos_ = !empty.empty() && tokenizer_->bos_id() == empty.front();
 }
 
 std::shared_ptr<Renderer> Renderer::open(const formats::Checkpoint& checkpoint, RenderOptions options) {
   auto tokenizer = tokenizer::Tokenizer::open(checkpoint);
+  formats::ChatTemplates sources = chat_templates(checkpoint, options.template_name);
   std::shared_ptr<tokenizer::ChatTemplate> chat;
-  if (options.template_name == "auto") {
-    chat = tokenizer::ChatTemplate::open(checkpoint, *tokenizer);
-  } else if (options.template_name != "none") {
-    MOESAIC_CHECK(std::filesystem::is_regular_file(options.template_name), UsageError,
-                  "template is '{}', expected auto, none or a file with a Jinja template", options.template_name);
-    chat = std::make_shared<tokenizer::ChatTemplate>(read_file(options.template_name), *tokenizer);
-  }
+  if (!sources.empty()) chat = std::make_shared<tokenizer::ChatTemplate>(std::move(sources), *tokenizer);
   return std::make_shared<Renderer>(std::move(tokenizer), std::move(chat), std::move(options));
+}
+
+Json Renderer::identity() const {
+  return {{"tokenizer", sha256_hex(tokenizer_->json() + tokenizer_->config().dump())},
+          {"template", chat_ ? sha256_hex(Json(chat_->sources()).dump()) : ""},
+          {"cutoff_len", options_.cutoff_len},
+          {"target_cutoff_len", options_.target_cutoff_len},
+          {"train_on_prompt", options_.train_on_prompt},
+          {"sentence_column", options_.sentence_column}};
 }
 
 std::optional<Example> Renderer::render(const Row& row) const {
@@ -98,10 +113,18 @@ std::optional<Example> Renderer::render_row(const Row& row) const {
     if (stripped(pair.target).empty()) return std::nullopt;
     MOESAIC_CHECK(tokenizer_->eos_id().has_value(), DataError,
                   "the tokenizer has no end-of-text token, and an answer without one can't be learnt to stop");
-    example.ids = render_prompt(pair);
-    example.mask.assign(example.ids.size(), 0);
-    for (int64_t id : tokenizer_->encode(pair.target, false)) example.ids.push_back(id);
-    example.ids.push_back(*tokenizer_->eos_id());
+    if (pair.prompt.empty()) {
+      example.ids = tokenizer_->encode_start(pair.target).ids;
+      const bool begins = !example.ids.empty() && tokenizer_->bos_id() == example.ids.front();
+      example.mask.assign(begins ? 1 : 0, 0);
+    } else {
+      example.ids = render_prompt(pair);
+      example.mask.assign(example.ids.size(), 0);
+      for (int64_t id : tokenizer_->encode_behind(pair.target)) example.ids.push_back(id);
+    }
+    // An answer that ends in the EOS token's own text has it already.
+    if (example.ids.empty() || example.ids.back() != *tokenizer_->eos_id())
+      example.ids.push_back(*tokenizer_->eos_id());
     example.mask.resize(example.ids.size(), 1);
   }
 
@@ -114,6 +137,7 @@ std::optional<Example> Renderer::render_row(const Row& row) const {
   example.ids.resize(static_cast<size_t>(size));
   example.mask.resize(static_cast<size_t>(size));
   if (example.targets() == 0) return std::nullopt;
+  example.end_prompts_by_mask();
   if (options_.train_on_prompt) std::fill(example.mask.begin(), example.mask.end(), 1);
   return example;
 }
@@ -133,11 +157,7 @@ std::vector<int64_t> Renderer::render_prompt(const Row& row) const {
     if (messages.back().at("role") == "assistant") messages.erase(messages.size() - 1);
     return render_prompt(messages, row.tools);
   }
-  std::vector<int64_t> ids = tokenizer_->encode(raw(row).prompt, false);
-  // A prompt that begins with the BOS token's own text has it already.
-  if (adds_bos_ && (ids.empty() || ids.front() != *tokenizer_->bos_id()))
-    ids.insert(ids.begin(), *tokenizer_->bos_id());
-  return ids;
+  return tokenizer_->encode_start(raw(row).prompt).ids;
 }
 
 }  // namespace moesaic::data

@@ -1,8 +1,9 @@
 #include "moesaic/data/shape.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
+
+#include "moesaic/base/text.h"
 
 namespace moesaic::data {
 namespace {
@@ -19,8 +20,8 @@ const Json& defaults() {
       "tags": {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
                "observation_tag": "observation", "function_tag": "function_call", "system_tag": "system"}},
     "messages": {
-      "columns": {"messages": "messages", "system": "system", "tools": "tools", "sentence": ""},
-      "tags": {}},
+      "columns": {"messages": "messages", "completion": "", "system": "system", "tools": "tools", "sentence": ""},
+      "tags": {"role_tag": "role", "content_tag": "content"}},
     "inputs_targets": {"columns": {"prompt": "inputs", "response": "targets", "sentence": ""}, "tags": {}},
     "text": {"columns": {"prompt": "text", "sentence": ""}, "tags": {}},
     "superni": {"columns": {"prompt": "input", "response": "output", "sentence": ""}, "tags": {}}
@@ -35,33 +36,59 @@ std::string keys_of(const OrderedJson& record) {
 }
 
 std::string brief(const OrderedJson& value) {
+  if (value.is_binary()) return {value.get_binary().begin(), value.get_binary().end()};
   std::string text = value.dump(-1, ' ', false, OrderedJson::error_handler_t::replace);
   return std::string(value.type_name()) + " " + (text.size() > 60 ? text.substr(0, 60) + "…" : text);
 }
 
-/// record[name], or null when it is absent or `name` is empty.
+/// record[name], or null when it is absent or not a number, as pandas writes what is missing, or `name` is empty.
 const OrderedJson& value_of(const OrderedJson& record, const std::string& name) {
   static const OrderedJson kNull;
   auto found = name.empty() ? record.end() : record.find(name);
-  return found == record.end() ? kNull : *found;
+  if (found == record.end()) return kNull;
+  return found->is_number_float() && !std::isfinite(found->get<double>()) ? kNull : *found;
 }
 
+/// A text; a number as it is written.
 std::string text_of(const OrderedJson& record, const std::string& name, const std::string& where, bool required) {
   const OrderedJson& value = value_of(record, name);
   if (value.is_null() && !required) return "";
   MOESAIC_CHECK(!value.is_null(), DataError, "{}: '{}' is missing; got the keys {}", where, name, keys_of(record));
+  if (value.is_number()) return value.dump();
   MOESAIC_CHECK(value.is_string(), DataError, "{}: '{}' is {}, expected a string", where, name, brief(value));
   return value.get<std::string>();
 }
 
-/// A list, also where a file type without lists holds it as JSON text; null when absent.
+/// A list, also where a file type without lists holds it as JSON text; null when absent or blank.
 OrderedJson list_of(const OrderedJson& record, const std::string& name, const std::string& where) {
   const OrderedJson& value = value_of(record, name);
-  if (value.is_null() || (value.is_string() && value.get_ref<const std::string&>().empty())) return nullptr;
+  if (value.is_null() || (value.is_string() && stripped(value.get_ref<const std::string&>()).empty())) return nullptr;
   OrderedJson list =
       value.is_string() ? parse_ordered_json(value.get_ref<const std::string&>(), where + " '" + name + "'") : value;
+  if (list.is_null()) return nullptr;
   MOESAIC_CHECK(list.is_array(), DataError, "{}: '{}' is {}, expected a list", where, name, brief(list));
   return list;
+}
+
+/// The tools of a conversation; null when there are none.
+OrderedJson tools_of(const OrderedJson& record, const std::string& name, const std::string& where) {
+  OrderedJson tools = list_of(record, name, where);
+  return tools.empty() ? OrderedJson() : tools;
+}
+
+/// The names of roles that published data sets write, and what they mean.
+constexpr std::pair<const char*, const char*> kRoles[] = {
+    {"system", "system"},       {"developer", "developer"}, {"user", "user"},
+    {"assistant", "assistant"}, {"tool", "tool"},           {"human", "user"},
+    {"gpt", "assistant"},       {"chatgpt", "assistant"},   {"model", "assistant"},
+};
+
+/// The first turn of a conversation in record[name]; null when there is none.
+OrderedJson first_turn(const OrderedJson& record, const char* name, const std::string& where) {
+  const OrderedJson& value = value_of(record, name);
+  if (!value.is_array() && !value.is_string()) return nullptr;
+  const OrderedJson list = list_of(record, name, where);
+  return list.empty() ? OrderedJson() : list[0];
 }
 
 OrderedJson turn(const char* role, std::string content) { return {{"role", role}, {"content", std::move(content)}}; }
@@ -76,12 +103,22 @@ void check_answered(const Row& row, const std::string& where) {
 std::string detect(const OrderedJson& header, const OrderedJson& record, Json& columns, const std::string& where) {
   auto has = [&](const char* key) { return record.contains(key); };
   if (!header.is_null()) return "superni";
-  if (has("messages")) return "messages";
-  if (has("conversations")) return "sharegpt";
+  for (const char* name : {"messages", "conversations"}) {
+    if (!has(name)) continue;
+    columns["messages"] = name;
+    // The keys of a turn tell ShareGPT's from OpenAI's, whatever the column is called.
+    const OrderedJson first = first_turn(record, name, where);
+    const bool openai = first.is_object() ? first.contains("role") : name == std::string_view("messages");
+    return openai ? "messages" : "sharegpt";
+  }
   if (has("instruction")) return "alpaca";
   if (has("inputs") && (has("targets") || has("target"))) return "inputs_targets";
   for (const char* answer : {"response", "completion"}) {
     if (has("prompt") && has(answer)) {
+      if (record["prompt"].is_array()) {  // TRL's chats
+        columns = {{"messages", "prompt"}, {"completion", answer}};
+        return "messages";
+      }
       columns = {{"prompt", "prompt"}, {"response", answer}};
       return "inputs_targets";
     }
@@ -113,6 +150,13 @@ Shape::Shape(const DatasetConfig& config, const OrderedJson& header, const Order
     columns_["response"] = "target";
   }
   columns_.update(found);
+  if (formatting_ == "sharegpt") {
+    const std::string turns = config.columns.value("messages", column("messages"));
+    const OrderedJson turn = first_turn(first, turns.c_str(), where);
+    if (turn.is_object() && turn.contains("role") && !turn.contains("from")) {
+      tags_.update({{"role_tag", "role"}, {"content_tag", "content"}});
+    }
+  }
   auto override_names = [&](Json& names, const Json& given, const char* what) {
     for (const auto& item : given.items()) {
       std::vector<std::string> known;
@@ -139,10 +183,8 @@ Row Shape::row(const OrderedJson& record, const std::string& where) const {
   Row row;
   if (formatting_ == "alpaca") {
     row = alpaca(record, where);
-  } else if (formatting_ == "sharegpt") {
-    row = sharegpt(record, where);
-  } else if (formatting_ == "messages") {
-    row = messages(record, where);
+  } else if (formatting_ == "sharegpt" || formatting_ == "messages") {
+    row = conversation(record, where);
   } else if (formatting_ == "superni") {
     row = superni(record, where);
   } else if (formatting_ == "text") {
@@ -183,83 +225,82 @@ Row Shape::alpaca(const OrderedJson& record, const std::string& where) const {
   }
   row.messages.push_back(turn("user", std::move(user)));
   row.messages.push_back(turn("assistant", text_of(record, column("response"), where, true)));
-  row.tools = list_of(record, column("tools"), where);
+  row.tools = tools_of(record, column("tools"), where);
   return row;
 }
 
-Row Shape::sharegpt(const OrderedJson& record, const std::string& where) const {
-  OrderedJson list = list_of(record, column("messages"), where);
+/// The role that `name` stands for: a tag of the data set's, or one of kRoles.
+std::string Shape::role_of(const std::string& name, const std::string& where) const {
+  constexpr std::pair<const char*, const char*> kTags[] = {{"user_tag", "user"},
+                                                           {"assistant_tag", "assistant"},
+                                                           {"observation_tag", "tool"},
+                                                           {"function_tag", "function"},
+                                                           {"system_tag", "system"}};
+  std::vector<std::string> known;
+  for (const auto& [key, role] : kTags) {
+    if (tag(key).empty()) continue;
+    if (tag(key) == name) return role;
+    known.push_back(tag(key));
+  }
+  for (const auto& [other, role] : kRoles) {
+    if (other == name) return role;
+    if (std::find(known.begin(), known.end(), other) == known.end()) known.push_back(other);
+  }
+  throw DataError(fmt::format("{}: role '{}', expected one of {}", where, name, fmt::join(known, ", ")));
+}
+
+/// A turn with "role" and "content" in front and whatever else it says of itself behind; null says nothing.
+OrderedJson Shape::turn_of(const OrderedJson& message, const std::string& where) const {
+  MOESAIC_CHECK(message.is_object(), DataError, "{}: a turn is {}, expected an object", where, brief(message));
+  const std::string role = role_of(text_of(message, tag("role_tag"), where, true), where);
+  const OrderedJson& content = value_of(message, tag("content_tag"));
+  std::string text;
+  if (content.is_array()) {
+    for (const OrderedJson& part : content) {
+      MOESAIC_CHECK(part.is_object() && value_of(part, "type") == "text", DataError,
+                    "{}: a turn holds {}, expected parts of type text", where, brief(part));
+      text += text_of(part, "text", where, true);
+    }
+  } else {
+    text = text_of(message, tag("content_tag"), where, value_of(message, "tool_calls").is_null());
+  }
+  OrderedJson result = turn(role.c_str(), std::move(text));
+  if (role == "function") {
+    // The call as the tool_calls that chat templates read; a list is several calls.
+    OrderedJson calls = parse_ordered_json(result["content"].get_ref<const std::string&>(), where + " function call");
+    if (!calls.is_array()) calls = OrderedJson::array({calls});
+    result = turn("assistant", "");
+    for (OrderedJson& call : calls)
+      result["tool_calls"].push_back({{"type", "function"}, {"function", std::move(call)}});
+  }
+  for (const auto& [key, value] : message.items()) {
+    const bool named = key == tag("role_tag") || key == tag("content_tag");
+    if (!named && !value.is_null() && !result.contains(key)) result[key] = value;
+  }
+  return result;
+}
+
+Row Shape::conversation(const OrderedJson& record, const std::string& where) const {
+  const OrderedJson list = list_of(record, column("messages"), where);
   MOESAIC_CHECK(!list.empty(), DataError, "{}: '{}' is missing or empty; got the keys {}", where, column("messages"),
                 keys_of(record));
-  const std::array<std::pair<const char*, const char*>, 5> roles{{{"user_tag", "user"},
-                                                                  {"assistant_tag", "assistant"},
-                                                                  {"observation_tag", "tool"},
-                                                                  {"function_tag", "function"},
-                                                                  {"system_tag", "system"}}};
   Row row;
   row.messages = OrderedJson::array();
   if (std::string system = text_of(record, column("system"), where, false); !system.empty()) {
     row.messages.push_back(turn("system", std::move(system)));
   }
-  for (const OrderedJson& message : list) {
-    MOESAIC_CHECK(message.is_object(), DataError, "{}: a turn is {}, expected an object", where, brief(message));
-    std::string name = text_of(message, tag("role_tag"), where, true);
-    std::string content = text_of(message, tag("content_tag"), where, true);
-    auto role = std::find_if(roles.begin(), roles.end(), [&](const auto& entry) { return tag(entry.first) == name; });
-    if (role == roles.end()) {
-      std::vector<std::string> known;
-      for (const auto& entry : roles) known.push_back(tag(entry.first));
-      throw DataError(fmt::format("{}: role '{}', expected one of {}", where, name, fmt::join(known, ", ")));
+  for (const OrderedJson& message : list) row.messages.push_back(turn_of(message, where));
+  if (!column("completion").empty()) {
+    // What the prompt holds is no answer to learn.
+    for (OrderedJson& message : row.messages) {
+      if (message["role"] == "assistant") message["train"] = false;
     }
-    if (std::string_view(role->second) == "function") {
-      // The call as the tool_calls that chat templates read; a list is several calls.
-      OrderedJson calls = parse_ordered_json(content, where + " function call");
-      if (!calls.is_array()) calls = OrderedJson::array({calls});
-      OrderedJson assistant = turn("assistant", "");
-      for (const OrderedJson& call : calls)
-        assistant["tool_calls"].push_back({{"type", "function"}, {"function", call}});
-      row.messages.push_back(std::move(assistant));
-    } else {
-      row.messages.push_back(turn(role->second, std::move(content)));
-    }
+    const OrderedJson completion = list_of(record, column("completion"), where);
+    MOESAIC_CHECK(!completion.empty(), DataError, "{}: '{}' is missing or empty; got the keys {}", where,
+                  column("completion"), keys_of(record));
+    for (const OrderedJson& message : completion) row.messages.push_back(turn_of(message, where));
   }
-  row.tools = list_of(record, column("tools"), where);
-  check_answered(row, where);
-  return row;
-}
-
-Row Shape::messages(const OrderedJson& record, const std::string& where) const {
-  static const std::vector<std::string> kRoles{"system", "developer", "user", "assistant", "tool"};
-  OrderedJson list = list_of(record, column("messages"), where);
-  MOESAIC_CHECK(!list.empty(), DataError, "{}: '{}' is missing or empty; got the keys {}", where, column("messages"),
-                keys_of(record));
-  Row row;
-  row.messages = OrderedJson::array();
-  if (std::string system = text_of(record, column("system"), where, false); !system.empty()) {
-    row.messages.push_back(turn("system", std::move(system)));
-  }
-  for (OrderedJson& message : list) {
-    MOESAIC_CHECK(message.is_object(), DataError, "{}: a turn is {}, expected an object", where, brief(message));
-    std::string role = text_of(message, "role", where, true);
-    MOESAIC_CHECK(std::find(kRoles.begin(), kRoles.end(), role) != kRoles.end(), DataError,
-                  "{}: role '{}', expected one of {}", where, role, fmt::join(kRoles, ", "));
-    const OrderedJson& content = value_of(message, "content");
-    if (content.is_array()) {
-      std::string text;
-      for (const OrderedJson& part : content) {
-        MOESAIC_CHECK(part.is_object() && value_of(part, "type") == "text", DataError,
-                      "{}: a turn holds {}, expected parts of type text", where, brief(part));
-        text += text_of(part, "text", where, true);
-      }
-      message["content"] = std::move(text);
-    } else if (content.is_null() && !value_of(message, "tool_calls").is_null()) {
-      message["content"] = "";
-    } else {
-      text_of(message, "content", where, true);
-    }
-    row.messages.push_back(std::move(message));
-  }
-  row.tools = list_of(record, column("tools"), where);
+  row.tools = tools_of(record, column("tools"), where);
   check_answered(row, where);
   return row;
 }

@@ -22,8 +22,9 @@ class Shape {
   std::string column(const char* name) const { return columns_.value(name, std::string()); }
   std::string tag(const char* name) const { return tags_.value(name, std::string()); }
   Row alpaca(const OrderedJson& record, const std::string& where) const;
-  Row sharegpt(const OrderedJson& record, const std::string& where) const;
-  Row messages(const OrderedJson& record, const std::string& where) const;
+  Row conversation(const OrderedJson& record, const std::string& where) const;
+  OrderedJson turn_of(const OrderedJson& message, const std::string& where) const;
+  std::string role_of(const std::string& name, const std::string& where) const;
   Row superni(const OrderedJson& record, const std::string& where) const;
 
   std::string formatting_;

@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "moesaic/base/check.h"
+#include "moesaic/models/finite.h"
 
 namespace moesaic::eval {
 
@@ -11,18 +12,19 @@ RankQuestion make_rank_question(const tokenizer::Tokenizer& tokenizer, const std
                                 const std::vector<std::string>& choices, bool add_special_tokens, int64_t eos) {
   RankQuestion question;
   std::vector<std::vector<int64_t>> whole;
+  const size_t words = prompt.find_last_not_of(" \t\n\v\f\r");
+  const size_t scored_from = words == std::string::npos ? prompt.size() : words + 1;
   for (const std::string& choice : choices) {
-    const tokenizer::Encoding encoding = tokenizer.encode_with_offsets(prompt + choice, add_special_tokens);
+    const std::string text = prompt + choice;
+    const tokenizer::Encoding encoding =
+        add_special_tokens ? tokenizer.encode_start(text) : tokenizer.encode_with_offsets(text, false);
     std::vector<int64_t> ids = encoding.ids;
-    size_t first = 0;
-    while (first < ids.size() && encoding.offsets[first].second <= prompt.size()) ++first;
-    // A special token at the end (some tokenizers add EOS) holds no text; it is not the choice's.
-    size_t last = ids.size();
-    while (last > first && encoding.offsets[last - 1].first == encoding.offsets[last - 1].second &&
-           encoding.offsets[last - 1].second <= prompt.size()) {
-      --last;
-    }
-    ids.resize(last);
+    auto first_behind = [&](size_t byte) {
+      size_t first = 0;
+      while (first < ids.size() && encoding.offsets[first].second <= byte) ++first;
+      return first;
+    };
+    size_t first = first_behind(scored_from), of_choice = first_behind(prompt.size());
     if (eos >= 0) ids.push_back(eos);
     if (first == 0) {
       const std::optional<int64_t> start = tokenizer.bos_id() ? tokenizer.bos_id() : tokenizer.eos_id();
@@ -31,9 +33,11 @@ RankQuestion make_rank_question(const tokenizer::Tokenizer& tokenizer, const std
           "rank classification: an empty prompt needs a first token, and the tokenizer names neither BOS nor EOS");
       ids.insert(ids.begin(), *start);
       first = 1;
+      ++of_choice;
     }
-    MOESAIC_CHECK(first < ids.size(), DataError, "rank classification: the choice '{}' has no tokens", choice);
+    MOESAIC_CHECK(of_choice < ids.size(), DataError, "rank classification: the choice '{}' has no tokens", choice);
     question.first_scored.push_back(static_cast<int64_t>(first));
+    question.first_of_choice.push_back(static_cast<int64_t>(of_choice));
     whole.push_back(std::move(ids));
   }
   int64_t shared = *std::min_element(question.first_scored.begin(), question.first_scored.end());
@@ -46,6 +50,7 @@ RankQuestion make_rank_question(const tokenizer::Tokenizer& tokenizer, const std
   for (size_t c = 0; c < whole.size(); ++c) {
     question.choices.emplace_back(whole[c].begin() + shared, whole[c].end());
     question.first_scored[c] -= shared;
+    question.first_of_choice[c] -= shared;
   }
   return question;
 }
@@ -74,7 +79,7 @@ Rest rest_of(const std::vector<RankQuestion>& questions) {
       if (choice.size() == 1) continue;
       rest.sequences.emplace_back(choice.begin(), choice.end() - 1);
       rest.of.push_back(static_cast<int64_t>(q));
-      rest.borders.push_back({std::ssize(questions[q].prompt.ids) + questions[q].first_scored[c]});
+      rest.borders.push_back({std::ssize(questions[q].prompt.ids) + questions[q].first_of_choice[c]});
     }
   }
   return rest;
@@ -87,7 +92,7 @@ models::Text prompts_of(const models::LanguageModel& model, const std::vector<Ra
   models::Text text = generate::text_of(model, prompts);
   for (size_t q = 0; q < questions.size(); ++q) {
     // Where a choice's text begins in the middle of a shared token, that token belongs to all choices.
-    const bool ends = std::all_of(questions[q].first_scored.begin(), questions[q].first_scored.end(),
+    const bool ends = std::all_of(questions[q].first_of_choice.begin(), questions[q].first_of_choice.end(),
                                   [](int64_t first) { return first == 0; });
     if (!ends) text.borders[q].clear();
   }
@@ -128,6 +133,16 @@ std::vector<std::vector<ChoiceScore>> rank(models::LanguageModel& model, const s
           .log_probs(hidden.index_select(0, to_index(rest.source)), to_index(rest.targets), &greedy)
           .to(torch::kCPU);
   greedy = greedy.to(torch::kCPU);
+  if (!log_probs.isfinite().all().item<bool>()) {
+    std::vector<generate::Prompt> whole;
+    for (const RankQuestion& question : questions) {
+      for (const std::vector<int64_t>& choice : question.choices) {
+        generate::Prompt& text = whole.emplace_back(question.prompt);
+        text.ids.insert(text.ids.end(), choice.begin(), choice.end());
+      }
+    }
+    models::check_figures(log_probs, model, generate::text_of(model, whole));
+  }
 
   std::vector<std::vector<ChoiceScore>> scores;
   int64_t row = 0;

@@ -11,13 +11,15 @@ namespace moesaic::eval {
 struct RankQuestion {
   generate::Prompt prompt;                    // what all choices share, at least one token
   std::vector<std::vector<int64_t>> choices;  // the tokens behind it, at least one each
-  std::vector<int64_t> first_scored;          // per choice: tokens before this one hold none of the choice's text
+  std::vector<int64_t> first_scored;          // per choice: tokens before this one are not scored
+  std::vector<int64_t> first_of_choice;       // per choice: tokens before this one hold none of the choice's text
 };
 
 /// Tokenises prompt + choice jointly, as the text would be read, and scores every token that holds a byte of the
-/// choice: where a tokenizer merges across the border, that token is the choice's. The common beginning becomes the
-/// shared prompt. eos >= 0 is appended to every choice and scored. A prompt without tokens gets the BOS (else EOS)
-/// token, as lm-evaluation-harness does. Throws DataError when there is neither.
+/// choice: where a tokenizer merges across the border, that token is the choice's. As in lm-evaluation-harness, blanks
+/// at the end of the prompt are scored with every choice. The common beginning becomes the shared prompt. eos >= 0 is
+/// appended to every choice and scored. A prompt without tokens gets the BOS (else EOS) token, as
+/// lm-evaluation-harness does. Throws DataError when there is neither.
 RankQuestion make_rank_question(const tokenizer::Tokenizer& tokenizer, const std::string& prompt,
                                 const std::vector<std::string>& choices, bool add_special_tokens, int64_t eos = -1);
 

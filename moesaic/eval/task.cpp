@@ -260,9 +260,9 @@ struct MgsmWords {
 };
 constexpr MgsmWords kMgsmWords[] = {
     {"en", "Question: ", "Answer:"},    {"bn", "প্রশ্ন: ", "Answer:"},        {"de", "Frage: ", "Antwort:"},
-    {"es", "Pregunta: ", "Respuesta:"}, {"fr", "Question : ", "Réponse :"}, {"ja", "問題: ", "Answer:"},
+    {"es", "Pregunta: ", "Respuesta:"}, {"fr", "Question : ", "Réponse :"}, {"ja", "問題： ", "Answer:"},
     {"ru", "Задача: ", "Answer:"},      {"sw", "Swali: ", "Answer:"},       {"te", "ప్రశ్న: ", "Answer:"},
-    {"th", "โจทย์: ", "Answer:"},        {"zh", "问题: ", "Answer:"},
+    {"th", "โจทย์: ", "Answer:"},        {"zh", "问题： ", "Answer:"},
 };
 
 void read_mgsm(Task& task, const TaskOptions& options) {
@@ -365,6 +365,8 @@ std::vector<Item> training_rows(const fs::path& path, int64_t& available, int64_
           row->where);
       item.targets = {stripped(answer["content"].get<std::string>())};
       item.doc = {{"messages", row->messages}};
+      if (!row->tools.is_null()) item.doc["tools"] = row->tools;
+      item.tools = row->tools;
       item.messages = row->messages;
       item.messages.erase(item.messages.size() - 1);
     } else {

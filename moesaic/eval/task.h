@@ -9,15 +9,16 @@
 
 namespace moesaic::eval {
 
-/// What makes a whole program of an answer that is code: it passes when it runs to its end.
+/// What an answer that is code continues, and the tests that it has to pass.
 struct ProgramFrame {
-  std::string before, after;
+  std::string before, tests;
 };
 
 /// One question.
 struct Item {
   OrderedJson doc;                      // the file's record, for the sample log
   OrderedJson messages;                 // the conversation before the answer: [{role, content}]
+  OrderedJson tools{};                  // the tools it may call, or null
   std::vector<std::string> choices;     // empty: the answer is generated
   std::vector<std::string> targets;     // accepted answers, at least one; a choice is right when it is one of them
   std::string variant;                  // prompt template of the row ("" = none): scored apart as well

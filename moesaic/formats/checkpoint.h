@@ -11,6 +11,7 @@
 
 #include "moesaic/base/device.h"
 #include "moesaic/base/json.h"
+#include "moesaic/formats/tokenizer_files.h"
 
 namespace moesaic::formats {
 
@@ -38,21 +39,25 @@ class Checkpoint {
   virtual void read_into(const std::string& name, at::Tensor destination) const = 0;
   /// tokenizer.json's text: the file, or made from GGUF metadata. nullopt when there is none.
   virtual std::optional<std::string> tokenizer_json() const = 0;
-  /// tokenizer_config.json (bos_token, eos_token, add_bos_token, chat_template, ...); GGUF metadata is translated to
-  /// it.
+  /// tokenizer_config.json (bos_token, eos_token, add_bos_token, ...); GGUF metadata is translated to it.
   virtual Json tokenizer_config() const = 0;
-  /// The chat template (chat_template.jinja, or tokenizer_config.json's, or GGUF's). nullopt when there is none.
-  virtual std::optional<std::string> chat_template() const = 0;
+  /// The chat templates of the folder's files, or GGUF's tokenizer.chat_template and tokenizer.chat_template.NAME.
+  virtual ChatTemplates chat_templates() const = 0;
+  /// The three together, for writing elsewhere.
+  TokenizerFiles tokenizer_files() const { return {tokenizer_json(), tokenizer_config(), chat_templates()}; }
   /// generation_config.json, or {}.
   virtual Json generation_config() const = 0;
-  /// "sha256:..." over every tensor's name, dtype, shape and up to 64 evenly spaced 4 KiB blocks of its bytes: cheap
-  /// enough for every start, and different for any fine-tuned or requantised copy. Cached after the first call.
+  /// "sha256-all:..." over every tensor's name, dtype, shape and bytes. Remembered while the files do not change.
   virtual std::string fingerprint() const = 0;
 
  protected:
   std::filesystem::path path_;
   Json config_;
 };
+
+/// False when two fingerprints are of different weights. Older versions' ("sha256:...", over a sample of the bytes) are
+/// no answer to new ones.
+bool may_be_same_weights(const std::string& fingerprint, const std::string& other);
 
 /// A folder with config.json. With `weights` false only the config is read (a folder without weights is fine).
 /// Throws DataError / FormatError with a hint. models::open_checkpoint opens GGUF files too.

@@ -69,6 +69,14 @@ class GgufFile {
   const Bytes& bytes() const { return bytes_; }
   const std::vector<GgufTensor>& tensors() const { return tensors_; }
   bool contains(const std::string& key) const { return metadata_.contains(key); }
+  /// The keys that begin with `prefix`.
+  std::vector<std::string> keys(const std::string& prefix) const {
+    std::vector<std::string> keys;
+    for (auto it = metadata_.lower_bound(prefix); it != metadata_.end() && it->first.starts_with(prefix); ++it) {
+      keys.push_back(it->first);
+    }
+    return keys;
+  }
 
   /// The value of `key`; nullopt when absent. Throws FormatError when it has another type, is negative or not finite.
   std::optional<uint64_t> find_uint(const std::string& key) const;

@@ -430,8 +430,18 @@ Json gguf_tokenizer_config(const GgufFile& file) {
   config["add_eos_token"] = added.eos;
   config["clean_up_tokenization_spaces"] = false;
   config["tokenizer_class"] = "PreTrainedTokenizerFast";
-  if (const auto source = file.find_string("tokenizer.chat_template")) config["chat_template"] = *source;
   return config;
+}
+
+ChatTemplates gguf_chat_templates(const GgufFile& file) {
+  constexpr const char* kKey = "tokenizer.chat_template";
+  const std::string named = fmt::format("{}.", kKey);
+  ChatTemplates templates;
+  if (auto source = file.find_string(kKey)) templates["default"] = std::move(*source);
+  for (const std::string& key : file.keys(named)) {
+    if (auto source = file.find_string(key)) templates[key.substr(named.size())] = std::move(*source);
+  }
+  return templates;
 }
 
 }  // namespace moesaic::formats

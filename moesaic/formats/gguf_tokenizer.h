@@ -5,6 +5,7 @@
 
 #include "moesaic/base/json.h"
 #include "moesaic/formats/gguf.h"
+#include "moesaic/formats/tokenizer_files.h"
 
 namespace moesaic::formats {
 
@@ -16,7 +17,10 @@ namespace moesaic::formats {
 /// add_eos_token. Throws FormatError, or DataError for a kind or pre-tokenizer that is not known.
 std::optional<std::string> gguf_tokenizer_json(const GgufFile& file);
 
-/// tokenizer_config.json: bos/eos/unk/pad tokens, add_bos_token, add_eos_token, chat_template.
+/// tokenizer_config.json: bos/eos/unk/pad tokens, add_bos_token, add_eos_token.
 Json gguf_tokenizer_config(const GgufFile& file);
+
+/// tokenizer.chat_template as "default" and each tokenizer.chat_template.NAME.
+ChatTemplates gguf_chat_templates(const GgufFile& file);
 
 }  // namespace moesaic::formats

@@ -8,6 +8,7 @@
 
 #include "moesaic/base/json.h"
 #include "moesaic/formats/safetensors.h"
+#include "moesaic/formats/tokenizer_files.h"
 
 namespace moesaic::formats {
 
@@ -16,15 +17,13 @@ struct ModelFolder {
   Json config;                        // config.json; `dtype` is set from `dtype` below
   TensorMap tensors;                  // Hugging Face names
   at::ScalarType dtype = at::kFloat;  // floating tensors are converted to it on writing
-  std::optional<std::string> tokenizer_json;
-  Json tokenizer_config = Json::object();
-  std::optional<std::string> chat_template;
+  TokenizerFiles tokenizer;
   Json generation_config = Json::object();  // left out when empty
   size_t max_shard_bytes = size_t{5} << 30;
 };
 
 /// Writes the folder (created when absent): config.json, model.safetensors or shards with their index, tokenizer
-/// files, chat_template.jinja. With `tie_word_embeddings` the head is left out; DataError when it differs from the
+/// files, chat templates. With `tie_word_embeddings` the head is left out; DataError when it differs from the
 /// embedding. Each file is replaced atomically; weights of an older save in the folder are removed.
 void write_model_folder(const std::filesystem::path& dir, const ModelFolder& model);
 

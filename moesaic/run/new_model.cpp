@@ -12,16 +12,10 @@ namespace fs = std::filesystem;
 
 constexpr size_t kMostTrainingText = size_t{64} << 20;  // bytes that a tokenizer is trained on
 
-struct TokenizerFiles {
-  std::string json;              // tokenizer.json
-  Json config = Json::object();  // tokenizer_config.json
-  std::optional<std::string> chat_template;
-};
-
 /// A configuration with another tokenizer and no weights.
 class BlankCheckpoint : public formats::Checkpoint {
  public:
-  BlankCheckpoint(const Checkpoint& model, Json config, TokenizerFiles tokenizer) : tokenizer_(std::move(tokenizer)) {
+  BlankCheckpoint(const Checkpoint& model, Json config, formats::TokenizerFiles tokenizer) : tokenizer_(std::move(tokenizer)) {
     path_ = model.path();
     config_ = std::move(config);
   }
@@ -33,7 +27,7 @@ class BlankCheckpoint : public formats::Checkpoint {
   void read_into(const std::string& name, at::Tensor) const override { no_weights(name); }
   std::optional<std::string> tokenizer_json() const override { return tokenizer_.json; }
   Json tokenizer_config() const override { return tokenizer_.config; }
-  std::optional<std::string> chat_template() const override { return tokenizer_.chat_template; }
+  formats::ChatTemplates chat_templates() const override { return tokenizer_.chat_templates; }
   Json generation_config() const override { return Json::object(); }
   std::string fingerprint() const override { return ""; }
 
@@ -41,32 +35,23 @@ class BlankCheckpoint : public formats::Checkpoint {
   [[noreturn]] void no_weights(const std::string& name) const {
     throw DataError(fmt::format("{}: has no tensor '{}': it is made from nothing", path_.string(), name));
   }
-  TokenizerFiles tokenizer_;
+  formats::TokenizerFiles tokenizer_;
 };
 
 /// `path`: a folder with tokenizer.json, that file itself, or a .gguf file.
-TokenizerFiles read_tokenizer(const fs::path& path) {
+formats::TokenizerFiles read_tokenizer(const fs::path& path) {
   if (path.extension() == ".gguf") {
     const auto checkpoint = models::open_checkpoint(path, false);
-    const auto json = checkpoint->tokenizer_json();
-    MOESAIC_CHECK(json, DataError, "{}: holds no tokenizer", path.string());
-    return {*json, checkpoint->tokenizer_config(), checkpoint->chat_template()};
+    auto files = checkpoint->tokenizer_files();
+    MOESAIC_CHECK(files.json, DataError, "{}: holds no tokenizer", path.string());
+    return files;
   }
   const fs::path file = fs::is_directory(path) ? path / "tokenizer.json" : path;
   MOESAIC_CHECK(fs::is_regular_file(file), DataError,
                 "tokenizer: {}: no such file; expected a folder with tokenizer.json, that file, or a .gguf file",
                 file.string());
-  TokenizerFiles files;
+  auto files = formats::read_tokenizer_files(file.parent_path());
   files.json = read_file(file, size_t{256} << 20);
-  if (const fs::path config = file.parent_path() / "tokenizer_config.json"; fs::exists(config)) {
-    files.config = read_json(config, size_t{64} << 20);
-    MOESAIC_CHECK(files.config.is_object(), FormatError, "{}: is not a JSON object", config.string());
-  }
-  if (const fs::path chat = file.parent_path() / "chat_template.jinja"; fs::exists(chat)) {
-    files.chat_template = read_file(chat, size_t{16} << 20);
-  } else if (files.config.contains("chat_template") && files.config["chat_template"].is_string()) {
-    files.chat_template = files.config["chat_template"].get<std::string>();
-  }
   return files;
 }
 
@@ -74,7 +59,7 @@ TokenizerFiles read_tokenizer(const fs::path& path) {
 std::optional<fs::path> resumed_folder(const train::TrainConfig& config) {
   fs::path folder;
   if (config.resume_from_checkpoint == "auto") {
-    if (!train::list_checkpoints(config.output_dir).empty()) folder = config.output_dir;
+    if (train::newest_checkpoint(config.output_dir)) folder = config.output_dir;
   } else if (config.resume_from_checkpoint != "none") {
     folder = fs::path(config.resume_from_checkpoint).lexically_normal();
     if (!folder.has_filename()) folder = folder.parent_path();  // "out/checkpoint-5/"
@@ -108,7 +93,7 @@ NewModel open_new_model(const RunConfig& run) {
   }
 
   std::string origin;
-  TokenizerFiles files;
+  formats::TokenizerFiles files;
   if (const auto begun = resumed_folder(run.train)) {
     origin = fmt::format("from {}, as the run began", begun->string());
     files = read_tokenizer(*begun);
@@ -125,9 +110,9 @@ NewModel open_new_model(const RunConfig& run) {
     if (trained->vocab_size() < run.tokenizer_vocab_size) {
       origin += fmt::format(", which give no more of the {} asked for", run.tokenizer_vocab_size);
     }
-    files = {trained->json(), trained->config(), model->chat_template()};
+    files = {trained->json(), trained->config(), model->chat_templates()};
   }
-  const tokenizer::Tokenizer tokenizer(files.json, files.config, origin);
+  const tokenizer::Tokenizer tokenizer(*files.json, files.config, origin);
   const int64_t tokens = tokenizer.vocab_size();
   if (config_vocabulary > 0 && !run.tokenizer.empty()) check_size(tokens, run.tokenizer);
   const int64_t vocabulary = run.tokenizer.empty() ? tokens : std::max(tokens, config_vocabulary);

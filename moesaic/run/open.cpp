@@ -1,6 +1,7 @@
 #include "moesaic/run/open.h"
 
 #include <future>
+#include <ranges>
 #include <set>
 
 #include "moesaic/base/check.h"
@@ -44,8 +45,16 @@ AdapterReference parse_adapter_reference(const std::string& text) {
   return adapter;
 }
 
+namespace {
+
+// Ends of turn that files forget to name.
+constexpr const char* kEndsOfTurn[] = {"<|eot_id|>", "<|eom_id|>",    "<end_of_turn>", "<|im_end|>",
+                                       "<|end|>",    "<|endoftext|>", "<EOT>"};
+
+}  // namespace
+
 std::vector<int64_t> eos_ids(const models::LanguageModel& model, const Json& generation_config,
-                             const tokenizer::Tokenizer* tokenizer) {
+                             const tokenizer::Tokenizer* tokenizer, const tokenizer::ChatTemplate* chat_template) {
   const std::vector<int64_t>& own = model.facts().eos_ids;
   std::set<int64_t> ids(own.begin(), own.end());
   if (auto it = generation_config.find("eos_token_id"); it != generation_config.end()) {
@@ -53,12 +62,21 @@ std::vector<int64_t> eos_ids(const models::LanguageModel& model, const Json& gen
       if (id.is_number_integer()) ids.insert(id.get<int64_t>());
     }
   }
-  if (tokenizer && tokenizer->eos_id()) ids.insert(*tokenizer->eos_id());
+  if (!tokenizer) return {ids.begin(), ids.end()};
+  auto add = [&](const std::optional<std::string>& token) {
+    if (const auto id = token ? tokenizer->token_to_id(*token) : std::nullopt) ids.insert(*id);
+  };
+  add(tokenizer->eos_token());
+  for (const char* text : kEndsOfTurn) add(text);
+  if (chat_template) add(chat_template->end_of_turn());
+  // In OpenAI's harmony format <|end|> ends a message, and the answer goes on.
+  const auto goes_on = tokenizer->token_to_id("<|end|>");
+  if (goes_on && tokenizer->token_to_id("<|return|>") && tokenizer->token_to_id("<|call|>")) ids.erase(*goes_on);
   return {ids.begin(), ids.end()};
 }
 
 std::vector<int64_t> Opened::eos_ids() const {
-  return run::eos_ids(*model, checkpoint->generation_config(), tokenizer.get());
+  return run::eos_ids(*model, checkpoint->generation_config(), tokenizer.get(), chat_template.get());
 }
 
 namespace {
@@ -86,6 +104,18 @@ void open_single(const std::string& path, const OpenOptions& options, Opened& op
   opened.tokenizer = tokenizer.get();
 }
 
+/// Makes the chat template, with what a composition and the adapters bring of their own.
+void adapt_tokenizer(const std::string& path, const std::vector<AdapterReference>& adapters, Opened& opened) {
+  formats::TokenizerFiles files{std::nullopt, opened.tokenizer->config(), opened.checkpoint->chat_templates()};
+  if (fs::is_directory(path) && compose::is_composition(path)) formats::adapt(files, path);
+  for (const AdapterReference& adapter : std::views::reverse(adapters)) formats::adapt(files, adapter.dir);
+  if (files.config != opened.tokenizer->config()) {
+    opened.tokenizer = std::make_shared<tokenizer::Tokenizer>(opened.tokenizer->json(), files.config, path);
+  }
+  if (files.chat_templates.empty()) return;
+  opened.chat_template = std::make_shared<tokenizer::ChatTemplate>(std::move(files.chat_templates), *opened.tokenizer);
+}
+
 }  // namespace
 
 Opened open(const std::string& path, const std::vector<AdapterReference>& adapters, const OpenOptions& options) {
@@ -95,7 +125,7 @@ Opened open(const std::string& path, const std::vector<AdapterReference>& adapte
       path);
   Opened opened;
   (compose::is_composition(path) ? open_composition : open_single)(path, options, opened);
-  if (opened.tokenizer) opened.chat_template = tokenizer::ChatTemplate::open(*opened.checkpoint, *opened.tokenizer);
+  if (opened.tokenizer) adapt_tokenizer(path, adapters, opened);
   for (const AdapterReference& adapter : adapters) {
     opened.model->attach(adapter.name,
                          adapters::Adapter::open(adapter.dir, *opened.model->parts().front().sites, options.device,

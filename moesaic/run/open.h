@@ -38,18 +38,21 @@ struct Opened {
   std::shared_ptr<const tokenizer::Tokenizer> tokenizer;   // nullptr when it has none and none is needed
   std::shared_ptr<tokenizer::ChatTemplate> chat_template;  // nullptr when it has none
 
-  /// Ids that end an answer: those of generation_config.json, of the model's config and of the tokenizer.
+  /// Ids that end an answer: those of generation_config.json, of the model's config and of the tokenizer, tokens known
+  /// as ends of turn by their text, and what the chat template writes behind an answer.
   std::vector<int64_t> eos_ids() const;
 };
 
 /// path: a folder with config.json, a .gguf file, or a composition's folder. Adapters go into the model's first part,
-/// in a composition the anchor. Throws UsageError, DataError, FormatError.
+/// in a composition the anchor. Chat templates and special tokens that a composition or an adapter brings win over the
+/// model's; of several adapters, the first one's. Throws UsageError, DataError, FormatError.
 Opened open(const std::string& path, const std::vector<AdapterReference>& adapters = {},
             const OpenOptions& options = {});
 
 /// The same union of end-of-answer ids for a model whose tokenizer and generation config are at hand.
 std::vector<int64_t> eos_ids(const models::LanguageModel& model, const Json& generation_config,
-                             const tokenizer::Tokenizer* tokenizer);
+                             const tokenizer::Tokenizer* tokenizer,
+                             const tokenizer::ChatTemplate* chat_template = nullptr);
 
 /// A request's adapters, {"name": weight, ...} or ["name", ...], as a row of `mixture`: the named ones with their
 /// weights (1 in a list), the others with 0. Throws UsageError for unknown names and for what is no finite weight;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <map>
+#include <mutex>
 
 #include "moesaic/formats/checkpoint.h"
 #include "moesaic/tokenizer/bridge_call.h"
@@ -49,7 +50,36 @@ Json configured_tokens(const Json& config, const std::map<std::string, std::stri
     auto it = special_tokens.find(name);
     if (it != special_tokens.end()) tokens.push_back({{"content", it->second}, {"special", true}});
   }
+  for (const char* name : {"additional_special_tokens", "extra_special_tokens"}) {
+    if (!config.contains(name) || !config[name].is_array()) continue;
+    for (const Json& token : config[name]) {
+      if (const auto text = token_text(token)) tokens.push_back({{"content", *text}, {"special", true}});
+    }
+  }
   return tokens;
+}
+
+/// Removes from a normalizer or pre-tokenizer what puts a blank in front of a text. Returns true when it is to be
+/// dropped as a whole. `words`: an earlier step has cut the text into words, each of which needs its mark.
+bool drop_prefix(Json& step, bool& words) {
+  if (!step.is_object()) return false;
+  const std::string type = step.value("type", "");
+  if (type == "Prepend") return true;
+  if (type == "WhitespaceSplit" || type == "Whitespace") words = true;
+  if (type == "ByteLevel") step["add_prefix_space"] = false;
+  if (type == "Metaspace" && !words) {
+    step["prepend_scheme"] = "never";
+    step.erase("add_prefix_space");
+  }
+  for (const char* list : {"normalizers", "pretokenizers"}) {
+    if (!step.contains(list) || !step[list].is_array()) continue;
+    Json kept = Json::array();
+    for (Json& part : step[list]) {
+      if (!drop_prefix(part, words)) kept.push_back(part);
+    }
+    step[list] = kept;
+  }
+  return false;
 }
 
 }  // namespace
@@ -61,6 +91,9 @@ struct Tokenizer::Impl {
   std::map<std::string, std::string> special_tokens;  // "bos_token" -> "<s>"
   int64_t vocab_size = 0;
   std::vector<std::string> special_texts;
+  bool adds_bos = false;
+  std::once_flag behind_once;
+  std::unique_ptr<const Tokenizer> behind;  // for texts that go on; nullptr: this one does
 
   void encode(std::string_view text, bool add_special_tokens, bool with_offsets, OwnedEncoding& out) const {
     OwnedText error;
@@ -98,6 +131,8 @@ Tokenizer::Tokenizer(std::string_view tokenizer_json, const Json& config, const 
   impl_->vocab_size = static_cast<int64_t>(bridge_tokenizer_vocab_size(impl_->bridge.get()));
   impl_->special_texts = Json::parse(OwnedText(bridge_tokenizer_special_tokens(impl_->bridge.get())).str())
                              .get<std::vector<std::string>>();
+  const std::vector<int64_t> empty = encode("", true);
+  impl_->adds_bos = !empty.empty() && bos_id() == empty.front();
 }
 
 Tokenizer::~Tokenizer() = default;
@@ -146,6 +181,28 @@ std::vector<int64_t> Tokenizer::encode(std::string_view text, bool add_special_t
   OwnedEncoding raw;
   impl_->encode(text, add_special_tokens, /*with_offsets=*/false, raw);
   return std::vector<int64_t>(raw->ids, raw->ids + raw->size);
+}
+
+Encoding Tokenizer::encode_start(std::string_view text) const {
+  Encoding encoding = encode_with_offsets(text, /*add_special_tokens=*/false);
+  if (impl_->adds_bos && (encoding.ids.empty() || encoding.ids.front() != *bos_id())) {
+    encoding.ids.insert(encoding.ids.begin(), *bos_id());
+    encoding.offsets.insert(encoding.offsets.begin(), {0, 0});
+  }
+  return encoding;
+}
+
+std::vector<int64_t> Tokenizer::encode_behind(std::string_view text) const {
+  std::call_once(impl_->behind_once, [this] {
+    const Json original = parse_json(impl_->json, "tokenizer.json");
+    Json json = original;
+    bool words = false;
+    for (const char* part : {"normalizer", "pre_tokenizer"}) {
+      if (json.contains(part) && drop_prefix(json[part], words)) json[part] = nullptr;
+    }
+    if (json != original) impl_->behind = std::make_unique<Tokenizer>(json.dump(), impl_->config, "tokenizer.json");
+  });
+  return (impl_->behind ? *impl_->behind : *this).encode(text, /*add_special_tokens=*/false);
 }
 
 std::string Tokenizer::decode(const std::vector<int64_t>& ids, bool skip_special_tokens) const {

@@ -44,6 +44,11 @@ class Tokenizer {
   /// `add_special_tokens` applies the tokenizer's post-processor (BOS and the like), as transformers' __call__ does.
   std::vector<int64_t> encode(std::string_view text, bool add_special_tokens) const;
   Encoding encode_with_offsets(std::string_view text, bool add_special_tokens) const;
+  /// The start of a text that will go on: BOS in front if the tokenizer adds one and the text does not spell it itself,
+  /// and nothing behind.
+  Encoding encode_start(std::string_view text) const;
+  /// `text` as it goes on behind another: without the blank that SentencePiece-style tokenizers put in front of a text.
+  std::vector<int64_t> encode_behind(std::string_view text) const;
   std::string decode(const std::vector<int64_t>& ids, bool skip_special_tokens) const;
 
   std::optional<int64_t> token_to_id(std::string_view token) const;
@@ -94,27 +99,39 @@ struct RenderedChat {
   std::vector<std::pair<size_t, size_t>> trained;  // bytes: the assistant's words with their end-of-turn token
 };
 
-/// A chat template with the functions transformers gives its templates (raise_exception, strftime_now, tojson,
-/// {% generation %}). The one renderer of training, evaluation, generation and serving.
+/// The chat templates of a model, by name, with the functions transformers gives them (raise_exception, strftime_now,
+/// tojson, {% generation %}). As in transformers, a conversation with tools is rendered by the one named `tool_use`
+/// where there is one, every other by `default`. The one renderer of training, evaluation, generation and serving.
 class ChatTemplate {
  public:
-  /// Throws FormatError with the template's line when it does not compile.
+  /// Throws FormatError with the template's line when the default one does not compile.
+  ChatTemplate(std::map<std::string, std::string> sources, const Tokenizer& tokenizer);
+  /// One template for everything.
   ChatTemplate(std::string source, const Tokenizer& tokenizer);
-  /// The template of a checkpoint; nullptr when it has none.
+  /// The templates of a checkpoint; nullptr when it has none.
   static std::shared_ptr<ChatTemplate> open(const formats::Checkpoint& checkpoint, const Tokenizer& tokenizer);
   ~ChatTemplate();
 
   /// messages: [{role, content, ...}]; tools: a list or null; extra: further template variables (object).
-  /// As in transformers, null values of a message are dropped and its reasoning is found under all its names.
-  /// Throws DataError with the template's own words when it raises.
+  /// As in transformers, null values of a message are dropped and its reasoning is found under all its names. Beyond
+  /// it, tools and calls without {"type": "function", "function": ...} around them get it, and the arguments of a call
+  /// that are JSON text are given as the object they mean; as text, where the template refuses the object. Throws
+  /// DataError with the template's own words when it raises.
   std::string render(const OrderedJson& messages, bool add_generation_prompt, const OrderedJson& tools = nullptr,
                      const OrderedJson& extra = OrderedJson::object()) const;
 
-  /// Renders a whole conversation and finds what each assistant turn adds to it: from the end of the generation prompt
-  /// to the end-of-turn token. A message with `"train": false` or `"weight": 0` is left out of `trained`.
+  /// Renders a whole conversation and finds what a model learns of it: the template's {% generation %} blocks, or each
+  /// turn of the assistant from the end of the generation prompt to the end-of-turn token. A message with
+  /// `"train": false` or `"weight": 0` is left out of `trained`.
   /// Throws DataError when the template does not show a trained message.
   RenderedChat render_for_training(const OrderedJson& messages, const OrderedJson& tools = nullptr) const;
 
+  /// The special token the template writes behind an answer; nullopt when it writes none.
+  std::optional<std::string> end_of_turn() const;
+
+  /// By name.
+  const std::map<std::string, std::string>& sources() const;
+  /// The one for conversations without tools.
   const std::string& source() const;
 
  private:

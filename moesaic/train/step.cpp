@@ -1,6 +1,7 @@
 #include "moesaic/train/step.h"
 
 #include "moesaic/base/check.h"
+#include "moesaic/models/finite.h"
 #include "moesaic/moe/router.h"
 #include "moesaic/train/checkpointed_blocks.h"
 
@@ -47,8 +48,8 @@ models::Text text_of(const data::Batch& batch, const std::vector<data::Example>&
   text.sentence = batch.sentence;
   text.rows = batch.label_rows;
   for (const data::Example& example : examples) {
-    const auto first_target = std::find(example.mask.begin() + 1, example.mask.end(), 1) - example.mask.begin();
-    text.prompts.emplace_back(example.ids.begin(), example.ids.begin() + first_target);
+    const int64_t end = example.prompt_ends.empty() ? 1 : example.prompt_ends.front();
+    text.prompts.emplace_back(example.ids.begin(), example.ids.begin() + end);
   }
   return text;
 }
@@ -151,18 +152,10 @@ std::pair<torch::Tensor, torch::Tensor> Stepper::batch_loss(const data::Batch& c
 
 void Stepper::report_divergence(const std::vector<MicroBatch>& batches, int64_t step, const StepResult& result) {
   std::string where;
-  torch::NoGradGuard no_grad;
   for (const auto& batch : batches) {
-    nn::Pass pass;
-    pass.run = [&where](nn::Block& block, const torch::Tensor& h, nn::Pass& of_block) {
-      torch::Tensor y = block.forward(h, of_block);
-      if (where.empty() && !y.isfinite().all().item<bool>()) {
-        const std::string model = of_block.place.empty() ? "" : " of the model at " + of_block.place;
-        where = fmt::format("the output of layer {}{}", block.index(), model);
-      }
-      return y;
-    };
-    model_.hidden(text_of(data::collate(batch.examples, model_.facts().device), batch.examples), pass);
+    if (!where.empty()) break;
+    where = models::first_not_finite(
+        model_, text_of(data::collate(batch.examples, model_.facts().device), batch.examples));
   }
   for (const auto& t : tensors_) {
     if (where.empty() && t.tensor.grad().defined() && !t.tensor.grad().isfinite().all().item<bool>()) {

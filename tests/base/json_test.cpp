@@ -1,9 +1,13 @@
 #include "moesaic/base/json.h"
 
+#include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include <fstream>
+#include <thread>
 
 #include "tests/temporary_folder.h"
 
@@ -43,6 +47,13 @@ TEST(ParseJson, SaysWhereItIsWrong) {
   EXPECT_THROW(parse_json("\"\xff\xfe\"", "x"), FormatError) << "not UTF-8";
   EXPECT_THROW(parse_json("NaN", "x"), FormatError);
   EXPECT_THROW(parse_json("1e999", "x"), FormatError);
+}
+
+TEST(ParseJson, RowsMayHoldPythonsNonNumbers) {
+  EXPECT_EQ(parse_ordered_json(R"({"a": NaN, "b": [-Infinity, Infinity, 1], "c": "NaN \" Infinity"})", "row").dump(),
+            R"({"a":null,"b":[null,null,1],"c":"NaN \" Infinity"})");
+  EXPECT_THROW(parse_ordered_json(R"({"a": NaNs})", "row"), FormatError);
+  EXPECT_THROW(parse_json(R"({"a": NaN})", "file"), FormatError);
 }
 
 TEST(ParseJson, RefusesDeepNestingButNotBracketsInStrings) {
@@ -88,6 +99,22 @@ TEST(Get, GivesTheValueTheFallbackOrTheReason) {
   EXPECT_THROW(get<int32_t>(json, "big", "w"), ConfigError);
   EXPECT_THROW(get<uint64_t>(Json{{"x", -1}}, "x", "w"), ConfigError);
   EXPECT_THROW(get<int64_t>(Json{{"x", 1e300}}, "x", "w"), ConfigError);
+}
+
+TEST(ReadFile, WaitsForWritersAlone) {
+  test::TemporaryFolder folder;
+  const std::string path = (folder.path() / "pipe").string();
+  ASSERT_EQ(mkfifo(path.c_str(), 0600), 0);
+  EXPECT_EQ(read_file(path), "") << "nobody writes";
+  const int held = open(path.c_str(), O_RDWR);  // as a shell's <(...) has it
+  std::thread writer([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    EXPECT_EQ(write(held, "text", 4), 4);
+    close(held);
+  });
+  EXPECT_EQ(read_file(path), "text");
+  writer.join();
+  EXPECT_THROW(read_file("/dev/zero", 1000), FormatError);
 }
 
 TEST(NearestName, FindsTyposAndPartsOnly) {

@@ -30,8 +30,8 @@ inline void write_small_model(const std::filesystem::path& dir, const std::strin
   formats::ModelFolder folder;
   folder.config = small_config(made.tokenizer->vocab_size(), hidden, layers);
   for (const auto& item : made.model->named_parameters()) folder.tensors[item.key()] = item.value();
-  folder.tokenizer_json = made.tokenizer->json();
-  folder.tokenizer_config = made.tokenizer->config();
+  folder.tokenizer.json = made.tokenizer->json();
+  folder.tokenizer.config = made.tokenizer->config();
   formats::write_model_folder(dir, folder);
 }
 

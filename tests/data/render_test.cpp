@@ -136,10 +136,17 @@ TEST(Renderer, NothingToTrainOnIsNoExample) {
   EXPECT_EQ(renderer().render(pair("", "")), std::nullopt);
 }
 
-TEST(Renderer, TrainOnPromptMarksEverything) {
+TEST(Renderer, TrainOnPromptMarksEverythingAndKeepsWherePromptsEnd) {
   RenderOptions options;
   options.train_on_prompt = true;
-  EXPECT_THAT(raw_renderer(options).render(pair("w0", "w1"))->mask, ElementsAre(1, 1, 1, 1));
+  const auto example = raw_renderer(options).render(pair("w0", "w1"));
+  EXPECT_THAT(example->mask, ElementsAre(1, 1, 1, 1));
+  EXPECT_THAT(example->prompt_ends, ElementsAre(2));
+}
+
+TEST(Renderer, TextsThatSpellBosOrEosGetNoOther) {
+  EXPECT_THAT(raw_renderer().render(pair("", "<s> w5 </s>"))->ids, ElementsAre(kBos, 15, kEos));
+  EXPECT_THAT(raw_renderer().render(pair("w0", "w1 </s>"))->ids, ElementsAre(kBos, 10, 11, kEos));
 }
 
 TEST(Renderer, Errors) {

@@ -66,10 +66,21 @@ TEST_F(RowReaderTest, TrainValidationCutsEveryDataset) {
   EXPECT_THROW(train_validation(train, 4, 7), UsageError);
 }
 
+TEST_F(RowReaderTest, RowsOfPandasHaveNoNumberForNothing) {
+  const char* row = R"({"instruction": "a", "input": NaN, "output": "b", "score": -Infinity})";
+  for (const auto& [name, bytes] : {std::pair{"x.jsonl", fmt::format("{}\n{}\n", row, row)},
+                                    {"x.json", fmt::format("{}\n{}\n", row, row)},
+                                    {"y.json", fmt::format("[{}, {}]", row, row)}}) {
+    const auto rows = read_all(dataset(name, bytes));
+    ASSERT_EQ(rows.size(), 2u) << name;
+    EXPECT_EQ(rows[1].messages[0]["content"], "a");
+  }
+}
+
 TEST_F(RowReaderTest, GoesOnBehindADamagedRow) {
-  auto reader = RowReader::open(dataset("a.jsonl", "{\"text\":\"a\"}\n{\"text\":1}\n{oops}\n{\"text\":\"b\"}\n"));
+  auto reader = RowReader::open(dataset("a.jsonl", "{\"text\":\"a\"}\n{\"text\":[1]}\n{oops}\n{\"text\":\"b\"}\n"));
   EXPECT_EQ(reader->next()->target, "a");
-  EXPECT_THAT([&] { reader->next(); }, ThrowsMessage<DataError>(HasSubstr("a.jsonl line 2: 'text' is number 1")));
+  EXPECT_THAT([&] { reader->next(); }, ThrowsMessage<DataError>(HasSubstr("a.jsonl line 2: 'text' is array [1]")));
   EXPECT_THAT([&] { reader->next(); }, ThrowsMessage<DataError>(HasSubstr("a.jsonl line 3")));
   EXPECT_EQ(reader->next()->target, "b");
   EXPECT_EQ(reader->next(), std::nullopt);

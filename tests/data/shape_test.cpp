@@ -73,6 +73,46 @@ TEST(Shape, ShareGpt) {
       R"([{"name":"f"}])");
 }
 
+TEST(Shape, TheKeysOfATurnTellItsShape) {
+  const char* expected = R"([{"role":"user","content":"a"},{"role":"assistant","content":"b"}])";
+  for (
+      const char* record : {
+          R"({"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})",
+          R"({"conversations": [{"role": "human", "content": "a"}, {"role": "gpt", "content": "b"}]})",
+          R"({"conversations": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]})",
+          R"({"messages": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]})",
+          R"({"conversations": "[{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]"})",
+      }) {
+    EXPECT_EQ(messages_of(record), expected) << record;
+  }
+  DatasetConfig config;
+  config.formatting = "sharegpt";
+  EXPECT_EQ(
+      messages_of(R"({"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})",
+                  config),
+      expected);
+}
+
+TEST(Shape, TurnsKeepWhatTheySayOfThemselves) {
+  EXPECT_EQ(
+      messages_of(R"({"conversations": [{"from": "human", "value": "a", "weight": null},
+                            {"from": "gpt", "value": "b", "weight": 0, "train": false},
+                            {"from": "function_call", "value": "{\"name\": \"f\"}", "weight": 1}]})"),
+      R"([{"role":"user","content":"a"},{"role":"assistant","content":"b","weight":0,"train":false},)"
+      R"({"role":"assistant","content":"","tool_calls":[{"type":"function","function":{"name":"f"}}],"weight":1}])");
+}
+
+TEST(Shape, NumbersAreTextsAndBlankToolsAreNone) {
+  EXPECT_EQ(messages_of(R"({"instruction": "2 + 2", "output": 4})"),
+            R"([{"role":"user","content":"2 + 2"},{"role":"assistant","content":"4"}])");
+  EXPECT_EQ(row_of(R"({"prompt": 1.5, "response": -3})").prompt, "1.5");
+  for (const char* tools : {R"("")", R"("  ")", R"("[]")", "[]", "null", R"("null")"}) {
+    const std::string record =
+        fmt::format(R"({{"messages": [{{"role": "assistant", "content": "a"}}], "tools": {}}})", tools);
+    EXPECT_TRUE(row_of(record.c_str()).tools.is_null()) << tools;
+  }
+}
+
 TEST(Shape, Messages) {
   EXPECT_EQ(messages_of(R"({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"},
                             {"type": "text", "text": "b"}]}, {"role": "assistant", "content": "c", "train": false},
@@ -90,6 +130,16 @@ TEST(Shape, InputsTargetsAndText) {
   }
   Row text = row_of(R"({"text": "abc", "meta": 1})");
   EXPECT_EQ(text.prompt + "|" + text.target, "|abc");
+}
+
+TEST(Shape, PromptAndCompletionMayBeChats) {
+  EXPECT_EQ(messages_of(R"({"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+                                 {"role": "user", "content": "c"}],
+                      "completion": [{"role": "assistant", "content": "d"}]})"),
+            R"([{"role":"user","content":"a"},{"role":"assistant","content":"b","train":false},)"
+            R"({"role":"user","content":"c"},{"role":"assistant","content":"d"}])");
+  EXPECT_THAT(error_of(R"({"prompt": [{"role": "user", "content": "a"}], "completion": []})"),
+              HasSubstr("'completion' is missing or empty"));
 }
 
 TEST(Shape, SuperNaturalInstructions) {
@@ -114,7 +164,8 @@ TEST(Shape, WrongRowsSayWhatIsWrong) {
               HasSubstr("f line 1: got the keys question, expected one of: messages"));
   EXPECT_THAT(error_of("[1]"), HasSubstr("got array [1], expected an object"));
   EXPECT_THAT(error_of(R"({"instruction": "a"})"), HasSubstr("'output' is missing; got the keys instruction"));
-  EXPECT_THAT(error_of(R"({"inputs": 3, "targets": "b"})"), HasSubstr("'inputs' is number 3, expected a string"));
+  EXPECT_THAT(error_of(R"({"inputs": true, "targets": "b"})"),
+              HasSubstr("'inputs' is boolean true, expected a string"));
   EXPECT_THAT(error_of(R"({"messages": []})"), HasSubstr("'messages' is missing or empty"));
   EXPECT_THAT(error_of(R"({"messages": "hello"})"), HasSubstr("f line 1 'messages'"));
   EXPECT_THAT(error_of(R"({"messages": [{"role": "user"}]})"), HasSubstr("'content' is missing"));

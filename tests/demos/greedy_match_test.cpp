@@ -19,6 +19,7 @@ data::Example greedy_example(models::CausalLM& model, std::vector<int64_t> promp
     example.mask.push_back(1);
   }
   example.ids = std::move(prompt);
+  example.end_prompts_by_mask();
   return example;
 }
 

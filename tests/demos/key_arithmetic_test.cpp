@@ -73,7 +73,7 @@ TEST(KeyTexts, AreRightAndLearntWhereTheySay) {
         if (kind == 2) composed_keys.insert(key);
       }
     }
-    const std::string learnt = text_of({example.ids.begin() + example.prompt_ends().at(0), example.ids.end()});
+    const std::string learnt = text_of({example.ids.begin() + example.prompt_ends.at(0), example.ids.end()});
     if (kind == 0) EXPECT_EQ(learnt, parts.expression + " <eos>");
     if (kind == 1) EXPECT_EQ(learnt, "= " + parts.answer + " <eos>");
     if (kind == 2) EXPECT_EQ(learnt, parts.expression + " = " + parts.answer + " <eos>");

@@ -37,6 +37,20 @@ TEST(MakeRankQuestion, ATokenAcrossTheBorderBelongsToTheChoice) {
   EXPECT_THAT(question.first_scored, ElementsAre(0, 1));  // w2 is the prompt's
 }
 
+TEST(MakeRankQuestion, BlanksThatEndThePromptAreScored) {
+  Json file = Json::parse(word_tokenizer()->json());
+  file["pre_tokenizer"] = Json::parse(R"({"type": "Split", "pattern": {"Regex": "\\s|\\S+"}, "behavior": "Isolated",
+                                          "invert": false})");
+  file["model"]["vocab"]["\n"] = 23;
+  file["model"]["vocab"].erase("w23");
+  const tokenizer::Tokenizer lines(file.dump(), word_tokenizer()->config(), "lines");
+  const RankQuestion question = make_rank_question(lines, "w3\n", {"w5", "w6"}, false);
+  EXPECT_THAT(question.prompt.ids, ElementsAre(3));
+  EXPECT_THAT(question.choices, ElementsAre(ElementsAre(23, 5), ElementsAre(23, 6)));
+  EXPECT_THAT(question.first_scored, ElementsAre(0, 0));
+  EXPECT_THAT(question.first_of_choice, ElementsAre(1, 1));
+}
+
 TEST(MakeRankQuestion, AnEmptyPromptGetsTheFirstToken) {
   const RankQuestion question = make_rank_question(*word_tokenizer(), "", {"w5", "w6"}, true);
   EXPECT_THAT(question.prompt.ids, ElementsAre(0));
@@ -57,10 +71,10 @@ TEST(MakeRankQuestion, AnEosOfTheTokenizersOwnIsNoPartOfTheChoice) {
 
 std::vector<RankQuestion> some_questions() {
   std::vector<RankQuestion> questions;
-  questions.push_back({{{3, 4, 5}}, {{6}, {7, 8, 9}}, {0, 0}});
-  questions.push_back({{{10}}, {{11, 12}, {13}, {14, 15, 16}}, {0, 0, 0}});
-  questions.push_back({{{2, 20, 21, 22, 23}}, {{5}, {6}}, {0, 0}});
-  questions.push_back({{{17, 18}}, {{19, 3}, {19, 4}}, {1, 0}});
+  questions.push_back({{{3, 4, 5}}, {{6}, {7, 8, 9}}, {0, 0}, {0, 0}});
+  questions.push_back({{{10}}, {{11, 12}, {13}, {14, 15, 16}}, {0, 0, 0}, {0, 0, 0}});
+  questions.push_back({{{2, 20, 21, 22, 23}}, {{5}, {6}}, {0, 0}, {0, 0}});
+  questions.push_back({{{17, 18}}, {{19, 3}, {19, 4}}, {1, 0}, {1, 0}});
   return questions;
 }
 

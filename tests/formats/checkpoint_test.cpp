@@ -49,7 +49,7 @@ TEST(Checkpoint, SingleFile) {
   EXPECT_EQ(checkpoint->dtype(kNorm), at::kBFloat16);
   EXPECT_TRUE(at::equal(checkpoint->tensor(kEmbedding), two_tensors()[kEmbedding]));
   EXPECT_EQ(checkpoint->tokenizer_json(), std::nullopt);
-  EXPECT_EQ(checkpoint->chat_template(), std::nullopt);
+  EXPECT_TRUE(checkpoint->chat_templates().empty());
   EXPECT_EQ(checkpoint->generation_config(), Json::object());
   EXPECT_ERROR(checkpoint->tensor("x"), DataError, "'x'");
 }
@@ -177,11 +177,25 @@ TEST(Checkpoint, TokenizerFilesAndChatTemplates) {
   EXPECT_EQ(checkpoint->tokenizer_config()["bos_token"], "<s>");
   EXPECT_EQ(checkpoint->tokenizer_config()["eos_token"], "</s>");
   EXPECT_EQ(checkpoint->generation_config()["eos_token_id"], 7);
-  EXPECT_EQ(checkpoint->chat_template(), "D");
+  EXPECT_EQ(checkpoint->chat_templates(), (ChatTemplates{{"default", "D"}, {"tools", "T"}}));
+  write_file(folder / "special_tokens_map.json", R"({"eos_token": {"content": "<end>"}, "pad_token": "<pad>"})");
+  EXPECT_EQ(checkpoint->tokenizer_config()["eos_token"], "<end>");
+  EXPECT_EQ(checkpoint->tokenizer_config()["pad_token"], "<pad>");
+  // Files of their own win over tokenizer_config.json, all together.
   write_file(folder / "chat_template.jinja", "J");
-  EXPECT_EQ(checkpoint->chat_template(), "J");
+  EXPECT_EQ(checkpoint->chat_templates(), (ChatTemplates{{"default", "J"}}));
+  std::filesystem::create_directory(folder / "additional_chat_templates");
+  write_file(folder / "additional_chat_templates" / "tool_use.jinja", "U");
+  EXPECT_EQ(checkpoint->chat_templates(), (ChatTemplates{{"default", "J"}, {"tool_use", "U"}}));
   write_file(folder / "tokenizer_config.json", "[]");
   EXPECT_ERROR(checkpoint->tokenizer_config(), FormatError, "tokenizer_config.json");
+}
+
+TEST(Checkpoint, FingerprintsOfAnOlderKindAreNoAnswer) {
+  EXPECT_TRUE(may_be_same_weights("sha256-all:1", "sha256-all:1"));
+  EXPECT_TRUE(may_be_same_weights("sha256-all:1", "sha256:2"));
+  EXPECT_FALSE(may_be_same_weights("sha256-all:1", "sha256-all:2"));
+  EXPECT_FALSE(may_be_same_weights("sha256-all:1", ""));
 }
 
 TEST(Checkpoint, FingerprintSeesEveryKindOfChange) {
@@ -191,15 +205,15 @@ TEST(Checkpoint, FingerprintSeesEveryKindOfChange) {
     save_safetensors(folder / "model.safetensors", tensors);
     return open_folder(folder.path())->fingerprint();
   };
-  const at::Tensor large = torch::zeros({300'000});  // more bytes than the 64 blocks
+  const at::Tensor large = torch::zeros({300'000});
   const TensorMap tensors = {{"a", torch::zeros({2, 3})}, {"b", large}};
   const std::string first = fingerprint(tensors);
-  EXPECT_THAT(first, testing::MatchesRegex("sha256:[0-9a-f]{64}"));
+  EXPECT_THAT(first, testing::MatchesRegex("sha256-all:[0-9a-f]{64}"));
   EXPECT_EQ(fingerprint(tensors), first);
   EXPECT_NE(fingerprint({{"a", torch::zeros({3, 2})}, {"b", large}}), first) << "shape";
   EXPECT_NE(fingerprint({{"c", torch::zeros({2, 3})}, {"b", large}}), first) << "name";
   EXPECT_NE(fingerprint({{"a", torch::zeros({2, 3}, at::kInt)}, {"b", large}}), first) << "dtype";
-  for (const int64_t index : {0, 299'999}) {
+  for (const int64_t index : {0, 3000, 171'717, 299'999}) {
     at::Tensor changed = large.clone();
     changed[index] = 1;
     EXPECT_NE(fingerprint({{"a", torch::zeros({2, 3})}, {"b", changed}}), first) << "element " << index;

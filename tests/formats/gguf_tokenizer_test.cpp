@@ -115,18 +115,24 @@ TEST(GgufTokenizer, GemmaMergesFollowTheVocabulary) {
   EXPECT_EQ(json["decoder"]["decoders"].size(), 3u);
 }
 
+TEST(GgufTokenizer, ChatTemplatesHaveNames) {
+  EXPECT_EQ(gguf_chat_templates(GgufFile(GgufBuilder()
+                                             .string("tokenizer.chat_template", "D")
+                                             .string("tokenizer.chat_template.tool_use", "T")
+                                             .bytes())),
+            (ChatTemplates{{"default", "D"}, {"tool_use", "T"}}));
+  EXPECT_TRUE(gguf_chat_templates(GgufFile(GgufBuilder().bytes())).empty());
+}
+
 TEST(GgufTokenizer, ConfigNamesTheSpecialTokens) {
-  const Json config = gguf_tokenizer_config(GgufFile(sentencepiece("llama")
-                                                         .boolean("tokenizer.ggml.add_eos_token", true)
-                                                         .string("tokenizer.chat_template", "T")
-                                                         .bytes()));
+  const Json config =
+      gguf_tokenizer_config(GgufFile(sentencepiece("llama").boolean("tokenizer.ggml.add_eos_token", true).bytes()));
   EXPECT_EQ(config["bos_token"], "<s>");
   EXPECT_EQ(config["eos_token"], "</s>");
   EXPECT_EQ(config["unk_token"], "<unk>");
   EXPECT_FALSE(config.contains("pad_token"));
   EXPECT_EQ(config["add_bos_token"], true);
   EXPECT_EQ(config["add_eos_token"], true);
-  EXPECT_EQ(config["chat_template"], "T");
   EXPECT_EQ(gguf_tokenizer_json(GgufFile(GgufBuilder().bytes())), std::nullopt);
 }
 

@@ -35,9 +35,9 @@ TEST(ModelFolder, RoundTripWithTheTiedHeadOnce) {
   TemporaryFolder folder;
   ModelFolder model = tiny();
   model.dtype = at::kBFloat16;
-  model.tokenizer_json = "{}";
-  model.tokenizer_config = {{"bos_token", "<s>"}};
-  model.chat_template = "{{ x }}";
+  model.tokenizer.json = "{}";
+  model.tokenizer.config = {{"bos_token", "<s>"}};
+  model.tokenizer.chat_templates = {{"default", "{{ x }}"}, {"tool_use", "{{ tools }}"}};
   model.generation_config = {{"eos_token_id", 3}};
   write_model_folder(folder / "deep" / "er", model);
 
@@ -51,7 +51,7 @@ TEST(ModelFolder, RoundTripWithTheTiedHeadOnce) {
   EXPECT_EQ(read_json(folder / "deep" / "er" / "config.json")["rope_theta"], 9e3) << "for older readers";
   EXPECT_EQ(read->tokenizer_json(), "{}");
   EXPECT_EQ(read->tokenizer_config()["bos_token"], "<s>");
-  EXPECT_EQ(read->chat_template(), "{{ x }}");
+  EXPECT_EQ(read->chat_templates(), model.tokenizer.chat_templates);
   EXPECT_EQ(read->generation_config()["eos_token_id"], 3);
 }
 

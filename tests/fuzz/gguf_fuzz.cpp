@@ -22,7 +22,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     }
     checkpoint->fingerprint();
     checkpoint->generation_config();
-    checkpoint->chat_template();
+    checkpoint->chat_templates();
     checkpoint->tokenizer_config();
     if (const auto tokenizer = checkpoint->tokenizer_json()) parse_json(*tokenizer, "tokenizer.json");
   } catch (const Error&) {

@@ -37,6 +37,13 @@ inline std::vector<std::pair<std::string, Json>> tiny_configs() {
                             {"max_window_layers", 1},
                             {"tie_word_embeddings", true}})},
       {"qwen3", with(base, {{"model_type", "qwen3"}, {"head_dim", 10}})},
+      {"gemma", with(base, {{"model_type", "gemma"}, {"head_dim", 8}})},
+      {"gemma2", with(base, {{"model_type", "gemma2"},
+                             {"head_dim", 8},
+                             {"sliding_window", 4},
+                             {"query_pre_attn_scalar", 12},
+                             {"attn_logit_softcapping", 6.0},
+                             {"final_logit_softcapping", 4.0}})},
       {"gemma3", with(base, {{"model_type", "gemma3_text"},
                              {"head_dim", 8},
                              {"sliding_window", 4},
@@ -94,7 +101,7 @@ class MemoryCheckpoint : public formats::Checkpoint {
   }
   std::optional<std::string> tokenizer_json() const override { return std::nullopt; }
   Json tokenizer_config() const override { return Json::object(); }
-  std::optional<std::string> chat_template() const override { return std::nullopt; }
+  formats::ChatTemplates chat_templates() const override { return {}; }
   Json generation_config() const override { return Json::object(); }
   std::string fingerprint() const override { return "sha256:memory"; }
 

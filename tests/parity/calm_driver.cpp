@@ -59,6 +59,7 @@ Json run(const Json& job) {
     data::Example& example = examples.emplace_back();
     example.ids = job["sequences"][b].get<std::vector<int64_t>>();
     example.mask = job["mask"][b].get<std::vector<uint8_t>>();
+    example.end_prompts_by_mask();
   }
   const data::Batch batch = data::collate(examples, torch::kCPU);
   nn::Borders borders;

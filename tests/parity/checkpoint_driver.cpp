@@ -17,9 +17,7 @@ int main(int argc, char** argv) {
       checkpoint->read_into(name, tensor);
       model.tensors[name] = tensor;
     }
-    model.tokenizer_json = checkpoint->tokenizer_json();
-    model.tokenizer_config = checkpoint->tokenizer_config();
-    model.chat_template = checkpoint->chat_template();
+    model.tokenizer = checkpoint->tokenizer_files();
     model.generation_config = checkpoint->generation_config();
     if (argc > 3) model.max_shard_bytes = std::stoull(argv[3]);
     formats::write_model_folder(argv[2], model);

@@ -109,6 +109,7 @@ std::vector<data::Example> examples_of(const Json& job, const Sequences& sequenc
     data::Example example;
     example.ids = sequences[b];
     example.mask = job["mask"][b].get<std::vector<uint8_t>>();
+    example.end_prompts_by_mask();
     if (job.contains("sentence") && !job["sentence"].is_null()) {
       example.sentence = job["sentence"][b].get<std::vector<float>>();
     }

@@ -36,7 +36,9 @@ class Session {
     template_.reset();
     tokenizer_ = std::make_shared<Tokenizer>(job.at("json").get<std::string>(),
                                              Json::parse(job.value("config", OrderedJson::object()).dump()), "test");
-    if (job.contains("template")) template_ = std::make_unique<ChatTemplate>(job["template"], *tokenizer_);
+    if (job.contains("template")) {
+      template_ = std::make_unique<ChatTemplate>(job["template"].get<std::string>(), *tokenizer_);
+    }
     const auto id = [](std::optional<int64_t> id) { return id ? OrderedJson(*id) : OrderedJson(); };
     return {{"bos_id", id(tokenizer_->bos_id())},
             {"eos_id", id(tokenizer_->eos_id())},

@@ -88,6 +88,34 @@ TEST_F(OpenTest, EndsOfAnswersAreAUnion) {
   EXPECT_THAT(eos_ids(*opened.model, {{"eos_token_id", 4}}, nullptr), ElementsAre(2, 4));
 }
 
+TEST_F(OpenTest, EndsOfTurnsAreKnownByTheirText) {
+  const Opened opened = open(path("model"));
+  Json json = Json::parse(opened.tokenizer->json());
+  auto with = [&](std::vector<const char*> texts) {
+    Json changed = json;
+    int64_t id = 1000;
+    changed["added_tokens"] = Json::array();
+    for (const char* text : texts) {
+      changed["added_tokens"].push_back({{"id", id},
+                                         {"content", text},
+                                         {"single_word", false},
+                                         {"lstrip", false},
+                                         {"rstrip", false},
+                                         {"normalized", false},
+                                         {"special", true}});
+      changed["model"]["vocab"][text] = id++;
+    }
+    return tokenizer::Tokenizer(changed.dump(), Json::object(), "test");
+  };
+  const tokenizer::Tokenizer llama = with({"<|eot_id|>", "<|other|>", "<|im_end|>", "<|bye|>"});
+  EXPECT_THAT(eos_ids(*opened.model, Json::object(), &llama), ElementsAre(2, 1000, 1002));
+  const tokenizer::ChatTemplate chat("{% for m in messages %}{{ m.content }}<|bye|>\n{% endfor %}", llama);
+  EXPECT_THAT(eos_ids(*opened.model, Json::object(), &llama, &chat), ElementsAre(2, 1000, 1002, 1003));
+  // In the harmony format <|end|> ends a message, not the answer.
+  const tokenizer::Tokenizer harmony = with({"<|end|>", "<|return|>", "<|call|>"});
+  EXPECT_THAT(eos_ids(*opened.model, Json::object(), &harmony), ElementsAre(2));
+}
+
 TEST_F(OpenTest, ARequestIsARowOfWeights) {
   const Opened opened = open(path("model"), {{"a", path("lora")}, {"b", path("lora")}, {"c", path("lora")}});
   auto row = [&](const std::string& json) { return mixture_row(*opened.model, OrderedJson::parse(json), "f:3"); };

@@ -89,6 +89,30 @@ TEST(ChatTemplate, HostileTemplatesAreStopped) {
   }
 }
 
+// Each link of a chain is a level of the parser's recursion: all end in an answer or a message.
+TEST(ChatTemplate, LongChainsOverflowNoStack) {
+  constexpr size_t kSize = 250 << 10;  // just below what is taken at all
+  const auto filled = [](const std::string& before, const std::string& link, const std::string& after) {
+    std::string source = before;
+    while (source.size() < kSize) source += link;
+    return source + after;
+  };
+  for (const std::string& source :
+       {filled("{{ ", "not ", "1 }}"), filled("{{ ", "-", "1 }}"), filled("{{ 1", "+1", " }}"),
+        filled("{{ 'a'", "|trim", " }}"), filled("{{ a", ".b", " }}"), filled("{{ a", "[0]", " }}"),
+        filled("{{ a", "()", " }}"), filled("{{ ", "1 if 0 else ", "1 }}"), filled("{{ ", "(", "1 }}"),
+        filled("{{ 1", "~1", " }}"), filled("{{ 1", " and 1", " }}"), filled("{{ 1", "**1", " }}"),
+        filled("{{ 1", "<1", " }}"), filled("{{ 1", " is odd", " }}"), filled("{{ ", "[", " }}"),
+        filled("{% if 0 %}", "{% elif 0 %}", "{% endif %}"), filled("", "{% if 1 %}", ""),
+        filled("", "{% for a in b %}", ""), filled("", "{% macro f() %}", "")}) {
+    try {
+      render(source.c_str());
+    } catch (const DataError&) {
+    }
+  }
+  EXPECT_THROW(render(std::string(300 << 10, 'x').c_str()), DataError);
+}
+
 TEST(RenderForTraining, TrainsTheWordsAndTheEndOfTurnToken) {
   // The line feed behind <eos> is the template's: generation stops before it.
   EXPECT_THAT(trained(kPlain, R"([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a b "},
@@ -114,6 +138,97 @@ TEST(RenderForTraining, LeavesMarkedMessagesOut) {
                 .render_for_training(conversation(R"([{"role": "user", "content": "a", "train": false}])"))
                 .text,
             "[{'role': 'user', 'content': 'a'}]");
+}
+
+// <bos>, then "<role>content call,call<eos>" for each message; tools in front.
+constexpr const char* kCalls =
+    "{{ bos_token }}{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}{% for m in messages %}<{{ m.role }}>"
+    "{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ ' ' }}{{ c.function.name }}"
+    "{{ c.function.arguments | tojson }}{% endfor %}<eos>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif "
+    "%}";
+
+TEST(ChatTemplate, ChoosesTheTemplateForToolsByItsName) {
+  const ChatTemplate chat({{"default", "D"}, {"tool_use", "T"}, {"rag", "{{"}}, *tiny_tokenizer());
+  const OrderedJson messages = conversation(R"([{"role": "user", "content": "a"}])");
+  EXPECT_EQ(chat.render(messages, false), "D");
+  EXPECT_EQ(chat.render(messages, false, OrderedJson::array()), "D");
+  EXPECT_EQ(chat.render(messages, false, conversation(R"([{"name": "f"}])")), "T");
+  EXPECT_EQ(chat.source(), "D");
+  const ChatTemplate nameless({{"tool_use", "T"}}, *tiny_tokenizer());
+  EXPECT_THAT([&] { nameless.render(messages, false); },
+              ThrowsMessage<DataError>(HasSubstr("only those named tool_use, expected one named default")));
+}
+
+TEST(ChatTemplate, CallsAndToolsHaveOneForm) {
+  const OrderedJson tools = conversation(R"([{"name": "f"}, {"type": "function", "function": {"name": "g"}}])");
+  for (const char* call : {R"({"type": "function", "function": {"name": "f", "arguments": {"x": 1}}})",
+                           R"({"type": "function", "function": {"name": "f", "arguments": "{\"x\": 1}"}})",
+                           R"({"name": "f", "arguments": {"x": 1}})"}) {
+    const OrderedJson messages = {{{"role", "assistant"}, {"tool_calls", {conversation(call)}}}};
+    EXPECT_EQ(ChatTemplate(kCalls, *tiny_tokenizer()).render(messages, false, tools),
+              R"(<bos>[f][g]<assistant> f{"x": 1}<eos>)")
+        << call;
+  }
+  // Text that is no object stays text, and a template that puts texts together gets text.
+  auto arguments = [](const char* source, const char* text) {
+    const OrderedJson call = {{"function", {{"name", "f"}, {"arguments", conversation(text)}}}};
+    return ChatTemplate(source, *tiny_tokenizer()).render({{{"role", "assistant"}, {"tool_calls", {call}}}}, false);
+  };
+  EXPECT_EQ(arguments("{{ messages[0].tool_calls[0].function.arguments | tojson }}", R"("x = 1")"), R"("x = 1")");
+  EXPECT_EQ(arguments("{{ 'a' + messages[0].tool_calls[0].function.arguments }}", R"("{\"x\": 1}")"), R"(a{"x": 1})");
+  EXPECT_EQ(arguments("{{ 'a' + messages[0].tool_calls[0].function.arguments }}", R"({"x":1})"), R"(a{"x":1})");
+}
+
+TEST(ChatTemplate, KnowsWhatItWritesBehindAnAnswer) {
+  EXPECT_EQ(ChatTemplate(kPlain, *tiny_tokenizer()).end_of_turn(), "<eos>");
+  EXPECT_EQ(ChatTemplate("{% for m in messages %}{{ m.content }}\n{% endfor %}", *tiny_tokenizer()).end_of_turn(),
+            std::nullopt);
+  EXPECT_EQ(ChatTemplate("{{ raise_exception('no') }}", *tiny_tokenizer()).end_of_turn(), std::nullopt);
+}
+
+TEST(RenderForTraining, LearnsCallsAndTheirEnds) {
+  const char* messages = R"([{"role": "user", "content": "q"},
+      {"role": "assistant", "content": null, "tool_calls": [{"function": {"name": "f", "arguments": {"x": "f"}}}]},
+      {"role": "tool", "content": "f"},
+      {"role": "assistant", "content": "a", "tool_calls": [{"function": {"name": "g", "arguments": {"n": 2}}},
+                                                         {"function": {"name": "h", "arguments": {}}}]},
+      {"role": "assistant", "tool_calls": [{"name": "k", "arguments": "{\"y\": \"\\n z\"}"}]},
+      {"role": "tool", "content": "g{}"}, {"role": "tool", "content": "h"}, {"role": "assistant", "content": "b"}])";
+  EXPECT_THAT(trained(kCalls, messages),
+              ElementsAre(R"( f{"x": "f"}<eos>)", R"(a g{"n": 2} h{}<eos>)", R"( k{"y": "\n z"}<eos>)", "b<eos>"));
+}
+
+TEST(RenderForTraining, LearnsGenerationBlocksAsTheyAre) {
+  const char* source =
+      "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %} {% generation %}{{ m.content }}!"
+      "{% endgeneration %}<eos>{% else %}{{ m.content }}{% endif %}{% endfor %}";
+  EXPECT_THAT(
+      trained(source, R"([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train": false},
+                                  {"role": "assistant", "content": ""}, {"role": "assistant", "content": "b"}])"),
+      ElementsAre("!", "b!"));
+}
+
+TEST(RenderForTraining, WorkGrowsWithTheLengthAlone) {
+  // Each round adds a step of work; comparing renderings of every beginning would take about 4000 * 4000.
+  OrderedJson messages = OrderedJson::array();
+  for (int round = 0; round < 2000; ++round) {
+    messages.push_back({{"role", "user"}, {"content", "a"}});
+    messages.push_back({{"role", "assistant"}, {"content", fmt::format("b{}", round)}});
+  }
+  const RenderedChat chat = ChatTemplate(kPlain, *tiny_tokenizer()).render_for_training(messages);
+  ASSERT_EQ(chat.trained.size(), 2000u);
+  EXPECT_EQ(chat.text.substr(chat.trained[1999].first, 10), "b1999<eos>");
+}
+
+TEST(RenderForTraining, ATemplateThatReadsWordsByTheLetterIsRefused) {
+  EXPECT_THAT(
+      [] {
+        trained("{% for m in messages %}{{ m.content | length }}{{ m.content }}<eos>{% endfor %}",
+                R"([{"role": "assistant", "content": "a"}])");
+      },
+      ThrowsMessage<DataError>(HasSubstr("cannot tell which part")));
+  EXPECT_THAT([] { trained(kPlain, "[{\"role\": \"assistant\", \"content\": \"\xEF\xB7\x90\"}]"); },
+              ThrowsMessage<DataError>(HasSubstr("noncharacters")));
 }
 
 TEST(RenderForTraining, FindsTurnsThatLoseTheirReasoning) {

@@ -37,6 +37,24 @@ TEST(Tokenizer, SpecialTokensAreAddedOnRequestAndFoundInTheText) {
   EXPECT_THAT(tokenizer->encode("", false), ElementsAre());
 }
 
+TEST(Tokenizer, TextsBeginOnceAndGoOnWithoutABlank) {
+  const auto tiny = tiny_tokenizer();
+  EXPECT_THAT(tiny->encode_start("ab").ids, ElementsAre(1, 7));
+  EXPECT_THAT(tiny->encode_start("<bos>ab").ids, ElementsAre(1, 7));
+  EXPECT_THAT(tiny->encode_start("").ids, ElementsAre(1));
+  EXPECT_THAT(tiny->encode_behind("ab"), ElementsAre(7));
+  // As SentencePiece does it: a blank in front of a text, also of one that has one, and none in the middle.
+  const Tokenizer pieces(R"({"version": "1.0", "added_tokens": [],
+      "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": false},
+      "model": {"type": "BPE", "unk_token": "u", "merges": [["▁", "a"]], "vocab": {"u": 0, "▁": 1, "a": 2, "▁a": 3}}})",
+                         Json::object(), "pieces");
+  EXPECT_THAT(pieces.encode("a", false), ElementsAre(3));
+  EXPECT_THAT(pieces.encode(" a", false), ElementsAre(1, 3));
+  EXPECT_THAT(pieces.encode_with_offsets("  a", false).offsets, ElementsAre(Pair(0, 0), Pair(0, 1), Pair(1, 3)));
+  EXPECT_THAT(pieces.encode_behind("a"), ElementsAre(2));
+  EXPECT_THAT(pieces.encode_behind(" a"), ElementsAre(3));
+}
+
 TEST(Tokenizer, Decodes) {
   const auto tokenizer = tiny_tokenizer();
   EXPECT_EQ(tokenizer->decode({1, 7, 5, 6, 0}, false), "<bos>ab\xC3\xA9<eos>");

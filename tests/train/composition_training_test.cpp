@@ -29,6 +29,7 @@ class Sentences : public data::ExampleStream {
       data::Example& example = examples_.emplace_back();
       example.ids = tokenizer.encode(text, false);
       for (size_t i = 0; i < example.ids.size(); ++i) example.mask.push_back(i >= example.ids.size() / 2);
+      example.end_prompts_by_mask();
     }
   }
   std::optional<data::Example> next() override { return examples_[position_++ % examples_.size()]; }

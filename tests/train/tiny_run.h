@@ -41,6 +41,7 @@ inline data::Example example_at(int64_t index) {
     example.ids.push_back(static_cast<int64_t>(random() % 53));
     example.mask.push_back(i >= (length + 1) / 2);
   }
+  example.end_prompts_by_mask();
   return example;
 }
 
