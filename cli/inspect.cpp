@@ -70,7 +70,7 @@ OrderedJson inspect_safetensors(const fs::path& path, bool list) {
 OrderedJson inspect_adapter(const fs::path& path, bool list) {
   const formats::AdapterFolder folder = formats::read_adapter_folder(path);
   const adapters::AdapterConfig config =
-      adapters::parse_adapter_config(folder.config, (path / "adapter_config.json").string());
+      adapters::parse_adapter_config(folder, (path / "adapter_config.json").string());
   OrderedJson report = {{"kind", "adapter"},
                         {"path", path.string()},
                         {"method", config.method},
@@ -81,7 +81,11 @@ OrderedJson inspect_adapter(const fs::path& path, bool list) {
   }
   if (config.num_experts > 1) report["router"] = adapters::router_config_json(config.router);
   std::visit([&](const auto& targets) { report["targets"] = targets; }, config.targets);
-  if (!config.feedforward.empty()) report["feedforward"] = config.feedforward;
+  std::visit(
+      [&](const auto& names) {
+        if (!names.empty()) report["feedforward"] = names;
+      },
+      config.feedforward);
   report["base_model"] = config.base_model_name_or_path;
   report["base_fingerprint"] = config.base_fingerprint;
   std::vector<std::string> names;
@@ -141,7 +145,7 @@ OrderedJson inspect_model(const fs::path& path, bool list) {
     describe_tensors(*checkpoint, checkpoint->names(), list, report);
     report["fingerprint"] = checkpoint->fingerprint();
     report["tokenizer"] = checkpoint->tokenizer_json().has_value();
-    report["chat_template"] = checkpoint->chat_template().has_value();
+    report["chat_template"] = !checkpoint->chat_templates().empty();
   }
   report["sites"] = site_table(model->sites());
   return report;
@@ -166,7 +170,9 @@ OrderedJson inspect_method(const Options& options) {
     const std::vector<std::string> names = CLI::detail::split(options.targets, ',');
     config.targets = names;
     const bool scales = !adapters::method_of(config.method).low_rank;
-    if (scales && std::find(names.begin(), names.end(), "down_proj") != names.end()) config.feedforward = {"down_proj"};
+    if (scales && std::find(names.begin(), names.end(), "down_proj") != names.end()) {
+      config.feedforward = std::vector<std::string>{"down_proj"};
+    }
   }
   const auto adapter = adapters::Adapter::create(config, model->sites(), torch::kMeta, 0);
   const int64_t trainable = count_numbers(adapter->parameters());

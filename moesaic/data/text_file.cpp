@@ -1,10 +1,17 @@
-// .json, .jsonl and .csv: finds where records begin and end without parsing them, and parses one when it is asked for.
+// .json, .jsonl, .csv and .tsv: finds where records begin and end without parsing them, and parses one when it is asked
+// for.
 #include <arrow/csv/options.h>
 #include <arrow/csv/parser.h>
+#include <arrow/io/compressed.h>
+#include <arrow/io/file.h>
+#include <arrow/util/compression.h>
 #include <arrow/util/utf8.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <fstream>
+#include <map>
+#include <mutex>
 #include <optional>
 
 #include "moesaic/data/record_file.h"
@@ -30,7 +37,8 @@ bool is_space(char c) { return c == ' ' || c == '\t' || c == '\r' || c == '\n'; 
 class Splitter {
  public:
   /// `offset`, `line`: place of the first byte to come; it lies between two records, in an array after '[' or ','.
-  Splitter(Kind kind, int64_t offset, int64_t line) : kind_(kind), offset_(offset), line_(line) {}
+  Splitter(Kind kind, int64_t offset, int64_t line, char delimiter = ',')
+      : kind_(kind), offset_(offset), line_(line), delimiter_(delimiter) {}
 
   template <class OnRecord>
   void feed(std::string_view bytes, OnRecord&& on_record) {
@@ -94,7 +102,7 @@ class Splitter {
     } else if (c == '"' && quotes_ != Quotes::kField) {
       quotes_ = Quotes::kInside;
     } else {
-      quotes_ = c == ',' ? Quotes::kFieldStart : Quotes::kField;
+      quotes_ = c == delimiter_ ? Quotes::kFieldStart : Quotes::kField;
     }
   }
 
@@ -121,6 +129,7 @@ class Splitter {
 
   Kind kind_;
   int64_t offset_, line_;
+  char delimiter_;  // between the fields of a CSV file
   Span span_;
   bool open_ = false, ended_ = false;
   Quotes quotes_ = Quotes::kFieldStart;
@@ -129,9 +138,10 @@ class Splitter {
 };
 
 /// The fields of one CSV record. Throws DataError.
-std::vector<std::string> parse_csv(std::string_view text, const std::string& where) {
+std::vector<std::string> parse_csv(std::string_view text, char delimiter, const std::string& where) {
   MOESAIC_CHECK(arrow::util::ValidateUTF8(text), DataError, "{}: not UTF-8 text", where);
   auto options = arrow::csv::ParseOptions::Defaults();
+  options.delimiter = delimiter;
   options.newlines_in_values = true;
   arrow::csv::BlockParser parser(options, -1, -1, 1);
   uint32_t parsed = 0;
@@ -147,14 +157,66 @@ std::vector<std::string> parse_csv(std::string_view text, const std::string& whe
   return fields;
 }
 
+/// A file that is gone with its last reader.
+class TemporaryFile {
+ public:
+  TemporaryFile() : path_((std::filesystem::temp_directory_path() / "moesaic-XXXXXX").string()) {
+    const int descriptor = ::mkstemp(path_.data());
+    MOESAIC_CHECK(descriptor >= 0, DataError, "{}: can't be made: {}", path_, std::strerror(errno));
+    ::close(descriptor);
+  }
+  ~TemporaryFile() { ::unlink(path_.c_str()); }
+  TemporaryFile(const TemporaryFile&) = delete;
+  TemporaryFile& operator=(const TemporaryFile&) = delete;
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+};
+
+arrow::Status decompress(const std::string& from, arrow::Compression::type type, const std::string& to) {
+  ARROW_ASSIGN_OR_RAISE(const auto codec, arrow::util::Codec::Create(type));
+  ARROW_ASSIGN_OR_RAISE(const auto file, arrow::io::ReadableFile::Open(from));
+  ARROW_ASSIGN_OR_RAISE(const auto in, arrow::io::CompressedInputStream::Make(codec.get(), file));
+  ARROW_ASSIGN_OR_RAISE(const auto out, arrow::io::FileOutputStream::Open(to));
+  while (true) {
+    ARROW_ASSIGN_OR_RAISE(const auto bytes, in->Read(kChunkBytes));
+    if (bytes->size() == 0) return out->Close();
+    ARROW_RETURN_NOT_OK(out->Write(bytes));
+  }
+}
+
+/// The plain bytes of a compressed file, shared by all who read it at the time; nullptr for one that is plain.
+std::shared_ptr<const TemporaryFile> decompressed(const std::filesystem::path& path) {
+  const bool gzip = path.extension() == ".gz" || path.extension() == ".GZ";
+  if (!gzip && path.extension() != ".zst" && path.extension() != ".ZST") return nullptr;
+  static std::mutex mutex;
+  static std::map<std::string, std::weak_ptr<const TemporaryFile>> known;
+  const std::lock_guard lock(mutex);
+  const std::string key =
+      fmt::format("{} {} {}", std::filesystem::absolute(path).string(), std::filesystem::file_size(path),
+                  std::filesystem::last_write_time(path).time_since_epoch().count());
+  if (auto shared = known[key].lock()) return shared;
+  const auto made = std::make_shared<const TemporaryFile>();
+  const arrow::Status status =
+      decompress(path.string(), gzip ? arrow::Compression::GZIP : arrow::Compression::ZSTD, made->path());
+  MOESAIC_CHECK(status.ok(), DataError, "{}: can't be decompressed: {}", path.string(), status.message());
+  known[key] = made;
+  return made;
+}
+
 class TextFile : public RecordFile {
  public:
   TextFile(const std::filesystem::path& path, const std::string& extension)
-      : path_(path.string()), file_(path, std::ios::binary), splitter_(Kind::kJsonLines, 0, 1) {
+      : path_(path.string()),
+        plain_(decompressed(path)),
+        file_(plain_ ? plain_->path() : path_, std::ios::binary),
+        delimiter_(extension == ".tsv" ? '\t' : ','),
+        splitter_(Kind::kJsonLines, 0, 1) {
     MOESAIC_CHECK(file_.good(), DataError, "{}: can't be opened", path_);
     arrow::util::InitializeUTF8();
     int64_t begin = read_bytes(0, 3) == "\xEF\xBB\xBF" ? 3 : 0;
-    if (extension == ".csv") {
+    if (extension == ".csv" || extension == ".tsv") {
       start_csv(begin);
     } else if (extension == ".json") {
       start_json(begin);
@@ -175,10 +237,10 @@ class TextFile : public RecordFile {
 
   OrderedJson read(int64_t row) override {
     Span span = find(row);
-    std::string place = fmt::format("{} line {}", path_, span.line);
+    const std::string place = place_of(row, span);
     std::string_view text = std::string_view(block_bytes_).substr(span.begin - block_begin_, span.end - span.begin);
     if (kind_ != Kind::kCsv) return parse_ordered_json(text, place);
-    std::vector<std::string> fields = parse_csv(text, place);
+    std::vector<std::string> fields = parse_csv(text, delimiter_, place);
     MOESAIC_CHECK(fields.size() == columns_.size(), DataError, "{}: got {} fields, expected {} as in the first line",
                   place, fields.size(), columns_.size());
     OrderedJson record = OrderedJson::object();
@@ -186,7 +248,7 @@ class TextFile : public RecordFile {
     return record;
   }
 
-  std::string where(int64_t row) override { return fmt::format("{} line {}", path_, find(row).line); }
+  std::string where(int64_t row) override { return place_of(row, find(row)); }
   std::vector<int64_t> blocks() override { return {0, rows()}; }
   const OrderedJson& header() const override { return header_; }
 
@@ -194,6 +256,12 @@ class TextFile : public RecordFile {
   struct Block {
     int64_t begin, line, first_row;
   };
+
+  /// An array may be a single line, so its rows are counted.
+  std::string place_of(int64_t row, const Span& span) const {
+    if (kind_ == Kind::kJsonArray) return fmt::format("{} row {} (line {})", path_, row + 1, span.line);
+    return fmt::format("{} line {}", path_, span.line);
+  }
 
   std::string read_bytes(int64_t offset, int64_t size) {
     std::string bytes(static_cast<size_t>(size), '\0');
@@ -206,11 +274,11 @@ class TextFile : public RecordFile {
 
   void start(Kind kind, int64_t offset, int64_t line) {
     kind_ = kind;
-    splitter_ = Splitter(kind, offset, line);
+    splitter_ = Splitter(kind, offset, line, delimiter_);
   }
 
   void start_csv(int64_t begin) {
-    Splitter splitter(Kind::kCsv, begin, 1);
+    Splitter splitter(Kind::kCsv, begin, 1, delimiter_);
     Span first;
     bool found = false;
     std::string bytes;
@@ -230,7 +298,7 @@ class TextFile : public RecordFile {
     }
     MOESAIC_CHECK(found, DataError, "{}: empty; the first line of a CSV file names its columns", path_);
     std::string line = read_bytes(first.begin, first.end - first.begin);
-    columns_ = parse_csv(line, fmt::format("{} line {}", path_, first.line));
+    columns_ = parse_csv(line, delimiter_, fmt::format("{} line {}", path_, first.line));
     for (size_t i = 0; i < columns_.size(); ++i) {
       for (size_t j = 0; j < i; ++j) {
         MOESAIC_CHECK(columns_[i] != columns_[j], DataError, "{}: two columns are named '{}'", path_, columns_[i]);
@@ -274,14 +342,20 @@ class TextFile : public RecordFile {
       offset += static_cast<int64_t>(bytes.size());
     }
     splitter.finish([&](const Span& span) { spans.push_back(span); });
-    return spans.size() >= 2 && OrderedJson::accept(read_bytes(spans[0].begin, spans[0].end - spans[0].begin));
+    if (spans.size() < 2) return false;
+    try {
+      parse_ordered_json(read_bytes(spans[0].begin, spans[0].end - spans[0].begin), path_);
+      return true;
+    } catch (const FormatError&) {
+      return false;
+    }
   }
 
   /// Finds "Definition" and the array "Instances" among the members of the object that begins before `offset`.
   void start_task(int64_t offset, int64_t line) {
     // An object's members are split like an array's elements: both end at a comma on the outer level.
     const std::string hint = "expected an array of rows, or a task object with \"Definition\" and \"Instances\"";
-    const int64_t size = static_cast<int64_t>(std::filesystem::file_size(path_));
+    const int64_t size = static_cast<int64_t>(std::filesystem::file_size(plain_ ? plain_->path() : path_));
     MOESAIC_CHECK(size <= int64_t{256} << 20, DataError, "{}: got one JSON object of {} bytes, {}", path_, size, hint);
     std::string text = read_bytes(offset, size);
     size_t close = text.find_last_of('}');
@@ -349,7 +423,7 @@ class TextFile : public RecordFile {
       block_begin_ = block.begin;
       spans_.clear();
       auto on_record = [&](const Span& span) { spans_.push_back(span); };
-      Splitter splitter(kind_, block.begin, block.line);
+      Splitter splitter(kind_, block.begin, block.line, delimiter_);
       splitter.feed(block_bytes_, on_record);
       if (kind_ != Kind::kJsonArray) splitter.finish(on_record);
     }
@@ -359,8 +433,10 @@ class TextFile : public RecordFile {
   }
 
   std::string path_;
+  std::shared_ptr<const TemporaryFile> plain_;  // of a compressed file
   std::ifstream file_;
   Kind kind_ = Kind::kJsonLines;
+  char delimiter_;                    // CSV
   std::vector<std::string> columns_;  // CSV
   OrderedJson header_;
   Splitter splitter_;  // how far the file has been scanned

@@ -4,6 +4,7 @@
 
 #include "moesaic/base/sha256.h"
 #include "moesaic/base/text.h"
+#include "moesaic/eval/bootstrap.h"
 #include "moesaic/eval/code_runner.h"
 #include "moesaic/eval/corpus_metrics.h"
 
@@ -31,12 +32,15 @@ constexpr AnswerMetric kAnswerMetrics[] = {
 struct CorpusMetric {
   const char* name;
   double (*score)(const std::vector<std::string>& answers, const std::vector<References>& references);
+  bool in_harness = false;  // lm-evaluation-harness has it, and knows its standard error
 };
 constexpr CorpusMetric kCorpusMetrics[] = {
-    {"bleu", bleu},
-    {"chrf", [](const auto& answers, const auto& references) { return chrf(answers, references, 2); }},
+    {"bleu", bleu, true},
+    {"chrf", [](const auto& answers, const auto& references) { return chrf(answers, references, 2); }, true},
     {"chrf1", [](const auto& answers, const auto& references) { return chrf(answers, references, 1); }},
     {"codexglue_bleu", codexglue_bleu}};
+
+constexpr int64_t kMostResamples = 100;  // of a corpus, as in the harness
 
 constexpr const char* kPassAt1 = "pass@1";
 
@@ -180,7 +184,8 @@ void evaluate_generated(const EvalModel& model, const Task& task, const EvalOpti
   std::vector<int64_t> tokens;
   for (const Item& item : task.items) {
     const auto [prompt, special] = prompt_text(model, item, options.apply_chat_template);
-    questions.push_back({model.tokenizer.encode(prompt, special), sentence_of(model, item)});
+    questions.push_back({special ? model.tokenizer.encode_start(prompt).ids : model.tokenizer.encode(prompt, false),
+                         sentence_of(model, item)});
     prompts.push_back(prompt);
     tokens.push_back(std::ssize(questions.back().ids) + sampling.max_new_tokens);
   }
@@ -188,7 +193,7 @@ void evaluate_generated(const EvalModel& model, const Task& task, const EvalOpti
   std::vector<std::string> texts;
   std::vector<References> references;
   for (const auto& [begin, end] : batches(tokens, options.batch_size)) {
-    sampling.seed = options.generation.seed + begin;  // an answer's draw does not depend on the batch size
+    sampling.first = static_cast<int64_t>(begin);  // an answer's draw does not depend on the batch size
     const auto answers =
         generate::generate(model.model, model.tokenizer, {questions.begin() + begin, questions.begin() + end}, sampling,
                            {.routing = routing});
@@ -202,7 +207,7 @@ void evaluate_generated(const EvalModel& model, const Task& task, const EvalOpti
       }
       std::optional<Verdict> verdict;
       if (runner) {
-        verdict = runner->run(item.program->before + answer + item.program->after);
+        verdict = runner->run(item.program->before + answer, item.program->tests);
         values[kPassAt1] = verdict == Verdict::kPassed ? 1 : 0;
       }
       scores.add(item.variant, values);
@@ -221,7 +226,18 @@ void evaluate_generated(const EvalModel& model, const Task& task, const EvalOpti
   }
   scores.finish(result);
   for (const CorpusMetric& metric : kCorpusMetrics) {
-    if (wanted(metrics, metric.name)) result.corpus_metrics[metric.name] = metric.score(texts, references);
+    if (!wanted(metrics, metric.name)) continue;
+    const int64_t iterations = metric.in_harness ? std::min(options.bootstrap_iters, kMostResamples) : 0;
+    const double error = bootstrap_error(texts.size(), iterations, [&](const std::vector<size_t>& rows) {
+      std::vector<std::string> drawn;
+      std::vector<References> known;
+      for (const size_t row : rows) {
+        drawn.push_back(texts[row]);
+        known.push_back(references[row]);
+      }
+      return metric.score(drawn, known);
+    });
+    result.corpus_metrics[metric.name] = {metric.score(texts, references), error};
   }
 }
 
@@ -263,12 +279,12 @@ std::pair<std::string, bool> prompt_text(const EvalModel& model, const Item& ite
   if (apply_chat_template) {
     MOESAIC_CHECK(model.chat_template != nullptr, UsageError,
                   "--apply_chat_template: this model has no chat template. Evaluate it without.");
-    return {model.chat_template->render(item.messages, true), false};
+    return {model.chat_template->render(item.messages, true, item.tools), false};
   }
-  MOESAIC_CHECK(item.messages.size() == 1, UsageError,
-                "a question is a conversation of {} messages, which only a chat template can render. Add "
+  MOESAIC_CHECK(item.messages.size() == 1 && item.tools.is_null(), UsageError,
+                "a question is a conversation of {} messages{}, which only a chat template can render. Add "
                 "--apply_chat_template.",
-                item.messages.size());
+                item.messages.size(), item.tools.is_null() ? "" : " with tools");
   return {item.messages[0].value("content", ""), true};
 }
 

@@ -7,6 +7,7 @@
 #include "moesaic/base/check.h"
 #include "moesaic/eval/page.h"
 #include "moesaic/eval/pages.h"
+#include "moesaic/models/finite.h"
 
 namespace moesaic::eval {
 namespace {
@@ -126,7 +127,7 @@ TaskRoutes route_task(const EvalModel& model, const Task& task, const EvalOption
     nn::Pass pass;
     pass.routing = &records;
     pass.readings = &readings;
-    model.model.hidden(text, pass);
+    models::check_figures(model.model.hidden(text, pass), model.model, text);
     result.routers.add(records);
     const std::vector<size_t> of = places(structure, readings);
     for (size_t i = 0; i < readings.size(); ++i) add(readings[i], result.connections[of[i]]);
@@ -141,7 +142,7 @@ TaskRoutes route_task(const EvalModel& model, const Task& task, const EvalOption
     const auto [prompt, special] = prompt_text(model, item, options.apply_chat_template);
     const RankQuestion question = make_rank_question(model.tokenizer, prompt, {delimiter + item.targets[0]}, special);
     prompts.push_back(question.prompt.ids);
-    borders.push_back({std::ssize(question.prompt.ids) + question.first_scored[0]});
+    borders.push_back({std::ssize(question.prompt.ids) + question.first_of_choice[0]});
     std::vector<int64_t> ids = question.prompt.ids;
     ids.insert(ids.end(), question.choices[0].begin(), question.choices[0].end());
     tokens += std::ssize(ids);
@@ -176,7 +177,8 @@ TextRoutes route_text(const EvalModel& model, const std::vector<int64_t>& ids) {
   nn::Pass pass;
   pass.routing = &records;
   pass.readings = &readings;
-  model.model.hidden(generate::text_of(model.model, {{ids}}), pass);
+  const models::Text read = generate::text_of(model.model, {{ids}});
+  models::check_figures(model.model.hidden(read, pass), model.model, read);
   for (const nn::RoutingRecord& record : records) {
     torch::Tensor probs = record.probs.to(torch::kCPU, torch::kFloat32);
     const int64_t experts = probs.size(1), heads = record.rows_per_token;

@@ -5,20 +5,30 @@
 #include "moesaic/adapters/adapter.h"
 
 namespace moesaic::exporting {
+
+at::ScalarType stored_dtype(const formats::Checkpoint& checkpoint) {
+  const std::string matrix = "model.layers.0.self_attn.q_proj.weight";
+  return checkpoint.contains(matrix) ? checkpoint.dtype(matrix) : at::kFloat;
+}
+
 formats::ModelFolder model_folder(const formats::Checkpoint& checkpoint, at::ScalarType dtype) {
   formats::ModelFolder folder;
   folder.config = checkpoint.config();
   folder.dtype = dtype;
   for (const std::string& name : checkpoint.names()) folder.tensors[name] = checkpoint.tensor(name);
-  folder.tokenizer_json = checkpoint.tokenizer_json();
-  folder.tokenizer_config = checkpoint.tokenizer_config();
-  folder.chat_template = checkpoint.chat_template();
+  folder.tokenizer = checkpoint.tokenizer_files();
   folder.generation_config = checkpoint.generation_config();
   return folder;
 }
 
 void merge_adapter(formats::ModelFolder& model, const std::filesystem::path& adapter_dir) {
   adapters::fold(formats::read_adapter_folder(adapter_dir), adapter_dir.string(), model.tensors);
+  // A head of its own, which the adapter brought.
+  const auto head = model.tensors.find("lm_head.weight"), embedding = model.tensors.find("model.embed_tokens.weight");
+  if (head != model.tensors.end() && embedding != model.tensors.end() && !at::equal(head->second, embedding->second)) {
+    model.config["tie_word_embeddings"] = false;
+  }
+  formats::adapt(model.tokenizer, adapter_dir);
 }
 
 }  // namespace moesaic::exporting

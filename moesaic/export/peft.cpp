@@ -1,6 +1,9 @@
 #include "moesaic/export/peft.h"
 
 #include "moesaic/adapters/adapter.h"
+#include "moesaic/base/output_folder.h"
+#include "moesaic/formats/config.h"
+#include "moesaic/formats/tokenizer_files.h"
 
 namespace moesaic::exporting {
 namespace {
@@ -11,11 +14,13 @@ void name_sites(const formats::TensorMap& tensors, adapters::AdapterConfig& conf
   for (const auto& [name, tensor] : tensors) {
     sites.insert(name.substr(0, std::min(name.find(".lora_"), name.find(".ia3_l"))));
   }
-  const auto branches = std::exchange(config.feedforward, {});
+  std::vector<std::string> names, feedforward;
   for (const std::string& site : sites) {
-    if (adapters::matches_target(branches, site)) config.feedforward.push_back(site);
+    names.push_back(formats::spelled(config.spelling, site));
+    if (config.scales_input(site)) feedforward.push_back(names.back());
   }
-  config.targets = std::vector<std::string>(sites.begin(), sites.end());
+  config.targets = names;
+  config.feedforward = feedforward;
   config.exclude = std::vector<std::string>{};
 }
 
@@ -24,7 +29,7 @@ void name_sites(const formats::TensorMap& tensors, adapters::AdapterConfig& conf
 std::vector<std::filesystem::path> export_peft(const std::filesystem::path& adapter_dir,
                                                const std::filesystem::path& out) {
   const auto folder = formats::read_adapter_folder(adapter_dir);
-  const auto config = adapters::parse_adapter_config(folder.config, (adapter_dir / "adapter_config.json").string());
+  const auto config = adapters::parse_adapter_config(folder, (adapter_dir / "adapter_config.json").string());
   MOESAIC_CHECK(config.k_site != "post_qk_norm", UsageError,
                 "{}: its key scales act behind the per-head norm; PEFT has no such site", adapter_dir.string());
 
@@ -35,7 +40,11 @@ std::vector<std::filesystem::path> export_peft(const std::filesystem::path& adap
   }
   std::vector<std::filesystem::path> written;
   for (int64_t e = 0; e < config.num_experts; ++e) {
-    formats::AdapterFolder expert;
+    written.push_back(config.num_experts == 1 ? out : out / fmt::format("expert_{}", e));
+    check_new_folder(written.back(), {adapter_dir});
+  }
+  for (int64_t e = 0; e < config.num_experts; ++e) {
+    formats::AdapterFolder expert{.config = {}, .tensors = {}, .spelling = folder.spelling};
     for (const auto& [name, tensor] : folder.tensors) {
       if (name.ends_with(".router.weight")) continue;
       MOESAIC_CHECK(!method.mixes || tensor.dim() >= 2, DataError, "{}: got shape [{}], expected one entry per expert",
@@ -49,8 +58,8 @@ std::vector<std::filesystem::path> export_peft(const std::filesystem::path& adap
     if (!config.layer_experts.empty()) name_sites(expert.tensors, single);
     expert.config = adapters::adapter_config_json(single);
     expert.config.erase("moesaic");
-    written.push_back(config.num_experts == 1 ? out : out / fmt::format("expert_{}", e));
-    formats::write_adapter_folder(written.back(), expert);
+    formats::write_adapter_folder(written[e], expert);
+    formats::write_tokenizer_files(written[e], formats::read_tokenizer_files(adapter_dir));
   }
   if (!routers.empty()) formats::save_safetensors(out / "router.safetensors", routers);
   return written;

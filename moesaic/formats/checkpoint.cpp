@@ -5,6 +5,7 @@
 
 #include <mutex>
 
+#include "moesaic/base/file_memory.h"
 #include "moesaic/base/sha256.h"
 #include "moesaic/formats/bytes.h"
 #include "moesaic/formats/config.h"
@@ -19,6 +20,7 @@ constexpr const char* kConfigName = "config.json";
 constexpr const char* kSingleName = "model.safetensors";
 constexpr const char* kIndexName = "model.safetensors.index.json";
 constexpr size_t kMaxListedErrors = 10;
+constexpr const char* kFingerprintKind = "sha256-all:";
 
 std::string first_few(const std::vector<std::string>& items) {
   const size_t shown = std::min(items.size(), kMaxListedErrors);
@@ -44,21 +46,6 @@ std::string folder_hint(const fs::path& dir) {
 bool is_plain_shard_name(const std::string& name) {
   return name.ends_with(".safetensors") && name.find_first_of("/\\") == std::string::npos && name[0] != '.' &&
          name.find('\0') == std::string::npos && name.size() < 256;
-}
-
-/// The name a language model alone would have, or "" for a tensor that is not the language model's.
-std::string language_model_name(const std::string& name) {
-  constexpr std::pair<std::string_view, std::string_view> kPrefixes[] = {{"language_model.model.", "model."},
-                                                                         {"language_model.lm_head.", "lm_head."},
-                                                                         {"model.language_model.", "model."}};
-  for (const auto& [prefix, replacement] : kPrefixes) {
-    if (name.starts_with(prefix)) return std::string(replacement) + name.substr(prefix.size());
-  }
-  for (const char* prefix :
-       {"vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."}) {
-    if (name.starts_with(prefix)) return "";
-  }
-  return name;
 }
 
 class FolderCheckpoint : public Checkpoint {
@@ -100,41 +87,22 @@ class FolderCheckpoint : public Checkpoint {
     return read_file(file, size_t{256} << 20);
   }
 
-  Json tokenizer_config() const override {
-    Json config = optional_json("tokenizer_config.json");
-    for (auto& [key, value] : config.items()) {
-      if (key.ends_with("_token") && value.is_object() && value.contains("content")) value = Json(value["content"]);
-    }
-    return config;
-  }
-
-  std::optional<std::string> chat_template() const override {
-    if (is_there(path_ / "chat_template.jinja")) return read_file(path_ / "chat_template.jinja", size_t{16} << 20);
-    for (const char* name : {"chat_template.json", "tokenizer_config.json"}) {
-      const Json json = optional_json(name);
-      const auto it = json.find("chat_template");
-      if (it == json.end()) continue;
-      if (it->is_string()) return it->get<std::string>();
-      if (!it->is_array()) continue;
-      for (const auto& named : *it) {
-        if (named.is_object() && named.value("name", Json()) == "default" && named.contains("template")) {
-          return get<std::string>(named, "template", (path_ / name).string());
-        }
-      }
-    }
-    return std::nullopt;
-  }
+  Json tokenizer_config() const override { return read_tokenizer_config(path_); }
+  ChatTemplates chat_templates() const override { return read_chat_templates(path_); }
 
   Json generation_config() const override { return optional_json("generation_config.json"); }
 
   std::string fingerprint() const override {
     std::call_once(fingerprint_once_, [this] {
-      fingerprint_ = fingerprint_of(names(), [this](const std::string& name) {
-        const SafetensorsFile& stored = file(name);
-        const std::string& key = stored_name(name);
-        return StoredTensor{c10::toString(stored.dtype(key)), stored.shape(key), stored.bytes(key)};
+      fingerprint_ = remembered("fingerprint of every byte", paths_, [this] {
+        auto all = fingerprint_of(names(), [this](const std::string& name) {
+          const SafetensorsFile& stored = file(name);
+          const std::string& key = stored_name(name);
+          return StoredTensor{c10::toString(stored.dtype(key)), stored.shape(key), stored.bytes(key)};
+        });
+        for (const std::string& name : names()) file(name).release(stored_name(name));
+        return all;
       });
-      for (const std::string& name : names()) file(name).release(stored_name(name));
     });
     return fingerprint_;
   }
@@ -164,6 +132,7 @@ class FolderCheckpoint : public Checkpoint {
   void open_weights() {
     if (is_there(path_ / kSingleName)) {
       files_.push_back(std::make_unique<SafetensorsFile>(path_ / kSingleName));
+      paths_.push_back(path_ / kSingleName);
       for (const auto& name : files_[0]->names()) tensors_.emplace(name, Location{files_[0].get(), name});
     } else if (is_there(path_ / kIndexName)) {
       open_shards();
@@ -202,6 +171,7 @@ class FolderCheckpoint : public Checkpoint {
 
     for (auto& [shard, file] : shards) {
       files_.push_back(std::make_unique<SafetensorsFile>(path_ / shard));
+      paths_.push_back(path_ / shard);
       file = files_.back().get();
       for (const auto& name : file->names()) {
         if (!tensors_.emplace(name, Location{file, name}).second) {
@@ -235,6 +205,7 @@ class FolderCheckpoint : public Checkpoint {
   }
 
   std::vector<std::unique_ptr<SafetensorsFile>> files_;
+  std::vector<fs::path> paths_;  // of these
   std::map<std::string, Location> tensors_;
   mutable std::once_flag fingerprint_once_;
   mutable std::string fingerprint_;
@@ -244,27 +215,25 @@ class FolderCheckpoint : public Checkpoint {
 
 std::string fingerprint_of(const std::vector<std::string>& names,
                            const std::function<StoredTensor(const std::string&)>& stored) {
-  constexpr size_t kBlocks = 64, kBlockBytes = 4096;
   std::vector<std::string> digests(names.size());
   at::parallel_for(0, std::ssize(names), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const StoredTensor tensor = stored(names[i]);
       Sha256 hash;
       hash.update(fmt::format("{}\n{}\n{}\n", names[i], tensor.dtype, fmt::join(tensor.shape, ",")));
-      const size_t size = tensor.bytes.size();
-      if (size <= kBlocks * kBlockBytes) {
-        hash.update(tensor.bytes);
-      } else {
-        for (size_t k = 0; k < kBlocks; ++k) {
-          hash.update(tensor.bytes.substr((size - kBlockBytes) * k / (kBlocks - 1), kBlockBytes));
-        }
-      }
+      hash.update(tensor.bytes);
       digests[i] = hash.hex();
     }
   });
   Sha256 all;
   for (const auto& digest : digests) all.update(digest);
-  return "sha256:" + all.hex();
+  return kFingerprintKind + all.hex();
+}
+
+bool may_be_same_weights(const std::string& fingerprint, const std::string& other) {
+  auto is_of_sample = [](const std::string& text) { return text.starts_with("sha256:"); };
+  return fingerprint == other ||
+         (!fingerprint.empty() && !other.empty() && is_of_sample(fingerprint) != is_of_sample(other));
 }
 
 std::shared_ptr<Checkpoint> open_folder(const fs::path& path, bool weights) {

@@ -6,6 +6,7 @@
 #include <mutex>
 #include <numbers>
 
+#include "moesaic/base/file_memory.h"
 #include "moesaic/formats/config.h"
 #include "moesaic/formats/gguf.h"
 #include "moesaic/formats/gguf_tokenizer.h"
@@ -143,7 +144,7 @@ class GgufCheckpoint : public Checkpoint {
 
   std::optional<std::string> tokenizer_json() const override { return gguf_tokenizer_json(file_); }
   Json tokenizer_config() const override { return gguf_tokenizer_config(file_); }
-  std::optional<std::string> chat_template() const override { return file_.find_string("tokenizer.chat_template"); }
+  ChatTemplates chat_templates() const override { return gguf_chat_templates(file_); }
 
   Json generation_config() const override {
     Json config = Json::object();
@@ -161,11 +162,14 @@ class GgufCheckpoint : public Checkpoint {
 
   std::string fingerprint() const override {
     std::call_once(fingerprint_once_, [this] {
-      fingerprint_ = fingerprint_of(names(), [this](const std::string& name) {
-        const GgufTensor& stored = at(name);
-        return StoredTensor{ggml_type_info(stored.type).name, stored.shape, stored.bytes};
+      fingerprint_ = remembered("fingerprint of every byte", {path_}, [this] {
+        auto all = fingerprint_of(names(), [this](const std::string& name) {
+          const GgufTensor& stored = at(name);
+          return StoredTensor{ggml_type_info(stored.type).name, stored.shape, stored.bytes};
+        });
+        for (const std::string& name : names()) file_.bytes().release(at(name).bytes);
+        return all;
       });
-      for (const std::string& name : names()) file_.bytes().release(at(name).bytes);
     });
     return fingerprint_;
   }
@@ -295,31 +299,44 @@ class GgufCheckpoint : public Checkpoint {
     return config;
   }
 
+  /// llama.cpp's rules: a factor without a type is linear's; cos and sin are multiplied by attn_factor and, under yarn,
+  /// by what the factor (and yarn_log_multiplier) gives.
   Json rope_scaling(const GgufMetadata& metadata, const Json& config) const {
     const std::string& where = file_.bytes().where;
-    for (const auto& tensor : file_.tensors()) {
-      if (tensor.name == kRopeFactors) return llama3_scaling(tensor, config["rope_theta"]);
-    }
-    std::string type = file_.find_string(metadata.key("rope.scaling.type")).value_or("none");
-    double factor = metadata.find_number("rope.scaling.factor").value_or(0.0);
-    if (const auto old = metadata.find_number("rope.scale_linear"); old && *old != 1.0 && factor == 0.0) {
-      type = "linear";
-      factor = *old;
-    }
-    if (type == "none" || factor == 0.0) return nullptr;
-    MOESAIC_CHECK(type == "linear" || type == "yarn", DataError,
+    auto number = [&](const char* key, double fallback) { return metadata.find_number(key).value_or(fallback); };
+    const auto type = file_.find_string(metadata.key("rope.scaling.type")).value_or("linear");
+    MOESAIC_CHECK(type == "none" || type == "linear" || type == "yarn", DataError,
                   "{}: rope.scaling.type: got '{}', expected none, linear or yarn", where, type);
-    Json scaling = {{"rope_type", type}, {"factor", factor}};
-    if (type == "yarn") {
-      for (const auto& [key, gguf] : {std::pair{"attention_factor", "rope.scaling.attn_factor"},
-                                      {"beta_fast", "rope.scaling.yarn_beta_fast"},
-                                      {"beta_slow", "rope.scaling.yarn_beta_slow"}}) {
-        if (const auto value = metadata.find_number(gguf)) scaling[key] = *value;
-      }
-      if (const auto original = metadata.find_size("rope.scaling.original_context_length")) {
-        scaling["original_max_position_embeddings"] = *original;
-      }
+    const bool yarn = type == "yarn";
+    double factor = number("rope.scaling.factor", number("rope.scale_linear", 1.0));
+    if (factor == 0.0 || type == "none") factor = 1.0;
+    const double attention = number("rope.scaling.attn_factor", 1.0) * number("rope.scaling.yarn_attn_factor", 1.0);
+    MOESAIC_CHECK(yarn || attention == 1.0, DataError,
+                  "{}: rope.scaling.attn_factor: got {} with type {}, expected 1 or yarn", where, attention, type);
+    const double mixed = yarn ? 1.0 : 0.0, extrapolated = number("rope.scaling.yarn_ext_factor", mixed);
+    MOESAIC_CHECK(extrapolated == mixed || extrapolated < 0, DataError,
+                  "{}: rope.scaling.yarn_ext_factor: got {} with type {}, expected {}", where, extrapolated, type,
+                  mixed);
+    for (const auto& tensor : file_.tensors()) {
+      if (tensor.name != kRopeFactors) continue;
+      MOESAIC_CHECK(factor == 1.0 && attention == 1.0, DataError,
+                    "{}: got both {} and rope.scaling ({} by {}), expected one of them", where, kRopeFactors, type,
+                    factor);
+      return llama3_scaling(tensor, config["rope_theta"]);
     }
+    if (factor == 1.0 && attention == 1.0) return nullptr;
+    Json scaling = {{"rope_type", type}, {"factor", factor}};
+    if (!yarn) return scaling;
+    for (const auto& [key, gguf] :
+         {std::pair{"beta_fast", "rope.scaling.yarn_beta_fast"}, {"beta_slow", "rope.scaling.yarn_beta_slow"}}) {
+      if (const auto value = metadata.find_number(gguf)) scaling[key] = *value;
+    }
+    if (const auto original = metadata.find_size("rope.scaling.original_context_length")) {
+      scaling["original_max_position_embeddings"] = *original;
+    }
+    auto magnitude = [&](double scale) { return factor <= 1.0 ? 1.0 : 0.1 * scale * std::log(factor) + 1.0; };
+    const double all = number("rope.scaling.yarn_log_multiplier", 0.0);
+    if (attention != 1.0 || all != 0.0) scaling["attention_factor"] = attention * magnitude(1.0) / magnitude(all);
     return scaling;
   }
 

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include "moesaic/formats/config.h"
+#include "moesaic/formats/finite.h"
 
 namespace moesaic::formats {
 namespace {
@@ -67,6 +68,7 @@ void write_model_folder(const fs::path& dir, const ModelFolder& model) {
                   "{}: tie_word_embeddings is true, but {} differs from {}", where, kHead, kEmbedding);
     tensors.erase(kHead);
   }
+  check_finite(tensors, model.dtype, where);
   std::error_code error;
   fs::create_directories(dir, error);
   MOESAIC_CHECK(!error, DataError, "{}: the folder can't be made: {}", where, error.message());
@@ -97,11 +99,7 @@ void write_model_folder(const fs::path& dir, const ModelFolder& model) {
   Json config = with_legacy_rope_keys(model.config);
   config["dtype"] = dtype_word(model.dtype);
   write_file_atomically(dir / "config.json", config.dump(2) + "\n");
-  if (model.tokenizer_json) write_file_atomically(dir / "tokenizer.json", *model.tokenizer_json);
-  if (!model.tokenizer_config.empty()) {
-    write_file_atomically(dir / "tokenizer_config.json", model.tokenizer_config.dump(2) + "\n");
-  }
-  if (model.chat_template) write_file_atomically(dir / "chat_template.jinja", *model.chat_template);
+  write_tokenizer_files(dir, model.tokenizer);
   if (!model.generation_config.empty()) {
     write_file_atomically(dir / "generation_config.json", model.generation_config.dump(2) + "\n");
   }

@@ -1,10 +1,16 @@
 #include "moesaic/run/config.h"
 
+#include <regex>
+
 #include "moesaic/base/yaml.h"
+#include "moesaic/formats/adapter_folder.h"
 #include "moesaic/run/subject.h"
+#include "moesaic/train/checkpoint.h"
 
 namespace moesaic::run {
 namespace {
+
+namespace fs = std::filesystem;
 
 /// Other tools' names of our keys (axolotl, torchtune, transformers, PEFT).
 constexpr std::pair<const char*, const char*> kAliases[] = {
@@ -80,27 +86,28 @@ void parse_tokenizer(const Json& json, const std::string& where, RunConfig& run)
                 run.tokenizer_vocab_size, tokenizer::Tokenizer::kSmallestTrained);
 }
 
-/// lora_target: a preset, a list of names, names separated by commas, or one regex over whole module paths.
+/// A list of names, names separated by commas, or one regex over whole module paths.
+adapters::TargetPattern parse_modules(const Json& json, const char* key, const std::string& where) {
+  if (json.at(key).is_array()) return get<std::vector<std::string>>(json, key, where);
+  auto text = get<std::string>(json, key, where);
+  if (text.find_first_of("*+?[](){}|\\^$") != std::string::npos) return text;
+  return split_commas(text);
+}
+
+/// lora_target: a preset, or modules.
 void parse_target(const Json& json, const std::string& where, RunConfig& run) {
   const Json& target = json.at("lora_target");
   if (target.is_null()) return;
-  if (target.is_array()) {
-    run.adapter.targets = get<std::vector<std::string>>(json, "lora_target", where);
-    return;
-  }
-  const auto text = get<std::string>(json, "lora_target", where);
-  if (text == "all" || text == "all-linear") {
+  if (target == "all" || target == "all-linear") {
     run.target_preset = "all-linear";
-  } else if (text == "reference") {
-    run.target_preset = text;
-  } else if (text.find_first_of("*+?[](){}|\\^$") != std::string::npos) {
-    run.adapter.targets = text;
+  } else if (target == "reference") {
+    run.target_preset = "reference";
   } else {
-    run.adapter.targets = split_commas(text);
+    run.adapter.targets = parse_modules(json, "lora_target", where);
   }
 }
 
-/// feedforward_modules: the (IA)^3 and MoV targets that scale their input; down_proj unless a list says otherwise.
+/// feedforward_modules: the (IA)^3 and MoV targets that scale their input; down_proj unless it says otherwise.
 void parse_feedforward(const Json& json, const std::string& where, RunConfig& run) {
   auto& adapter = run.adapter;
   const adapters::Method* method = subject_of(run.finetuning_type).method;
@@ -111,10 +118,14 @@ void parse_feedforward(const Json& json, const std::string& where, RunConfig& ru
                   "{}: feedforward_modules: got {} for {}, expected it for ia3 and mov, together with lora_target: it "
                   "says which of these scale their input",
                   where, json.at("feedforward_modules").dump(), adapter.method);
-    adapter.feedforward = get<std::vector<std::string>>(json, "feedforward_modules", where);
+    adapter.feedforward = parse_modules(json, "feedforward_modules", where);
   } else if (scales && targets != nullptr) {
-    std::copy_if(targets->begin(), targets->end(), std::back_inserter(adapter.feedforward),
+    std::vector<std::string> names;
+    std::copy_if(targets->begin(), targets->end(), std::back_inserter(names),
                  [](const std::string& name) { return name.ends_with("down_proj"); });
+    adapter.feedforward = names;
+  } else if (scales) {
+    adapter.feedforward = ".*down_proj";
   }
 }
 
@@ -153,6 +164,143 @@ void parse_eval(const Json& json, const std::string& where, RunConfig& run) {
                 "{}: got no tasks, expected files to score every {} steps", where, run.train.task_eval_steps);
 }
 
+/// What an adapter's folder says in a run's words. `silent` are those keys of it that no tensor's shape shows: a run
+/// that says otherwise would compute something else, and nothing would tell.
+struct AdapterKeys {
+  Json values = Json::object();
+  std::vector<std::string> silent;
+};
+
+AdapterKeys adapter_keys(const fs::path& dir) {
+  const formats::AdapterFolder folder = formats::read_adapter_folder(dir);
+  const adapters::AdapterConfig config = adapters::parse_adapter_config(folder, (dir / "adapter_config.json").string());
+  AdapterKeys keys;
+  Json& values = keys.values;
+  values["finetuning_type"] = config.method;
+  keys.silent = {"finetuning_type", "num_experts"};
+  values["num_experts"] = adapters::experts_json(config);
+  auto modules = [](const adapters::TargetPattern& pattern) {
+    return std::visit([](const auto& targets) { return Json(targets); }, pattern);
+  };
+  values["lora_target"] = modules(config.targets);
+  if (!config.layers_to_transform.empty()) values["layers_to_transform"] = config.layers_to_transform;
+  if (adapters::method_of(config.method).low_rank) {
+    values["lora_rank"] = config.lora_rank;
+    values["lora_alpha"] = config.lora_alpha;
+    values["lora_dropout"] = config.lora_dropout;
+    values["use_rslora"] = config.use_rslora;
+    values["rank_pattern"] = config.rank_pattern;
+    values["alpha_pattern"] = config.alpha_pattern;
+    keys.silent.insert(keys.silent.end(), {"lora_rank", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"});
+  } else {
+    values["feedforward_modules"] = modules(config.feedforward);
+    values["k_site"] = config.k_site;
+    keys.silent.emplace_back("k_site");
+  }
+  // A run has no key for what is left out, nor for a multi-modal model's names: the sites themselves have neither.
+  if (!config.spelling.empty() || modules(config.exclude).size() > 0) {
+    std::set<std::string> sites;
+    for (const auto& [name, tensor] : folder.tensors) {
+      const size_t end = std::min({name.find(".lora_"), name.find(".ia3_l"), name.find(".mov.")});
+      if (end != std::string::npos) sites.insert(name.substr(0, end));
+    }
+    values["lora_target"] = sites;
+    for (const std::string& site : sites) {
+      if (config.rank_at(site) != config.lora_rank) values["rank_pattern"][site] = config.rank_at(site);
+    }
+  }
+  if (config.num_experts > 1) {
+    values["router"] = adapters::router_config_json(config.router);
+    for (const char* key :
+         {"type", "top_k", "topk_mode", "input", "sentence_dim", "sentence_source", "temperature", "head_wise"}) {
+      keys.silent.push_back(fmt::format("router.{}", key));
+    }
+  }
+  return keys;
+}
+
+/// The adapter a run begins with, and whether it goes on with its own checkpoint; nullopt when there is none.
+std::optional<std::pair<fs::path, bool>> adapter_begun(const Json& json, const std::string& where) {
+  fs::path resumed = get_or<std::string>(json, "resume_from_checkpoint", "none", where);
+  if (resumed == "auto") {
+    const auto newest = train::newest_checkpoint(get<std::string>(json, "output_dir", where));
+    resumed = newest ? newest->path : fs::path();
+  }
+  std::error_code error;
+  if (!resumed.empty() && resumed != "none" && fs::exists(resumed / "adapter_config.json", error)) {
+    return std::pair(resumed, true);
+  }
+  const auto begun = get_or<std::string>(json, "adapter_name_or_path", "", where);
+  if (begun.empty()) return std::nullopt;
+  return std::pair(fs::path(begun), false);
+}
+
+const Json* at_dotted(const Json& json, const std::string& key) {
+  const size_t dot = key.find('.');
+  if (dot == std::string::npos) return json.contains(key) && !json[key].is_null() ? &json[key] : nullptr;
+  const auto block = json.find(key.substr(0, dot));
+  return block == json.end() || !block->is_object() ? nullptr : at_dotted(*block, key.substr(dot + 1));
+}
+
+/// A run that begins with an adapter's numbers has its settings, too. What `user` says otherwise is an error, or, when
+/// the run goes on with a checkpoint, said and done.
+void take_adapter_settings(const Json& user, const std::string& where, Json& json) {
+  const std::string type = json.at("finetuning_type").is_string() ? json["finetuning_type"].get<std::string>() : "";
+  const std::vector<std::string> methods = adapters::method_names();
+  if (std::find(methods.begin(), methods.end(), type) == methods.end()) return;
+  const auto begun = adapter_begun(json, where);
+  if (!begun) return;
+  const auto& [dir, resumed] = *begun;
+  AdapterKeys keys = adapter_keys(dir);
+  Json given = user;
+  for (auto it = given.begin(); it != given.end();) it = it->is_null() ? given.erase(it) : std::next(it);
+  if (given.contains("lora_target")) keys.values.erase("feedforward_modules");
+
+  // In the words of the folder: {"0-1": 4, "2": 4} is {"0-2": 4}, and top_k alone a type.
+  Json said = given;
+  if (said.contains("num_experts")) {
+    adapters::AdapterConfig config;
+    adapters::parse_experts(said["num_experts"], where + ": num_experts", config);
+    said["num_experts"] = adapters::experts_json(config);
+  }
+  if (said.contains("router") && said["router"].is_object()) {
+    const Json settled = adapters::router_config_json(parse_router(said["router"], where + ": router"));
+    Json& router = said["router"];
+    if (router.contains("renormalize")) router["topk_mode"] = nullptr;
+    if (router.contains("top_k")) router["type"] = nullptr;
+    for (auto& [key, value] : router.items()) {
+      if (settled.contains(key)) value = settled[key];
+    }
+  }
+  if (said.value("k_site", Json()) == "auto") said.erase("k_site");
+  std::vector<std::string> differences;
+  for (const std::string& key : keys.silent) {
+    const Json *wanted = at_dotted(said, key), *has = at_dotted(keys.values, key);
+    if (wanted != nullptr && has != nullptr && *wanted != *has) {
+      differences.push_back(fmt::format("{}: got {}, it has {}", key, wanted->dump(), has->dump()));
+    }
+  }
+  if (!differences.empty() && resumed) {
+    spdlog::warn("{}: was made with other settings than this run's, which it goes on with: {}", dir.string(),
+                 fmt::join(differences, "; "));
+  }
+  MOESAIC_CHECK(differences.empty() || resumed, UsageError,
+                "{}: the run begins with the adapter {}, whose numbers mean something else with other settings: {}\n"
+                "hint: leave these keys out, and the adapter's own are taken",
+                where, dir.string(), fmt::join(differences, "; "));
+  Json taken = keys.values;
+  taken.merge_patch(given);
+  json.merge_patch(taken);
+  // Objects that are keys' values, not blocks of keys: the user's replace the adapter's whole.
+  for (const char* key : {"num_experts", "rank_pattern", "alpha_pattern"}) {
+    for (const Json* source : {&given, &keys.values}) {
+      if (!source->contains(key)) continue;
+      json[key] = (*source)[key];
+      break;
+    }
+  }
+}
+
 using train::KeyInfo;
 constexpr const char *kModel = "Model and method", *kRouter = "Router", *kData = "Data", *kSteps = "Steps",
                      *kOutput = "Output";
@@ -164,7 +312,9 @@ void each_adapter_key(Config& adapter, Visit visit) {
   visit("lora_alpha", adapter.lora_alpha, KeyInfo{kModel, "the delta is scaled by alpha / r"});
   visit("lora_dropout", adapter.lora_dropout, KeyInfo{kModel, "on the input of the low-rank product, while training"});
   visit("use_rslora", adapter.use_rslora, KeyInfo{kModel, "scale by alpha / sqrt(r)"});
-  visit("rank_pattern", adapter.rank_pattern, KeyInfo{kModel, "other ranks: {regex at the end of the path: rank}"});
+  visit(
+      "rank_pattern", adapter.rank_pattern,
+      KeyInfo{kModel, "other ranks: {regex at the end of the path: rank}; where several match, the first by alphabet"});
   visit("alpha_pattern", adapter.alpha_pattern, KeyInfo{kModel, "other alphas, likewise"});
   visit("k_site", adapter.k_site,
         KeyInfo{kModel,
@@ -176,11 +326,17 @@ void each_adapter_key(Config& adapter, Visit visit) {
 template <class Config, class Visit>
 void each_render_key(Config& render, Visit visit) {
   visit("template", render.template_name,
-        KeyInfo{kData, "`auto`: the model's chat template, if it has one; `none`: raw text; or a Jinja file"});
+        KeyInfo{kData,
+                "`auto`: the model's chat templates, if it has any; `none`: raw text; the name of one of them; or a "
+                "Jinja file"});
   visit("cutoff_len", render.cutoff_len,
         KeyInfo{kData, "tokens of an example; a longer one loses the middle of its prompt first"});
   visit("target_cutoff_len", render.target_cutoff_len, KeyInfo{kData, "tokens of an answer; 0 is no limit of its own"});
   visit("train_on_prompt", render.train_on_prompt, KeyInfo{kData, "learn the prompt's tokens, too"});
+  visit("on_bad_row", render.on_bad_row,
+        KeyInfo{kData,
+                "a row that can't be read, or that the template refuses: `stop` names all of them before the first "
+                "step; `skip` lists them and leaves them out"});
 }
 
 /// The same for what only compositions have.
@@ -234,7 +390,11 @@ std::vector<RunKey> other_keys() {
         "`<pad>`. vocab_size, bos, eos and pad of config.json follow it (a given tokenizer may be smaller than "
         "vocab_size). null is the tokenizer beside config.json. A resumed run keeps the one it began with"}},
       {"finetuning_type", run.finetuning_type, {kModel, kTypes.c_str()}},
-      {"adapter_name_or_path", nullptr, {kModel, "start from this adapter's numbers instead of new ones"}},
+      {"adapter_name_or_path",
+       nullptr,
+       {kModel,
+        "start from this adapter's numbers instead of new ones, and with its settings: rank, alpha, targets, experts, "
+        "router. A run that says otherwise is an error"}},
       {"num_experts",
        nullptr,
        {kModel,
@@ -248,8 +408,8 @@ std::vector<RunKey> other_keys() {
       {"feedforward_modules",
        nullptr,
        {kModel,
-        "(IA)³ and MoV: the names in `lora_target` that scale what they read instead of what they give; null takes "
-        "those that end in `down_proj`, `[]` none"}},
+        "(IA)³ and MoV: the names in `lora_target` that scale what they read instead of what they give, or one regular "
+        "expression; null takes those that end in `down_proj`, `[]` none"}},
       {"layers_to_transform", nullptr, {kModel, "list of layers; null is all"}},
       {"dataset",
        nullptr,
@@ -387,6 +547,10 @@ RunConfig parse_run_config(const Json& given, const std::string& where) {
   for (const auto& [key, value] : run_defaults().items()) {
     if (!json.contains(key)) json[key] = value;  // an explicit null means the default
   }
+  take_adapter_settings(user, where, json);
+  for (const auto& [key, value] : run_defaults().items()) {
+    if (!json.contains(key)) json[key] = value;
+  }
 
   RunConfig run;
   try {
@@ -409,6 +573,8 @@ RunConfig parse_run_config(const Json& given, const std::string& where) {
     };
     each_adapter_key(adapter, read);
     each_render_key(run.render, read);
+    MOESAIC_CHECK(run.render.on_bad_row == "stop" || run.render.on_bad_row == "skip", UsageError,
+                  "{}: on_bad_row: got '{}', expected stop or skip", where, run.render.on_bad_row);
     train::each_train_key(run.train, read);
     each_composition_key(run, read);
     adapter.layers_to_transform = get_or<std::vector<int64_t>>(json, "layers_to_transform", {}, where);

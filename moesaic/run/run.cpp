@@ -7,16 +7,66 @@
 #include "moesaic/base/yaml.h"
 #include "moesaic/eval/evaluate.h"
 #include "moesaic/run/open.h"
+#include "moesaic/train/checkpoint.h"
 
 namespace moesaic::run {
 
 namespace fs = std::filesystem;
+
+namespace {
+
+constexpr const char* kRunFileHead = "# Every key of this run.\n";
+
+/// Whether `dir` is the output folder of a run, by the run.yaml it writes first.
+bool left_by_a_run(const fs::path& dir) {
+  return fs::is_regular_file(dir / "run.yaml") && read_file(dir / "run.yaml").starts_with(kRunFileHead);
+}
+
+/// Throws UsageError where the run would destroy what is not its own: an input, a model, another run's result.
+void check_output(const RunConfig& config) {
+  const train::TrainConfig& train = config.train;
+  const fs::path &dir = train.output_dir, &resumed = train.resume_from_checkpoint;
+  std::vector<fs::path> inputs{config.model_name_or_path, config.adapter_name_or_path, config.tokenizer};
+  if (config.init == "random" && inputs[0].filename() == "config.json") inputs[0] = inputs[0].parent_path();
+  check_not_an_input(dir, inputs);
+  const auto checkpoints = train::list_checkpoints(dir);
+  if (train.overwrite_output_dir) {
+    for (const auto& checkpoint : checkpoints) check_not_an_input(checkpoint.path, inputs);
+  }
+  const std::string found = found_work(dir);
+  if (found.empty()) return;
+  MOESAIC_CHECK(left_by_a_run(dir), UsageError,
+                "output_dir {}: got a folder that holds {}, of no run of moesaic, expected a new one: nothing is "
+                "overwritten",
+                dir.string(), found);
+  if (train.overwrite_output_dir) return;
+  if (resumed == "auto" && !checkpoints.empty()) return;
+  if (resumed != "auto" && resumed != "none") {
+    std::error_code error;
+    const fs::path named = resumed.has_filename() ? resumed : resumed.parent_path();
+    if (fs::equivalent(dir, named.has_parent_path() ? named.parent_path() : fs::path("."), error)) return;
+  }
+  const std::vector<const char*> kResults{"adapter_config.json", "calm_config.json", "config.json"};
+  const auto result =
+      std::find_if(kResults.begin(), kResults.end(), [&](const char* name) { return fs::exists(dir / name); });
+  MOESAIC_CHECK(checkpoints.empty() && result == kResults.end(), UsageError,
+                "output_dir {}: got a folder with {} of an earlier run, expected none\nhint: go on with --resume auto "
+                "where it left checkpoints, start anew with overwrite_output_dir=true, or choose another output_dir",
+                dir.string(), checkpoints.empty() ? *result : checkpoints.back().path.filename().string());
+}
+
+}  // namespace
 
 Run::Run(RunConfig config, bool dry)
     : config_(std::move(config)),
       dry_(dry),
       device_(parse_device(config_.device)),
       format_(number_format(config_.dtype, device_)) {
+  train::check_sizes(config_.train);
+  if (!dry) {
+    lock_ = std::make_unique<FolderLock>(config_.train.output_dir);
+    check_output(config_);
+  }
   config_.resolved["bf16"] = format_.dtype == torch::kBFloat16;
   prepared_ = subject_of(config_.finetuning_type).open(config_, {device_, format_.dtype, dry});
   train::check_run(config_.train, *prepared_.learner);
@@ -27,13 +77,24 @@ Run::Run(RunConfig config, bool dry)
 }
 
 void Run::open_data() {
-  renderer_ = data::Renderer::open(*prepared_.checkpoint, config_.render);
+  formats::ChatTemplates own;  // of the adapter that the run goes on with
+  if (config_.render.template_name == "auto" && !config_.adapter_name_or_path.empty()) {
+    own = formats::read_chat_templates(config_.adapter_name_or_path);
+  }
+  if (own.empty()) {
+    renderer_ = data::Renderer::open(*prepared_.checkpoint, config_.render);
+  } else {
+    const std::shared_ptr<const tokenizer::Tokenizer> tokenizer = tokenizer::Tokenizer::open(*prepared_.checkpoint);
+    renderer_ = std::make_shared<data::Renderer>(
+        tokenizer, std::make_shared<tokenizer::ChatTemplate>(std::move(own), *tokenizer), config_.render);
+  }
   auto datasets = data::resolve_datasets(config_.dataset, config_.dataset_dir);
   auto [training, validation] = data::train_validation(std::move(datasets), config_.val_size, config_.train.seed);
   if (!config_.eval_dataset.is_null()) {
     for (auto& each : data::resolve_datasets(config_.eval_dataset, config_.dataset_dir)) validation.push_back(each);
   }
-  mixture_ = std::make_unique<data::Mixture>(std::move(training), renderer_, derive_seed(config_.train.seed, "mixture"),
+  training_ = std::move(training);
+  mixture_ = std::make_unique<data::Mixture>(training_, renderer_, derive_seed(config_.train.seed, "mixture"),
                                              config_.mixture_rule);
   if (!validation.empty()) eval_examples_ = data::load_examples(validation, *renderer_);
   MOESAIC_CHECK(config_.train.eval_steps == 0 || !eval_examples_.empty(), UsageError,
@@ -47,8 +108,8 @@ std::vector<std::pair<std::string, double>> Run::task_scores() {
   options.apply_chat_template = model.chat_template != nullptr;
   options.target_delimiter = "";  // as in training, where nothing stands between prompt and answer
   options.generation.max_new_tokens = 128;
-  options.generation.eos_ids =
-      eos_ids(*prepared_.model, prepared_.checkpoint->generation_config(), &renderer_->tokenizer());
+  options.generation.eos_ids = eos_ids(*prepared_.model, prepared_.checkpoint->generation_config(),
+                                       &renderer_->tokenizer(), renderer_->chat_template());
   std::vector<std::pair<std::string, double>> scores;
   for (const eval::Task& task : tasks_) {
     for (const auto& [metric, mean] : eval::evaluate(model, task, options).metrics) {
@@ -57,6 +118,24 @@ std::vector<std::pair<std::string, double>> Run::task_scores() {
   }
   return scores;
 }
+
+std::vector<data::Validation> Run::judge_rows(size_t max_problems) const {
+  constexpr int64_t kShown = 10000;  // rows: fewer are judged at once
+  const int64_t total = mixture_->epoch_size();
+  std::optional<Progress> progress;
+  if (total >= kShown) progress.emplace("rows", total);
+  int64_t judged = 0;
+  std::vector<data::Validation> results;
+  for (const data::DatasetConfig& config : training_) {
+    results.push_back(data::validate(
+        config, {.max_problems = max_problems, .renderer = renderer_.get(), .progress = [&](int64_t rows) {
+                   if (progress) progress->update(judged += rows);
+                 }}));
+  }
+  return results;
+}
+
+void Run::check_rows() const { data::settle_bad_rows(judge_rows(/*max_problems=*/100), config_.render); }
 
 data::Example Run::next_example() {
   auto example = mixture_->next();
@@ -126,17 +205,20 @@ Plan Run::memory_plan() {
 void Run::write_inputs() const {
   const fs::path& dir = config_.train.output_dir;
   fs::create_directories(dir);
-  write_file_atomically(dir / "run.yaml", to_yaml(config_.resolved));
-  if (!prepared_.keeps_tokenizer) return;
-  write_file_atomically(dir / "tokenizer.json", renderer_->tokenizer().json());
-  write_file_atomically(dir / "tokenizer_config.json", renderer_->tokenizer().config().dump(2) + "\n");
-  if (const auto chat = prepared_.checkpoint->chat_template()) {
-    write_file_atomically(dir / "chat_template.jinja", *chat);
+  write_file_atomically(dir / "run.yaml", kRunFileHead + to_yaml(config_.resolved));
+  // What the run was rendered with, so that whoever uses it asks in the same words.
+  formats::TokenizerFiles files;
+  if (renderer_->chat_template()) files.chat_templates = renderer_->chat_template()->sources();
+  if (prepared_.keeps_tokenizer) {
+    files.json = renderer_->tokenizer().json();
+    files.config = renderer_->tokenizer().config();
   }
+  formats::write_tokenizer_files(dir, files);
 }
 
 train::TrainResult Run::train(const train::TrainHooks& hooks) {
   MOESAIC_CHECK(!dry_, UsageError, "run: it was opened dry, expected one opened for training");
+  check_rows();
   write_inputs();
   const train::TrainConfig& config = config_.train;
   const int64_t epoch = mixture_->epoch_size();
@@ -153,6 +235,7 @@ train::TrainResult Run::train(const train::TrainHooks& hooks) {
       train::train(*prepared_.model, *prepared_.learner, *mixture_, eval_examples_, config, epoch, own);
   if (prepared_.end) prepared_.end();
   if (!result.interrupted) write_card(result);
+  lock_.reset();
   return result;
 }
 

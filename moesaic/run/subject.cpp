@@ -110,9 +110,8 @@ Prepared open_full(const RunConfig& run, const Place& place) {
   formats::ModelFolder folder;
   folder.config = made.checkpoint->config();
   folder.dtype = place.dtype;
-  folder.tokenizer_json = made.checkpoint->tokenizer_json();
-  folder.tokenizer_config = made.checkpoint->tokenizer_config();
-  folder.chat_template = made.checkpoint->chat_template();
+  folder.tokenizer = made.checkpoint->tokenizer_files();
+  folder.tokenizer.chat_templates = data::chat_templates(*made.checkpoint, run.render.template_name);
   folder.generation_config = made.checkpoint->generation_config();
   made.usage = fmt::format("--model {}", run.train.output_dir.string());
   made.learner = std::make_shared<models::AllWeights>(model, std::move(folder));
@@ -135,9 +134,6 @@ Prepared open_calm(const RunConfig& run, const Place& place) {
                 "finetuning_type calm: model_name_or_path {} is none of `moesaic compose`, expected a composition's "
                 "folder",
                 run.model_name_or_path);
-  MOESAIC_CHECK(!fs::exists(run.train.output_dir / "config.json"), UsageError,
-                "output_dir {}: got a folder that holds a model, expected another for the composition",
-                run.train.output_dir.string());
   const auto composition =
       compose::load_composition(run.model_name_or_path, {.dtype = place.dtype, .device = place.device});
   Prepared made;
