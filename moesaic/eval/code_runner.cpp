@@ -8,8 +8,10 @@
 #include <poll.h>
 #include <sched.h>
 #include <spdlog/spdlog.h>
+#include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -22,6 +24,7 @@
 #include <fstream>
 
 #include "moesaic/base/check.h"
+#include "moesaic/eval/sandbox.h"
 
 namespace moesaic::eval {
 namespace fs = std::filesystem;
@@ -35,42 +38,43 @@ constexpr uint32_t kArchitecture = AUDIT_ARCH_AARCH64;
 #error "moesaic/eval/code_runner.cpp: name the audit architecture of this machine"
 #endif
 
-constexpr int kPassedStatus = 42;  // of the interpreter; 0 is what sys.exit() in the program would give
+constexpr const char* kFolderName = "moesaic_programs_";  // then the number of the evaluation's process
+constexpr int kPassedStatus = 42;                         // of the process that runs the tests
 
-// The program's own exit must not look like its end, and what it leaves running must not hold up the interpreter's.
-constexpr const char* kMain = R"(import os
-try:
-    with open("program.py", "rb") as file:
-        program = compile(file.read(), "program.py", "exec")
-    exec(program, {})
-except BaseException:
-    os._exit(1)
-os._exit(42)
-)";
-
-/// System calls that are refused whatever their arguments are.
-constexpr int kRefused[] = {
-    // the network, and a second way to it
-    SYS_socket, SYS_socketpair, SYS_io_uring_setup, SYS_io_uring_enter, SYS_io_uring_register,
-// processes
-#ifdef SYS_fork
-    SYS_fork, SYS_vfork,
+/// System calls of a Python program that computes, has threads and works on files in its folder. All others are
+/// refused.
+constexpr int kAllowed[] = {
+#if defined(__x86_64__)
+    // the older forms of the same
+    SYS_open, SYS_stat, SYS_lstat, SYS_access, SYS_readlink, SYS_mkdir, SYS_rmdir, SYS_unlink, SYS_rename, SYS_link,
+    SYS_symlink, SYS_getdents, SYS_dup2, SYS_pipe, SYS_poll, SYS_select, SYS_epoll_create, SYS_epoll_wait, SYS_time,
+    SYS_alarm, SYS_pause, SYS_getpgrp, SYS_arch_prctl,
 #endif
-    SYS_tkill, SYS_rt_sigqueueinfo, SYS_rt_tgsigqueueinfo, SYS_pidfd_open, SYS_pidfd_getfd, SYS_pidfd_send_signal,
-    SYS_ptrace, SYS_process_vm_readv, SYS_process_vm_writev, SYS_setns, SYS_unshare, SYS_setpriority,
-// what Landlock leaves open on files
-#ifdef SYS_chmod
-    SYS_chmod, SYS_chown, SYS_lchown, SYS_utime, SYS_utimes, SYS_futimesat,
-#endif
-    SYS_fchmod, SYS_fchmodat, SYS_fchown, SYS_fchownat, SYS_utimensat, SYS_setxattr, SYS_lsetxattr, SYS_fsetxattr,
-    SYS_removexattr, SYS_lremovexattr, SYS_fremovexattr, SYS_open_by_handle_at,
-    // memory that outlives the process
-    SYS_shmget, SYS_semget, SYS_msgget, SYS_mq_open, SYS_add_key, SYS_request_key, SYS_keyctl,
-    // the machine
-    SYS_mount, SYS_umount2, SYS_pivot_root, SYS_chroot, SYS_bpf, SYS_perf_event_open, SYS_userfaultfd, SYS_reboot,
-    SYS_kexec_load, SYS_init_module, SYS_finit_module, SYS_delete_module, SYS_swapon, SYS_swapoff, SYS_acct,
-    SYS_quotactl, SYS_sethostname, SYS_setdomainname, SYS_settimeofday, SYS_clock_settime, SYS_adjtimex,
-    SYS_clock_adjtime};
+    // files that are open, and their waiting
+    SYS_read, SYS_write, SYS_readv, SYS_writev, SYS_pread64, SYS_pwrite64, SYS_lseek, SYS_close, SYS_close_range,
+    SYS_fstat, SYS_fstatfs, SYS_ftruncate, SYS_fallocate, SYS_fadvise64, SYS_fsync, SYS_fdatasync, SYS_flock, SYS_dup,
+    SYS_dup3, SYS_pipe2, SYS_ppoll, SYS_pselect6, SYS_epoll_create1, SYS_epoll_ctl, SYS_epoll_pwait, SYS_eventfd2,
+    SYS_timerfd_create, SYS_timerfd_settime, SYS_timerfd_gettime, SYS_sendfile, SYS_copy_file_range, SYS_getdents64,
+    // names of files: Landlock says where
+    SYS_openat, SYS_newfstatat, SYS_statx, SYS_statfs, SYS_faccessat, SYS_faccessat2, SYS_readlinkat, SYS_getcwd,
+    SYS_chdir, SYS_fchdir, SYS_mkdirat, SYS_unlinkat, SYS_renameat, SYS_renameat2, SYS_linkat, SYS_symlinkat,
+    SYS_truncate, SYS_umask, SYS_getxattr, SYS_lgetxattr, SYS_fgetxattr, SYS_listxattr, SYS_llistxattr, SYS_flistxattr,
+    // memory
+    SYS_brk, SYS_mmap, SYS_munmap, SYS_mremap, SYS_mprotect, SYS_madvise, SYS_msync, SYS_mincore, SYS_membarrier,
+    // threads and signals of its own
+    SYS_futex, SYS_set_robust_list, SYS_get_robust_list, SYS_set_tid_address, SYS_rseq, SYS_sched_yield,
+    SYS_sched_getaffinity, SYS_rt_sigaction, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_rt_sigpending, SYS_rt_sigsuspend,
+    SYS_rt_sigtimedwait, SYS_sigaltstack, SYS_getitimer, SYS_setitimer, SYS_wait4, SYS_waitid, SYS_execve, SYS_exit,
+    SYS_exit_group,
+    // time and what it is told of itself and the machine
+    SYS_clock_gettime, SYS_clock_getres, SYS_clock_nanosleep, SYS_nanosleep, SYS_gettimeofday, SYS_times, SYS_getrandom,
+    SYS_getpid, SYS_getppid, SYS_gettid, SYS_getpgid, SYS_getsid, SYS_getuid, SYS_geteuid, SYS_getgid, SYS_getegid,
+    SYS_getresuid, SYS_getresgid, SYS_getgroups, SYS_getpriority, SYS_getrusage, SYS_getrlimit, SYS_uname, SYS_sysinfo,
+    SYS_getcpu};
+constexpr int kFileControls[] = {F_DUPFD, F_DUPFD_CLOEXEC, F_GETFD,     F_SETFD,     F_GETFL,      F_GETLK,
+                                 F_SETLK, F_SETLKW,        F_OFD_GETLK, F_OFD_SETLK, F_OFD_SETLKW, F_GETPIPE_SZ};
+constexpr int kDeviceControls[] = {TCGETS, TIOCGWINSZ, FIONBIO, FIONREAD, FIOCLEX, FIONCLEX};
+constexpr int kProcessControls[] = {PR_SET_NAME, PR_GET_NAME};
 
 /// A seccomp filter that is put together without allocating: between fork and exec malloc may be locked for ever.
 class Filter {
@@ -85,20 +89,35 @@ class Filter {
     add(BPF_JMP | BPF_JGE | BPF_K, kX32, 0, 1);
     add(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS);
 #endif
-    for (int call : kRefused) refuse(call, EPERM);
-    refuse(SYS_clone3, ENOSYS);  // its flags lie in memory; the C library then uses clone
+    for (const int call : kAllowed) allow(static_cast<uint32_t>(call));
+    // Its flags lie in memory; the C library then uses clone.
+    add(BPF_JMP | BPF_JEQ | BPF_K, SYS_clone3, 0, 1);
+    add(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | ENOSYS);
     // Threads, no processes.
-    add(BPF_JMP | BPF_JEQ | BPF_K, SYS_clone, 0, 4);
-    load(offsetof(seccomp_data, args[0]));
-    add(BPF_JMP | BPF_JSET | BPF_K, CLONE_THREAD, 0, 1);
-    add(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
-    add(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM);
+    only_with(SYS_clone, 0, [&] { allow_bits(CLONE_THREAD); });
     // Signals and limits for itself alone (abort() sends one).
     const uint32_t self = static_cast<uint32_t>(getpid());
-    only_for(SYS_kill, self, self);
-    only_for(SYS_tgkill, self, self);
-    only_for(SYS_prlimit64, self, 0);
-    add(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
+    for (const int call : {SYS_kill, SYS_tgkill}) only_with(call, 0, [&] { allow(self); });
+    only_with(SYS_prlimit64, 0, [&] {
+      allow(0);
+      allow(self);
+    });
+    // No owner of signals, no flags of files, nothing that a device might do.
+    only_with(SYS_fcntl, 1, [&] {
+      for (const int control : kFileControls) allow(static_cast<uint32_t>(control));
+      add(BPF_JMP | BPF_JEQ | BPF_K, F_SETFL, 0, 4);
+      load(offsetof(seccomp_data, args[2]));
+      add(BPF_JMP | BPF_JSET | BPF_K, O_ASYNC, 1, 0);
+      add(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
+      refuse();
+    });
+    only_with(SYS_ioctl, 1, [&] {
+      for (const int control : kDeviceControls) allow(static_cast<uint32_t>(control));
+    });
+    only_with(SYS_prctl, 0, [&] {
+      for (const int control : kProcessControls) allow(static_cast<uint32_t>(control));
+    });
+    refuse();
   }
 
   bool install() const {
@@ -111,21 +130,29 @@ class Filter {
     code_[size_++] = {static_cast<uint16_t>(operation), jump_true, jump_false, value};
   }
   void load(size_t offset) { add(BPF_LD | BPF_W | BPF_ABS, static_cast<uint32_t>(offset)); }
-  void refuse(int call, uint32_t error) {
-    add(BPF_JMP | BPF_JEQ | BPF_K, static_cast<uint32_t>(call), 0, 1);
-    add(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | error);
-  }
-  /// Allows `call` when its first argument is one of two values (low half: process ids are 32 bits).
-  void only_for(int call, uint32_t a, uint32_t b) {
-    add(BPF_JMP | BPF_JEQ | BPF_K, static_cast<uint32_t>(call), 0, 5);
-    load(offsetof(seccomp_data, args[0]));
-    add(BPF_JMP | BPF_JEQ | BPF_K, a, 1, 0);
-    add(BPF_JMP | BPF_JEQ | BPF_K, b, 0, 1);
+  void refuse() { add(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM); }
+  /// Allows the call when what was loaded last is `value`.
+  void allow(uint32_t value) {
+    add(BPF_JMP | BPF_JEQ | BPF_K, value, 0, 1);
     add(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
-    add(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM);
+  }
+  /// Allows it when one of `bits` is set.
+  void allow_bits(uint32_t bits) {
+    add(BPF_JMP | BPF_JSET | BPF_K, bits, 0, 1);
+    add(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
+  }
+  /// `call` with the rules that `rules` adds for the low half of its argument; what they do not allow is refused.
+  template <class Rules>
+  void only_with(int call, size_t argument, const Rules& rules) {
+    const size_t jump = size_;
+    add(BPF_JMP | BPF_JEQ | BPF_K, static_cast<uint32_t>(call), 0, 0);
+    load(offsetof(seccomp_data, args) + argument * sizeof(uint64_t));
+    rules();
+    refuse();
+    code_[jump].jf = static_cast<uint8_t>(size_ - jump - 1);
   }
 
-  std::array<sock_filter, 2 * std::size(kRefused) + 40> code_;
+  std::array<sock_filter, 2 * std::size(kAllowed) + 160> code_;
   size_t size_ = 0;
 };
 
@@ -133,7 +160,7 @@ int landlock_version() {
   return static_cast<int>(syscall(SYS_landlock_create_ruleset, nullptr, 0, LANDLOCK_CREATE_RULESET_VERSION));
 }
 
-/// Lets this process write below the working folder only.
+/// Lets this process write below the working folder only, and reach no other.
 bool restrict_writes(int version) {
   constexpr uint64_t kTruncate = uint64_t{1} << 14;  // LANDLOCK_ACCESS_FS_TRUNCATE, newer than some kernels' headers
   uint64_t writes = LANDLOCK_ACCESS_FS_WRITE_FILE | LANDLOCK_ACCESS_FS_REMOVE_DIR | LANDLOCK_ACCESS_FS_REMOVE_FILE |
@@ -142,10 +169,12 @@ bool restrict_writes(int version) {
                     LANDLOCK_ACCESS_FS_MAKE_SYM;
   if (version >= 2) writes |= LANDLOCK_ACCESS_FS_REFER;
   if (version >= 3) writes |= kTruncate;
-  struct {
-    uint64_t handled;
-  } attributes{writes};
-  const int rules = static_cast<int>(syscall(SYS_landlock_create_ruleset, &attributes, sizeof(attributes), 0));
+  // TCP from version 4 on; signals to and abstract sockets of other processes from version 6 on.
+  const struct {
+    uint64_t files, network, scoped;
+  } handled{writes, version >= 4 ? 3u : 0u, version >= 6 ? 3u : 0u};
+  const size_t size = sizeof(uint64_t) * (version >= 6 ? 3 : version >= 4 ? 2 : 1);
+  const int rules = static_cast<int>(syscall(SYS_landlock_create_ruleset, &handled, size, 0));
   const int folder = open(".", O_PATH | O_DIRECTORY);
   landlock_path_beneath_attr below{};
   below.allowed_access = writes;
@@ -163,18 +192,28 @@ bool limit(int resource, rlim_t soft, rlim_t hard) {
   return setrlimit(static_cast<__rlimit_resource_t>(resource), &value) == 0;
 }
 
+/// One of the two interpreters: what it runs, where, and what its descriptors 0, 3 and 4 are.
+struct Place {
+  const char* python;
+  const char* code;
+  std::string folder;
+  int input, read, write;
+};
+
 /// Everything between fork and exec; allocates nothing. Returns only when something could not be set up.
-void become_program(const char* python, const char* folder, const RunLimits& limits, int landlock) {
+void become(const Place& place, const RunLimits& limits, int landlock) {
   setsid();
   prctl(PR_SET_PDEATHSIG, SIGKILL);
   sigset_t none;
   sigemptyset(&none);
   sigprocmask(SIG_SETMASK, &none, nullptr);
-  const int nothing = open("/dev/null", O_RDWR);
-  for (int standard : {0, 1, 2}) {
-    if (dup2(nothing, standard) < 0) return;
+  constexpr int kAbove = 16;  // of the numbers that are taken below
+  const int input = fcntl(place.input, F_DUPFD, kAbove), nothing = open("/dev/null", O_RDWR);
+  const int read = fcntl(place.read, F_DUPFD, kAbove), write = fcntl(place.write, F_DUPFD, kAbove);
+  if (dup2(input, 0) < 0 || dup2(nothing, 1) < 0 || dup2(nothing, 2) < 0 || dup2(read, 3) < 0 || dup2(write, 4) < 0 ||
+      syscall(SYS_close_range, 5, ~0U, 0) != 0 || chdir(place.folder.c_str()) != 0) {
+    return;
   }
-  if (syscall(SYS_close_range, 3, ~0U, 0) != 0 || chdir(folder) != 0) return;
   // Refused by some kernels and containers; the filter below keeps the network shut without it.
   if (unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWIPC) != 0) errno = 0;
   const rlim_t cpu = static_cast<rlim_t>(limits.cpu_seconds);
@@ -187,15 +226,47 @@ void become_program(const char* python, const char* folder, const RunLimits& lim
   }
   if (!Filter().install()) return;
   // The seed fixes the order of sets of strings, so that a program passes always or never.
-  const char* const arguments[] = {python, "-s", "-B", "-X", "utf8", "-c", kMain, nullptr};
+  const char* const arguments[] = {place.python, "-s", "-B", "-X", "utf8", "-c", place.code, nullptr};
   const char* const environment[] = {"PYTHONHASHSEED=0", nullptr};
-  execve(python, const_cast<char* const*>(arguments), const_cast<char* const*>(environment));
+  execve(place.python, const_cast<char* const*>(arguments), const_cast<char* const*>(environment));
+}
+
+pid_t start(const Place& place, const RunLimits& limits) {
+  const int landlock = landlock_version();
+  const pid_t process = fork();
+  MOESAIC_CHECK(process >= 0, DataError, "can't start a process for a program: {}", std::strerror(errno));
+  if (process == 0) {
+    become(place, limits, landlock);
+    _exit(1);
+  }
+  return process;
+}
+
+/// A descriptor that is closed with its owner.
+class Descriptor {
+ public:
+  explicit Descriptor(int number) : number_(number) {}
+  Descriptor(Descriptor&& other) noexcept : number_(std::exchange(other.number_, -1)) {}
+  ~Descriptor() { close(); }
+  int number() const { return number_; }
+  void close() {
+    if (number_ >= 0) ::close(std::exchange(number_, -1));
+  }
+
+ private:
+  int number_;
+};
+
+std::pair<Descriptor, Descriptor> make_pipe() {
+  int ends[2];
+  MOESAIC_CHECK(pipe2(ends, O_CLOEXEC) == 0, DataError, "can't make a pipe for a program: {}", std::strerror(errno));
+  return {Descriptor(ends[0]), Descriptor(ends[1])};
 }
 
 /// A new folder that is removed with all it holds.
 class WorkingFolder {
  public:
-  WorkingFolder() : path_((fs::temp_directory_path() / fmt::format("moesaic_program_{}_XXXXXX", getpid())).string()) {
+  explicit WorkingFolder(const std::string& below) : path_(below + "/program_XXXXXX") {
     MOESAIC_CHECK(mkdtemp(path_.data()) != nullptr, DataError, "can't make a folder for a program to run in: {}: {}",
                   path_, std::strerror(errno));
   }
@@ -206,6 +277,27 @@ class WorkingFolder {
   WorkingFolder(const WorkingFolder&) = delete;
   WorkingFolder& operator=(const WorkingFolder&) = delete;
   const std::string& path() const { return path_; }
+  std::string made(const char* name) const {
+    const std::string path = path_ + "/" + name;
+    MOESAIC_CHECK(mkdir(path.c_str(), 0700) == 0, DataError, "can't make {}: {}", path, std::strerror(errno));
+    return path;
+  }
+  void write(const std::string& name, const std::string& text) const {
+    std::ofstream file(path_ + "/" + name, std::ios::binary);
+    file << text;
+    MOESAIC_CHECK(file.flush(), DataError, "can't write {}/{}", path_, name);
+  }
+  /// Bytes of all it holds.
+  int64_t size() const {
+    int64_t bytes = 0;
+    std::error_code gone;  // a name may go while this looks
+    for (auto entry = fs::recursive_directory_iterator(path_, gone); !gone && entry != fs::end(entry);
+         entry.increment(gone)) {
+      struct stat found{};
+      if (lstat(entry->path().c_str(), &found) == 0) bytes += std::max<int64_t>(4096, found.st_blocks * 512);
+    }
+    return bytes;
+  }
 
  private:
   std::string path_;
@@ -223,19 +315,34 @@ std::string find_python() {
   return path;
 }
 
-/// Waits for the end of `process`, at most `seconds`. False when it is still running then.
-bool ended_within(pid_t process, double seconds) {
-  const int handle = static_cast<int>(syscall(SYS_pidfd_open, process, 0));
-  if (handle < 0) return false;
+/// Waits for the end of `process`, at most `seconds` and as long as `goes_on` says so. False when it is running then.
+template <class GoesOn>
+bool ended_within(pid_t process, double seconds, const GoesOn& goes_on) {
+  const Descriptor handle(static_cast<int>(syscall(SYS_pidfd_open, process, 0)));
+  constexpr int kMilliseconds = 50;  // between two looks
   const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
-  pollfd ready{handle, POLLIN, 0};
-  int events = 0;
-  do {
-    const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(end - std::chrono::steady_clock::now());
-    events = poll(&ready, 1, static_cast<int>(std::max<int64_t>(0, left.count())));
-  } while (events < 0 && errno == EINTR);
-  close(handle);
-  return events > 0;
+  while (handle.number() >= 0 && std::chrono::steady_clock::now() < end && goes_on()) {
+    pollfd ready{handle.number(), POLLIN, 0};
+    if (poll(&ready, 1, kMilliseconds) > 0) return true;
+  }
+  return false;
+}
+
+int status_of(pid_t process) {
+  int status = 0;
+  while (waitpid(process, &status, 0) < 0 && errno == EINTR) {
+  }
+  return status;
+}
+
+/// Removes folders of evaluations that have ended without doing so.
+void remove_left_behind(const fs::path& temporary) {
+  std::error_code ignored;
+  for (const fs::directory_entry& entry : fs::directory_iterator(temporary, ignored)) {
+    const std::string name = entry.path().filename().string();
+    const int process = name.starts_with(kFolderName) ? std::atoi(name.c_str() + std::strlen(kFolderName)) : 0;
+    if (process > 0 && kill(process, 0) != 0 && errno == ESRCH) fs::remove_all(entry.path(), ignored);
+  }
 }
 
 }  // namespace
@@ -250,39 +357,99 @@ const char* name_of(Verdict verdict) {
   return "";
 }
 
-CodeRunner::CodeRunner(const RunLimits& limits) : limits_(limits), python_(find_python()) {
+/// The folder of all programs, and a process that outlives this one to remove it, however this one ends.
+class CodeRunner::Keeper {
+ public:
+  explicit Keeper(const std::string& python) : path_(fs::temp_directory_path().string() + "/" + kFolderName) {
+    remove_left_behind(fs::temp_directory_path());
+    path_ += fmt::format("{}_XXXXXX", getpid());
+    MOESAIC_CHECK(mkdtemp(path_.data()) != nullptr, DataError, "can't make a folder for programs to run in: {}: {}",
+                  path_, std::strerror(errno));
+    auto [read, write] = make_pipe();
+    process_ = fork();
+    MOESAIC_CHECK(process_ >= 0, DataError, "can't start a process: {}", std::strerror(errno));
+    if (process_ == 0) {
+      setsid();
+      dup2(read.number(), 0);
+      syscall(SYS_close_range, 3, ~0U, 0);
+      execl(python.c_str(), python.c_str(), "-I", "-S", "-c", kWatch, path_.c_str(), nullptr);
+      _exit(1);
+    }
+    alive_ = std::make_unique<Descriptor>(std::move(write));
+  }
+  ~Keeper() {
+    alive_->close();
+    status_of(process_);
+  }
+  const std::string& path() const { return path_; }
+
+ private:
+  // Programs get a signal when this process ends; one of them may still write for a moment.
+  static constexpr const char* kWatch = R"(import os, shutil, signal, sys, time
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+sys.stdin.buffer.read()
+for _ in range(100):
+    shutil.rmtree(sys.argv[1], ignore_errors=True)
+    if not os.path.exists(sys.argv[1]):
+        break
+    time.sleep(0.1)
+)";
+
+  std::string path_;
+  pid_t process_ = -1;
+  std::unique_ptr<Descriptor> alive_;  // closed by the kernel at the latest
+};
+
+CodeRunner::CodeRunner(const RunLimits& limits)
+    : limits_(limits), python_(find_python()), keeper_(std::make_unique<Keeper>(python_)) {
   if (landlock_version() < 1) {
     spdlog::warn("this kernel has no Landlock: the programs that pass@1 runs can write wherever you can");
   }
-  MOESAIC_CHECK(run("assert 1 + 1 == 2") == Verdict::kPassed && run("assert 1 + 1 == 3") == Verdict::kFailed,
+  MOESAIC_CHECK(run("def two(): return 2", "assert two() == 2") == Verdict::kPassed &&
+                    run("", "assert False") == Verdict::kFailed,
                 UsageError,
                 "{} does not run the simplest program under the limits of pass@1 (seccomp filter, {} MiB of memory)",
                 python_, limits_.memory >> 20);
 }
 
-Verdict CodeRunner::run(const std::string& program) const {
-  const WorkingFolder folder;
-  {
-    std::ofstream file(folder.path() + "/program.py", std::ios::binary);
-    file << program;
-    MOESAIC_CHECK(file.flush(), DataError, "can't write {}/program.py", folder.path());
+CodeRunner::~CodeRunner() = default;
+
+Verdict CodeRunner::run(const std::string& program, const std::string& tests) const {
+  static const std::string program_code = std::string(kValuesPy) + std::string(kProgramPy);
+  static const std::string tests_code = std::string(kValuesPy) + std::string(kTestsPy);
+  const WorkingFolder folder(keeper_->path());
+  const std::string program_folder = folder.made("program"), tests_folder = folder.made("tests");
+  folder.write("program/program.py", program);
+  folder.write("tests.py", tests);
+  Descriptor tests_file(open((folder.path() + "/tests.py").c_str(), O_RDONLY | O_CLOEXEC));
+  Descriptor nothing(open("/dev/null", O_RDONLY | O_CLOEXEC));
+  fs::remove(folder.path() + "/tests.py");  // from here on it has no name
+
+  auto [questions_out, questions_in] = make_pipe();
+  auto [answers_out, answers_in] = make_pipe();
+  const pid_t program_process = start({python_.c_str(), program_code.c_str(), program_folder, nothing.number(),
+                                       questions_out.number(), answers_in.number()},
+                                      limits_);
+  const pid_t tests_process = start({python_.c_str(), tests_code.c_str(), tests_folder, tests_file.number(),
+                                     answers_out.number(), questions_in.number()},
+                                    limits_);
+  for (Descriptor* end : {&questions_out, &questions_in, &answers_out, &answers_in}) end->close();
+
+  const bool ended =
+      ended_within(tests_process, limits_.seconds, [&] { return folder.size() <= limits_.all_files_size; });
+  const bool too_large = folder.size() > limits_.all_files_size;
+  // They could start no other process, so with them everything is gone.
+  if (!ended) kill(tests_process, SIGKILL);
+  kill(program_process, SIGKILL);
+  const int verdict = status_of(tests_process), status = status_of(program_process);
+  if (too_large) return Verdict::kKilled;
+  const bool passed = ended && WIFEXITED(verdict) && WEXITSTATUS(verdict) == kPassedStatus;
+  if (passed) return Verdict::kPassed;
+  for (const int each : {verdict, status}) {
+    if (!ended || (WIFSIGNALED(each) && WTERMSIG(each) == SIGXCPU)) return Verdict::kTimedOut;
   }
-  const int landlock = landlock_version();
-  const pid_t process = fork();
-  MOESAIC_CHECK(process >= 0, DataError, "can't start a process for a program: {}", std::strerror(errno));
-  if (process == 0) {
-    become_program(python_.c_str(), folder.path().c_str(), limits_, landlock);
-    _exit(1);
-  }
-  const bool ended = ended_within(process, limits_.seconds);
-  // It could start no other process, so with it everything is gone.
-  if (!ended) kill(process, SIGKILL);
-  int status = 0;
-  while (waitpid(process, &status, 0) < 0 && errno == EINTR) {
-  }
-  if (!ended || (WIFSIGNALED(status) && WTERMSIG(status) == SIGXCPU)) return Verdict::kTimedOut;
-  if (WIFSIGNALED(status)) return Verdict::kKilled;
-  return WEXITSTATUS(status) == kPassedStatus ? Verdict::kPassed : Verdict::kFailed;
+  return WIFSIGNALED(status) && WTERMSIG(status) != SIGKILL ? Verdict::kKilled : Verdict::kFailed;
 }
 
 std::string code_in(const std::string& answer) {

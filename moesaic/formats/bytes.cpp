@@ -14,7 +14,7 @@ namespace moesaic::formats {
 
 Bytes Bytes::map(const std::filesystem::path& path) {
   const std::string where = path.string();
-  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe without a writer would wait
   MOESAIC_CHECK(fd >= 0, DataError, "{}: can't be opened: {}", where, std::strerror(errno));
   struct stat status{};
   const bool regular = ::fstat(fd, &status) == 0 && S_ISREG(status.st_mode);

@@ -16,14 +16,14 @@ namespace moesaic::eval {
 namespace {
 namespace fs = std::filesystem;
 
-Verdict run(const std::string& program) {
+Verdict run(const std::string& program, const std::string& tests = "") {
   static const CodeRunner runner({.cpu_seconds = 2, .seconds = 5, .memory = int64_t{512} << 20});
-  return runner.run(program);
+  return runner.run(program, tests);
 }
 
 /// A program that passes when `statement` is refused.
 std::string refused(const std::string& statement) {
-  return "import ctypes, os, resource, signal, socket, sys\ntry:\n    " + statement +
+  return "import ctypes, fcntl, os, resource, signal, socket, struct, sys\ntry:\n    " + statement +
          "\nexcept OSError as error:\n    assert error.errno in (1, 13), error\nelse:\n    raise SystemExit(1)\n";
 }
 
@@ -52,8 +52,8 @@ TEST(CodeRunner, LeavingEarlyIsNoPass) {
 TEST(CodeRunner, StopsEndlessPrograms) {
   EXPECT_EQ(run("while True: pass"), Verdict::kTimedOut);  // by its CPU time
   const CodeRunner hurried({.cpu_seconds = 2, .seconds = 1});
-  EXPECT_EQ(hurried.run("import time\ntime.sleep(600)"), Verdict::kTimedOut);
-  EXPECT_EQ(hurried.run("import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)"),
+  EXPECT_EQ(hurried.run("import time\ntime.sleep(600)", ""), Verdict::kTimedOut);
+  EXPECT_EQ(hurried.run("import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)", ""),
             Verdict::kTimedOut);
 }
 
@@ -80,9 +80,100 @@ TEST(CodeRunner, LeavesNothingBehind) {
   EXPECT_EQ(waitpid(-1, nullptr, WNOHANG), -1);
   EXPECT_EQ(errno, ECHILD);
   for (const fs::directory_entry& entry : fs::directory_iterator(fs::temp_directory_path())) {
-    EXPECT_FALSE(entry.path().filename().string().starts_with(fmt::format("moesaic_program_{}_", getpid())))
-        << entry.path();
+    // the folder of this test's one runner, and nothing in it
+    if (!entry.path().filename().string().starts_with(fmt::format("moesaic_programs_{}_", getpid()))) continue;
+    EXPECT_TRUE(fs::is_empty(entry.path())) << entry.path();
   }
+}
+
+TEST(CodeRunner, TheFolderGoesHoweverTheEvaluationEnds) {
+  int ends[2];
+  ASSERT_EQ(pipe(ends), 0);
+  const pid_t evaluation = fork();
+  if (evaluation == 0) {
+    const CodeRunner runner;
+    const char ready = 'r';
+    if (write(ends[1], &ready, 1) != 1) _exit(1);
+    runner.run("import time\nopen('left', 'w').write('x')\ntime.sleep(600)", "");
+    _exit(1);
+  }
+  char ready = 0;
+  ASSERT_EQ(read(ends[0], &ready, 1), 1);
+  const auto folders = [&] {
+    int found = 0;
+    for (const fs::directory_entry& entry : fs::directory_iterator(fs::temp_directory_path())) {
+      found += entry.path().filename().string().starts_with(fmt::format("moesaic_programs_{}_", evaluation));
+    }
+    return found;
+  };
+  EXPECT_EQ(folders(), 1);
+  kill(evaluation, SIGKILL);
+  waitpid(evaluation, nullptr, 0);
+  for (int tries = 0; tries < 100 && folders() > 0; ++tries) usleep(100'000);
+  EXPECT_EQ(folders(), 0);
+}
+
+TEST(CodeRunner, TestsAreAskedAcross) {
+  const std::string program = R"(import math, collections, functools
+class Pair:
+    def __init__(self, a, b): self.a, self.b = a, b
+    def __eq__(self, other): return self.a == other.a and self.b == other.b
+    def __lt__(self, other): return self.a < other.a
+def swapped(pair): return Pair(pair.b, pair.a)
+def sort(values): values.sort()
+def tally(text): return collections.Counter(text)
+def apply(f, values): return [f(each) for each in values]
+def numbers():
+    for i in range(3): yield i
+def fails(): raise KeyError("gone")
+total = 7
+)";
+  for (const char* test : {"assert swapped(Pair(1, 2)) == Pair(2, 1)", "assert swapped(Pair(1, 2)).a == 2",
+                           "assert Pair(1, 2) < Pair(2, 0)", "v = [3, 1, 2]\nsort(v)\nassert v == [1, 2, 3]",
+                           "assert tally('aab') == {'a': 2, 'b': 1}", "assert apply(lambda x: x + 1, (1, 2)) == [2, 3]",
+                           "assert list(numbers()) == [0, 1, 2]", "assert total == 7",
+                           "assert math.isclose(math.pi, 3.14159265, rel_tol=1e-6)",
+                           "p = Pair(1, 2)\np.a = 5\nassert p.a == 5", "def check(f): assert f('') == {}\ncheck(tally)",
+                           "try:\n    fails()\n    assert False\nexcept KeyError: pass"}) {
+    EXPECT_EQ(run(program, test), Verdict::kPassed) << test;
+  }
+  EXPECT_EQ(run(program, "assert total == 8"), Verdict::kFailed);
+  EXPECT_EQ(run(program, "assert missing"), Verdict::kFailed);
+}
+
+TEST(CodeRunner, APassIsTheWordOfTheTests) {
+  const std::string test = "assert f(2) == 4";
+  EXPECT_EQ(run("def f(x): return x * x", test), Verdict::kPassed);
+  for (const char* program :
+       {"import os\ndef f(x): os._exit(42)", "import os\nos._exit(42)",
+        "import os\nreal = os._exit\nos._exit = lambda status: real(42)\ndef f(x): return 5",
+        "import os, sys\nos.execv(sys.executable, [sys.executable, '-c', 'import os; os._exit(42)'])",
+        "class Any:\n    def __eq__(self, other): return True\ndef f(x): return Any()",
+        "import os\nfor fd in range(5, 64):\n    try: os.write(fd, b'42')\n    except OSError: pass\ndef f(x): return "
+        "5",
+        "import os\nos.write(4, b'[\"f\"]\\n{\"value\": null, \"changed\": {}}\\n')\nos._exit(0)",
+        "import sys\nsys.settrace(lambda *a: None)\ndef f(x): raise SystemExit(0)",
+        "import builtins\nbuiltins.AssertionError = type('E', (BaseException,), {})\ndef f(x): return 5"}) {
+    EXPECT_EQ(run(program, test), Verdict::kFailed) << program;
+  }
+}
+
+TEST(CodeRunner, BoundsAllFilesTogether) {
+  const CodeRunner runner({.cpu_seconds = 20, .seconds = 20, .all_files_size = int64_t{1} << 22});
+  EXPECT_EQ(runner.run("open('small', 'wb').write(bytes(1 << 20))", ""), Verdict::kPassed);
+  EXPECT_EQ(runner.run("for i in range(10**9): open(str(i), 'wb').write(bytes(1 << 20))", ""), Verdict::kKilled);
+  EXPECT_EQ(runner.run("for i in range(10**9): open(str(i), 'wb')", ""), Verdict::kKilled);
+}
+
+TEST(CodeRunner, ChangesNoModesOrFlags) {
+  const std::string numbers = "import ctypes\nsyscall = ctypes.CDLL(None, use_errno=True).syscall\n";
+  for (const char* call : {"452, -100, b'program.py', 0, 0", "463, -100, b'program.py', 0, 0, 0, 0",
+                           "469, -100, b'program.py', 0, 0, 0", "319, b'x', 0", "425, 1, 0"}) {
+    EXPECT_EQ(run(numbers + fmt::format("assert syscall({}) == -1 and ctypes.get_errno() == 1", call)),
+              Verdict::kPassed)
+        << call;
+  }
+  EXPECT_EQ(run(refused("fcntl.ioctl(os.open('.', os.O_RDONLY), 0x40086602, bytes(8))")), Verdict::kPassed);
 }
 
 TEST(CodeRunner, HasNoNetwork) {
@@ -97,8 +188,14 @@ TEST(CodeRunner, TouchesNoOtherProcess) {
   EXPECT_EQ(run(refused("os.kill(0, signal.SIGTERM)")), Verdict::kPassed);
   EXPECT_EQ(run(refused("resource.prlimit(os.getppid(), resource.RLIMIT_NOFILE)")), Verdict::kPassed);
   EXPECT_EQ(run("import os\nassert set(os.environ) <= {'PYTHONHASHSEED', 'LC_CTYPE'}, os.environ"), Verdict::kPassed);
-  // standard streams, and the one that lists them
-  EXPECT_EQ(run("import os\nassert len(os.listdir('/proc/self/fd')) == 4"), Verdict::kPassed);
+  // standard streams, the two pipes to the tests, and the one that lists them
+  EXPECT_EQ(run("import os\nassert len(os.listdir('/proc/self/fd')) == 6"), Verdict::kPassed);
+  // a signal for whoever owns a pipe
+  EXPECT_EQ(run(refused("fcntl.fcntl(0, fcntl.F_SETOWN, os.getppid())")), Verdict::kPassed);
+  EXPECT_EQ(run(refused("fcntl.fcntl(0, 15, struct.pack('ii', 1, os.getppid()))")), Verdict::kPassed);
+  EXPECT_EQ(run(refused("fcntl.fcntl(0, 10, signal.SIGKILL)")), Verdict::kPassed);
+  EXPECT_EQ(run(refused("fcntl.fcntl(0, fcntl.F_SETFL, os.O_ASYNC)")), Verdict::kPassed);
+  EXPECT_EQ(run(refused("fcntl.ioctl(0, 0x8901, struct.pack('i', os.getppid()))")), Verdict::kPassed);
 }
 
 TEST(CodeRunner, WritesInItsOwnFolderAlone) {
@@ -157,10 +254,10 @@ TEST(SharedData, CanonicalSolutionsPass) {
     const size_t step = all ? 1 : task.name == "mbpp" ? 50 : 7;
     for (size_t i = 0; i < task.items.size(); i += step) {
       const Item& item = task.items[i];
-      const Verdict verdict = runner.run(item.program->before + item.targets[0] + item.program->after);
+      const Verdict verdict = runner.run(item.program->before + item.targets[0], item.program->tests);
       EXPECT_EQ(verdict, Verdict::kPassed) << task.name << " " << item.doc["task_id"] << " " << name_of(verdict);
       const std::string nothing = task.name == "mbpp" ? "pass\n" : "    pass\n";
-      EXPECT_EQ(runner.run(item.program->before + nothing + item.program->after), Verdict::kFailed)
+      EXPECT_EQ(runner.run(item.program->before + nothing, item.program->tests), Verdict::kFailed)
           << item.doc["task_id"];
     }
   }

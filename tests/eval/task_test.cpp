@@ -132,7 +132,7 @@ TEST_F(TaskFiles, HumanEvalIsCompletedAndRun) {
   ASSERT_EQ(task.items.size(), 1u);
   EXPECT_EQ(prompt_of(task.items[0]), "def one():\n");
   EXPECT_EQ(task.items[0].program->before, "def one():\n");
-  EXPECT_EQ(task.items[0].program->after, "\ndef check(f):\n    assert f() == 1\n\ncheck(one)");
+  EXPECT_EQ(task.items[0].program->tests, "\ndef check(f):\n    assert f() == 1\n\ncheck(one)");
 }
 
 OrderedJson mbpp_row(int id) {
@@ -155,7 +155,7 @@ TEST_F(TaskFiles, MbppTakesItsTestSplitAndExamples) {
             "You are an expert Python programmer, and here is your task: Write f11. Your code should pass these "
             "tests:\n\nassert f11()\nassert True\n[BEGIN]\n");
   EXPECT_EQ(task.items[0].program->before, "");
-  EXPECT_EQ(task.items[0].program->after, "\nimport math\nassert f11()\nassert True");
+  EXPECT_EQ(task.items[0].program->tests, "\nimport math\nassert f11()\nassert True");
 
   const std::string shown = prompt_of(load_tasks({path}, {.num_fewshot = 2})[0].items[0]);
   EXPECT_TRUE(shown.starts_with("You are an expert Python programmer, and here is your task: Write f2. Your"));
@@ -191,6 +191,12 @@ TEST_F(TaskFiles, MgsmAsksInItsLanguage) {
   EXPECT_THAT(tasks[0].items[1].targets, ElementsAre("1000"));
   EXPECT_EQ(prompt_of(tasks[1].items[0]), "Question: Di kae?\nAnswer:");  // no words of its own
   EXPECT_THAT(tasks[1].items[0].targets, ElementsAre("-2.5"));
+  // U+FF1A, as in the harness.
+  for (const auto& [name, word] : {std::pair("mgsm_ja.tsv", "問題"), std::pair("mgsm_zh.tsv", "问题")}) {
+    const Task task = load_tasks({write(name, "3+4?\t7\n")}, {})[0];
+    EXPECT_EQ(prompt_of(task.items[0]), std::string(word) + "\uff1a 3+4?\nAnswer:");
+    EXPECT_THAT(task.stop, ElementsAre(std::string(word) + "\uff1a"));
+  }
   EXPECT_THAT(error_of({write("lexicon.tsv", "water\tmetsi\nalone\n")}),
               AllOf(HasSubstr("2 damaged rows"), HasSubstr("line 2: expected a question, a tab and a number")));
 }

@@ -2,6 +2,7 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 #include <torch/torch.h>
 
 #include <fstream>
@@ -19,6 +20,12 @@ using test::TemporaryFolder;
 
 SafetensorsFile parse(const std::string& bytes) {
   return SafetensorsFile(Bytes::from_string(bytes, "test.safetensors"));
+}
+
+TEST(Bytes, APipeIsNoFile) {
+  TemporaryFolder folder;
+  ASSERT_EQ(mkfifo((folder / "pipe").c_str(), 0600), 0);
+  EXPECT_ERROR(Bytes::map(folder / "pipe"), DataError, "not a regular file");
 }
 
 TEST(Safetensors, ReadsAFileWrittenByHand) {
