@@ -4,6 +4,7 @@
 #include "cli/command.h"
 #include "moesaic/base/count_numbers.h"
 #include "moesaic/base/device.h"
+#include "moesaic/base/output_folder.h"
 #include "moesaic/compose/folder.h"
 #include "moesaic/compose/released.h"
 
@@ -16,6 +17,7 @@ struct ConvertOptions {
 };
 
 int run(const ConvertOptions& options, const CommonOptions& common) {
+  check_new_folder(options.out, {options.in, options.anchor, options.augmenting});
   const c10::Device device = parse_device(common.device);
   const compose::ReleasedOptions released{
       options.anchor, options.augmenting, options.mask, {number_format(common.dtype, device).dtype, device, false}};

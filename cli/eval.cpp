@@ -24,8 +24,10 @@ int run_verb(Options options, const CommonOptions& common) {
       options.eval.batch_size = std::stoll(options.batch_size, &used);
     } catch (const std::exception&) {
     }
-    MOESAIC_CHECK(used == options.batch_size.size() && options.eval.batch_size > 0, UsageError,
-                  "--batch_size: got '{}', expected a number above 0 or auto", options.batch_size);
+    constexpr int64_t kMost = 4096;
+    MOESAIC_CHECK(used == options.batch_size.size() && options.eval.batch_size > 0 && options.eval.batch_size <= kMost,
+                  UsageError, "--batch_size: got '{}', expected a number from 1 to {} or auto", options.batch_size,
+                  kMost);
   }
   MOESAIC_CHECK(!options.log_samples || !options.output_path.empty(), UsageError,
                 "--log_samples needs --output_path: that is where the samples go");
@@ -36,6 +38,7 @@ int run_verb(Options options, const CommonOptions& common) {
   const eval::EvalModel model = loaded.for_evaluation();
   options.eval.generation.eos_ids = loaded.eos_ids();
   options.eval.generation.seed = common.seed;
+  options.eval.bootstrap_iters = 100000;  // the harness's default
 
   std::vector<eval::TaskResult> results;
   double seconds = 0;

@@ -1,6 +1,7 @@
 // moesaic export: models and adapters in the forms other tools load.
 #include "cli/command.h"
 #include "moesaic/base/device.h"
+#include "moesaic/base/output_folder.h"
 #include "moesaic/export/merge.h"
 #include "moesaic/export/peft.h"
 #include "moesaic/models/registry.h"
@@ -16,6 +17,7 @@ struct ExportOptions {
 };
 
 int run_export(const ExportOptions& options, const CommonOptions& common) {
+  check_new_folder(options.out, {options.model, options.adapter});
   if (options.format == "peft") {
     MOESAIC_CHECK(!options.adapter.empty(), UsageError, "--format peft: got no --adapter, expected the one to write");
     for (const auto& dir : exporting::export_peft(options.adapter, options.out)) fmt::print("{}\n", dir.string());
@@ -23,8 +25,9 @@ int run_export(const ExportOptions& options, const CommonOptions& common) {
   }
   MOESAIC_CHECK(!options.model.empty(), UsageError, "--format hf: got no --model, expected the one to write");
   const auto checkpoint = models::open_checkpoint(options.model);
-  auto folder = exporting::model_folder(
-      *checkpoint, number_format(common.dtype == "auto" ? "float32" : common.dtype, torch::kCPU).dtype);
+  auto folder =
+      exporting::model_folder(*checkpoint, common.dtype == "auto" ? exporting::stored_dtype(*checkpoint)
+                                                                  : number_format(common.dtype, torch::kCPU).dtype);
   if (!options.adapter.empty()) exporting::merge_adapter(folder, options.adapter);
   formats::write_model_folder(options.out, folder);
   fmt::print("{}: {} tensors, {}{}\n", options.out, folder.tensors.size(), dtype_name(folder.dtype),

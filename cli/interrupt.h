@@ -1,4 +1,4 @@
-// Ctrl-C as a wish instead of an end.
+// Signals as a wish instead of an end.
 #pragma once
 #include <csignal>
 #include <initializer_list>
@@ -10,7 +10,7 @@ namespace moesaic::cli {
 /// While it lives, these signals are noted instead of ending the program. One lives at a time.
 class CatchSignals {
  public:
-  /// once: after the first of them all have their usual effect again.
+  /// once: after the first SIGINT or SIGTERM both have their usual effect again. SIGHUP stays ignored where it was.
   CatchSignals(std::initializer_list<int> signals, bool once);
   ~CatchSignals();
   CatchSignals(const CatchSignals&) = delete;

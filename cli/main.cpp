@@ -4,10 +4,14 @@
 
 #include <iostream>
 #include <list>
+#include <thread>
 
 #include "cli/command.h"
+#include "cli/memory_limit.h"
+#include "cli/streams.h"
 #include "cli/threads.h"
 #include "moesaic/base/device.h"
+#include "moesaic/base/file_memory.h"
 #include "moesaic/base/json.h"
 #include "moesaic/base/log.h"
 
@@ -37,6 +41,9 @@ constexpr Verb kVerbs[] = {
     {"doctor", "What this machine offers: devices, threads, number formats, versions", add_doctor},
 };
 
+/// More than these only wait for each other.
+int most_threads() { return std::max(64, 4 * static_cast<int>(std::thread::hardware_concurrency())); }
+
 void add_common_options(CLI::App& app, CommonOptions& common) {
   const char* group = "Common";
   app.add_option("--log-level", common.log_level, "trace, debug, info, warning, error or off")
@@ -44,7 +51,7 @@ void add_common_options(CLI::App& app, CommonOptions& common) {
       ->group(group);
   app.add_option("--threads", common.threads, "CPU threads; 0 takes the cores this process may use")
       ->capture_default_str()
-      ->check(CLI::Range(0, 4096))
+      ->check(CLI::Range(0, most_threads()))
       ->group(group);
   app.add_option("--device", common.device, "auto, cpu, cuda or cuda:N")->capture_default_str()->group(group);
   app.add_option("--dtype", common.dtype, "auto, float32 or bfloat16: number format of the frozen model")
@@ -55,6 +62,7 @@ void add_common_options(CLI::App& app, CommonOptions& common) {
 
 int fail(ExitCode code, const std::string& message) {
   std::cout.flush();
+  std::fflush(stdout);
   std::cerr << "error: " << message << '\n';
   return static_cast<int>(code);
 }
@@ -91,6 +99,14 @@ bool is_out_of_memory(const c10::Error& error) {
          std::string_view(error.what()).find("can't allocate memory") != std::string_view::npos;
 }
 
+/// Where the user keeps what programs may forget; "" when the environment doesn't say.
+std::filesystem::path cache_folder() {
+  const char* cache = std::getenv("XDG_CACHE_HOME");
+  if (cache != nullptr && *cache == '/') return std::filesystem::path(cache) / "moesaic";
+  const char* home = std::getenv("HOME");
+  return home != nullptr && *home == '/' ? std::filesystem::path(home) / ".cache" / "moesaic" : "";
+}
+
 int run(int argc, char** argv) {
   CLI::App app{"Moesaic: train, evaluate and run mixtures of experts inside frozen pretrained language models",
                "moesaic"};
@@ -114,7 +130,9 @@ int run(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::Success& request) {  // --help, --version
-    return app.exit(request);
+    const int code = app.exit(request);
+    check_printed();
+    return code;
   } catch (const CLI::ParseError& error) {
     const std::string verb = app.get_subcommands().empty() ? "" : app.get_subcommands()[0]->get_name() + " ";
     const std::string unknown = unknown_word(app, args);
@@ -125,8 +143,11 @@ int run(int argc, char** argv) {
     if (!sub->parsed()) continue;
     set_log_level(verb.first->log_level);
     set_threads(verb.first->threads);
+    set_file_memory(cache_folder());
     const SpinWatch watch;
-    return verb.second();
+    const int code = verb.second();
+    if (code == static_cast<int>(ExitCode::kOk)) check_printed();
+    return code;
   }
   return static_cast<int>(ExitCode::kUsage);
 }
@@ -137,6 +158,9 @@ int run(int argc, char** argv) {
 int main(int argc, char** argv) {
   using moesaic::ExitCode;
   using moesaic::cli::fail;
+  const moesaic::cli::ExitsAreMemory exits;
+  moesaic::cli::open_closed_streams();
+  moesaic::cli::let_writes_fail();
   try {
     return moesaic::cli::run(argc, argv);
   } catch (const moesaic::Error& error) {
@@ -151,7 +175,10 @@ int main(int argc, char** argv) {
     return fail(ExitCode::kInternal, fmt::format("{}\nThis is a defect of moesaic, not of your input: please report it "
                                                  "with the command and the output of `moesaic doctor`.",
                                                  error.what()));
-  } catch (const std::filesystem::filesystem_error& error) {  // no right to write, a file in a folder's place
+  } catch (const std::system_error& error) {  // no right to write, a file in a folder's place, a full disk
+    const bool memory = error.code() == std::errc::not_enough_memory ||
+                        error.code() == std::errc::resource_unavailable_try_again;  // no more threads, either
+    if (memory) return fail(ExitCode::kOutOfMemory, fmt::format("out of memory or threads: {}", error.what()));
     return fail(ExitCode::kData, error.what());
   } catch (const std::exception& error) {
     return fail(ExitCode::kInternal,

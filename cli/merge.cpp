@@ -3,6 +3,7 @@
 #include "cli/command.h"
 #include "moesaic/adapters/adapter.h"
 #include "moesaic/base/device.h"
+#include "moesaic/base/output_folder.h"
 #include "moesaic/models/causal_lm.h"
 #include "moesaic/models/registry.h"
 
@@ -32,12 +33,9 @@ int run_merge(const MergeOptions& options, const CommonOptions& common) {
                 "--onto: got original for {}, whose weights are quantised: merged weights don't fit back into them\n"
                 "hint: --onto dequantized writes them as {}",
                 options.model, common.dtype == "auto" ? "float32" : common.dtype);
-  MOESAIC_CHECK(!fs::exists(fs::path(options.out) / "config.json"), UsageError,
-                "{}: got a folder that holds a model, expected a new one", options.out);
-  const std::string weight = "model.layers.0.self_attn.q_proj.weight";
-  const auto dtype = common.dtype != "auto"         ? number_format(common.dtype, torch::kCPU).dtype
-                     : checkpoint->contains(weight) ? checkpoint->dtype(weight)
-                                                    : torch::kFloat32;
+  check_new_folder(options.out, {options.model, options.adapter});
+  const auto dtype =
+      common.dtype != "auto" ? number_format(common.dtype, torch::kCPU).dtype : exporting::stored_dtype(*checkpoint);
 
   auto folder = exporting::model_folder(*checkpoint, dtype);
   exporting::merge_adapter(folder, options.adapter);

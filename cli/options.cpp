@@ -16,6 +16,7 @@ void add_sampling_options(CLI::App& app, generate::SamplingOptions& options) {
   const char* group = "Sampling";
   app.add_option("--max_new_tokens", options.max_new_tokens, "Tokens of an answer at most")
       ->capture_default_str()
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 20))
       ->group(group);
   app.add_option("--temperature", options.temperature, "0 takes the most probable token")
       ->capture_default_str()

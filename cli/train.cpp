@@ -40,7 +40,7 @@ std::string resume_command(const TrainOptions& options, const CLI::App& app) {
 
 int train_run(const TrainOptions& options, const CLI::App& app, run::Run& run) {
   std::unique_ptr<Progress> progress;
-  const CatchSignals signals({SIGINT, SIGTERM}, /*once=*/true);
+  const CatchSignals signals({SIGINT, SIGTERM, SIGHUP, SIGUSR1}, /*once=*/true);
   train::TrainHooks hooks;
   hooks.stop = [&] { return signals.caught(); };
   hooks.on_log = [&](const train::StepLog& log) {
@@ -50,7 +50,7 @@ int train_run(const TrainOptions& options, const CLI::App& app, run::Run& run) {
   const train::TrainResult result = run.train(hooks);
   if (progress) progress->finish();
   if (result.interrupted) {
-    fmt::print(stderr, "stopped after step {}; go on with:\n  {}\n", result.steps, resume_command(options, app));
+    std::cerr << fmt::format("stopped after step {}; go on with:\n  {}\n", result.steps, resume_command(options, app));
     return static_cast<int>(ExitCode::kInterrupted);
   }
   fmt::print("done       step {}, train loss {:.4f}{}, {} in {}\n", result.steps, result.train_loss,
@@ -83,6 +83,7 @@ int run_train(const TrainOptions& options, const CommonOptions& common, const CL
   run::Run run(run::parse_run_config(config, options.run), options.dry_run);
   std::cout << run.plan().text() << std::flush;
   if (!options.dry_run) return train_run(options, app, run);
+  run.check_rows();
   std::cout << run.memory_plan().text();
   return 0;
 }

@@ -89,10 +89,11 @@ void Progress::draw(bool last) {
   if (terminal_) {
     // The cursor stays at the line's begin, so that a log message replaces the bar.
     line.resize(std::min(line.size(), terminal_width(stream_) - 1));
-    fmt::print(stream_, "\r{}\033[K{}", line, last ? "\n" : "\r");
+    line = fmt::format("\r{}\033[K{}", line, last ? "\n" : "\r");
   } else {
-    fmt::print(stream_, "{}\n", line);
+    line += '\n';
   }
+  std::fputs(line.c_str(), stream_);  // a stream that can't be written is no reason to end
   std::fflush(stream_);
 }
 

@@ -10,6 +10,8 @@
 #include <unordered_map>
 
 #include "moesaic/base/json.h"
+#include "moesaic/base/output_folder.h"
+#include "moesaic/formats/finite.h"
 
 namespace moesaic::formats {
 namespace {
@@ -201,8 +203,7 @@ namespace {
 /// A file under a temporary name that takes its place with commit(); removed when that doesn't happen.
 class TemporaryFile {
  public:
-  explicit TemporaryFile(const std::filesystem::path& path)
-      : path_(path), temporary_(path.string() + ".tmp" + std::to_string(::getpid())) {
+  explicit TemporaryFile(const std::filesystem::path& path) : path_(path), temporary_(temporary_name(path)) {
     fd_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
     check(fd_ >= 0, "can't be created");
   }
@@ -268,6 +269,7 @@ void save_safetensors(const std::filesystem::path& path, const TensorMap& tensor
                       std::map<std::string, std::string> metadata) {
   const std::string where = path.string();
   check_unshared(tensors, where);
+  check_finite(tensors, std::nullopt, where);
 
   std::vector<const TensorMap::value_type*> order;
   for (const auto& item : tensors) order.push_back(&item);

@@ -4,8 +4,10 @@
 #include <span>
 
 #include "moesaic/base/check.h"
+#include "moesaic/base/seed.h"
 #include "moesaic/generate/sampling.h"
 #include "moesaic/generate/stop.h"
+#include "moesaic/models/finite.h"
 
 namespace moesaic::generate {
 namespace {
@@ -23,7 +25,7 @@ class Answer {
       : index_(index),
         seen_(std::move(prompt)),
         options_(options),
-        sampler_(options, options.seed + static_cast<uint64_t>(index)),
+        sampler_(options, derive_seed(options.seed, "answer", static_cast<uint64_t>(options.first + index))),
         decoder_(borrow(tokenizer)),
         stops_(options.stop) {}
 
@@ -238,6 +240,7 @@ std::vector<std::vector<float>> score(models::LanguageModel& model, const std::v
         model.head()
             .log_probs(hidden.slice(0, begin, end - 1), text.tokens.tokens.slice(0, begin + 1, end))
             .to(torch::kCPU);
+    models::check_figures(log_probs, model, text);
     scores[b].assign(log_probs.data_ptr<float>(), log_probs.data_ptr<float>() + log_probs.numel());
   }
   return scores;

@@ -1,8 +1,10 @@
 #include "moesaic/run/compose.h"
 
 #include "moesaic/base/check.h"
+#include "moesaic/base/output_folder.h"
 #include "moesaic/base/yaml.h"
 #include "moesaic/compose/folder.h"
+#include "moesaic/formats/finite.h"
 #include "moesaic/models/registry.h"
 
 namespace moesaic::run {
@@ -118,13 +120,15 @@ Request parse_request(const Json& json, const std::string& where, uint64_t seed)
         parse_entry(list.is_array() ? list[m] : list, json, request.seed, fmt::format("{}: augmenting[{}]", where, m)));
   }
   request.output_dir = get<std::string>(json, "output_dir", where);
-  MOESAIC_CHECK(!fs::exists(request.output_dir / "run.yaml"), UsageError,
-                "{}: output_dir {}: got the folder of a training run, expected another: its numbers would be lost",
-                where, request.output_dir.string());
   MOESAIC_CHECK(json.contains("anchor"), UsageError, "{}: key 'anchor' is missing", where);
   const std::string anchor_where = where + ": anchor";
   request.anchor =
       parse_member(member_keys(json["anchor"], kMemberKeys, anchor_where), json, request.seed, anchor_where);
+  std::vector<fs::path> inputs{request.anchor.model, request.anchor.options.adapter};
+  for (const Entry& entry : request.augmenting) {
+    inputs.insert(inputs.end(), {entry.member.model, entry.member.options.adapter});
+  }
+  check_new_folder(request.output_dir, inputs);
   return request;
 }
 
@@ -137,6 +141,12 @@ compose::ConnectionConfig parse_connection(const Json& json, const models::Decod
   connection.attention_bias = get_or<bool>(json, "attention_bias", connection.attention_bias, where);
   connection.output_init = get_or<std::string>(json, "output_init", connection.output_init, where);
   return connection;
+}
+
+void check_member(const compose::Member& member) {
+  formats::TensorMap weights;
+  for (const auto& item : member.model->named_parameters()) weights[item.key()] = item.value();
+  formats::check_finite(weights, std::nullopt, member.checkpoint->path().string());
 }
 
 Plan plan_of(const Request& request, const compose::Composition& composition) {
@@ -201,6 +211,8 @@ Plan compose_models(const Json& keys, const std::string& where, uint64_t seed, c
     }
     compose::validate(config, anchor_config, aug_configs, where);
     const compose::Composition composition(config, anchor, augmenting, request.seed);
+    check_member(composition.anchor_member());
+    for (const compose::Member& member : composition.augmenting()) check_member(member);
     compose::save_composition(composition, request.output_dir);
     return plan_of(request, composition);
   } catch (const ConfigError& error) {

@@ -6,7 +6,9 @@
 #include <vector>
 
 #include "moesaic/base/device.h"
+#include "moesaic/base/output_folder.h"
 #include "moesaic/data/dataset.h"
+#include "moesaic/data/validate.h"
 #include "moesaic/eval/task.h"
 #include "moesaic/run/plan.h"
 #include "moesaic/run/subject.h"
@@ -18,7 +20,8 @@ namespace moesaic::run {
 /// Opens everything the config names: model, learner, data, tasks. Throws what these throw.
 class Run {
  public:
-  /// dry: nothing is trained, and what need not be loaded for a plan is not.
+  /// Holds the output folder, where it must find nothing that this run would overwrite, unless the run is `dry`: then
+  /// nothing is trained, and what need not be loaded for a plan is not.
   explicit Run(RunConfig config, bool dry = false);
 
   const RunConfig& config() const { return config_; }
@@ -27,6 +30,11 @@ class Run {
   const data::Renderer& renderer() const { return *renderer_; }
   /// Data sets with what was drawn of them so far.
   std::vector<data::MixtureCount> counts() const { return mixture_->counts(); }
+
+  /// Reads and renders every row of the training data; a result per data set, naming at most `max_problems` rows each.
+  std::vector<data::Validation> judge_rows(size_t max_problems) const;
+  /// Throws one DataError that names every bad row of the training data, or lists them where on_bad_row is skip.
+  void check_rows() const;
 
   /// The next example that training would draw. Throws DataError when there is none.
   data::Example next_example();
@@ -46,10 +54,12 @@ class Run {
 
   RunConfig config_;
   bool dry_;
+  std::unique_ptr<FolderLock> lock_;
   torch::Device device_;
   NumberFormat format_;
   Prepared prepared_;
   std::shared_ptr<const data::Renderer> renderer_;
+  std::vector<data::DatasetConfig> training_;
   std::unique_ptr<data::Mixture> mixture_;
   std::vector<data::Example> eval_examples_;
   std::vector<eval::Task> tasks_;

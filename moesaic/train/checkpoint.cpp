@@ -5,11 +5,15 @@
 
 #include <charconv>
 
+#include "moesaic/base/output_folder.h"
+#include "moesaic/base/sha256.h"
+
 namespace moesaic::train {
 namespace {
 
 namespace fs = std::filesystem;
 
+constexpr const char *kState = "trainer_state.json", *kOptimizer = "optimizer.safetensors", *kDigests = "digests.json";
 constexpr std::string_view kPrefix = "checkpoint-";
 constexpr std::string_view kUnfinished = ".unfinished-";  // being written
 constexpr std::string_view kDiscarded = ".discarded-";    // being deleted
@@ -41,6 +45,69 @@ std::optional<int64_t> step_of(const fs::path& dir) {
   return step;
 }
 
+std::string sha256_of(const fs::path& file) {
+  std::ifstream in(file, std::ios::binary);
+  MOESAIC_CHECK(in.good(), DataError, "{}: can't be opened", file.string());
+  Sha256 hash;
+  std::string bytes(size_t{1} << 20, '\0');
+  while (in.read(bytes.data(), std::ssize(bytes)), in.gcount() > 0) {
+    hash.update(bytes.data(), static_cast<size_t>(in.gcount()));
+  }
+  MOESAIC_CHECK(in.eof(), DataError, "{}: can't be read", file.string());
+  return hash.hex();
+}
+
+/// {"step": N, "sha256": {"<file>": hex}} of a folder.
+Json digests_of(const fs::path& dir, int64_t step) {
+  Json files = Json::object();
+  for (const auto& entry : fs::recursive_directory_iterator(dir)) {
+    if (entry.is_regular_file()) files[fs::relative(entry.path(), dir).generic_string()] = sha256_of(entry.path());
+  }
+  return {{"step", step}, {"sha256", std::move(files)}};
+}
+
+/// The step of a trainer's state, of which no count may be impossible.
+int64_t check_state(const Json& state, const std::string& where) {
+  constexpr int64_t kMost = int64_t{1} << 53;
+  MOESAIC_CHECK(state.is_object(), DataError, "{}: got {}, expected keys and values", where, state.type_name());
+  auto check_counts = [&](const Json& of, std::initializer_list<const char*> keys) {
+    for (const char* key : keys) {
+      const auto count = get_or<int64_t>(of, key, 0, where);
+      MOESAIC_CHECK(count >= 0 && count < kMost, DataError, "{}: {}: got {}, which no run can count", where, key,
+                    count);
+    }
+  };
+  check_counts(state, {"global_step", "max_steps", "num_input_tokens_seen"});
+  get_or<double>(state, "best_metric", 0.0, where);
+  if (state.contains("moesaic")) {
+    MOESAIC_CHECK(state["moesaic"].is_object(), DataError, "{}: moesaic: got {}, expected keys and values", where,
+                  state["moesaic"].type_name());
+    check_counts(state["moesaic"], {"examples", "evaluations_since_best"});
+  }
+  return get<int64_t>(state, "global_step", where);
+}
+
+/// Throws DataError unless every file of the folder is the one that was written.
+void check_digests(const fs::path& dir, int64_t step) {
+  const std::string where = (dir / kDigests).string();
+  const Json digests = read_json(dir / kDigests);
+  const bool readable = digests.is_object() && digests.contains("sha256") && digests["sha256"].is_object();
+  MOESAIC_CHECK(readable, DataError, "{}: expected {{\"step\": N, \"sha256\": {{file: digest}}}}", where);
+  const auto written = get<int64_t>(digests, "step", where);
+  MOESAIC_CHECK(written == step, DataError, "{}: {} is of step {}, the other files are of step {}", dir.string(),
+                kState, step, written);
+  for (const char* name : {kState, kOptimizer}) {
+    MOESAIC_CHECK(digests["sha256"].contains(name), DataError, "{}: has no digest of {}", where, name);
+  }
+  for (const auto& [name, digest] : digests["sha256"].items()) {
+    MOESAIC_CHECK(fs::is_regular_file(dir / name), DataError, "{}: {} is missing", dir.string(), name);
+    MOESAIC_CHECK(digest == sha256_of(dir / name), DataError,
+                  "{}: {}: got other bytes than were written with this checkpoint (by their SHA-256): damaged, or of "
+                  "another step",
+                  dir.string(), name);
+  }
+}
+
 }  // namespace
 
 fs::path write_checkpoint(const fs::path& output_dir, int64_t step, const TrainerCheckpoint& checkpoint,
@@ -50,8 +117,9 @@ fs::path write_checkpoint(const fs::path& output_dir, int64_t step, const Traine
   fs::remove_all(unfinished);
   fs::create_directories(unfinished);
   write_weights(unfinished);
-  formats::save_safetensors(unfinished / "optimizer.safetensors", checkpoint.tensors);
-  write_file_atomically(unfinished / "trainer_state.json", checkpoint.state.dump(2) + "\n");
+  formats::save_safetensors(unfinished / kOptimizer, checkpoint.tensors);
+  write_file_atomically(unfinished / kState, checkpoint.state.dump(2) + "\n");
+  write_file_atomically(unfinished / kDigests, digests_of(unfinished, step).dump(2) + "\n");
   for (const auto& entry : fs::recursive_directory_iterator(unfinished)) sync_path(entry.path());
   sync_path(unfinished);
 
@@ -62,14 +130,32 @@ fs::path write_checkpoint(const fs::path& output_dir, int64_t step, const Traine
   return final_path;
 }
 
+namespace {
+
+/// The trainer's state of a whole checkpoint; throws what read_checkpoint throws.
+Json check_whole(const fs::path& dir) {
+  std::vector<std::string> missing;
+  for (const char* name : {kState, kOptimizer, kDigests}) {
+    if (!fs::exists(dir / name)) missing.emplace_back(name);
+  }
+  MOESAIC_CHECK(missing.empty(), DataError,
+                "{}: no whole checkpoint: got no {}\nhint: give a checkpoint-N folder of a run, or `auto`",
+                dir.string(), fmt::join(missing, ", "));
+  Json state = read_json(dir / kState);
+  const int64_t step = check_state(state, (dir / kState).string());
+  const fs::path named = dir.has_filename() ? dir : dir.parent_path();  // "out/checkpoint-5/"
+  MOESAIC_CHECK(step_of(named).value_or(step) == step, DataError, "{}: global_step: got {}, expected {} as its folder",
+                (dir / kState).string(), step, *step_of(named));
+  check_digests(dir, step);
+  return state;
+}
+
+}  // namespace
+
 TrainerCheckpoint read_checkpoint(const fs::path& dir) {
-  MOESAIC_CHECK(fs::exists(dir / "trainer_state.json") && fs::exists(dir / "optimizer.safetensors"), DataError,
-                "{}: no checkpoint: got no trainer_state.json and optimizer.safetensors there\nhint: give a "
-                "checkpoint-N folder of a run, or `auto`",
-                dir.string());
   TrainerCheckpoint checkpoint;
-  checkpoint.state = read_json(dir / "trainer_state.json");
-  const formats::SafetensorsFile file(dir / "optimizer.safetensors");
+  checkpoint.state = check_whole(dir);
+  const formats::SafetensorsFile file(dir / kOptimizer);
   for (const std::string& name : file.names()) checkpoint.tensors[name] = file.tensor(name);
   return checkpoint;
 }
@@ -78,20 +164,41 @@ std::vector<CheckpointEntry> list_checkpoints(const fs::path& output_dir) {
   std::vector<CheckpointEntry> found;
   if (!fs::is_directory(output_dir)) return found;
   for (const auto& entry : fs::directory_iterator(output_dir)) {
-    const std::string name = entry.path().filename().string();
-    if (name.starts_with(kUnfinished) || name.starts_with(kDiscarded)) {
-      fs::remove_all(entry.path());
-    } else if (const auto step = step_of(entry.path()); step && fs::exists(entry.path() / "trainer_state.json")) {
-      found.push_back({*step, entry.path()});
-    }
+    if (const auto step = step_of(entry.path()); step && entry.is_directory()) found.push_back({*step, entry.path()});
   }
   std::sort(found.begin(), found.end(), [](const auto& a, const auto& b) { return a.step < b.step; });
   return found;
 }
 
-void rotate_checkpoints(const fs::path& output_dir, int64_t limit, const fs::path& keep) {
+std::optional<CheckpointEntry> newest_checkpoint(const fs::path& output_dir, std::vector<std::string>* passed_over) {
+  const std::vector<CheckpointEntry> all = list_checkpoints(output_dir);
+  for (auto it = all.rbegin(); it != all.rend(); ++it) {
+    try {
+      check_whole(it->path);
+      return *it;
+    } catch (const DataError& error) {
+      if (passed_over != nullptr) passed_over->emplace_back(error.what());
+    }
+  }
+  return std::nullopt;
+}
+
+void remove_unfinished(const fs::path& output_dir) {
+  if (!fs::is_directory(output_dir)) return;
+  std::vector<fs::path> doomed;
+  for (const auto& entry : fs::directory_iterator(output_dir)) {
+    const std::string name = entry.path().filename().string();
+    if (name.starts_with(kUnfinished) || name.starts_with(kDiscarded)) doomed.push_back(entry.path());
+  }
+  for (const fs::path& each : doomed) fs::remove_all(each);
+  remove_dead_temporaries(output_dir);
+}
+
+void rotate_checkpoints(const fs::path& output_dir, int64_t limit, int64_t step, const fs::path& keep) {
   if (limit <= 0) return;
+  // Later ones are of a run that went on from an earlier step: this one will replace them when it gets there.
   auto checkpoints = list_checkpoints(output_dir);
+  std::erase_if(checkpoints, [&](const CheckpointEntry& each) { return each.step > step; });
   int64_t excess = static_cast<int64_t>(checkpoints.size()) - limit;
   // The newest always stays: it is what a resumed run starts from.
   for (size_t i = 0; i + 1 < checkpoints.size() && excess > 0; ++i) {

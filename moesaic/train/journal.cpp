@@ -1,12 +1,15 @@
 #include "moesaic/train/journal.h"
 
+#include <cerrno>
+#include <cstring>
+
 #include "moesaic/base/check.h"
 
 namespace moesaic::train {
 
 namespace fs = std::filesystem;
 
-JsonLines::JsonLines(const fs::path& path, int64_t resumed_step) {
+JsonLines::JsonLines(const fs::path& path, int64_t resumed_step) : path_(path) {
   std::string kept;
   if (resumed_step > 0 && fs::exists(path)) {
     std::istringstream lines(read_file(path));
@@ -18,6 +21,12 @@ JsonLines::JsonLines(const fs::path& path, int64_t resumed_step) {
   write_file_atomically(path, kept);
   file_.open(path, std::ios::app);
   MOESAIC_CHECK(file_, DataError, "{}: can't be written", path.string());
+}
+
+void JsonLines::write(const Json& row) {
+  errno = 0;
+  file_ << row.dump() << std::endl;
+  MOESAIC_CHECK(file_, DataError, "{}: can't be written: {}", path_.string(), std::strerror(errno));
 }
 
 bool Journal::reports_to(const std::string& target) const {

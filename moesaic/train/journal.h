@@ -16,9 +16,11 @@ namespace moesaic::train {
 class JsonLines {
  public:
   JsonLines(const std::filesystem::path& path, int64_t resumed_step);
-  void write(const Json& row) { file_ << row.dump() << std::endl; }
+  /// Throws DataError when the row can't be written.
+  void write(const Json& row);
 
  private:
+  std::filesystem::path path_;
   std::ofstream file_;
 };
 

@@ -154,8 +154,8 @@ void Stepper::report_divergence(const std::vector<MicroBatch>& batches, int64_t 
   std::string where;
   for (const auto& batch : batches) {
     if (!where.empty()) break;
-    where = models::first_not_finite(
-        model_, text_of(data::collate(batch.examples, model_.facts().device), batch.examples));
+    where =
+        models::first_not_finite(model_, text_of(data::collate(batch.examples, model_.facts().device), batch.examples));
   }
   for (const auto& t : tensors_) {
     if (where.empty() && t.tensor.grad().defined() && !t.tensor.grad().isfinite().all().item<bool>()) {

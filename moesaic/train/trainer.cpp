@@ -136,6 +136,7 @@ class Run {
   void prepare_output() {
     if (!writes_files()) return;
     fs::create_directories(config_.output_dir);
+    remove_unfinished(config_.output_dir);
     const auto checkpoints = list_checkpoints(config_.output_dir);
     if (config_.overwrite_output_dir) {
       remove_checkpoints(config_.output_dir);
@@ -170,6 +171,11 @@ class Run {
   /// True when this is the best so far.
   bool evaluate() {
     const double loss = evaluate_loss(model_, eval_examples_, config_.per_device_train_batch_size);
+    MOESAIC_CHECK(std::isfinite(loss), DataError,
+                  "step {}: got an evaluation loss of {}, expected a finite one: the model's numbers overflow, or the "
+                  "evaluation data meets damaged weights\nhint: a lower learning_rate; earlier checkpoints are as they "
+                  "were",
+                  step_, loss);
     journal_.write_evaluation(step_, loss);
     const bool improved = !best_eval_loss_ || loss < *best_eval_loss_;
     if (improved) best_eval_loss_ = loss;
@@ -206,16 +212,21 @@ class Run {
     checkpoint.tensors["random.cpu"] = random[0];
     if (random.size() > 1) checkpoint.tensors["random.device"] = random[1];
     write_checkpoint(config_.output_dir, step_, checkpoint, [this](const fs::path& dir) { learner_.save(dir); });
-    rotate_checkpoints(config_.output_dir, config_.save_total_limit, best_checkpoint_);
+    rotate_checkpoints(config_.output_dir, config_.save_total_limit, step_, best_checkpoint_);
   }
 
   void resume() {
     if (config_.resume_from_checkpoint == "none") return;
     fs::path dir = config_.resume_from_checkpoint;
     if (config_.resume_from_checkpoint == "auto") {
-      const auto checkpoints = list_checkpoints(config_.output_dir);
-      if (checkpoints.empty()) return;
-      dir = checkpoints.back().path;
+      std::vector<std::string> passed_over;
+      const auto newest = newest_checkpoint(config_.output_dir, &passed_over);
+      for (const std::string& why : passed_over) spdlog::warn("passed over: {}", why);
+      if (!newest) {
+        if (!passed_over.empty()) spdlog::warn("{}: no whole checkpoint: beginning anew", config_.output_dir.string());
+        return;
+      }
+      dir = newest->path;
     }
     TrainerCheckpoint checkpoint = read_checkpoint(dir);
     const std::string where = (dir / "trainer_state.json").string();
@@ -244,7 +255,8 @@ class Run {
     step_ = get<int64_t>(checkpoint.state, "global_step", where);
     tokens_ = get<int64_t>(checkpoint.state, "num_input_tokens_seen", where);
     journal_.set_state(own, get<Json>(checkpoint.state, "log_history", where), where);
-    if (const Json& best = checkpoint.state.at("best_metric"); !best.is_null()) best_eval_loss_ = best.get<double>();
+    if (const Json best = checkpoint.state.value("best_metric", Json()); !best.is_null())
+      best_eval_loss_ = best.get<double>();
     best_checkpoint_ = get_or<std::string>(checkpoint.state, "best_model_checkpoint", "", where);
     examples_ = get<int64_t>(own, "examples", where);
     evaluations_since_best_ = get<int64_t>(own, "evaluations_since_best", where);
@@ -278,7 +290,26 @@ Json identity(const TrainConfig& config, int64_t max_steps) {
   return json;
 }
 
+void check_sizes(const TrainConfig& config) {
+  constexpr int64_t kExamples = int64_t{1} << 16, kTokens = int64_t{1} << 26, kSteps = int64_t{1} << 40;
+  std::vector<std::string> wrong;
+  auto at_most = [&](const char* key, int64_t value, int64_t most) {
+    if (value > most) wrong.push_back(fmt::format("{}: got {}, expected at most {}", key, value, most));
+  };
+  at_most("per_device_train_batch_size", config.per_device_train_batch_size, kExamples);
+  at_most("gradient_accumulation_steps", config.gradient_accumulation_steps, kExamples);
+  at_most("max_batch_tokens", config.max_batch_tokens, kTokens);
+  at_most("max_steps", config.max_steps, kSteps);
+  at_most("warmup_steps", config.warmup_steps, kSteps);
+  at_most("adafactor_initial_step", config.adafactor_initial_step, kSteps);
+  if (!(config.num_train_epochs <= 1e6)) {
+    wrong.push_back(fmt::format("num_train_epochs: got {}, expected at most 1000000", config.num_train_epochs));
+  }
+  MOESAIC_CHECK(wrong.empty(), UsageError, "run config: {}", fmt::join(wrong, "; "));
+}
+
 void check_config(const TrainConfig& config, int64_t epoch_size) {
+  check_sizes(config);
   std::vector<std::string> wrong;
   auto require = [&](bool ok, const std::string& message) {
     if (!ok) wrong.push_back(message);

@@ -60,6 +60,8 @@ struct StepLog {
   double seconds, eta;
 };
 
+/// Throws UsageError naming every size of `config` that no machine has room or time for.
+void check_sizes(const TrainConfig& config);
 /// Throws UsageError with everything about `config` that can't be run, in one message. `epoch_size` as train() takes
 /// it.
 void check_config(const TrainConfig& config, int64_t epoch_size);

@@ -63,7 +63,7 @@ def test_merged_folder_is_the_base_with_the_adapter(method, folder, adapter, tmp
     assert theirs(base_model(out)) == pytest.approx(expected, abs=1e-4)
     assert transformers.AutoTokenizer.from_pretrained(out)("red cat")["input_ids"] == [3, 9]
     again = tiny_run.moesaic("merge", "--model", folder / "model", "--adapter", adapter(method), out)
-    assert again.returncode == 2 and "holds a model" in again.stderr
+    assert again.returncode == 2 and "holds config.json" in again.stderr
 
 
 @pytest.mark.parametrize("method", ["molora", "mov", "molora-by-layer"])

@@ -150,6 +150,6 @@ def test_a_damaged_checkpoint_is_refused(straight):
     assert tiny_run.moesaic("train", run).returncode == 0
     state = out / "checkpoint-10" / "optimizer.safetensors"
     state.write_bytes(state.read_bytes()[:-7])
-    done = tiny_run.moesaic("train", run, "max_steps=12", "--resume", "auto")
+    done = tiny_run.moesaic("train", run, "max_steps=12", "--resume", out / "checkpoint-10")
     assert done.returncode == 3
     assert "optimizer.safetensors" in done.stderr

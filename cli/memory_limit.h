@@ -1,0 +1,16 @@
+// Ends of the program that no exception tells of: libraries that abort, crash or exit where memory or threads run out.
+#pragma once
+
+namespace moesaic::cli {
+
+/// While it lives, exit() called by a library (libgomp, when a thread can't be made) ends the program with
+/// kOutOfMemory.
+class ExitsAreMemory {
+ public:
+  ExitsAreMemory();
+  ~ExitsAreMemory();
+  ExitsAreMemory(const ExitsAreMemory&) = delete;
+  ExitsAreMemory& operator=(const ExitsAreMemory&) = delete;
+};
+
+}  // namespace moesaic::cli
