@@ -145,7 +145,10 @@ std::shared_ptr<formats::Checkpoint> open_reference(const Reference& reference, 
         "or compose and train anew",
         role, what, reference.path.string(), got.empty() ? "none" : got, expected.empty() ? "none" : expected));
   };
-  compare("weights' hash", checkpoint->fingerprint(), reference.fingerprint);
+  if (const std::string fingerprint = checkpoint->fingerprint();
+      !formats::may_be_same_weights(fingerprint, reference.fingerprint)) {
+    compare("weights' hash", fingerprint, reference.fingerprint);
+  }
   compare("tokenizer's hash", tokenizer_hash(*checkpoint), reference.tokenizer);
   const fs::path& adapter = reference.options.adapter;
   if (!adapter.empty() && !fs::exists(adapter / "adapter_config.json", ignored)) {
@@ -323,7 +326,7 @@ void Connections::load(const fs::path& dir) {
   const FolderConfig saved = parse_folder_config(read_json(dir / kConfigName), dir);
   auto compare = [&](const std::string& place, const Reference& reference, const Member& member) {
     const std::string fingerprint = member.checkpoint ? member.checkpoint->fingerprint() : "";
-    if (reference.fingerprint != fingerprint) {
+    if (!formats::may_be_same_weights(reference.fingerprint, fingerprint)) {
       problems.push_back(fmt::format("{}: got numbers trained on other weights ({}), expected {}", place,
                                      reference.fingerprint, fingerprint));
     }

@@ -101,7 +101,7 @@ TEST_F(CompositionFolder, ConnectionsAloneCanBeLoaded) {
 
 TEST_F(CompositionFolder, NumbersOfAnotherCompositionAreRefused) {
   const auto loaded = load_composition(dir(), {});
-  edit([](Json& json) { json["augmenting"][0]["fingerprint"] = "sha256:0"; });
+  edit([](Json& json) { json["augmenting"][0]["fingerprint"] = "sha256-all:0"; });
   EXPECT_THAT([&] { Connections(loaded, false).load(dir()); },
               ::testing::ThrowsMessage<DataError>(HasSubstr("augmenting[0]: got numbers trained on other weights")));
 }
