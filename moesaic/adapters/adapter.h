@@ -31,19 +31,22 @@ struct RouterConfig {
 
 /// Everything that defines an adapter. Parsed from a run's keys or from adapter_config.json.
 struct AdapterConfig {
-  std::string method;                           // lora | ia3 | mov | molora
-  int64_t num_experts = 1;                      // at every site, or the largest of `layer_experts`
-  std::map<int64_t, int64_t> layer_experts;     // experts by layer; empty = num_experts everywhere
-  int64_t lora_rank = 8;                        // r of each expert
-  double lora_alpha = 16;                       // the delta is multiplied by alpha / r
-  double lora_dropout = 0.0;                    // of the low-rank input, while training
-  bool use_rslora = false;                      // alpha / sqrt(r) instead
-  TargetPattern targets;                        // names or dotted suffixes, or one full regex
-  std::vector<std::string> feedforward;         // (IA)^3 and MoV: targets that scale their input, not their output
-  TargetPattern exclude;                        // same rule, taken away
-  std::map<std::string, int64_t> rank_pattern;  // lora_rank of the sites a pattern matches
-  std::map<std::string, double> alpha_pattern;  // lora_alpha likewise
-  std::vector<int64_t> layers_to_transform;     // empty = all
+  std::string method;                        // lora | ia3 | mov | molora
+  int64_t num_experts = 1;                   // at every site, or the largest of `layer_experts`
+  std::map<int64_t, int64_t> layer_experts;  // experts by layer; empty = num_experts everywhere
+  int64_t lora_rank = 8;                     // r of each expert
+  double lora_alpha = 16;                    // the delta is multiplied by alpha / r
+  double lora_dropout = 0.0;                 // of the low-rank input, while training
+  bool use_rslora = false;                   // alpha / sqrt(r) instead
+  TargetPattern targets;                     // names or dotted suffixes, or one full regex
+  TargetPattern feedforward;                 // (IA)^3 and MoV: targets that scale their input; see scales_input
+  TargetPattern exclude;                     // same rule as targets, taken away
+  PatternValues<int64_t> rank_pattern;       // lora_rank of the sites a pattern matches
+  PatternValues<double> alpha_pattern;       // lora_alpha likewise
+  std::vector<int64_t> layers_to_transform;  // empty = all
+  std::vector<std::string> modules_to_save;  // modules whose weights the file holds whole; see replacements.h
+  bool ensure_weight_tying = false;          // of these: a tied head and embedding stay one
+  std::string spelling;                      // how these name the sites of a multi-modal model; formats/config.h
   /// Where keys are scaled: auto | output | post_qk_norm (after the per-head norm, which would cancel a gain before
   /// it). auto: post_qk_norm for mov on models with q/k norm, else output (what PEFT's (IA)^3 does).
   std::string k_site = "auto";
@@ -55,6 +58,14 @@ struct AdapterConfig {
 
   /// Experts at a site of `layer`, which must be one of layer_experts' when that is not empty.
   int64_t experts_at(int64_t layer) const { return layer_experts.empty() ? num_experts : layer_experts.at(layer); }
+  /// Whether the site `path` is adapted.
+  bool adapts(const std::string& path, int64_t layer) const;
+  /// Whether an (IA)^3 or MoV site scales what it reads. PEFT's rule: the path ends in one of the names, or one regex
+  /// matches the whole of it.
+  bool scales_input(const std::string& path) const;
+  int64_t rank_at(const std::string& path) const;
+  /// What the delta of the site `path` is multiplied by: alpha / r, or alpha / sqrt(r).
+  double scale_at(const std::string& path) const;
 };
 
 /// The method's preset targets at these sites, by role: `reference` or `all-linear` (lora, molora; "" means
@@ -80,7 +91,7 @@ class Adapter : public nn::Learner, public nn::Attachment {
   formats::AdapterFolder folder() const;
   /// Replaces the parameters by those of a folder() of the same config. Every tensor is claimed once and every
   /// parameter gets one, or DataError lists all that do not fit.
-  void load_tensors(const formats::TensorMap& tensors) { claim_tensors(file_tensors(), tensors); }
+  void load_tensors(const formats::TensorMap& tensors);
   /// Sites per target pattern: {"q_proj", 30}.
   const std::vector<std::pair<std::string, int64_t>>& matches() const { return matches_; }
   /// Whether its parameters require gradients.
@@ -95,12 +106,22 @@ class Adapter : public nn::Learner, public nn::Attachment {
  protected:
   /// Every parameter as it stands in the folder.
   virtual std::vector<FileTensor> file_tensors() const = 0;
+  /// Gives the model its own weights back; part of detach().
+  void restore_weights();
 
   AdapterConfig config_;
   std::vector<std::pair<std::string, int64_t>> matches_;
 
  private:
+  struct Replaced {
+    std::string name;
+    torch::Tensor weight;
+    bool in_file;
+    std::function<void(const torch::Tensor&)> replace;
+  };
   int64_t hidden_width_ = 0;  // d, the default width of sentence vectors
+  bool tied_head_ = false;
+  std::vector<Replaced> replaced_;  // weights of the model
 };
 
 /// A linear on its way into a merged model, float32.
@@ -141,10 +162,12 @@ std::vector<std::string> method_names();
 /// per-head norm; DataError that lists every tensor without a fitting base weight.
 void fold(const formats::AdapterFolder& adapter, const std::string& where, formats::TensorMap& model);
 
-/// adapter_config.json <-> AdapterConfig. Settings that would change the function and are not implemented (DoRA,
-/// biases, modules_to_save, ...) are refused, all in one message.
-AdapterConfig parse_adapter_config(const Json& json, const std::string& where);
-Json adapter_config_json(const AdapterConfig& config);
+/// adapter_config.json <-> AdapterConfig. Every key is understood, or known to be harmless at its value, or refused by
+/// name (pissa, DoRA, biases, ...), all in one message.
+AdapterConfig parse_adapter_config(const OrderedJson& json, const std::string& where);
+OrderedJson adapter_config_json(const AdapterConfig& config);
+/// The same of a folder, whose tensors may be spelled as a multi-modal model's.
+AdapterConfig parse_adapter_config(const formats::AdapterFolder& folder, const std::string& where);
 /// A run's or a file's `num_experts`: a number, or {"0-7": 4, "8": 10} by layer. Throws ConfigError naming every range
 /// that is none, overlaps another or has no fitting number.
 void parse_experts(const Json& json, const std::string& where, AdapterConfig& config);

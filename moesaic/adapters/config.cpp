@@ -4,6 +4,7 @@
 #include "moesaic/adapters/adapter.h"
 #include "moesaic/base/check.h"
 #include "moesaic/base/version.h"
+#include "moesaic/formats/config.h"
 #include "moesaic/moe/router.h"
 
 namespace moesaic::adapters {
@@ -20,55 +21,166 @@ Json targets_json(const TargetPattern& targets) {
   return std::visit([](const auto& value) { return Json(value); }, targets);
 }
 
-void refuse(const Json& json, const char* key, bool present, const std::string& where, std::vector<std::string>& all) {
-  if (present) all.push_back(fmt::format("{} = {}", key, json.at(key).dump().substr(0, 60)));
+/// As it stands in a file that asks for nothing.
+bool is_unset(const Json& value) {
+  return value.is_null() || value == false || value == "" || ((value.is_array() || value.is_object()) && value.empty());
+}
+
+bool any_value(const Json&) { return true; }
+
+/// The start values of these move the base's weights, so that A and B fit no other base; the others leave it alone.
+bool keeps_base(const Json& value) {
+  static const std::set<std::string> kKeeping{"gaussian", "eva", "orthogonal", "mica"};
+  return value.is_null() || value.is_boolean() || (value.is_string() && kKeeping.contains(value.get<std::string>()));
+}
+
+bool is_layers(const Json& value) {
+  return is_unset(value) || value == "layers" || (value.is_array() && std::count(value.begin(), value.end(), "layers"));
+}
+
+/// Keys of PEFT's LoraConfig and IA3Config that are not read, the values at which they don't change what a loaded
+/// adapter computes on our linears, and the way out for the others.
+struct UnreadKey {
+  const char* key;
+  bool (*harmless)(const Json& value);
+  const char* hint;
+};
+constexpr UnreadKey kUnreadKeys[] = {
+    {"task_type", any_value, ""},
+    {"revision", any_value, ""},
+    {"auto_mapping", any_value, ""},
+    {"peft_version", any_value, ""},
+    {"inference_mode", any_value, ""},
+    {"runtime_config", any_value, ""},
+    {"fan_in_fan_out", any_value, ""},  // PEFT puts it right for linears
+    {"megatron_core", any_value, ""},
+    {"qalora_group_size", any_value, ""},
+    // Of the start values.
+    {"init_ia3_weights", any_value, ""},
+    {"eva_config", any_value, ""},
+    {"corda_config", any_value, ""},
+    {"loftq_config", any_value, ""},
+    {"lora_ga_config", any_value, ""},
+    {"init_lora_weights", keeps_base,
+     "its start values moved the base's weights; save it with PEFT's save_pretrained(..., "
+     "path_initial_model_for_weight_conversion=...), which makes a plain LoRA of it"},
+    {"bias", [](const Json& value) { return is_unset(value) || value == "none"; }, "it holds biases of the base"},
+    {"layers_pattern", is_layers, "layers are under 'layers' here"},
+};
+
+/// Throws ConfigError naming every key that is neither read nor harmless at its value.
+void check_keys(const Json& json, const std::set<std::string>& read, const std::string& where) {
+  std::vector<std::string> refused;
+  for (const auto& [key, value] : json.items()) {
+    if (read.contains(key)) continue;
+    const auto* known = std::find_if(std::begin(kUnreadKeys), std::end(kUnreadKeys),
+                                     [&](const UnreadKey& unread) { return key == unread.key; });
+    const bool listed = known != std::end(kUnreadKeys);
+    if (listed ? known->harmless(value) : is_unset(value)) continue;
+    refused.push_back(fmt::format("{} = {}{}", key, value.dump().substr(0, 60),
+                                  listed ? fmt::format(" ({})", known->hint) : std::string()));
+  }
+  MOESAIC_CHECK(refused.empty(), ConfigError,
+                "{}: got settings that are not supported here: {}\nhint: train the adapter without them, or merge it "
+                "into its base with PEFT's merge_and_unload and use the merged model",
+                where, fmt::join(refused, "; "));
+}
+
+template <class T>
+PatternValues<T> parse_patterns(const OrderedJson& json, const char* key, const std::string& where) {
+  const auto found = json.find(key);
+  if (found == json.end() || found->is_null()) return {};
+  try {
+    return found->get<PatternValues<T>>();
+  } catch (const nlohmann::json::exception&) {
+    throw ConfigError(fmt::format("{}: {}: got {}, expected {{pattern: number}}", where, key, found->dump()));
+  }
 }
 
 }  // namespace
 
-AdapterConfig parse_adapter_config(const Json& json, const std::string& where) {
-  MOESAIC_CHECK(json.is_object(), ConfigError, "{}: got {}, expected an object", where, json.type_name());
+bool AdapterConfig::adapts(const std::string& path, int64_t layer) const {
+  const std::string name = formats::spelled(spelling, path);
+  return matches_target(targets, name) && !matches_target(exclude, name) &&
+         (layers_to_transform.empty() ||
+          std::find(layers_to_transform.begin(), layers_to_transform.end(), layer) != layers_to_transform.end());
+}
+
+bool AdapterConfig::scales_input(const std::string& path) const {
+  const std::string name = formats::spelled(spelling, path);
+  const auto* names = std::get_if<std::vector<std::string>>(&feedforward);
+  if (names == nullptr) return matches_target(feedforward, name);
+  return std::any_of(names->begin(), names->end(), [&](const std::string& end) { return name.ends_with(end); });
+}
+
+int64_t AdapterConfig::rank_at(const std::string& path) const {
+  return rank_pattern.value(formats::spelled(spelling, path), lora_rank);
+}
+
+double AdapterConfig::scale_at(const std::string& path) const {
+  const double rank = static_cast<double>(rank_at(path));
+  const double alpha = alpha_pattern.value(formats::spelled(spelling, path), lora_alpha);
+  return alpha / (use_rslora ? std::sqrt(rank) : rank);
+}
+
+AdapterConfig parse_adapter_config(const formats::AdapterFolder& folder, const std::string& where) {
+  AdapterConfig config = parse_adapter_config(folder.config, where);
+  config.spelling = folder.spelling;
+  return config;
+}
+
+AdapterConfig parse_adapter_config(const OrderedJson& ordered, const std::string& where) {
+  MOESAIC_CHECK(ordered.is_object(), ConfigError, "{}: got {}, expected an object", where, ordered.type_name());
+  const Json json = ordered;
   AdapterConfig config;
   config.method = method_of_peft_type(get<std::string>(json, "peft_type", where), where).name;
-
-  std::vector<std::string> unsupported;
-  refuse(json, "use_dora", get_or(json, "use_dora", false, where), where, unsupported);
-  refuse(json, "fan_in_fan_out", get_or(json, "fan_in_fan_out", false, where), where, unsupported);
-  refuse(json, "bias", get_or<std::string>(json, "bias", "none", where) != "none", where, unsupported);
-  for (const char* key : {"modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication"}) {
-    refuse(json, key, json.contains(key) && !json[key].is_null() && !json[key].empty(), where, unsupported);
-  }
-  MOESAIC_CHECK(unsupported.empty(), ConfigError,
-                "{}: got settings that are not supported here: {}. Train the adapter "
-                "without them, or merge it into its base with PEFT",
-                where, fmt::join(unsupported, "; "));
+  check_keys(json,
+             {"peft_type", "target_modules", "exclude_modules", "feedforward_modules", "r", "lora_alpha",
+              "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save",
+              "ensure_weight_tying", "base_model_name_or_path", "moesaic"},
+             where);
 
   config.targets = parse_targets(json, "target_modules", where);
+  if (const auto* name = std::get_if<std::string>(&config.targets); name != nullptr && *name == "all-linear") {
+    config.targets = ".*";
+  }
   config.exclude = parse_targets(json, "exclude_modules", where);
-  const TargetPattern feedforward = parse_targets(json, "feedforward_modules", where);
-  config.feedforward = std::holds_alternative<std::string>(feedforward)
-                           ? std::vector<std::string>{std::get<std::string>(feedforward)}
-                           : std::get<std::vector<std::string>>(feedforward);
+  config.feedforward = parse_targets(json, "feedforward_modules", where);
+  if (!method_of(config.method).low_rank &&
+      (!json.contains("feedforward_modules") || json["feedforward_modules"].is_null())) {
+    config.feedforward = std::vector<std::string>{"down_proj"};  // PEFT's for every family here
+  }
   config.lora_rank = get_or<int64_t>(json, "r", 8, where);
   config.lora_alpha = get_or(json, "lora_alpha", 8.0, where);
   config.lora_dropout = get_or(json, "lora_dropout", 0.0, where);
   config.use_rslora = get_or(json, "use_rslora", false, where);
-  config.rank_pattern = get_or<std::map<std::string, int64_t>>(json, "rank_pattern", {}, where);
-  config.alpha_pattern = get_or<std::map<std::string, double>>(json, "alpha_pattern", {}, where);
+  config.rank_pattern = parse_patterns<int64_t>(ordered, "rank_pattern", where);
+  config.alpha_pattern = parse_patterns<double>(ordered, "alpha_pattern", where);
   if (json.contains("layers_to_transform") && json["layers_to_transform"].is_number_integer()) {
     config.layers_to_transform = {json["layers_to_transform"].get<int64_t>()};
   } else {
     config.layers_to_transform = get_or<std::vector<int64_t>>(json, "layers_to_transform", {}, where);
   }
+  config.modules_to_save = get_or<std::vector<std::string>>(json, "modules_to_save", {}, where);
+  config.ensure_weight_tying = get_or(json, "ensure_weight_tying", false, where);
   config.base_model_name_or_path = get_or<std::string>(json, "base_model_name_or_path", "", where);
+  for (const char* key : {"task_type", "revision", "auto_mapping", "peft_version"}) {
+    if (json.contains(key)) config.extra[key] = json[key];
+  }
 
   const Json block = get_or<Json>(json, "moesaic", Json::object(), where);
   const std::string in = where + ": moesaic";
+  check_keys(block, {"version", "num_experts", "router", "k_site", "base_fingerprint", "base_dtype"}, in);
   if (block.contains("num_experts")) parse_experts(block["num_experts"], in + ": num_experts", config);
   config.k_site = get_or<std::string>(block, "k_site", "output", in);
   config.base_fingerprint = get_or<std::string>(block, "base_fingerprint", "", in);
   config.base_dtype = get_or<std::string>(block, "base_dtype", "", in);
-  config.router = parse_router_config(get_or<Json>(block, "router", Json::object(), in), in + ": router");
+  const Json router = get_or<Json>(block, "router", Json::object(), in);
+  std::set<std::string> router_keys;
+  const Json known = router_config_json(RouterConfig());
+  for (const auto& [key, value] : known.items()) router_keys.insert(key);
+  check_keys(router, router_keys, in + ": router");
+  config.router = parse_router_config(router, in + ": router");
   validate(config, where);
   return config;
 }
@@ -189,7 +301,7 @@ void validate(const AdapterConfig& config, const std::string& where) {
   if (!wrong.empty()) throw ConfigError(fmt::format("{}: {}", where, fmt::join(wrong, "; ")));
 }
 
-Json adapter_config_json(const AdapterConfig& config) {
+OrderedJson adapter_config_json(const AdapterConfig& config) {
   const Method& method = method_of(config.method);
   Json json = config.extra;
   json["peft_type"] = method.peft_type;
@@ -198,7 +310,8 @@ Json adapter_config_json(const AdapterConfig& config) {
   json["inference_mode"] = true;
   json["target_modules"] = targets_json(config.targets);
   json["fan_in_fan_out"] = false;
-  json["modules_to_save"] = nullptr;
+  json["modules_to_save"] = config.modules_to_save.empty() ? Json() : Json(config.modules_to_save);
+  if (config.ensure_weight_tying) json["ensure_weight_tying"] = true;
   const Json exclude = targets_json(config.exclude);
   if (!exclude.empty()) json["exclude_modules"] = exclude;
   if (method.low_rank) {
@@ -208,11 +321,12 @@ Json adapter_config_json(const AdapterConfig& config) {
     json["bias"] = "none";
     json["use_rslora"] = config.use_rslora;
     json["use_dora"] = false;
-    json["rank_pattern"] = config.rank_pattern;
-    json["alpha_pattern"] = config.alpha_pattern;
-    json["layers_to_transform"] = config.layers_to_transform.empty() ? Json() : Json(config.layers_to_transform);
   } else {
-    json["feedforward_modules"] = config.feedforward;
+    json["feedforward_modules"] = targets_json(config.feedforward);
+  }
+  // PEFT's IA3Config has no such key and leaves the other layers at 1.
+  if (method.low_rank || !config.layers_to_transform.empty()) {
+    json["layers_to_transform"] = config.layers_to_transform.empty() ? Json() : Json(config.layers_to_transform);
   }
   json["moesaic"] = {{"version", kVersion},
                      {"num_experts", experts_json(config)},
@@ -220,7 +334,12 @@ Json adapter_config_json(const AdapterConfig& config) {
                      {"k_site", config.k_site},
                      {"base_fingerprint", config.base_fingerprint},
                      {"base_dtype", config.base_dtype}};
-  return json;
+  OrderedJson ordered = json;
+  if (method.low_rank) {
+    ordered["rank_pattern"] = config.rank_pattern;
+    ordered["alpha_pattern"] = config.alpha_pattern;
+  }
+  return ordered;
 }
 
 }  // namespace moesaic::adapters

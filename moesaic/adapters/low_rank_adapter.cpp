@@ -5,6 +5,7 @@
 #include "moesaic/base/check.h"
 #include "moesaic/base/seed.h"
 #include "moesaic/base/text.h"
+#include "moesaic/formats/config.h"
 #include "moesaic/moe/low_rank.h"
 
 namespace moesaic::adapters {
@@ -16,20 +17,19 @@ class LowRankAdapter : public Adapter {
                  double effect) {
     config_ = std::move(config);
     std::vector<std::string> paths;
-    for (const nn::LinearSite& site : sites.linears) paths.push_back(site.name);
+    for (const nn::LinearSite& site : sites.linears) paths.push_back(formats::spelled(config_.spelling, site.name));
     matches_ = count_matches(config_.targets, paths);
     check_layer_experts(config_, sites);
     const int64_t hidden = sites.linears.front().in;
     const auto options = torch::TensorOptions().dtype(torch::kFloat32);
     for (const nn::LinearSite& site : sites.linears) {
-      if (!is_target(config_, site.name, site.layer)) continue;
+      if (!config_.adapts(site.name, site.layer)) continue;
       auto experts = std::make_shared<moe::LowRankExperts>();
-      const int64_t rank = pattern_value(config_.rank_pattern, site.name, config_.lora_rank);
-      const double alpha = pattern_value(config_.alpha_pattern, site.name, config_.lora_alpha);
+      const int64_t rank = config_.rank_at(site.name);
       experts->index = site.index;
       experts->experts = config_.experts_at(site.layer);
       experts->rank = rank;
-      experts->scale = effect * alpha / (config_.use_rslora ? std::sqrt(static_cast<double>(rank)) : rank);
+      experts->scale = effect * config_.scale_at(site.name);
       experts->dropout = config_.lora_dropout;
       const std::vector<int64_t> a_shape{experts->experts, rank, site.in};
       experts->a = device.is_meta() ? torch::empty(a_shape, options.device(device))
@@ -46,6 +46,7 @@ class LowRankAdapter : public Adapter {
   ~LowRankAdapter() override { detach(); }
 
   void detach() override {
+    restore_weights();
     for (Attached& site : attached_) moe::LowRankGroup::of(*site.site.group)->remove(site.experts, *site.site.group);
     attached_.clear();
   }
@@ -137,9 +138,7 @@ void fold_low_rank(const AdapterConfig& config, const std::string& site, formats
   auto shape = [](const torch::Tensor& t) { return t.defined() ? shape_text(t.sizes()) : std::string("none"); };
   MOESAIC_CHECK(fits, DataError, "{}: got lora_A {} and lora_B {}, expected [r, {}] and [{}, r]", site, shape(a),
                 shape(b), in, out);
-  const double rank = static_cast<double>(pattern_value(config.rank_pattern, site, config.lora_rank));
-  const double alpha = pattern_value(config.alpha_pattern, site, config.lora_alpha);
-  linear.weight = torch::addmm(linear.weight, b, a, 1.0, alpha / (config.use_rslora ? std::sqrt(rank) : rank));
+  linear.weight = torch::addmm(linear.weight, b, a, 1.0, config.scale_at(site));
 }
 
 std::pair<std::string, torch::Tensor> expert_tensor(const AdapterConfig& config, const std::string& name,

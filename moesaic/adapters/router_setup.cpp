@@ -5,18 +5,12 @@
 
 namespace moesaic::adapters {
 
-bool is_target(const AdapterConfig& config, const std::string& path, int64_t layer) {
-  const auto& layers = config.layers_to_transform;
-  return matches_target(config.targets, path) && !matches_target(config.exclude, path) &&
-         (layers.empty() || std::find(layers.begin(), layers.end(), layer) != layers.end());
-}
-
 void check_layer_experts(const AdapterConfig& config, const nn::Sites& sites) {
   if (config.layer_experts.empty()) return;
   std::set<int64_t> layers, absent, foreign;
   for (const nn::LinearSite& site : sites.linears) {
     layers.insert(site.layer);
-    if (is_target(config, site.name, site.layer) && !config.layer_experts.contains(site.layer)) {
+    if (config.adapts(site.name, site.layer) && !config.layer_experts.contains(site.layer)) {
       absent.insert(site.layer);
     }
   }

@@ -6,9 +6,6 @@
 
 namespace moesaic::adapters {
 
-/// True when the config's targets, exclusions and layers mean this site.
-bool is_target(const AdapterConfig& config, const std::string& path, int64_t layer);
-
 /// Throws UsageError listing every layer with a targeted linear that `layer_experts` leaves out, and every layer of it
 /// that the model has not.
 void check_layer_experts(const AdapterConfig& config, const nn::Sites& sites);

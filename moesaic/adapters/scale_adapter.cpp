@@ -2,6 +2,7 @@
 
 #include "moesaic/adapters/router_setup.h"
 #include "moesaic/base/check.h"
+#include "moesaic/formats/config.h"
 #include "moesaic/moe/scale.h"
 
 namespace moesaic::adapters {
@@ -20,18 +21,12 @@ class ScaleAdapter : public Adapter {
     check_layer_experts(config_, sites);
     const std::vector<nn::ScaleSite> places = usable_places(sites);
     std::vector<std::string> paths;
-    for (const nn::ScaleSite& place : places) paths.push_back(place.name);
+    for (const nn::ScaleSite& place : places) paths.push_back(formats::spelled(config_.spelling, place.name));
     matches_ = count_matches(config_.targets, paths);
-    for (const std::string& name : config_.feedforward) {
-      const bool used = std::any_of(places.begin(), places.end(), [&](const nn::ScaleSite& place) {
-        return is_target(config_, place.name, place.layer) &&
-               matches_target(std::vector<std::string>{name}, place.name);
-      });
-      MOESAIC_CHECK(used, UsageError, "feedforward_modules: got '{}', expected some of the targets", name);
-    }
+    check_feedforward(places);
     const auto options = torch::TensorOptions().dtype(torch::kFloat32).device(device);
     for (const nn::ScaleSite& place : places) {
-      if (!is_target(config_, place.name, place.layer)) continue;
+      if (!config_.adapts(place.name, place.layer)) continue;
       const int64_t e = config_.experts_at(place.layer);
       const bool per_head = place.heads > 0 && config_.router.head_wise;
       const int64_t width = per_head ? place.width : std::max<int64_t>(1, place.heads) * place.width;
@@ -49,6 +44,7 @@ class ScaleAdapter : public Adapter {
   ~ScaleAdapter() override { detach(); }
 
   void detach() override {
+    restore_weights();
     for (Attached& a : attached_) {
       std::erase(a.place.slot->adapters, std::static_pointer_cast<nn::ScaleAdapter>(a.experts));
     }
@@ -84,6 +80,19 @@ class ScaleAdapter : public Adapter {
 
   bool mixes() const { return method_of(config_.method).mixes; }
 
+  /// Every name of feedforward_modules is that of a target.
+  void check_feedforward(const std::vector<nn::ScaleSite>& places) const {
+    const auto* names = std::get_if<std::vector<std::string>>(&config_.feedforward);
+    if (names == nullptr || std::holds_alternative<std::string>(config_.targets)) return;
+    for (const std::string& name : *names) {
+      const bool used = std::any_of(places.begin(), places.end(), [&](const nn::ScaleSite& place) {
+        return config_.adapts(place.name, place.layer) &&
+               formats::spelled(config_.spelling, place.name).ends_with(name);
+      });
+      MOESAIC_CHECK(used, UsageError, "feedforward_modules: got '{}', expected some of the targets", name);
+    }
+  }
+
   /// One place per linear: for feedforward targets its input (of down_proj the FFN branch, which is the same for a
   /// fixed vector), else the output, or for keys the point behind the per-head norm when the config says so.
   std::vector<nn::ScaleSite> usable_places(const nn::Sites& sites) const {
@@ -94,7 +103,7 @@ class ScaleAdapter : public Adapter {
     std::vector<nn::ScaleSite> places;
     for (const nn::ScaleSite& site : sites.scales) {
       nn::ScaleKind wanted = nn::ScaleKind::kOutput;
-      if (matches_target(config_.feedforward, site.name)) {
+      if (config_.scales_input(site.name)) {
         wanted = branches.contains(site.name) ? nn::ScaleKind::kFfn : nn::ScaleKind::kInput;
       } else if (site.role == nn::Role::kKey && config_.k_site == "post_qk_norm") {
         wanted = nn::ScaleKind::kPostHeadNorm;
@@ -137,7 +146,7 @@ void fold_scale(const AdapterConfig& config, const std::string& site, formats::T
     auto node = tensors.extract(site + suffix);
     if (node.empty()) continue;
     const torch::Tensor scale = node.mapped().to(torch::kFloat32).flatten();
-    const bool input = matches_target(config.feedforward, site);
+    const bool input = config.scales_input(site);
     MOESAIC_CHECK(scale.numel() == linear.weight.size(input ? 1 : 0), DataError, "{}: got {} scales, expected {}", site,
                   scale.numel(), linear.weight.size(input ? 1 : 0));
     linear.weight = input ? linear.weight * scale : linear.weight * scale.unsqueeze(1);
@@ -151,7 +160,7 @@ std::pair<std::string, torch::Tensor> expert_tensor(const AdapterConfig& config,
   if (e >= tensor.size(0)) return {name, {}};
   const std::string site = name.substr(0, name.size() - std::string_view(".mov.weight").size());
   const torch::Tensor vector = tensor[e].contiguous();
-  return {site + ".ia3_l", matches_target(config.feedforward, site) ? vector.view({1, -1}) : vector.view({-1, 1})};
+  return {site + ".ia3_l", config.scales_input(site) ? vector.view({1, -1}) : vector.view({-1, 1})};
 }
 
 using enum nn::Role;

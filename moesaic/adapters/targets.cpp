@@ -1,21 +1,11 @@
 #include "moesaic/adapters/targets.h"
 
-#include <regex>
-
 #include "moesaic/base/check.h"
 #include "moesaic/base/json.h"
+#include "moesaic/base/regex.h"
 
 namespace moesaic::adapters {
 namespace {
-
-std::regex compile(const std::string& pattern) {
-  try {
-    return std::regex(pattern, std::regex::ECMAScript);
-  } catch (const std::regex_error& error) {
-    throw UsageError(
-        fmt::format("target pattern '{}': got a broken regex ({}), expected ECMAScript", pattern, error.what()));
-  }
-}
 
 bool is_suffix(const std::string& path, const std::string& name) {
   return path == name ||
@@ -28,21 +18,21 @@ std::string last_component(const std::string& path) { return path.substr(path.rf
 
 bool matches_target(const TargetPattern& pattern, const std::string& path) {
   if (const auto* regex = std::get_if<std::string>(&pattern)) {
-    return !regex->empty() && std::regex_match(path, compile(*regex));
+    return !regex->empty() && Regex(*regex, "target pattern").matches(path);
   }
   const auto& names = std::get<std::vector<std::string>>(pattern);
   return std::any_of(names.begin(), names.end(), [&](const std::string& name) { return is_suffix(path, name); });
 }
 
 template <class T>
-T pattern_value(const std::map<std::string, T>& patterns, const std::string& path, T fallback) {
-  for (const auto& [pattern, value] : patterns) {
-    if (std::regex_match(path, compile("(.*\\.)?(" + pattern + ")"))) return value;
+T PatternValues<T>::value(const std::string& path, T fallback) const {
+  for (const auto& [pattern, value] : items_) {
+    if (Regex("(.*\\.)?(" + pattern + ")", "pattern of ranks or alphas").matches(path)) return value;
   }
   return fallback;
 }
-template int64_t pattern_value(const std::map<std::string, int64_t>&, const std::string&, int64_t);
-template double pattern_value(const std::map<std::string, double>&, const std::string&, double);
+template class PatternValues<int64_t>;
+template class PatternValues<double>;
 
 std::vector<std::pair<std::string, int64_t>> count_matches(const TargetPattern& pattern,
                                                            const std::vector<std::string>& paths) {

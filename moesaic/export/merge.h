@@ -7,6 +7,9 @@
 
 namespace moesaic::exporting {
 
+/// The number format of the checkpoint's matrices; float32 where these are quantised.
+at::ScalarType stored_dtype(const formats::Checkpoint& checkpoint);
+
 /// The checkpoint as a Hugging Face folder would hold it: every tensor under its Hugging Face name, config, tokenizer,
 /// chat template. Quantised tensors are dequantised. `dtype` is the folder's.
 formats::ModelFolder model_folder(const formats::Checkpoint& checkpoint, at::ScalarType dtype);

@@ -1,5 +1,7 @@
 #include "moesaic/formats/adapter_folder.h"
 
+#include "moesaic/formats/config.h"
+
 namespace moesaic::formats {
 namespace {
 
@@ -34,16 +36,28 @@ fs::path find_adapter(const fs::path& dir) {
 
 AdapterFolder parse_adapter(std::string_view config_text, Bytes tensors, const std::string& where) {
   AdapterFolder adapter;
-  adapter.config = parse_json(config_text, where + "/" + kConfigName);
+  adapter.config = parse_ordered_json(config_text, where + "/" + kConfigName);
   MOESAIC_CHECK(adapter.config.is_object(), FormatError, "{}/{}: is not a JSON object", where, kConfigName);
   const SafetensorsFile file(std::move(tensors));
   std::vector<std::string> unprefixed;
+  int64_t foreign = 0;
   for (const auto& name : file.names()) {
-    if (name.starts_with(kPrefix)) {
-      adapter.tensors.emplace(name.substr(kPrefix.size()), file.tensor(name));
-    } else {
+    if (!name.starts_with(kPrefix)) {
       unprefixed.push_back(name);
+      continue;
     }
+    const std::string stored = name.substr(kPrefix.size()), own = language_model_name(stored);
+    if (own.empty()) {
+      ++foreign;
+      continue;
+    }
+    if (adapter.spelling.empty()) adapter.spelling = multi_modal_spelling(stored);
+    MOESAIC_CHECK(adapter.tensors.emplace(own, file.tensor(name)).second, FormatError,
+                  "{}/{}: two tensors mean '{}'; one is '{}'", where, kTensorsName, own, name);
+  }
+  if (foreign > 0) {
+    spdlog::info("{}: {} tensors belong to the parts of a multi-modal model that read no text; they are left out",
+                 where, foreign);
   }
   MOESAIC_CHECK(
       unprefixed.empty(), FormatError, "{}/{}: every name must begin with '{}', got {}: {}{}", where, kTensorsName,
@@ -71,7 +85,9 @@ void write_adapter_folder(const fs::path& dir, const AdapterFolder& adapter) {
   fs::create_directories(dir, error);
   MOESAIC_CHECK(!error, DataError, "{}: the folder can't be made: {}", dir.string(), error.message());
   TensorMap prefixed;
-  for (const auto& [name, tensor] : adapter.tensors) prefixed.emplace(std::string(kPrefix) + name, tensor);
+  for (const auto& [name, tensor] : adapter.tensors) {
+    prefixed.emplace(std::string(kPrefix) + spelled(adapter.spelling, name), tensor);
+  }
   save_safetensors(dir / kTensorsName, prefixed);
   write_file_atomically(dir / kConfigName, adapter.config.dump(2) + "\n");
 }

@@ -8,10 +8,11 @@
 namespace moesaic::formats {
 
 /// What stands in an adapter folder. `tensors` are keyed without PEFT's "base_model.model." prefix:
-/// "model.layers.0.self_attn.q_proj.lora_A.weight".
+/// "model.layers.0.self_attn.q_proj.lora_A.weight". Those of a multi-modal model's other parts are left out.
 struct AdapterFolder {
-  Json config;        // adapter_config.json
-  TensorMap tensors;  // adapter_model.safetensors
+  OrderedJson config;    // adapter_config.json
+  TensorMap tensors;     // adapter_model.safetensors
+  std::string spelling;  // multi_modal_spelling() of the names in the files; `tensors` have the language model's
 };
 
 /// Reads a folder (or its `default` sub-folder). An adapter_model.bin alone is refused with the command that converts

@@ -5,6 +5,9 @@ namespace {
 
 bool is_set(const Json& json, const char* key) { return json.contains(key) && !json.at(key).is_null(); }
 
+constexpr std::string_view kText = "model.language_model.";  // since transformers 4.52: model.language_model.layers
+constexpr std::string_view kTextBefore = "language_model.";  // before: language_model.model.layers
+
 /// json[key], removed from json; null when absent.
 Json take(Json& json, const char* key) {
   Json value;
@@ -54,13 +57,14 @@ void normalise_rope(Json& config, const std::string& where) {
   const Json given = object(rope, "rope_parameters"), scaled = object(scaling, "rope_scaling");
   const bool by_kind = given.contains("full_attention") || given.contains("sliding_attention");
   if (!by_kind && local_theta.is_null()) {
-    config["rope_parameters"] = rope_object(rope.is_null() ? scaled : given, theta, config);
+    config["rope_parameters"] = rope_object(scaled.empty() ? given : scaled, theta, config);
     return;
   }
   const Json full = object(given.value("full_attention", Json()), "rope_parameters.full_attention");
   const Json sliding = object(given.value("sliding_attention", Json()), "rope_parameters.sliding_attention");
-  const Json flat = rope.is_null() ? scaled : by_kind ? Json(Json::object()) : given;
-  config["rope_parameters"] = {{"full_attention", rope_object(full.empty() ? flat : full, theta, config)},
+  Json of_full = by_kind ? full : given;
+  of_full.update(scaled);
+  config["rope_parameters"] = {{"full_attention", rope_object(of_full, theta, config)},
                                {"sliding_attention", rope_object(sliding, local_theta, config)}};
 }
 
@@ -80,6 +84,28 @@ Json normalise_config(Json config, const std::string& where) {
   }
   normalise_rope(config, where);
   return config;
+}
+
+std::string multi_modal_spelling(const std::string& name) {
+  for (const std::string_view spelling : {kText, kTextBefore}) {
+    if (name.starts_with(spelling)) return std::string(spelling);
+  }
+  return "";
+}
+
+std::string language_model_name(const std::string& name) {
+  for (const char* prefix :
+       {"vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."}) {
+    if (name.starts_with(prefix)) return "";
+  }
+  const std::string spelling = multi_modal_spelling(name);
+  return (spelling == kText ? "model." : "") + name.substr(spelling.size());
+}
+
+std::string spelled(const std::string& spelling, const std::string& name) {
+  if (spelling != kText) return spelling + name;
+  constexpr std::string_view kPlain = "model.";
+  return name.starts_with(kPlain) ? spelling + name.substr(kPlain.size()) : name;
 }
 
 Json with_legacy_rope_keys(Json config) {

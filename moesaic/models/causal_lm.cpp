@@ -87,11 +87,39 @@ CausalLM::CausalLM(const DecoderConfig& config, const torch::TensorOptions& opti
             config.eos_ids,    head.device(),     head.scalar_type()};
   stack_.embedding_scale =
       torch::tensor(config.embedding_scale, torch::kFloat64).to(dtype()).to(torch::kFloat64).item<double>();
+  add_weight_sites();
   sites_.has_qk_norm = config.qk_norm;
   sites_.model_type = config.model_type;
 }
 
 CausalLM::~CausalLM() { detach_all(); }
+
+void CausalLM::add_weight_sites() {
+  const std::vector<int64_t> shape = stack_.embedding.sizes().vec();
+  sites_.tied_head = config_.tie_word_embeddings;
+  sites_.weights.push_back({"model.embed_tokens.weight", shape, [this, own = stack_.embedding](const torch::Tensor& t) {
+                              stack_.embedding = t.defined() ? t.to(own.options()) : own;
+                            }});
+  sites_.weights.push_back({"lm_head.weight", shape, [this](const torch::Tensor& t) {
+                              if (t.defined()) {
+                                const bool quantized = !head_->weight().defined();
+                                if (!own_head_) own_head_ = std::move(head_);
+                                head_ =
+                                    std::make_unique<nn::Head>(t.to(stack_.embedding.options()), config_.final_softcap);
+                                if (quantized) head_->quantize_int8();
+                              } else if (own_head_) {
+                                head_ = std::move(own_head_);
+                              }
+                            }});
+  for (const auto& item : named_parameters()) {
+    if (item.value().dim() != 1 || !item.key().ends_with("norm.weight")) continue;
+    torch::Tensor weight = item.value();
+    sites_.weights.push_back(
+        {item.key(), weight.sizes().vec(), [weight, own = weight.detach()](const torch::Tensor& t) mutable {
+           weight.set_data(t.defined() ? t.to(own.options()) : own);
+         }});
+  }
+}
 
 std::shared_ptr<CausalLM> CausalLM::load(const formats::Checkpoint& checkpoint, const LoadOptions& options) {
   torch::NoGradGuard no_grad;

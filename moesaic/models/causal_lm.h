@@ -76,13 +76,14 @@ class CausalLM : public torch::nn::Module, public LanguageModel {
   torch::Tensor run(const Text& text, nn::Pass& pass, Memory* memory) override;
 
  private:
+  void add_weight_sites();
   void quantize_head();
 
   DecoderConfig config_;
   Facts facts_;
   nn::Sites sites_;
   Stack stack_;
-  std::unique_ptr<nn::Head> head_;
+  std::unique_ptr<nn::Head> head_, own_head_;  // own_head_: while an adapter has put another in its place
 };
 
 /// Every weight of a model, trained: full fine-tuning. Folders are those of Hugging Face.

@@ -93,6 +93,10 @@ void LanguageModel::attach(const std::string& name, std::shared_ptr<nn::Attachme
                 "adapter {}: its router reads sentence embeddings of another source or width than another adapter's. "
                 "Use them one at a time.",
                 name);
+  MOESAIC_CHECK(attachments_.empty() || !(before.replaces || wants.replaces), UsageError,
+                "adapter {}: of {} adapters one replaces weights of the model (embeddings, head or norms), expected it "
+                "alone",
+                name, attachments_.size() + 1);
   attachment->name_as(name, std::ssize(attachments_));
   attachments_.push_back(std::move(attachment));
 }
@@ -115,6 +119,7 @@ nn::Needs LanguageModel::needs() const {
   for (const auto& attachment : attachments_) {
     const nn::Needs needs = attachment->needs();
     all.routed = all.routed || needs.routed;
+    all.replaces = all.replaces || needs.replaces;
     if (needs.sentence == Sentence::kNone) continue;
     all.sentence = needs.sentence;
     all.sentence_width = needs.sentence_width;
@@ -182,6 +187,8 @@ torch::Tensor LanguageModel::mixture_rows(const Text& text, const Memory* memory
       fmt::join(text.mixture.sizes(), ", "), text.tokens.batch_size(), adapters);
   MOESAIC_CHECK(text.mixture.isfinite().all().item<bool>(), UsageError,
                 "mixture: got a weight that is not finite, expected numbers");
+  MOESAIC_CHECK(!needs().replaces || (text.mixture == 1).all().item<bool>(), UsageError,
+                "mixture: got a weight for an adapter that replaces weights of the model, expected 1");
   return of_beginning(kept, text.mixture.to(facts().device, torch::kFloat32), beginnings(text, memory));
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 #include <torch/torch.h>
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -99,10 +100,20 @@ struct ScaleSite {
   int64_t hidden;  // d, the width of layer_input
 };
 
+/// A weight that an adapter may replace as a whole while it is attached.
+struct WeightSite {
+  std::string name;  // "model.embed_tokens.weight"
+  std::vector<int64_t> shape;
+  /// Puts `weight` in its place, undefined: the model's own again.
+  std::function<void(const torch::Tensor& weight)> replace;
+};
+
 /// Every site of a model, in layer order.
 struct Sites {
   std::vector<LinearSite> linears;
   std::vector<ScaleSite> scales;
+  std::vector<WeightSite> weights;  // embed_tokens, lm_head and norms
+  bool tied_head = false;           // lm_head.weight is the embedding until it is replaced itself
   bool has_qk_norm = false;
   std::string model_type;  // "llama", "qwen2", ...: for messages
 };
@@ -113,6 +124,7 @@ struct Needs {
   bool routed = false;                  // a router mixes experts
   Sentence sentence = Sentence::kNone;  // vectors of a whole prompt: the frozen model's, or a data column's
   int64_t sentence_width = 0;           // d_e
+  bool replaces = false;                // weights of the model: it is attached alone, with weight 1
 };
 
 /// An adapter, as the model that owns it sees it.

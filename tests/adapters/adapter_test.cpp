@@ -252,7 +252,7 @@ TEST(HeadWise, AcrossHeadsThereIsOneVectorAndOneRouter) {
   ToySites toy;
   AdapterConfig config = config_of("mov", toy.sites);
   config.targets = std::vector<std::string>{"q_proj"};
-  config.feedforward = {};
+  config.feedforward = std::vector<std::string>{};
   config.router.head_wise = false;
   auto adapter = Adapter::create(config, toy.sites, torch::kCPU, 1);
   const auto tensors = adapter->folder().tensors;
@@ -265,7 +265,7 @@ TEST(ScaledInputs, OfOneMemberOfAGroup) {
   ToySites toy;
   AdapterConfig config = config_of("ia3", toy.sites);
   config.targets = std::vector<std::string>{"v_proj", "o_proj"};
-  config.feedforward = {"v_proj", "o_proj"};
+  config.feedforward = std::vector<std::string>{"v_proj", "o_proj"};
   const auto x = torch::randn({5, 12});
   nn::Pass pass;
   const auto base = toy.groups[0].base(x, pass);
@@ -283,7 +283,7 @@ TEST(ScaledInputs, OfOneMemberOfAGroup) {
     EXPECT_TRUE(toy.groups[1].forward(x, pass).allclose(toy.groups[1].matrix()->product(x * o, {}), 1e-5, 1e-6));
   }
   EXPECT_TRUE(toy.groups[0].forward(x, pass).equal(base));
-  config.feedforward.push_back("k_proj");
+  config.feedforward = std::vector<std::string>{"v_proj", "o_proj", "k_proj"};
   EXPECT_THAT(message_of([&] { Adapter::create(config, toy.sites, torch::kCPU, 1); }),
               HasSubstr("feedforward_modules: got 'k_proj'"));
 }
@@ -312,22 +312,106 @@ TEST(AdapterConfigJson, RoundTrip) {
   config.router.sentence_dim = 7;
   config.lora_alpha = 12;
   config.base_fingerprint = "sha256:00";
-  const Json json = adapter_config_json(config);
+  const OrderedJson json = adapter_config_json(config);
   EXPECT_EQ(json["peft_type"], "MOLORA");
   EXPECT_EQ(adapter_config_json(parse_adapter_config(json, "test")), json);
 }
 
 TEST(AdapterConfigJson, WhatIsNotImplementedIsRefusedAllAtOnce) {
-  const Json json = {{"peft_type", "LORA"},
-                     {"target_modules", {"q_proj"}},
-                     {"use_dora", true},
-                     {"bias", "all"},
-                     {"modules_to_save", {"lm_head"}}};
+  const OrderedJson json = {{"peft_type", "LORA"},
+                            {"target_modules", {"q_proj"}},
+                            {"use_dora", true},
+                            {"bias", "all"},
+                            {"init_lora_weights", "pissa_niter_4"},
+                            {"alora_invocation_tokens", {3, 4}},
+                            {"layers_pattern", "h"},
+                            {"new_in_peft_9", 1}};
   const std::string message = message_of([&] { parse_adapter_config(json, "adapter_config.json"); });
-  for (const char* key : {"use_dora", "bias", "modules_to_save"}) EXPECT_THAT(message, HasSubstr(key));
-  EXPECT_THROW(parse_adapter_config({{"peft_type", "PROMPT_TUNING"}}, "x"), ConfigError);
-  EXPECT_THROW(parse_adapter_config({{"peft_type", "LORA"}, {"r", 0}}, "x"), ConfigError);
-  EXPECT_THROW(parse_adapter_config({{"peft_type", "LORA"}, {"r", "four"}}, "x"), ConfigError);
+  for (const auto& [key, value] : json.items()) {
+    if (key == "peft_type" || key == "target_modules") continue;
+    EXPECT_THAT(message, HasSubstr(key + " = " + value.dump()));
+  }
+  EXPECT_THAT(message, HasSubstr("path_initial_model_for_weight_conversion"));
+  EXPECT_THROW(parse_adapter_config(OrderedJson({{"peft_type", "PROMPT_TUNING"}}), "x"), ConfigError);
+  EXPECT_THROW(parse_adapter_config(OrderedJson({{"peft_type", "LORA"}, {"r", 0}}), "x"), ConfigError);
+  EXPECT_THROW(parse_adapter_config(OrderedJson({{"peft_type", "LORA"}, {"r", "four"}}), "x"), ConfigError);
+}
+
+TEST(AdapterConfigJson, WhatChangesNothingPasses) {
+  const OrderedJson json = {{"peft_type", "LORA"},
+                            {"target_modules", {"q_proj"}},
+                            {"bias", "none"},
+                            {"init_lora_weights", "gaussian"},
+                            {"layers_pattern", "layers"},
+                            {"eva_config", {{"rho", 2.0}}},
+                            {"fan_in_fan_out", true},
+                            {"new_in_peft_9", nullptr},
+                            {"also_new", false}};
+  EXPECT_EQ(parse_adapter_config(json, "test").method, "lora");
+}
+
+TEST(AdapterConfigJson, OurOwnBlockIsAsStrict) {
+  for (const char* block : {R"({"gate": 3})", R"({"router": {"gate": 3}})"}) {
+    OrderedJson json = {{"peft_type", "MOV"}, {"target_modules", {"q_proj"}}};
+    json["moesaic"] = OrderedJson::parse(block);
+    EXPECT_THAT(message_of([&] { parse_adapter_config(json, "test"); }), HasSubstr("gate = 3"));
+  }
+}
+
+TEST(AdapterConfigJson, PatternsKeepTheirOrder) {
+  const auto json = OrderedJson::parse(
+      R"({"peft_type": "LORA", "target_modules": ["q_proj"], "r": 2, "lora_alpha": 4,
+          "rank_pattern": {"q_proj": 5, ".*": 3}, "alpha_pattern": {"layers.1.*": 9, "0.*": 7, ".*q_proj": 1}})");
+  const AdapterConfig config = parse_adapter_config(json, "test");
+  EXPECT_EQ(config.rank_at("model.layers.0.self_attn.q_proj"), 5);
+  EXPECT_EQ(config.rank_at("model.layers.0.self_attn.k_proj"), 3);
+  EXPECT_EQ(config.scale_at("model.layers.1.self_attn.q_proj"), 9.0 / 5);
+  EXPECT_EQ(config.scale_at("model.layers.0.self_attn.q_proj"), 7.0 / 5);
+  EXPECT_EQ(adapter_config_json(config)["rank_pattern"].dump(), json["rank_pattern"].dump());
+}
+
+TEST(MultiModalNames, BothSpellingsAreReadAndKept) {
+  for (const char* spelling : {"model.language_model.", "language_model."}) {
+    ToySites toy;
+    TemporaryFolder folder;
+    AdapterConfig config = config_of("lora", toy.sites);
+    config.targets = ".*language_model.*\\.(q_proj|o_proj)";
+    config.rank_pattern = {{".*language_model.*o_proj", 3}};
+    config.spelling = spelling;
+    auto adapter = Adapter::create(config, toy.sites, torch::kCPU, 1);
+    disturb(*adapter);
+    adapter->save(folder.path());
+    const formats::SafetensorsFile file(folder / "adapter_model.safetensors");
+    for (const std::string& name : file.names()) {
+      EXPECT_THAT(name, testing::StartsWith("base_model.model." + std::string(spelling)));
+    }
+    const auto read = Adapter::open(folder.path(), toy.sites, torch::kCPU, "")->folder();
+    const auto written = adapter->folder().tensors;
+    EXPECT_EQ(written.at("model.layers.0.self_attn.o_proj.lora_A.weight").size(0), 3);
+    ASSERT_EQ(read.tensors.size(), written.size());
+    for (const auto& [name, tensor] : written) EXPECT_TRUE(read.tensors.at(name).equal(tensor)) << name;
+  }
+}
+
+TEST(ScaledInputs, ByARegularExpression) {
+  ToySites toy;
+  AdapterConfig config = config_of("ia3", toy.sites);
+  config.targets = ".*\\.(v_proj|down_proj)";
+  config.feedforward = ".*\\.down_proj";
+  const auto tensors = Adapter::create(config, toy.sites, torch::kCPU, 1)->folder().tensors;
+  EXPECT_EQ(tensors.at("model.layers.0.mlp.down_proj.ia3_l").size(0), 1);
+  EXPECT_EQ(tensors.at("model.layers.0.self_attn.v_proj.ia3_l").size(1), 1);
+}
+
+TEST_P(EveryMethod, LayersToTransformAreLoadedAgain) {
+  ToySites toy;
+  TemporaryFolder folder;
+  AdapterConfig config = config_of(GetParam(), toy.sites);
+  config.layers_to_transform = {1};
+  auto adapter = Adapter::create(config, toy.sites, torch::kCPU, 1);
+  adapter->save(folder.path());
+  EXPECT_EQ(Adapter::open(folder.path(), toy.sites, torch::kCPU, "")->parameters().size(),
+            adapter->parameters().size());
 }
 
 TEST(Effect, ScalesTheDelta) {

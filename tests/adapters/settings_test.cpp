@@ -26,7 +26,7 @@ AdapterConfig config_of(const std::string& method) {
   config.lora_alpha = 6;
   config.num_experts = method == "molora" || method == "mov" ? 3 : 1;
   config.targets = method == "mov" || method == "ia3" ? Names{"k_proj", "v_proj", "down_proj"} : Names{"o_proj"};
-  if (method == "mov" || method == "ia3") config.feedforward = {"down_proj"};
+  if (method == "mov" || method == "ia3") config.feedforward = Names{"down_proj"};
   return config;
 }
 
@@ -181,7 +181,7 @@ TEST(Settings, WhatTheModelOrTheExpertsCannotDoIsRefused) {
   EXPECT_THAT([&] { make(config, toy); }, ThrowsMessage<UsageError>(HasSubstr("k_site")));
   config = config_of("ia3");
   config.targets = Names{"k_proj", "v_proj"};
-  config.feedforward = {"o_proj"};  // no target
+  config.feedforward = Names{"o_proj"};  // no target
   EXPECT_THAT([&] { make(config, toy); }, ThrowsMessage<UsageError>(HasSubstr("o_proj")));
   config = config_of("molora");
   config.router.type = "top_k";

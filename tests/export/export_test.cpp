@@ -165,5 +165,32 @@ TEST_F(Export, FolderOfAModelIsTheModel) {
   EXPECT_TRUE(torch::equal(logits(folder_ / "copy"), logits(base())));
 }
 
+TEST_F(Export, KeepsTheNumberFormatOfTheBase) {
+  for (const auto dtype : {torch::kFloat32, torch::kBFloat16, torch::kHalf}) {
+    auto folder = model_folder(*models::open_checkpoint(base()), dtype);
+    const fs::path dir = folder_ / c10::toString(dtype);
+    formats::write_model_folder(dir, folder);
+    EXPECT_EQ(stored_dtype(*models::open_checkpoint(dir)), dtype);
+  }
+}
+
+TEST_F(Export, AHeadThatReplacesATiedOneIsMergedAsOneOfItsOwn) {
+  auto tied = model_folder(*models::open_checkpoint(base()), torch::kFloat32);
+  tied.tensors.erase("lm_head.weight");
+  tied.config["tie_word_embeddings"] = true;
+  formats::write_model_folder(folder_ / "tied", tied);
+  auto adapter = formats::read_adapter_folder(make_adapter("lora", 1, {"q_proj"}));
+  adapter.config["modules_to_save"] = {"embed_tokens"};
+  adapter.tensors["model.embed_tokens.weight"] = torch::randn({29, 12});
+  formats::write_adapter_folder(folder_ / "saved", adapter);
+  auto merged = model_folder(*models::open_checkpoint(folder_ / "tied"), torch::kFloat32);
+  merge_adapter(merged, folder_ / "saved");
+  formats::write_model_folder(folder_ / "merged", merged);
+  EXPECT_FALSE(merged.config["tie_word_embeddings"].get<bool>());
+  const auto expected = logits(folder_ / "tied", folder_ / "saved");
+  EXPECT_TRUE(logits(folder_ / "merged").allclose(expected, 1e-4, 1e-5));
+  EXPECT_FALSE(logits(folder_ / "tied").allclose(expected, 1e-2, 1e-2));
+}
+
 }  // namespace
 }  // namespace moesaic::exporting

@@ -34,6 +34,22 @@ TEST(AdapterFolder, TheDefaultSubFolderIsFound) {
   EXPECT_EQ(read_adapter_folder(folder.path()).config, kAdapter.config);
 }
 
+TEST(AdapterFolder, OfAMultiModalModelTheTextPartIsRead) {
+  TemporaryFolder folder;
+  write_file(folder / "adapter_config.json", "{}");
+  for (const std::string spelling : {"model.language_model.", "language_model.model."}) {
+    save_safetensors(folder / "adapter_model.safetensors",
+                     {{"base_model.model." + spelling + "layers.0.q_proj.lora_A.weight", torch::ones({1})},
+                      {"base_model.model.model.vision_tower.layers.0.q_proj.lora_A.weight", torch::ones({1})}});
+    const AdapterFolder read = read_adapter_folder(folder.path());
+    ASSERT_EQ(read.tensors.size(), 1u);
+    EXPECT_EQ(read.tensors.begin()->first, "model.layers.0.q_proj.lora_A.weight");
+    write_adapter_folder(folder / "again", read);
+    EXPECT_THAT(SafetensorsFile(folder / "again" / "adapter_model.safetensors").names(),
+                testing::ElementsAre("base_model.model." + spelling + "layers.0.q_proj.lora_A.weight"));
+  }
+}
+
 TEST(AdapterFolder, WhatIsMissingIsExplained) {
   TemporaryFolder folder;
   EXPECT_ERROR(read_adapter_folder(folder / "none"), DataError, "no such folder");

@@ -51,6 +51,18 @@ TEST(Config, Gemma3HasTwoRopes) {
   EXPECT_FALSE(config.contains("rope_local_base_freq"));
 }
 
+TEST(Config, RopeScalingCountsBesideRopeParameters) {
+  EXPECT_EQ(normalise(R"({"rope_theta": 3e5, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0},
+                          "rope_scaling": {"rope_type": "linear", "factor": 2.0}})")["rope_parameters"],
+            parse_json(R"({"rope_type": "linear", "factor": 2.0, "rope_theta": 3e5})", ""));
+  EXPECT_EQ(normalise(R"({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 7.0},
+                                              "sliding_attention": {"rope_type": "default", "rope_theta": 5.0}},
+                          "rope_scaling": {"rope_type": "linear", "factor": 2.0}})")["rope_parameters"],
+            parse_json(R"({"full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0},
+                           "sliding_attention": {"rope_type": "default", "rope_theta": 5.0}})",
+                       ""));
+}
+
 TEST(Config, MultiModalGivesItsTextPart) {
   const Json config = normalise(R"({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"],
       "eos_token_id": [1, 106], "torch_dtype": "bfloat16", "vision_config": {"hidden_size": 1152},

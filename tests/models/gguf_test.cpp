@@ -201,7 +201,7 @@ TEST(Gguf, StoredDtypes) {
     EXPECT_TRUE(at::equal(read, torch::tensor({1.f, -2.f}))) << name;
     EXPECT_TRUE(at::equal(stored.to(at::kFloat), read)) << name;
   }
-  EXPECT_THAT(checkpoint->fingerprint(), testing::MatchesRegex("sha256:[0-9a-f]{64}"));
+  EXPECT_THAT(checkpoint->fingerprint(), testing::MatchesRegex("sha256-all:[0-9a-f]{64}"));
 }
 
 // Meta's own frequencies: wavelength 2 pi theta^(i/n); above 8192/1 divided by 8, below 8192/4 kept, smooth between.
@@ -246,6 +246,29 @@ TEST(Gguf, RopeScalings) {
   EXPECT_ERROR(
       open(metadata("llama").string("llama.rope.scaling.type", "longrope").f32("llama.rope.scaling.factor", 2.f)),
       DataError, "longrope");
+}
+
+TEST(GgufRope, EveryKeyOfTheScalingCountsOrIsRefused) {
+  auto rope = [](const auto& builder) { return open(builder)->config()["rope_parameters"]; };
+  EXPECT_EQ(rope(metadata("llama").f32("llama.rope.scaling.factor", 4.f)),
+            Json({{"rope_type", "linear"}, {"rope_theta", 10000.0}, {"factor", 4.0}}));
+  const Json yarn = rope(metadata("llama")
+                             .string("llama.rope.scaling.type", "yarn")
+                             .f32("llama.rope.scaling.factor", 4.f)
+                             .f32("llama.rope.scaling.attn_factor", 0.5f)
+                             .f32("llama.rope.scaling.yarn_beta_fast", 16.f)
+                             .f32("llama.rope.scaling.yarn_beta_slow", 2.f));
+  EXPECT_NEAR(yarn["attention_factor"].get<double>(), 0.5 * (0.1 * std::log(4.0) + 1), 1e-6);
+  EXPECT_EQ(yarn["beta_fast"], 16.0);
+  EXPECT_EQ(yarn["beta_slow"], 2.0);
+  const Json multiplied = rope(metadata("llama")
+                                   .string("llama.rope.scaling.type", "yarn")
+                                   .f32("llama.rope.scaling.factor", 4.f)
+                                   .f32("llama.rope.scaling.yarn_log_multiplier", 1.f));
+  EXPECT_NEAR(multiplied["attention_factor"].get<double>(), 1.0, 1e-6);
+  EXPECT_ERROR(open(metadata("llama").f32("llama.rope.scaling.attn_factor", 0.5f)), DataError, "attn_factor: got 0.5");
+  EXPECT_ERROR(open(metadata("llama").f32("llama.rope.scaling.yarn_ext_factor", 0.5f)), DataError, "yarn_ext_factor");
+  EXPECT_ERROR(open(metadata("llama").string("llama.rope.scaling.type", "longrope")), DataError, "longrope");
 }
 
 TEST(Gguf, WhatIsNotSupportedIsRefused) {

@@ -149,7 +149,7 @@ TEST(Trainer, RoutersAndVectorsHaveTheirOwnRates) {
   mov.method = "mov";
   mov.num_experts = 2;
   mov.targets = std::vector<std::string>{"k_proj", "v_proj", "down_proj"};
-  mov.feedforward = {"down_proj"};
+  mov.feedforward = std::vector<std::string>{"down_proj"};
   TinyRun vectors(mov);
   for (const auto& t : optimized_tensors(*vectors.adapter, config)) EXPECT_EQ(t.weight_decay, 0.0);
 }
