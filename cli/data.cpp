@@ -6,6 +6,7 @@
 #include "demos/skills.h"
 #include "moesaic/base/yaml.h"
 #include "moesaic/data/validate.h"
+#include "moesaic/models/registry.h"
 #include "moesaic/run/run.h"
 
 namespace moesaic::cli {
@@ -15,8 +16,8 @@ struct DataOptions {
   std::string run;  // preview
   std::vector<std::string> overrides;
   int64_t examples = 3;
-  std::string file, formatting = "auto";  // validate
-  std::string folder;                     // skills, keys
+  std::string file, formatting = "auto", model;  // validate
+  std::string folder;                            // skills, keys
   int64_t train_rows = 400, test_rows = 40, key_test_rows = 200;
 };
 
@@ -37,9 +38,10 @@ void print_example(const data::Example& example, const tokenizer::Tokenizer& tok
   fmt::print("\n");
 }
 
-int preview(const DataOptions& options) {
+int preview(const DataOptions& options, const CommonOptions& common, const CLI::App& app) {
   Json config = read_yaml(options.run);
   apply_overrides(config, options.overrides);
+  if (app.count("--seed") > 0) config["seed"] = common.seed;  // as train does
   run::Run run(run::parse_run_config(config, options.run), /*dry=*/true);
   for (const data::MixtureCount& count : run.counts()) {
     fmt::print("{}: {} rows, {:.2f} % of the draws\n", count.name, count.rows, 100 * count.rate);
@@ -52,17 +54,31 @@ int preview(const DataOptions& options) {
   return 0;
 }
 
-int validate(const DataOptions& options) {
+/// The data sets of a run file as it renders them, or one file, rendered when a model is named.
+std::vector<data::Validation> judge(const DataOptions& options) {
+  constexpr size_t kProblems = 20;
+  if (options.file.ends_with(".yaml") || options.file.ends_with(".yml")) {
+    return run::Run(run::parse_run_config(read_yaml(options.file), options.file), /*dry=*/true).judge_rows(kProblems);
+  }
   data::DatasetConfig config;
   config.name = options.file;
   config.path = options.file;
   config.formatting = options.formatting;
-  const data::Validation result = data::validate(config);
-  fmt::print("{}: {} rows, formatting {}, {} damaged, {} without an answer\n", options.file, result.rows,
-             result.formatting, result.damaged, result.unanswered);
-  for (const std::string& problem : result.problems) fmt::print("  {}\n", problem);
-  if (result.damaged > static_cast<int64_t>(result.problems.size())) fmt::print("  ...\n");
-  return static_cast<int>(result.damaged > 0 ? ExitCode::kData : ExitCode::kOk);
+  std::shared_ptr<const data::Renderer> renderer;
+  if (!options.model.empty()) renderer = data::Renderer::open(*models::open_checkpoint(options.model), {});
+  return {data::validate(config, {.max_problems = kProblems, .renderer = renderer.get(), .progress = {}})};
+}
+
+int validate(const DataOptions& options) {
+  bool damaged = false;
+  for (const data::Validation& result : judge(options)) {
+    fmt::print("{}: {} rows, formatting {}, {} damaged, {} without an answer\n", result.name, result.rows,
+               result.formatting, result.damaged, result.unanswered);
+    for (const std::string& problem : result.problems) fmt::print("  {}\n", problem);
+    if (result.damaged > static_cast<int64_t>(result.problems.size())) fmt::print("  ...\n");
+    damaged |= result.damaged > 0;
+  }
+  return static_cast<int>(damaged ? ExitCode::kData : ExitCode::kOk);
 }
 
 }  // namespace
@@ -75,7 +91,8 @@ Runner add_data(CLI::App& app, CommonOptions& common) {
   preview_app->add_option("overrides", options->overrides, "key=value: sets a key of the run file");
   preview_app->add_option("-n", options->examples, "Number of examples")->capture_default_str();
   CLI::App* validate_app = app.add_subcommand("validate", "Read every row of a file and list the damaged ones");
-  validate_app->add_option("file", options->file, "Data file")->required();
+  validate_app->add_option("file", options->file, "Data file, folder of data files, or run file (YAML)")->required();
+  validate_app->add_option("--model", options->model, "Render the rows with this model's chat template and tokenizer");
   validate_app->add_option("--formatting", options->formatting, "Shape of the rows")->capture_default_str();
   CLI::App* skills_app = app.add_subcommand("skills", "Write the demo's skills as data sets into a folder");
   skills_app->add_option("folder", options->folder, "Folder; created")->required();
@@ -86,8 +103,8 @@ Runner add_data(CLI::App& app, CommonOptions& common) {
   keys_app->add_option("--test_rows", options->key_test_rows, "Questions of each task")->capture_default_str();
   // The common flags may follow the sub-command.
   for (CLI::App* verb : {preview_app, validate_app, skills_app, keys_app}) verb->fallthrough();
-  return [options, preview_app, validate_app, keys_app, &common] {
-    if (preview_app->parsed()) return preview(*options);
+  return [options, preview_app, validate_app, keys_app, &common, &app] {
+    if (preview_app->parsed()) return preview(*options, common, app);
     if (validate_app->parsed()) return validate(*options);
     if (keys_app->parsed()) {
       demos::write_key_files(options->folder, options->key_test_rows, common.seed);

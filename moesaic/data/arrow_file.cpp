@@ -17,6 +17,12 @@ constexpr int64_t kWholeFileBytes = int64_t{64} << 20;  // files up to this size
 constexpr int64_t kBlockBytes = int64_t{16} << 20;
 constexpr int kMaxDepth = 64;
 
+/// Stands for a value that can't be text; whoever reads its column says so.
+OrderedJson unreadable(const arrow::Array& array) {
+  const std::string type = "of the type " + array.type()->ToString();
+  return OrderedJson::binary({type.begin(), type.end()});
+}
+
 /// Value `row` of `array`. Numbers, texts, lists and structs become JSON's; dates, times and decimals their text.
 /// Throws DataError.
 OrderedJson to_json(const arrow::Array& array, int64_t row, const std::string& where, int depth = 0) {
@@ -64,12 +70,10 @@ OrderedJson to_json(const arrow::Array& array, int64_t row, const std::string& w
     case arrow::Type::BINARY:
     case arrow::Type::LARGE_BINARY:
     case arrow::Type::FIXED_SIZE_BINARY:
-    case arrow::Type::MAP:
-      throw DataError(fmt::format("{}: a column of type {} can't be read as text", where, array.type()->ToString()));
+    case arrow::Type::MAP: return unreadable(array);
     default: {
       auto scalar = array.GetScalar(row);
-      MOESAIC_CHECK(scalar.ok(), DataError, "{}: {}", where, scalar.status().message());
-      return (*scalar)->ToString();
+      return scalar.ok() ? OrderedJson((*scalar)->ToString()) : unreadable(array);
     }
   }
 }

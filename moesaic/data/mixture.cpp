@@ -1,13 +1,28 @@
 #include <algorithm>
 #include <cmath>
 
+#include "moesaic/base/file_memory.h"
+#include "moesaic/base/sha256.h"
 #include "moesaic/data/dataset.h"
 #include "moesaic/data/order.h"
+#include "moesaic/data/record_file.h"
 
 namespace moesaic::data {
 namespace {
 
 constexpr double kT0Cap = 500000;
+
+/// A hash of all bytes of a dataset's files and of what is read of them.
+std::string content_of(const DatasetConfig& config) {
+  std::error_code error;
+  std::string text = Json({config.formatting, config.columns, config.tags}).dump();
+  if (std::filesystem::is_directory(config.path, error)) {
+    for (const auto& file : data_files(config.path)) text += file_sha256(file);
+  } else {
+    text += file_sha256(config.path);
+  }
+  return sha256_hex(text);
+}
 
 /// The order of one dataset's rows in one epoch.
 class EpochOrder {
@@ -45,11 +60,17 @@ struct Source {
   int64_t rows = 0;
   double rate = 0;
   uint64_t key = 0;
+  mutable std::string content;  // content_of, once it was asked for
   // The cursor, and what was drawn.
   int64_t position = 0;  // rows read since the start, over all epochs
   int64_t drawn = 0, skipped = 0, targets = 0;
   int64_t epoch = -1;  // of `order`
   std::optional<EpochOrder> order;
+
+  const std::string& content_hash() const {
+    if (content.empty()) content = content_of(config);
+    return content;
+  }
 
   Row next_row() {
     if (position / rows != epoch) {
@@ -125,7 +146,12 @@ std::optional<Example> Mixture::next() {
   Source& source = impl_->pick();
   // Twice the rows hold a whole epoch, wherever in one the reading stands.
   for (int64_t tries = 0; tries < 2 * source.rows; ++tries) {
-    std::optional<Example> example = impl_->renderer->render(source.next_row());
+    std::optional<Example> example;
+    try {
+      example = impl_->renderer->render(source.next_row());
+    } catch (const DataError&) {
+      if (impl_->renderer->options().on_bad_row != "skip") throw;
+    }
     if (!example) {
       ++source.skipped;
       continue;
@@ -146,12 +172,17 @@ Json Mixture::state() const {
   for (const Source& source : impl_->sources) {
     datasets.push_back({{"name", source.config.name},
                         {"rows", source.rows},
+                        {"content", source.content_hash()},
+                        {"weight", source.rate / impl_->cumulative.back()},
                         {"position", source.position},
                         {"drawn", source.drawn},
                         {"skipped", source.skipped},
                         {"targets", source.targets}});
   }
-  return {{"seed", impl_->seed}, {"draws", impl_->draws}, {"datasets", datasets}};
+  return {{"seed", impl_->seed},
+          {"draws", impl_->draws},
+          {"datasets", datasets},
+          {"rendering", impl_->renderer->identity()}};
 }
 
 void Mixture::set_state(const Json& state) {
@@ -168,6 +199,25 @@ void Mixture::set_state(const Json& state) {
                   "{}: data set {} was {} with {} rows, now {} with {} rows", where, i, name, rows, source.config.name,
                   source.rows);
     MOESAIC_CHECK(get<int64_t>(datasets[i], "position", where) >= 0, DataError, "{}: a negative position", where);
+  }
+  // What is not the place in the order may differ, and is said.
+  const Json now = this->state();
+  std::vector<std::string> differences;
+  auto compare = [&](const std::string& of, const Json& then, const Json& has, const std::string& key) {
+    if (!then.contains(key) || then[key] == has[key]) return;
+    differences.push_back(fmt::format("{}{} {}, now {}", of, key, then[key].dump(), has[key].dump()));
+  };
+  for (const auto& [key, value] : now["rendering"].items()) {
+    compare("", get_or<Json>(state, "rendering", Json::object(), where), now["rendering"], key);
+  }
+  for (size_t i = 0; i < datasets.size(); ++i) {
+    for (const char* key : {"content", "weight"}) {
+      compare(impl_->sources[i].config.name + ": ", datasets[i], now["datasets"][i], key);
+    }
+  }
+  if (!differences.empty()) {
+    spdlog::warn("{}: the data is not what it was: {}: it goes on with what is there now", where,
+                 fmt::join(differences, "; "));
   }
   impl_->draws = get<int64_t>(state, "draws", where);
   for (size_t i = 0; i < datasets.size(); ++i) {

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "moesaic/data/dataset.h"
+#include "moesaic/data/record_file.h"
 
 namespace moesaic::data {
 namespace {
@@ -14,7 +15,6 @@ const std::vector<std::string> kItemKeys{"name",       "weight",  "cap",  "split
 const std::vector<std::string> kInfoKeys{"file_name",  "formatting",      "columns",    "tags",       "num_samples",
                                          "split",      "ranking",         "hf_hub_url", "ms_hub_url", "om_hub_url",
                                          "script_url", "cloud_file_name", "subset",     "folder"};
-const std::vector<std::string> kExtensions{".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".arrow", ".feather"};
 
 void check_keys(const Json& object, const std::vector<std::string>& known, const std::string& where) {
   MOESAIC_CHECK(object.is_object(), UsageError, "{}: expected an object, got {}", where, object.dump().substr(0, 80));
@@ -46,25 +46,25 @@ DatasetConfig from_registry(const std::string& name, const Json& info, const fs:
   return config;
 }
 
-/// The data files of a folder, in the order of their names.
-std::vector<fs::path> files_in(const fs::path& folder) {
-  std::vector<fs::path> files;
-  for (const auto& entry : fs::directory_iterator(folder)) {
-    bool known = std::find(kExtensions.begin(), kExtensions.end(), entry.path().extension()) != kExtensions.end();
-    if (entry.is_regular_file() && known && entry.path().filename() != "dataset_info.json")
-      files.push_back(entry.path());
-  }
-  MOESAIC_CHECK(!files.empty(), UsageError, "{}: no data files in this folder; expected {}", folder.string(),
-                fmt::join(kExtensions, ", "));
-  std::sort(files.begin(), files.end());
-  return files;
+/// The folder of a data set's training split, when datasets' DatasetDict.save_to_disk wrote `folder`; else `folder`.
+fs::path training_split(const fs::path& folder) {
+  const fs::path list = folder / "dataset_dict.json";
+  std::error_code error;
+  if (!fs::is_regular_file(list, error)) return folder;
+  const auto splits = get<std::vector<std::string>>(read_json(list), "splits", list.string());
+  MOESAIC_CHECK(std::find(splits.begin(), splits.end(), "train") != splits.end(), UsageError,
+                "{}: got a folder of the splits {} without one named train; name the folder of one of them",
+                folder.string(), fmt::join(splits, ", "));
+  return folder / "train";
 }
 
 std::vector<DatasetConfig> find_datasets(const std::string& name, const Json& registry, const fs::path& dataset_dir) {
   if (registry.contains(name)) return {from_registry(name, registry[name], dataset_dir)};
-  for (const fs::path& path : {dataset_dir / name, fs::path(name)}) {
+  for (fs::path path : {dataset_dir / name, fs::path(name)}) {
     std::error_code error;
-    if (fs::is_regular_file(path, error)) {
+    if (fs::is_directory(path, error)) path = training_split(path);
+    // What save_to_disk wrote is one data set, however many files it lies in.
+    if (fs::is_regular_file(path, error) || is_saved_dataset(path)) {
       DatasetConfig config;
       config.name = name;
       config.path = path;
@@ -72,7 +72,7 @@ std::vector<DatasetConfig> find_datasets(const std::string& name, const Json& re
     }
     if (fs::is_directory(path, error)) {
       std::vector<DatasetConfig> configs;
-      for (const fs::path& file : files_in(path)) {
+      for (const fs::path& file : data_files(path)) {
         DatasetConfig config;
         config.name = file.stem().string();
         config.path = file;
@@ -94,7 +94,8 @@ std::vector<DatasetConfig> find_datasets(const std::string& name, const Json& re
 
 std::vector<DatasetConfig> resolve_datasets(const Json& dataset, const fs::path& dataset_dir) {
   Json registry = Json::object();
-  if (fs::path path = dataset_dir / "dataset_info.json"; fs::exists(path)) {
+  // save_to_disk's dataset_info.json describes one data set and is no registry.
+  if (fs::path path = dataset_dir / "dataset_info.json"; fs::exists(path) && !is_saved_dataset(dataset_dir)) {
     registry = read_json(path);
     MOESAIC_CHECK(registry.is_object(), DataError, "{}: expected an object of data sets", path.string());
   }

@@ -5,6 +5,7 @@
 #include "moesaic/data/order.h"
 #include "moesaic/data/record_file.h"
 #include "moesaic/data/shape.h"
+#include "moesaic/data/validate.h"
 
 namespace moesaic::data {
 namespace {
@@ -88,21 +89,30 @@ std::unique_ptr<RowReader> RowReader::open(const DatasetConfig& config) {
 
 std::vector<Example> load_examples(const std::vector<DatasetConfig>& datasets, const Renderer& renderer,
                                    int64_t limit) {
+  constexpr size_t kNamed = 100;
   std::vector<Example> examples;
+  std::vector<Validation> judged;
   for (size_t i = 0; i < datasets.size(); ++i) {
     DatasetConfig config = datasets[i];
     if (!renderer.options().sentence_column.empty()) config.columns["sentence"] = renderer.options().sentence_column;
     auto reader = RowReader::open(config);
-    for (int64_t taken = 0; limit == 0 || taken < limit;) {
-      std::optional<Row> row = reader->next();
-      if (!row) break;
-      std::optional<Example> example = renderer.render(*row);
+    Validation& found = judged.emplace_back();
+    const int64_t rows = reader->count();
+    for (int64_t taken = 0; found.rows < rows && (limit == 0 || taken < limit); ++found.rows) {
+      std::optional<Example> example;
+      try {
+        example = renderer.render(*reader->next());
+      } catch (const DataError& error) {
+        if (found.problems.size() < kNamed) found.problems.emplace_back(error.what());
+        ++found.damaged;
+      }
       if (!example) continue;
       example->dataset = static_cast<int64_t>(i);
       examples.push_back(std::move(*example));
       ++taken;
     }
   }
+  settle_bad_rows(judged, renderer.options());
   return examples;
 }
 

@@ -1,8 +1,11 @@
 #include "moesaic/data/record_file.h"
 
 #include <arrow/api.h>
+#include <arrow/io/compressed.h>
 #include <arrow/io/file.h>
+#include <arrow/io/memory.h>
 #include <arrow/ipc/writer.h>
+#include <arrow/util/compression.h>
 #include <gmock/gmock.h>
 #include <parquet/arrow/writer.h>
 
@@ -14,6 +17,7 @@ namespace {
 using testing::AllOf;
 using testing::ElementsAre;
 using testing::HasSubstr;
+using testing::Throws;
 using testing::ThrowsMessage;
 
 class RecordFileTest : public FolderTest {
@@ -45,7 +49,8 @@ TEST_F(RecordFileTest, JsonArray) {
    ] )"),
               ElementsAre(R"({"a":"],[\"{"})", R"({"b":[1,{"c":2}]})"));
   EXPECT_THAT(records("b.json", "[]"), ElementsAre());
-  EXPECT_EQ(RecordFile::open(write("c.json", "[\n{},\n\n{}\n]"))->where(1), (folder_ / "c.json").string() + " line 4");
+  EXPECT_EQ(RecordFile::open(write("c.json", "[\n{},\n\n{}\n]"))->where(1),
+            (folder_ / "c.json").string() + " row 2 (line 4)");
 }
 
 TEST_F(RecordFileTest, JsonLinesUnderTheNameOfJson) {
@@ -126,6 +131,53 @@ TEST_F(RecordFileTest, UnknownEndingAndMissingFile) {
               ThrowsMessage<DataError>(HasSubstr("no such data file")));
 }
 
+TEST_F(RecordFileTest, TabsBetweenFields) {
+  auto file = RecordFile::open(write("a.tsv", "a\tb\n1,5\t\"x\ty\"\n"));
+  EXPECT_EQ(file->rows(), 1);
+  EXPECT_EQ(file->read(0).dump(), R"({"a":"1,5","b":"x\ty"})");
+}
+
+/// `text` behind gzip or Zstandard.
+std::string compressed(const std::string& text, arrow::Compression::type type) {
+  const auto codec = arrow::util::Codec::Create(type).ValueOrDie();
+  auto bytes = arrow::io::BufferOutputStream::Create().ValueOrDie();
+  const auto out = arrow::io::CompressedOutputStream::Make(codec.get(), bytes).ValueOrDie();
+  EXPECT_TRUE(out->Write(text.data(), static_cast<int64_t>(text.size())).ok() && out->Close().ok());
+  return bytes->Finish().ValueOrDie()->ToString();
+}
+
+TEST_F(RecordFileTest, CompressedFilesAreReadAsWhatTheyHold) {
+  const std::pair<const char*, std::string> plain[] = {
+      {"a.jsonl", "{\"n\":1}\n{\"n\":2}\n"}, {"b.json", "[{\"n\":1},{\"n\":2}]"}, {"c.csv", "n\n1\n2\n"}};
+  for (const auto& [name, text] : plain) {
+    for (const auto& [ending, type] :
+         {std::pair(".gz", arrow::Compression::GZIP), std::pair(".zst", arrow::Compression::ZSTD)}) {
+      const auto path = write(std::string(name) + ending, compressed(text, type));
+      auto file = RecordFile::open(path);
+      EXPECT_EQ(file->rows(), 2) << path;
+      EXPECT_THAT(file->read(1).at("n").dump(), HasSubstr("2")) << path;
+      EXPECT_THAT(file->where(1), HasSubstr(path.string()));
+    }
+  }
+  const std::string whole = compressed(std::string(1000, '['), arrow::Compression::GZIP);
+  EXPECT_THAT(reading("cut.jsonl.gz", whole.substr(0, whole.size() / 2)), Throws<DataError>());
+  EXPECT_THAT(reading("none.jsonl.gz", "{}"), ThrowsMessage<DataError>(HasSubstr("can't be decompressed")));
+  EXPECT_THAT(reading("a.txt.gz", whole), ThrowsMessage<UsageError>(HasSubstr("data files end in")));
+}
+
+TEST_F(RecordFileTest, AFolderIsItsFilesOneBehindTheOther) {
+  write("many/b.jsonl", "{\"n\":3}\n");
+  write("many/a.jsonl", "{\"n\":1}\n{\"n\":2}\n");
+  write("many/README.md", "");
+  auto file = RecordFile::open(folder_ / "many");
+  EXPECT_EQ(file->rows(), 3);
+  EXPECT_TRUE(file->has(2));
+  EXPECT_FALSE(file->has(3));
+  for (int64_t i = 0; i < 3; ++i) EXPECT_EQ(file->read(i).at("n"), i + 1);
+  EXPECT_THAT(file->where(2), HasSubstr("b.jsonl line 1"));
+  EXPECT_THAT(file->blocks(), ElementsAre(0, 2, 3));
+}
+
 // --- Arrow and Parquet ---------------------------------------------------------------------------------------------
 
 std::shared_ptr<arrow::Array> from_json(const std::shared_ptr<arrow::DataType>& type,
@@ -185,6 +237,73 @@ TEST_F(RecordFileTest, ColumnarFilesBecomeJson) {
     EXPECT_FALSE(file->has(5));
     EXPECT_THAT(file->where(1), HasSubstr("row 2"));
   }
+}
+
+TEST_F(RecordFileTest, OnlyColumnsThatAreReadAreJudged) {
+  arrow::BinaryBuilder bytes;
+  EXPECT_TRUE(bytes.Append("\xff\x00", 2).ok());
+  auto image_bytes = bytes.Finish().ValueOrDie();
+  auto image = arrow::StructArray::Make({image_bytes}, {arrow::field("bytes", arrow::binary())}).ValueOrDie();
+  auto keys = std::make_shared<arrow::StringBuilder>();
+  auto values = std::make_shared<arrow::Int64Builder>();
+  arrow::MapBuilder map(arrow::default_memory_pool(), keys, values);
+  EXPECT_TRUE(map.Append().ok() && keys->Append("k").ok() && values->Append(1).ok());
+  auto counts = map.Finish().ValueOrDie();
+  auto schema = arrow::schema({arrow::field("text", arrow::utf8()), arrow::field("raw", arrow::binary()),
+                               arrow::field("image", image->type()), arrow::field("counts", counts->type())});
+  auto table = arrow::Table::Make(schema, {from_json(arrow::utf8(), {"hello"}), image_bytes, image, counts});
+  write_parquet(folder_ / "a.parquet", *table, 2);
+  write_ipc(folder_ / "b.arrow", *table, true, 2);
+  for (const char* name : {"a.parquet", "b.arrow"}) {
+    DatasetConfig config;
+    config.path = folder_ / name;
+    EXPECT_EQ(read_all(config).at(0).target, "hello") << name;
+    config.columns = {{"prompt", "raw"}};
+    config.formatting = "text";
+    EXPECT_THAT([&] { read_all(config); }, ThrowsMessage<DataError>(HasSubstr("'raw' is of the type binary"))) << name;
+  }
+}
+
+TEST_F(RecordFileTest, WhatSaveToDiskWroteIsOneDataset) {
+  for (const char* split : {"train", "test"}) {
+    const std::filesystem::path dir = folder_ / "dict" / split;
+    std::filesystem::create_directories(dir);
+    for (const char* shard : {"data-1.arrow", "data-0.arrow"}) {
+      const std::string text = std::string(split) + shard;
+      write_ipc(
+          dir / shard,
+          *arrow::Table::Make(arrow::schema({arrow::field("text", arrow::utf8())}), {from_json(arrow::utf8(), {text})}),
+          true, 1);
+    }
+    write("dict/" + std::string(split) + "/state.json",
+          R"({"_data_files": [{"filename": "data-1.arrow"}, {"filename": "data-0.arrow"}], "_split": null})");
+    write("dict/" + std::string(split) + "/dataset_info.json", R"({"features": {}, "splits": null})");
+  }
+  write("dict/dataset_dict.json", R"({"splits": ["test", "train"]})");
+  auto texts = [&](const std::string& name, const std::filesystem::path& in) {
+    const auto configs = resolve_datasets(name, in);
+    EXPECT_EQ(configs.size(), 1u);
+    std::vector<std::string> texts;
+    for (const Row& row : read_all(configs.at(0))) texts.push_back(row.target);
+    return texts;
+  };
+  EXPECT_THAT(texts("dict/test", folder_), ElementsAre("testdata-1.arrow", "testdata-0.arrow"));
+  EXPECT_THAT(texts("dict", folder_), ElementsAre("traindata-1.arrow", "traindata-0.arrow"));
+  EXPECT_THAT(texts((folder_ / "dict" / "test").string(), folder_ / "dict" / "test"),
+              ElementsAre("testdata-1.arrow", "testdata-0.arrow"));
+  write("dict/dataset_dict.json", R"({"splits": ["dev", "test"]})");
+  EXPECT_THAT([&] { resolve_datasets("dict", folder_); }, ThrowsMessage<UsageError>(HasSubstr("splits dev, test")));
+  write("dict/test/state.json", R"({"_data_files": [{"filename": "../train/data-0.arrow"}]})");
+  EXPECT_THAT([&] { texts("dict/test", folder_); }, ThrowsMessage<DataError>(HasSubstr("without a folder")));
+}
+
+TEST_F(RecordFileTest, ARegistrysFileNameMayBeAFolder) {
+  write("many/a.jsonl", "{\"text\":\"x\"}\n");
+  write("many/b.jsonl", "{\"text\":\"y\"}\n");
+  write("dataset_info.json", R"({"mine": {"file_name": "many"}})");
+  const auto configs = resolve_datasets("mine", folder_);
+  ASSERT_EQ(configs.size(), 1u);
+  EXPECT_EQ(read_all(configs[0]).size(), 2u);
 }
 
 TEST_F(RecordFileTest, LargeColumnarFilesAreReadInBlocks) {
