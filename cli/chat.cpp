@@ -61,7 +61,7 @@ int run_chat(Options options, const CommonOptions& common) {
     spdlog::debug("{} prompt tokens ({} kept from before), {} new in {:.2f} s", prompt.size(), session.reused(),
                   answer.ids.size(), seconds);
     messages.push_back({{"role", "assistant"}, {"content", answer.text}});
-    ++options.sampling.seed;
+    ++options.sampling.first;
   }
 }
 

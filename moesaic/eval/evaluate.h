@@ -27,6 +27,7 @@ struct EvalOptions {
   bool score_eos = false;                  // the EOS behind a choice counts (T0's rule; harness: it does not)
   generate::SamplingOptions generation{};  // for tasks whose answers are generated; max_new_tokens 0: the task's own
   std::vector<std::string> metrics{};      // of generated answers; empty: the task's own
+  int64_t bootstrap_iters = 0;             // above 0: bleu and chrf get a standard error, of at most 100 resamples
   bool run_code = false;                   // the user agrees that programs a model wrote are run (metric pass@1)
 };
 
@@ -36,7 +37,7 @@ struct TaskResult {
   bool ranked = false;
   int64_t questions = 0, available = 0;
   std::map<std::string, Mean> metrics;                          // acc, acc_norm; or exact_match, f1, rougeL, ...
-  std::map<std::string, double> corpus_metrics;                 // bleu, chrf, ...: one figure for all answers
+  std::map<std::string, Mean> corpus_metrics;                   // bleu, chrf, ...: one figure for all answers
   std::map<std::string, std::map<std::string, Mean>> variants;  // the same per prompt template, when there are any
   std::map<std::string, double> variant_median;                 // median over the templates
   int64_t ties = 0;                  // questions whose best choices scored equally; the first one counts

@@ -3,9 +3,12 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <map>
 #include <numeric>
 #include <sstream>
+
+#include "moesaic/tokenizer/unicode.h"
 
 namespace moesaic::eval {
 namespace {
@@ -66,17 +69,18 @@ double exact_match(const std::string& answer, const std::vector<std::string>& re
 
 std::string normalize_squad(const std::string& text) {
   std::string kept;
-  for (char c : text) {
-    if (!is_ascii(c) || !std::ispunct(static_cast<unsigned char>(c))) kept += lower(c);
+  for (char c : tokenizer::lowercase(text)) {
+    if (!is_ascii(c) || !std::ispunct(static_cast<unsigned char>(c))) kept += c;
   }
-  std::vector<std::string> words = words_of(kept);
+  std::vector<std::string> words = tokenizer::split_words(kept);
   std::erase_if(words, [](const std::string& word) { return word == "a" || word == "an" || word == "the"; });
   return join(words);
 }
 
 double token_f1(const std::string& answer, const std::vector<std::string>& references) {
   return best(answer, references, [](const std::string& a, const std::string& b) {
-    const std::vector<std::string> left = words_of(normalize_squad(a)), right = words_of(normalize_squad(b));
+    const std::vector<std::string> left = tokenizer::split_words(normalize_squad(a)),
+                                   right = tokenizer::split_words(normalize_squad(b));
     if (left.empty() && right.empty()) return join(words_of(a)) == join(words_of(b)) ? 1.0 : 0.0;
     std::map<std::string, int> counts;
     for (const std::string& word : right) ++counts[word];
@@ -123,7 +127,7 @@ Mean mean_of(const std::vector<double>& values) {
   if (values.empty()) return {};
   const double n = static_cast<double>(values.size());
   const double mean = std::accumulate(values.begin(), values.end(), 0.0) / n;
-  if (values.size() == 1) return {mean, 0};
+  if (values.size() == 1) return {mean, std::numeric_limits<double>::quiet_NaN()};
   double squares = 0;
   for (double value : values) squares += (value - mean) * (value - mean);
   return {mean, std::sqrt(squares / (n - 1) / n)};

@@ -28,7 +28,7 @@ std::string last_number(const std::string& text);
 /// Source: lm-evaluation-harness's gsm8k, exact_match with the filter flexible-extract.
 double number_match(const std::string& answer, const std::vector<std::string>& references);
 
-/// A mean of per-question values and its standard error, sample deviation / sqrt(n) (0 for one value).
+/// A mean of per-question values and its standard error, sample deviation / sqrt(n) (NaN for one value).
 struct Mean {
   double value = 0, standard_error = 0;
 };

@@ -34,11 +34,14 @@ std::string file_time() {
   return fmt::format("{}.{:06}", text, micros);
 }
 
+/// "N/A", as the harness writes it, where none is known.
+OrderedJson error_json(double error) { return std::isnan(error) ? OrderedJson("N/A") : OrderedJson(error); }
+
 OrderedJson metrics_json(const std::map<std::string, Mean>& metrics) {
   OrderedJson json = OrderedJson::object();
   for (const auto& [metric, mean] : metrics) {
     json[metric + ",none"] = mean.value;
-    json[metric + "_stderr,none"] = mean.standard_error;
+    json[metric + "_stderr,none"] = error_json(mean.standard_error);
   }
   return json;
 }
@@ -56,10 +59,7 @@ OrderedJson results_json(const std::vector<TaskResult>& results, const std::vect
     const std::string& name = result.name;
     scores[name] = {{"alias", name}};
     scores[name].update(metrics_json(result.metrics));
-    for (const auto& [metric, value] : result.corpus_metrics) {
-      scores[name][metric + ",none"] = value;
-      scores[name][metric + "_stderr,none"] = "N/A";  // as the harness writes where it knows none
-    }
+    scores[name].update(metrics_json(result.corpus_metrics));
     for (const auto& [metric, value] : result.variant_median) scores[name][metric + "_template_median,none"] = value;
     subtasks[name] = OrderedJson::array();
     configs[name] = {{"task", name},
@@ -104,7 +104,7 @@ OrderedJson results_json(const std::vector<TaskResult>& results, const std::vect
                         {"batch_size", info.batch_size},
                         {"device", info.device},
                         {"limit", info.limit > 0 ? OrderedJson(info.limit) : OrderedJson(nullptr)},
-                        {"bootstrap_iters", 0},
+                        {"bootstrap_iters", options.bootstrap_iters},
                         {"gen_kwargs", nullptr},
                         {"random_seed", info.seed},
                         {"numpy_seed", info.seed},
@@ -164,9 +164,11 @@ std::string results_table(const std::vector<TaskResult>& results) {
           fmt::format("| {:<{}} | {:>6} | {:<20} | {:>6.4f} | {:>7} |\n", name, width, count, metric, value, error);
       name = count = "";
     };
-    for (const auto& [metric, mean] : result.metrics)
-      line(metric, mean.value, fmt::format("{:.4f}", mean.standard_error));
-    for (const auto& [metric, value] : result.corpus_metrics) line(metric, value, "");
+    for (const auto* metrics : {&result.metrics, &result.corpus_metrics}) {
+      for (const auto& [metric, mean] : *metrics) {
+        line(metric, mean.value, std::isnan(mean.standard_error) ? "N/A" : fmt::format("{:.4f}", mean.standard_error));
+      }
+    }
     for (const auto& [metric, value] : result.variant_median) line(metric + " (median)", value, "");
     if (result.ties > 0)
       table += fmt::format("| {:<{}} | {:>6} | {:<20} | {:>6} | {:>7} |\n", "", width, "", "ties", result.ties, "");

@@ -22,6 +22,7 @@ struct SamplingOptions {
   std::vector<std::string> stop{};  // stop strings; cut from the answer
   std::vector<int64_t> eos_ids{};   // end an answer
   uint64_t seed = 0;                // of the sampling
+  int64_t first = 0;                // number of the first prompt among all of this seed
 };
 
 /// What is asked, and with which adapters.
@@ -59,7 +60,7 @@ struct Hooks {
 };
 
 /// Answers every prompt; sequences leave the batch as they finish. A sequence's answer does not depend on its
-/// neighbours: each has its own generator seeded with seed + index, its own sentence vectors and adapter weights.
+/// neighbours: each has its own generator by seed and number, its own sentence vectors and adapter weights.
 /// Throws UsageError as text_of does and for impossible options, DataError when the logits are not finite.
 std::vector<Generation> generate(models::LanguageModel& model, const tokenizer::Tokenizer& tokenizer,
                                  const std::vector<Prompt>& prompts, const SamplingOptions& options,

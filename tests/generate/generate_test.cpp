@@ -51,8 +51,19 @@ TEST_F(Generate, AnswersDoNotDependOnNeighbours) {
   const auto together = generate(*model_, *tokenizer_, prompts_, options);
   for (size_t i = 0; i < prompts_.size(); ++i) {
     SamplingOptions own = options;
-    own.seed += i;
+    own.first = static_cast<int64_t>(i);
     EXPECT_EQ(generate(*model_, *tokenizer_, {prompts_[i]}, own)[0].ids, together[i].ids);
+  }
+}
+
+TEST_F(Generate, NeighbouringSeedsShareNoAnswers) {
+  const std::vector<Prompt> prompts(6, prompts_[0]);
+  SamplingOptions options{.max_new_tokens = 12, .temperature = 1.0, .seed = 0};
+  const auto first = generate(*model_, *tokenizer_, prompts, options);
+  options.seed = 1;
+  const auto second = generate(*model_, *tokenizer_, prompts, options);
+  for (const Generation& a : first) {
+    for (const Generation& b : second) EXPECT_NE(a.ids, b.ids);
   }
 }
 
