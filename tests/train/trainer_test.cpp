@@ -427,12 +427,12 @@ TEST(Trainer, DivergenceNamesStepAndLayerAndSavesNothing) {
     run.train(config, stream, {}, [&](const StepLog& log) {
       torch::NoGradGuard no_grad;
       for (auto& parameter : run.adapter->parameters()) {
-        if (log.step == 2 && parameter.name.find("layers.1.") != std::string::npos) parameter.tensor.fill_(NAN);
+        if (log.step == 3 && parameter.name.find("layers.1.") != std::string::npos) parameter.tensor.fill_(NAN);
       }
     });
     FAIL() << "expected a DataError";
   } catch (const DataError& error) {
-    EXPECT_THAT(error.what(), HasSubstr("step 3"));
+    EXPECT_THAT(error.what(), HasSubstr("step 4"));
     EXPECT_THAT(error.what(), HasSubstr("the output of layer 1"));
   }
   for (const auto& checkpoint : list_checkpoints(folder.path())) EXPECT_EQ(checkpoint.step, 2);
