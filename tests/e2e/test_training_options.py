@@ -201,7 +201,7 @@ def test_data_validate(tmp_path):
     good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
     good.write_text('{"inputs": "red", "targets": "cat"}\n' * 3)
     assert "3 rows, formatting inputs_targets, 0 damaged" in tiny_run.run("data", "validate", good)
-    bad.write_text('{"inputs": "red", "targets": "cat"}\n{"inputs": "red"\n{"inputs": "red", "targets": 7}\n')
+    bad.write_text('{"inputs": "red", "targets": "cat"}\n{"inputs": "red"\n{"inputs": "red", "targets": [7]}\n')
     done = tiny_run.moesaic("data", "validate", bad)
     assert done.returncode == 3
     assert "2 damaged" in done.stdout and "bad.jsonl line 2" in done.stdout and "bad.jsonl line 3" in done.stdout
