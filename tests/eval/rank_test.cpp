@@ -99,13 +99,13 @@ TEST(Rank, GreedyChoiceIsMarked) {
   const auto answer = generate::generate(*model, *word_tokenizer(), {{{3, 4, 5}}}, {.max_new_tokens = 3})[0].ids;
   std::vector<int64_t> other = answer;
   other[1] = (other[1] + 1) % testing::kTinyVocab;
-  const auto scores = rank(*model, {{{{3, 4, 5}}, {answer, other}, {0, 0}}});
+  const auto scores = rank(*model, {{{{3, 4, 5}}, {answer, other}, {0, 0}, {0, 0}}});
   EXPECT_TRUE(scores[0][0].is_greedy);
   EXPECT_FALSE(scores[0][1].is_greedy);
   // Another first token, then what greedy decoding says behind it: only the first is not greedy.
   const int64_t first = (answer[0] + 1) % testing::kTinyVocab;
   const auto then = generate::generate(*model, *word_tokenizer(), {{{3, 4, 5, first}}}, {.max_new_tokens = 1})[0].ids;
-  EXPECT_FALSE(rank(*model, {{{{3, 4, 5}}, {{first, then[0]}, answer}, {0, 0}}})[0][0].is_greedy);
+  EXPECT_FALSE(rank(*model, {{{{3, 4, 5}}, {{first, then[0]}, answer}, {0, 0}, {0, 0}}})[0][0].is_greedy);
 }
 
 TEST(Rank, EveryChoiceIsReadWithTheSentenceOfItsQuestion) {
