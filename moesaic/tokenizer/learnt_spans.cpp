@@ -59,10 +59,11 @@ size_t leading_tag(std::string_view text) {
 }
 
 /// `text` with a sign at both ends of every run of words. Tags and the blanks around a run stay as they are: templates
-/// look for the one and strip the other.
+/// look for the one and strip the other. Where there is nothing but tags, they are the words.
 std::string with_signs(std::string_view text, const std::string& sign) {
   std::string out;
-  size_t run = 0, end = 0;  // the run's first byte, and the one behind its last word
+  size_t run = 0, end = 0;               // the run's first byte, and the one behind its last word
+  size_t first = text.size(), last = 0;  // of what is no blank
   auto close = [&](size_t next) {
     if (end > run) {
       out += sign;
@@ -76,7 +77,8 @@ std::string with_signs(std::string_view text, const std::string& sign) {
     if (const size_t tag = leading_tag(text.substr(at))) {
       close(at);
       out += text.substr(at, tag);
-      run = end = at += tag;
+      first = std::min(first, at);
+      run = end = last = at += tag;
     } else if (const size_t blank = leading_blank(text.substr(at))) {
       if (end <= run) {
         out += text.substr(at, blank);
@@ -88,7 +90,9 @@ std::string with_signs(std::string_view text, const std::string& sign) {
     }
   }
   close(text.size());
-  return out;
+  if (out.size() > text.size() || first >= last) return out;
+  return std::string(text.substr(0, first)) + sign + std::string(text.substr(first, last - first)) + sign +
+         std::string(text.substr(last));
 }
 
 /// Puts signs into every text of `value`; false when it holds none.

@@ -252,8 +252,9 @@ TEST_F(CarriedAdapters, AreBesideWhatARequestMixes) {
   text.mixture = torch::tensor({{1.0f}, {0.0f}});
   const auto mixed = made->head().logits(made->hidden(text, pass));
   const int64_t first = std::ssize(kSequences[0]);
-  EXPECT_LT(test::relative_error(mixed.slice(0, 0, first), with.slice(0, 0, first)), 1e-6);
-  EXPECT_LT(test::relative_error(mixed.slice(0, first), without.slice(0, first)), 1e-6);
+  // Weighing sums in another order than the fused form: 2e-6 with AVX2, below 1e-6 with AVX512.
+  EXPECT_LT(test::relative_error(mixed.slice(0, 0, first), with.slice(0, 0, first)), 1e-5);
+  EXPECT_LT(test::relative_error(mixed.slice(0, first), without.slice(0, first)), 1e-5);
   EXPECT_GT(test::relative_error(with.slice(0, first), without.slice(0, first)), 0.01);
 }
 

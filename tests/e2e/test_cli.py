@@ -99,7 +99,7 @@ def test_version_and_help():
     (["score", "--model", "{f}/model"], "exactly one of --text"),
     (["score", "--model", "{f}/model", "--ids", "3"], "at least 2 are needed"),
     (["eval", "--model", "{f}/model", "--tasks", "{f}/no.jsonl"], "no such file or folder"),
-    (["eval", "--model", "{f}/model", "--tasks", "{f}/t.jsonl", "--batch_size", "many"], "expected a number above 0 or auto"),
+    (["eval", "--model", "{f}/model", "--tasks", "{f}/t.jsonl", "--batch_size", "many"], "expected a number from 1 to 4096 or auto"),
     (["routes", "--model", "{f}/model", "--text", "cat"], "--adapter is missing"),
     (["inspect"], "give a file or folder"),
     (["inspect", "{f}/nothing"], "no such file or folder"),
@@ -347,7 +347,8 @@ def test_eval_scores_a_corpus(folder, tmp_path):
     assert scores["bleu,none"] == pytest.approx(BLEU().corpus_score(answers, references).score, abs=1e-9)
     assert scores["chrf,none"] == pytest.approx(CHRF().corpus_score(answers, references).score, abs=1e-9)
     assert scores["chrf1,none"] == pytest.approx(CHRF(beta=1).corpus_score(answers, references).score, abs=1e-9)
-    assert scores["chrf_stderr,none"] == "N/A" and 0 <= scores["codexglue_bleu,none"] <= 100
+    assert scores["chrf_stderr,none"] >= 0 and scores["codexglue_bleu_stderr,none"] == "N/A"  # as the harness: resampled, or none
+    assert 0 <= scores["codexglue_bleu,none"] <= 100
     assert "exact_match,none" not in scores and "chrf1" in done.stdout
     assert set(results["higher_is_better"]["task"]) == {"bleu", "chrf", "chrf1", "codexglue_bleu"}
 

@@ -34,7 +34,7 @@ def packed(value, other):
         return {"Decimal": str(value)}
     if kind is fractions.Fraction:
         return {"Fraction": [value.numerator, value.denominator]}
-    if isinstance(value, type) and value.__module__ == "builtins":
+    if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
         return {"type": value.__name__}
     if isinstance(value, numbers.Integral):
         return int(value)
