@@ -21,6 +21,7 @@ endfunction()
 
 # As a script: writes MADE, the constant of FILE.
 if(CMAKE_SCRIPT_MODE_FILE)
+  cmake_minimum_required(VERSION 3.25)
   get_filename_component(_folder "${FILE}" DIRECTORY)
   get_filename_component(_above "${_folder}" DIRECTORY)
   string(REPLACE "/" "::" _namespace "${_above}")
