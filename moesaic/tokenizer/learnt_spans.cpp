@@ -58,18 +58,19 @@ size_t leading_tag(std::string_view text) {
   return 0;
 }
 
-/// `text` with a sign at both ends of every run of words. Tags and the blanks around a run stay as they are: templates
-/// look for the one and strip the other. Where there is nothing but tags, they are the words.
+/// `text` with a sign at both ends of every run of words, and behind a tag that it ends in. Other tags and the blanks
+/// around a run stay as they are: templates look for the one and strip the other.
 std::string with_signs(std::string_view text, const std::string& sign) {
   std::string out;
-  size_t run = 0, end = 0;               // the run's first byte, and the one behind its last word
-  size_t first = text.size(), last = 0;  // of what is no blank
+  size_t run = 0, end = 0;         // the run's first byte, and the one behind its last word
+  std::optional<size_t> last_tag;  // where in `out` one ends behind which no word stands
   auto close = [&](size_t next) {
     if (end > run) {
       out += sign;
       out += text.substr(run, end - run);
       out += sign;
       run = end;
+      last_tag.reset();
     }
     out += text.substr(run, next - run);
   };
@@ -77,8 +78,8 @@ std::string with_signs(std::string_view text, const std::string& sign) {
     if (const size_t tag = leading_tag(text.substr(at))) {
       close(at);
       out += text.substr(at, tag);
-      first = std::min(first, at);
-      run = end = last = at += tag;
+      last_tag = out.size();
+      run = end = at += tag;
     } else if (const size_t blank = leading_blank(text.substr(at))) {
       if (end <= run) {
         out += text.substr(at, blank);
@@ -90,9 +91,8 @@ std::string with_signs(std::string_view text, const std::string& sign) {
     }
   }
   close(text.size());
-  if (out.size() > text.size() || first >= last) return out;
-  return std::string(text.substr(0, first)) + sign + std::string(text.substr(first, last - first)) + sign +
-         std::string(text.substr(last));
+  if (last_tag) out.insert(*last_tag, sign);
+  return out;
 }
 
 /// Puts signs into every text of `value`; false when it holds none.
@@ -143,9 +143,11 @@ bool sign_arguments(OrderedJson& arguments, const std::string& sign) {
   return sign_values(arguments, sign) || sign_keys(arguments, sign);
 }
 
+/// What a message without words gets: an answer has an end of turn all the same, a question stands between two answers.
+enum class Wordless { kSignBehindBlanks, kSign, kNothing };
+
 /// The messages with signs in whatever they say. Roles, ids and names steer templates and stay as they are.
-/// `empty`: answers without words get a sign, too: they have an end of turn all the same.
-OrderedJson signed_messages(const OrderedJson& messages, bool empty) {
+OrderedJson signed_messages(const OrderedJson& messages, Wordless wordless) {
   OrderedJson out = messages;
   for (size_t i = 0; i < out.size(); ++i) {
     OrderedJson& message = out[i];
@@ -167,7 +169,9 @@ OrderedJson signed_messages(const OrderedJson& messages, bool empty) {
         if (!any && function.contains("name")) any = sign_values(function["name"], sign_of(i, kName));
       }
     }
-    if (!any && empty && role == "assistant" && message.contains("content")) message["content"] = sign_of(i, kContent);
+    if (any || wordless == Wordless::kNothing || !message.contains("content")) continue;
+    const bool blanks = wordless == Wordless::kSignBehindBlanks && message["content"].is_string();
+    message["content"] = (blanks ? message["content"].get<std::string>() : "") + sign_of(i, kContent);
   }
   return out;
 }
@@ -242,11 +246,13 @@ class Turns {
         learnt_(learnt),
         special_texts_(special_texts),
         render_(render),
-        signed_(signed_messages(messages, true)),
+        signed_(signed_messages(messages, Wordless::kSignBehindBlanks)),
         shown_(render(signed_, false, true)) {
     for (size_t i = 0; i < messages.size(); ++i) roles_[i] = messages[i].value("role", "");
-    if (shown_.text != text_) {  // a template may leave empty answers out
-      signed_ = signed_messages(messages, false);
+    // A template may strip blanks, or leave empty answers out.
+    for (const Wordless wordless : {Wordless::kSign, Wordless::kNothing}) {
+      if (shown_.text == text_) break;
+      signed_ = signed_messages(messages, wordless);
       shown_ = Shown(render(signed_, false, true));
     }
     MOESAIC_CHECK(shown_.text == text_, DataError,
@@ -349,10 +355,20 @@ class Turns {
     const auto& expected = tail(like, true);
     const size_t alike = expected ? common_prefix(ahead, *expected) : 0;
     if (expected && alike == expected->size()) return from + alike;
+    // The message in front may end in a tag, which has no sign.
+    if (const size_t at = expected ? ahead.rfind(*expected) : std::string_view::npos; at != std::string_view::npos) {
+      return from + at + expected->size();
+    }
     // Something else may stand in front of the generation prompt.
     const std::string header = generation_prompt(like);
     if (const size_t at = header.empty() ? std::string_view::npos : ahead.rfind(header); at != std::string_view::npos) {
       return from + at + header.size();
+    }
+    // Where there is none, what stands in front depends on the blanks of the message before.
+    if (header.empty()) {
+      const auto& own = tail(i, true);
+      const size_t at = own ? ahead.rfind(*own) : std::string_view::npos;
+      if (at != std::string_view::npos) return from + at + own->size();
     }
     // Or the turn lacks the end of what a prompt has, as earlier turns lack <think>.
     size_t at = 0, size = alike;
