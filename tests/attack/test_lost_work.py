@@ -233,8 +233,8 @@ def test_limits_on_the_address_space_end_in_words(made):
         done = subprocess.run([tiny_run.PROGRAM, "score", "--model", made / "model", "--ids", "0,3,4"],
                               capture_output=True, text=True, preexec_fn=preexec, timeout=60,
                               env={**os.environ, "OMP_NUM_THREADS": "2"})
-        # 127: not even the libraries could be loaded, and the loader says so.
-        assert done.returncode in (0, 4, 127), (limit >> 20, done.returncode, done.stderr[-500:])
+        # 127: not even the libraries could be loaded, and the loader says so. 3: the tokenizer ran out of it.
+        assert done.returncode in (0, 3, 4, 127), (limit >> 20, done.returncode, done.stderr[-500:])
         assert done.returncode == 0 or done.stderr
 
 
