@@ -51,7 +51,7 @@ bool address_space_is_used_up() {
   return pages * static_cast<rlim_t>(sysconf(_SC_PAGESIZE)) + kNearly > limit.rlim_cur;
 }
 
-void on_fatal(int signal) {
+[[maybe_unused]] void on_fatal(int signal) {
   // std::terminate aborts with the exception that nobody caught.
   const std::type_info* thrown = signal == SIGABRT ? abi::__cxa_current_exception_type() : nullptr;
   const bool memory = thrown != nullptr && (*thrown == typeid(std::bad_alloc) || *thrown == typeid(std::system_error));
@@ -63,15 +63,7 @@ void on_fatal(int signal) {
   raise(signal);
 }
 
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define MOESAIC_ADDRESS_SANITIZER
-#endif
-#elif defined(__SANITIZE_ADDRESS__)
-#define MOESAIC_ADDRESS_SANITIZER
-#endif
-
-#ifndef MOESAIC_ADDRESS_SANITIZER
+#ifndef MOESAIC_SANITIZE
 /// Runs before the constructors of the libraries, which allocate, too.
 void catch_fatal_signals(int, char**, char**) {
   for (const int signal : {SIGABRT, SIGSEGV, SIGBUS}) std::signal(signal, on_fatal);

@@ -28,15 +28,7 @@ constexpr const char* kSettings[] = {"OMP_WAIT_POLICY=passive", "GOMP_SPINCOUNT=
 
 std::string_view name_of(std::string_view setting) { return setting.substr(0, setting.find('=')); }
 
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define MOESAIC_ADDRESS_SANITIZER
-#endif
-#elif defined(__SANITIZE_ADDRESS__)
-#define MOESAIC_ADDRESS_SANITIZER
-#endif
-
-#ifndef MOESAIC_ADDRESS_SANITIZER
+#ifndef MOESAIC_SANITIZE
 /// Runs before the constructors of the libraries, libgomp's among them, and starts the program again with kSettings.
 void start_with_settings(int, char** argv, char** environment) {
   std::vector<char*> changed;

@@ -1,11 +1,22 @@
 #include "moesaic/adapters/targets.h"
 
+#include <map>
+
 #include "moesaic/base/check.h"
 #include "moesaic/base/json.h"
 #include "moesaic/base/regex.h"
 
 namespace moesaic::adapters {
 namespace {
+
+/// A pattern is asked about every site of a model and takes longer to compile than to match.
+const Regex& compiled(const std::string& pattern, const char* where) {
+  constexpr size_t kMost = 64;
+  thread_local std::map<std::string, Regex> known;
+  if (const auto found = known.find(pattern); found != known.end()) return found->second;
+  if (known.size() >= kMost) known.clear();
+  return known.emplace(pattern, Regex(pattern, where)).first->second;
+}
 
 bool is_suffix(const std::string& path, const std::string& name) {
   return path == name ||
@@ -18,7 +29,7 @@ std::string last_component(const std::string& path) { return path.substr(path.rf
 
 bool matches_target(const TargetPattern& pattern, const std::string& path) {
   if (const auto* regex = std::get_if<std::string>(&pattern)) {
-    return !regex->empty() && Regex(*regex, "target pattern").matches(path);
+    return !regex->empty() && compiled(*regex, "target pattern").matches(path);
   }
   const auto& names = std::get<std::vector<std::string>>(pattern);
   return std::any_of(names.begin(), names.end(), [&](const std::string& name) { return is_suffix(path, name); });
@@ -27,7 +38,7 @@ bool matches_target(const TargetPattern& pattern, const std::string& path) {
 template <class T>
 T PatternValues<T>::value(const std::string& path, T fallback) const {
   for (const auto& [pattern, value] : items_) {
-    if (Regex("(.*\\.)?(" + pattern + ")", "pattern of ranks or alphas").matches(path)) return value;
+    if (compiled("(.*\\.)?(" + pattern + ")", "pattern of ranks or alphas").matches(path)) return value;
   }
   return fallback;
 }

@@ -4,11 +4,9 @@
 #include <sys/stat.h>
 
 #include <chrono>
-#include <fstream>
 #include <map>
 #include <mutex>
 
-#include "moesaic/base/check.h"
 #include "moesaic/base/json.h"
 #include "moesaic/base/sha256.h"
 
@@ -84,16 +82,7 @@ std::string remembered(const std::string& what, const std::vector<fs::path>& fil
 }
 
 std::string file_sha256(const fs::path& file) {
-  return remembered("sha256", {file}, [&] {
-    std::ifstream in(file, std::ios::binary);
-    MOESAIC_CHECK(in.good(), DataError, "{}: can't be opened", file.string());
-    Sha256 hash;
-    std::string bytes(size_t{1} << 20, '\0');
-    while (in.read(bytes.data(), std::ssize(bytes)), in.gcount() > 0) {
-      hash.update(bytes.data(), static_cast<size_t>(in.gcount()));
-    }
-    return hash.hex();
-  });
+  return remembered("sha256", {file}, [&] { return sha256_of_file(file); });
 }
 
 }  // namespace moesaic

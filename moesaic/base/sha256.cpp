@@ -5,6 +5,9 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <fstream>
+
+#include "moesaic/base/check.h"
 
 namespace moesaic {
 namespace {
@@ -82,6 +85,18 @@ std::string Sha256::hex() {
   std::string text;
   for (uint32_t word : state_) text += fmt::format("{:08x}", word);
   return text;
+}
+
+std::string sha256_of_file(const std::filesystem::path& file) {
+  std::ifstream in(file, std::ios::binary);
+  MOESAIC_CHECK(in.good(), DataError, "{}: can't be opened", file.string());
+  Sha256 hash;
+  std::string bytes(size_t{1} << 20, '\0');
+  while (in.read(bytes.data(), std::ssize(bytes)), in.gcount() > 0) {
+    hash.update(bytes.data(), static_cast<size_t>(in.gcount()));
+  }
+  MOESAIC_CHECK(in.eof(), DataError, "{}: can't be read", file.string());
+  return hash.hex();
 }
 
 }  // namespace moesaic

@@ -3,6 +3,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <filesystem>
 #include <string>
 #include <string_view>
 
@@ -24,6 +25,9 @@ class Sha256 {
   std::array<uint8_t, 64> buffer_{};
   uint64_t bytes_ = 0;
 };
+
+/// Of all bytes of a file. Throws DataError when it can't be read.
+std::string sha256_of_file(const std::filesystem::path& file);
 
 inline std::string sha256_hex(std::string_view bytes) {
   Sha256 hash;

@@ -23,8 +23,8 @@ struct ValidateOptions {
   std::function<void(int64_t rows)> progress;  // rows judged since the last call
 };
 
-/// Rows are judged by as many threads as ATen has, and the result is remembered while the files, the program and what it
-/// renders with stay the same. Throws DataError when the file as a whole can't be read.
+/// Rows are judged by as many threads as ATen has, and the result is remembered while the files, the program and what
+/// it renders with stay the same. Throws DataError when the file as a whole can't be read.
 Validation validate(const DatasetConfig& config, const ValidateOptions& options = {});
 
 /// Does with damaged rows what on_bad_row says: throws one DataError that names them, or warns that they are left out.

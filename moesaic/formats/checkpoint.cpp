@@ -90,7 +90,7 @@ class FolderCheckpoint : public Checkpoint {
   Json tokenizer_config() const override { return read_tokenizer_config(path_); }
   ChatTemplates chat_templates() const override { return read_chat_templates(path_); }
 
-  Json generation_config() const override { return optional_json("generation_config.json"); }
+  Json generation_config() const override { return read_optional_json(path_ / "generation_config.json"); }
 
   std::string fingerprint() const override {
     std::call_once(fingerprint_once_, [this] {
@@ -120,14 +120,6 @@ class FolderCheckpoint : public Checkpoint {
   }
   const SafetensorsFile& file(const std::string& name) const { return *location(name).file; }
   const std::string& stored_name(const std::string& name) const { return location(name).stored_name; }
-
-  Json optional_json(const char* name) const {
-    const fs::path file = path_ / name;
-    if (!is_there(file)) return Json::object();
-    Json json = read_json(file, size_t{64} << 20);
-    MOESAIC_CHECK(json.is_object(), FormatError, "{}: is not a JSON object", file.string());
-    return json;
-  }
 
   void open_weights() {
     if (is_there(path_ / kSingleName)) {

@@ -12,13 +12,6 @@ constexpr const char* kTemplate = "chat_template.jinja";
 constexpr const char* kTemplates = "additional_chat_templates";
 constexpr size_t kMostTemplateBytes = size_t{16} << 20, kMostConfigBytes = size_t{64} << 20;
 
-Json optional_json(const fs::path& file) {
-  if (!is_there(file)) return Json::object();
-  Json json = read_json(file, kMostConfigBytes);
-  MOESAIC_CHECK(json.is_object(), FormatError, "{}: is not a JSON object", file.string());
-  return json;
-}
-
 /// A text, or a list of {name, template}.
 ChatTemplates templates_of(const Json& value, const std::string& where) {
   ChatTemplates templates;
@@ -42,9 +35,16 @@ bool is_plain_name(const std::string& name) {
 
 }  // namespace
 
+Json read_optional_json(const fs::path& file) {
+  if (!is_there(file)) return Json::object();
+  Json json = read_json(file, kMostConfigBytes);
+  MOESAIC_CHECK(json.is_object(), FormatError, "{}: is not a JSON object", file.string());
+  return json;
+}
+
 Json read_tokenizer_config(const fs::path& folder) {
-  Json config = optional_json(folder / kConfig);
-  if (!config.contains("added_tokens_decoder")) config.update(optional_json(folder / "special_tokens_map.json"));
+  Json config = read_optional_json(folder / kConfig);
+  if (!config.contains("added_tokens_decoder")) config.update(read_optional_json(folder / "special_tokens_map.json"));
   for (auto& [key, value] : config.items()) {
     if (key.ends_with("_token") && value.is_object() && value.contains("content")) value = Json(value["content"]);
   }
@@ -62,7 +62,7 @@ ChatTemplates read_chat_templates(const fs::path& folder) {
   }
   for (const char* name : {"chat_template.json", kConfig}) {
     if (!templates.empty()) break;
-    const Json json = optional_json(folder / name);
+    const Json json = read_optional_json(folder / name);
     if (json.contains("chat_template")) templates = templates_of(json["chat_template"], (folder / name).string());
   }
   return templates;

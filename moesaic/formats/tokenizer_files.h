@@ -19,6 +19,9 @@ struct TokenizerFiles {
   ChatTemplates chat_templates{};
 };
 
+/// A JSON object that a folder may lack: {} then. Throws FormatError.
+Json read_optional_json(const std::filesystem::path& file);
+
 /// tokenizer_config.json of `folder`. As in transformers, special_tokens_map.json has the last word, unless
 /// added_tokens_decoder says all there is. Throws FormatError.
 Json read_tokenizer_config(const std::filesystem::path& folder);

@@ -15,7 +15,8 @@ constexpr size_t kMostTrainingText = size_t{64} << 20;  // bytes that a tokenize
 /// A configuration with another tokenizer and no weights.
 class BlankCheckpoint : public formats::Checkpoint {
  public:
-  BlankCheckpoint(const Checkpoint& model, Json config, formats::TokenizerFiles tokenizer) : tokenizer_(std::move(tokenizer)) {
+  BlankCheckpoint(const Checkpoint& model, Json config, formats::TokenizerFiles tokenizer)
+      : tokenizer_(std::move(tokenizer)) {
     path_ = model.path();
     config_ = std::move(config);
   }

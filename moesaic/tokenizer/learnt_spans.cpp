@@ -6,6 +6,8 @@
 #include <set>
 #include <string_view>
 
+#include "moesaic/tokenizer/unicode.h"
+
 namespace moesaic::tokenizer {
 namespace {
 
@@ -30,21 +32,6 @@ bool is_sign(std::string_view text, size_t at) {
          static_cast<unsigned char>(text[at + 2]) <= kBlockEnd;
 }
 
-/// Bytes of the blank that `text` begins with; 0 when it begins with none. What Python's strip() takes off.
-size_t leading_blank(std::string_view text) {
-  static constexpr std::string_view kWide[] = {"\xC2\x85",     "\xC2\xA0",     "\xE1\x9A\x80", "\xE2\x80\xA8",
-                                               "\xE2\x80\xA9", "\xE2\x80\xAF", "\xE2\x81\x9F", "\xE3\x80\x80"};
-  if (text.empty()) return 0;
-  const auto first = static_cast<unsigned char>(text[0]);
-  if (first == ' ' || (first >= 0x09 && first <= 0x0D) || (first >= 0x1C && first <= 0x1F)) return 1;
-  for (const std::string_view wide : kWide) {
-    if (text.starts_with(wide)) return wide.size();
-  }
-  const bool spaces = text.starts_with("\xE2\x80") && text.size() > 2 && static_cast<unsigned char>(text[2]) >= 0x80 &&
-                      static_cast<unsigned char>(text[2]) <= 0x8A;  // U+2000 to U+200A
-  return spaces ? 3 : 0;
-}
-
 /// Bytes of the tag that `text` begins with, <think> or [THINK]; 0 when it begins with none.
 size_t leading_tag(std::string_view text) {
   constexpr size_t kLongest = 64;
@@ -53,7 +40,7 @@ size_t leading_tag(std::string_view text) {
   for (size_t i = 1; i < std::min(text.size(), kLongest); ++i) {
     if (text[i] == close) return i > 1 ? i + 1 : 0;
     const bool capital = (text[i] >= 'A' && text[i] <= 'Z') || text[i] == '_' || text[i] == '/';
-    if (text[i] == text[0] || leading_blank(text.substr(i)) > 0 || (close == ']' && !capital)) return 0;
+    if (text[i] == text[0] || leading_space(text.substr(i)) > 0 || (close == ']' && !capital)) return 0;
   }
   return 0;
 }
@@ -80,7 +67,7 @@ std::string with_signs(std::string_view text, const std::string& sign) {
       out += text.substr(at, tag);
       last_tag = out.size();
       run = end = at += tag;
-    } else if (const size_t blank = leading_blank(text.substr(at))) {
+    } else if (const size_t blank = leading_space(text.substr(at))) {
       if (end <= run) {
         out += text.substr(at, blank);
         run = end = at + blank;

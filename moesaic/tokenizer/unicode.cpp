@@ -14,8 +14,10 @@ constexpr std::string_view kWideSpaces[] = {"\u0085", "\u00a0", "\u1680", "\u200
                                             "\u2004", "\u2005", "\u2006", "\u2007", "\u2008", "\u2009", "\u200a",
                                             "\u2028", "\u2029", "\u202f", "\u205f", "\u3000"};
 
-/// Bytes of the white space that `text` begins with.
-size_t space_at(std::string_view text) {
+}  // namespace
+
+size_t leading_space(std::string_view text) {
+  if (text.empty()) return 0;
   const auto first = static_cast<unsigned char>(text.front());
   if (first < 0x80) return first == ' ' || (first >= 0x09 && first <= 0x0d) || (first >= 0x1c && first <= 0x1f);
   const auto* found = std::find_if(std::begin(kWideSpaces), std::end(kWideSpaces),
@@ -23,15 +25,13 @@ size_t space_at(std::string_view text) {
   return found == std::end(kWideSpaces) ? 0 : found->size();
 }
 
-}  // namespace
-
 std::string lowercase(std::string_view text) { return OwnedText(bridge_lowercase(text.data(), text.size())).str(); }
 
 std::vector<std::string> split_words(std::string_view text) {
   std::vector<std::string> words;
   std::string word;
   while (!text.empty()) {
-    const size_t space = space_at(text);
+    const size_t space = leading_space(text);
     if (space == 0) word += text.front();
     if (space > 0 && !word.empty()) words.push_back(std::exchange(word, {}));
     text.remove_prefix(std::max<size_t>(space, 1));

@@ -6,6 +6,8 @@
 
 namespace moesaic::tokenizer {
 
+/// Bytes of the white space character, as str.isspace() has it, that `text` begins with; 0 when it begins with none.
+size_t leading_space(std::string_view text);
 /// str.lower().
 std::string lowercase(std::string_view text);
 /// str.split(): the words between stretches of white space.

@@ -45,23 +45,11 @@ std::optional<int64_t> step_of(const fs::path& dir) {
   return step;
 }
 
-std::string sha256_of(const fs::path& file) {
-  std::ifstream in(file, std::ios::binary);
-  MOESAIC_CHECK(in.good(), DataError, "{}: can't be opened", file.string());
-  Sha256 hash;
-  std::string bytes(size_t{1} << 20, '\0');
-  while (in.read(bytes.data(), std::ssize(bytes)), in.gcount() > 0) {
-    hash.update(bytes.data(), static_cast<size_t>(in.gcount()));
-  }
-  MOESAIC_CHECK(in.eof(), DataError, "{}: can't be read", file.string());
-  return hash.hex();
-}
-
 /// {"step": N, "sha256": {"<file>": hex}} of a folder.
 Json digests_of(const fs::path& dir, int64_t step) {
   Json files = Json::object();
   for (const auto& entry : fs::recursive_directory_iterator(dir)) {
-    if (entry.is_regular_file()) files[fs::relative(entry.path(), dir).generic_string()] = sha256_of(entry.path());
+    if (entry.is_regular_file()) files[fs::relative(entry.path(), dir).generic_string()] = sha256_of_file(entry.path());
   }
   return {{"step", step}, {"sha256", std::move(files)}};
 }
@@ -101,7 +89,7 @@ void check_digests(const fs::path& dir, int64_t step) {
   }
   for (const auto& [name, digest] : digests["sha256"].items()) {
     MOESAIC_CHECK(fs::is_regular_file(dir / name), DataError, "{}: {} is missing", dir.string(), name);
-    MOESAIC_CHECK(digest == sha256_of(dir / name), DataError,
+    MOESAIC_CHECK(digest == sha256_of_file(dir / name), DataError,
                   "{}: {}: got other bytes than were written with this checkpoint (by their SHA-256): damaged, or of "
                   "another step",
                   dir.string(), name);

@@ -41,9 +41,4 @@ def main():
         line.send(answer)
 
 
-def changeable(what, arguments):
-    """The lists, dicts and sets among the arguments of a call, which it may change."""
-    return [each for each in arguments[1] if type(each) in (list, dict, set)] if what == "call" else []
-
-
 main()

@@ -76,7 +76,7 @@ def main():
             result = local[answer["call_back"]](*theirs(answer["arguments"]))
             line.send(packed(result, mine))
             answer = line.receive()
-        given = [each for each in arguments[1] if type(each) in (list, dict, set)] if what == "call" else []
+        given = changeable(what, arguments)
         for place, now in answer["changed"].items():
             changed, now = given[int(place)], theirs(now)
             changed.clear()

@@ -71,6 +71,11 @@ def unpacked(value, other):
     return other(value)
 
 
+def changeable(what, arguments):
+    """The lists, dicts and sets among the arguments of a call, which it may change."""
+    return [each for each in arguments[1] if type(each) in (list, dict, set)] if what == "call" else []
+
+
 class Line:
     """A pair of pipes."""
 
