@@ -6,6 +6,10 @@
 
 namespace moesaic::formats {
 
+/// A key of our own beside `rope_parameters`: what cos and sin of every layer are multiplied by (GGUF's attn_factor),
+/// which transformers has for yarn alone.
+inline constexpr const char* kRopeMagnitude = "moesaic_rope_attention_factor";
+
 /// Brings a config.json (as transformers 4 or 5 writes it) into transformers 5's shape:
 ///  - `text_config` of a multi-modal model replaces the whole; token ids, dtype and tying are kept from outside;
 ///  - `dtype` ("float32", "bfloat16", ...) replaces `torch_dtype`;

@@ -171,12 +171,27 @@ class Reader {
 };
 
 constexpr GgmlTypeInfo kTypes[] = {
-    {GgmlType::kF32, "F32", 1, 4},       {GgmlType::kF16, "F16", 1, 2},       {GgmlType::kBF16, "BF16", 1, 2},
-    {GgmlType::kQ4_0, "Q4_0", 32, 18},   {GgmlType::kQ4_1, "Q4_1", 32, 20},   {GgmlType::kQ5_0, "Q5_0", 32, 22},
-    {GgmlType::kQ5_1, "Q5_1", 32, 24},   {GgmlType::kQ8_0, "Q8_0", 32, 34},   {GgmlType::kQ2_K, "Q2_K", 256, 84},
-    {GgmlType::kQ3_K, "Q3_K", 256, 110}, {GgmlType::kQ4_K, "Q4_K", 256, 144}, {GgmlType::kQ5_K, "Q5_K", 256, 176},
-    {GgmlType::kQ6_K, "Q6_K", 256, 210},
+    {GgmlType::kF32, "F32", 1, 4},       {GgmlType::kF16, "F16", 1, 2},         {GgmlType::kBF16, "BF16", 1, 2},
+    {GgmlType::kQ4_0, "Q4_0", 32, 18},   {GgmlType::kQ4_1, "Q4_1", 32, 20},     {GgmlType::kQ5_0, "Q5_0", 32, 22},
+    {GgmlType::kQ5_1, "Q5_1", 32, 24},   {GgmlType::kQ8_0, "Q8_0", 32, 34},     {GgmlType::kQ2_K, "Q2_K", 256, 84},
+    {GgmlType::kQ3_K, "Q3_K", 256, 110}, {GgmlType::kQ4_K, "Q4_K", 256, 144},   {GgmlType::kQ5_K, "Q5_K", 256, 176},
+    {GgmlType::kQ6_K, "Q6_K", 256, 210}, {GgmlType::kIQ4_NL, "IQ4_NL", 32, 18}, {GgmlType::kIQ4_XS, "IQ4_XS", 256, 136},
 };
+
+/// Types of ggml's that are known by name only.
+constexpr std::pair<uint32_t, const char*> kUnreadTypes[] = {
+    {9, "Q8_1"},   {15, "Q8_K"},  {16, "IQ2_XXS"}, {17, "IQ2_XS"}, {18, "IQ3_XXS"}, {19, "IQ1_S"}, {21, "IQ3_S"},
+    {22, "IQ2_S"}, {24, "I8"},    {25, "I16"},     {26, "I32"},    {27, "I64"},     {28, "F64"},   {29, "IQ1_M"},
+    {34, "TQ1_0"}, {35, "TQ2_0"}, {39, "MXFP4"},   {40, "NVFP4"},  {41, "Q1_0"},
+};
+
+/// "type 16 (IQ2_XXS)"
+std::string type_text(uint32_t type) {
+  for (const auto& [number, name] : kUnreadTypes) {
+    if (number == type) return fmt::format("type {} ({})", type, name);
+  }
+  return fmt::format("type {}", type);
+}
 
 const GgmlTypeInfo* find_type(uint32_t type) {
   for (const auto& info : kTypes) {
@@ -199,7 +214,7 @@ std::string locate(const TensorRow& row, std::string_view data, uint64_t alignme
   if (info == nullptr) {
     std::vector<const char*> known;
     for (const auto& type : kTypes) known.push_back(type.name);
-    return fmt::format("has the unknown or unsupported type {}; supported: {}", row.type, fmt::join(known, " "));
+    return fmt::format("has the unknown or unsupported {}; supported: {}", type_text(row.type), fmt::join(known, " "));
   }
   uint64_t elements = 1;
   for (const uint64_t dim : row.dims) {

@@ -301,7 +301,7 @@ class GgufCheckpoint : public Checkpoint {
 
   /// llama.cpp's rules: a factor without a type is linear's; cos and sin are multiplied by attn_factor and, under yarn,
   /// by what the factor (and yarn_log_multiplier) gives.
-  Json rope_scaling(const GgufMetadata& metadata, const Json& config) const {
+  Json rope_scaling(const GgufMetadata& metadata, Json& config) const {
     const std::string& where = file_.bytes().where;
     auto number = [&](const char* key, double fallback) { return metadata.find_number(key).value_or(fallback); };
     const auto type = file_.find_string(metadata.key("rope.scaling.type")).value_or("linear");
@@ -311,20 +311,18 @@ class GgufCheckpoint : public Checkpoint {
     double factor = number("rope.scaling.factor", number("rope.scale_linear", 1.0));
     if (factor == 0.0 || type == "none") factor = 1.0;
     const double attention = number("rope.scaling.attn_factor", 1.0) * number("rope.scaling.yarn_attn_factor", 1.0);
-    MOESAIC_CHECK(yarn || attention == 1.0, DataError,
-                  "{}: rope.scaling.attn_factor: got {} with type {}, expected 1 or yarn", where, attention, type);
     const double mixed = yarn ? 1.0 : 0.0, extrapolated = number("rope.scaling.yarn_ext_factor", mixed);
     MOESAIC_CHECK(extrapolated == mixed || extrapolated < 0, DataError,
                   "{}: rope.scaling.yarn_ext_factor: got {} with type {}, expected {}", where, extrapolated, type,
                   mixed);
+    if (!yarn && attention != 1.0) config[kRopeMagnitude] = attention;
     for (const auto& tensor : file_.tensors()) {
       if (tensor.name != kRopeFactors) continue;
-      MOESAIC_CHECK(factor == 1.0 && attention == 1.0, DataError,
-                    "{}: got both {} and rope.scaling ({} by {}), expected one of them", where, kRopeFactors, type,
-                    factor);
+      MOESAIC_CHECK(factor == 1.0, DataError, "{}: got both {} and rope.scaling ({} by {}), expected one of them",
+                    where, kRopeFactors, type, factor);
       return llama3_scaling(tensor, config["rope_theta"]);
     }
-    if (factor == 1.0 && attention == 1.0) return nullptr;
+    if (factor == 1.0 && (!yarn || attention == 1.0)) return nullptr;
     Json scaling = {{"rope_type", type}, {"factor", factor}};
     if (!yarn) return scaling;
     for (const auto& [key, gguf] :

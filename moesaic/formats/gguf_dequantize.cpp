@@ -160,6 +160,27 @@ void q6_k_block(const uint8_t* block, float* y) {
   }
 }
 
+/// What the four bits of IQ4_NL and IQ4_XS mean.
+constexpr int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+/// q[16]: y = d values[q]; low nibbles are the first half.
+void iq4_values(const uint8_t* q, float d, float* y) {
+  for (int i = 0; i < 16; ++i) y[i] = d * static_cast<float>(kIq4Values[q[i] & 15]);
+  for (int i = 0; i < 16; ++i) y[i + 16] = d * static_cast<float>(kIq4Values[q[i] >> 4]);
+}
+
+void iq4_nl_block(const uint8_t* block, float* y) { iq4_values(block + 2, half_at(block), y); }
+
+/// d, high bits of the scales (16), their low nibbles[4], q[128]: per 32 elements y = d (scale - 32) values[q].
+void iq4_xs_block(const uint8_t* block, float* y) {
+  const float d = half_at(block);
+  const int high = block[2] | block[3] << 8;
+  for (int group = 0; group < 8; ++group) {
+    const int scale = (block[4 + group / 2] >> (group % 2 * 4) & 15) | (high >> (group * 2) & 3) << 4;
+    iq4_values(block + 8 + group * 16, d * static_cast<float>(scale - 32), y + group * 32);
+  }
+}
+
 template <int64_t elements, int64_t bytes, void (*block)(const uint8_t*, float*)>
 void each_block(const uint8_t* blocks, int64_t count, float* out) {
   for (int64_t i = 0; i < count / elements; ++i) block(blocks + i * bytes, out + i * elements);
@@ -182,6 +203,8 @@ void dequantize(GgmlType type, const uint8_t* blocks, int64_t count, float* out)
     case GgmlType::kQ4_K: return each_block<256, 144, q4_k_block>(blocks, count, out);
     case GgmlType::kQ5_K: return each_block<256, 176, q5_k_block>(blocks, count, out);
     case GgmlType::kQ6_K: return each_block<256, 210, q6_k_block>(blocks, count, out);
+    case GgmlType::kIQ4_NL: return each_block<32, 18, iq4_nl_block>(blocks, count, out);
+    case GgmlType::kIQ4_XS: return each_block<256, 136, iq4_xs_block>(blocks, count, out);
   }
 }
 

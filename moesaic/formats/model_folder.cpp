@@ -96,6 +96,10 @@ void write_model_folder(const fs::path& dir, const ModelFolder& model) {
     if (is_weight_file(name) && !written.contains(name)) fs::remove(entry.path());
   }
 
+  if (model.config.contains(kRopeMagnitude)) {
+    spdlog::warn("{}: config.json says {} = {}, which other programs don't read: transformers has it for yarn alone",
+                 where, kRopeMagnitude, model.config[kRopeMagnitude].dump());
+  }
   Json config = with_legacy_rope_keys(model.config);
   config["dtype"] = dtype_word(model.dtype);
   write_file_atomically(dir / "config.json", config.dump(2) + "\n");

@@ -2,6 +2,8 @@
 
 #include <functional>
 
+#include "moesaic/formats/config.h"
+
 namespace moesaic::models {
 namespace {
 
@@ -128,6 +130,7 @@ RopeConfig read_rope(ConfigReader& reader, const Json& rope, const std::string& 
                      const DecoderConfig& config) {
   RopeConfig result;
   result.theta = theta;
+  if (reader.has(formats::kRopeMagnitude)) result.attention_factor = reader.positive(formats::kRopeMagnitude, 1.0);
   if (!rope.is_object()) {
     reader.error(name, fmt::format("got {}, expected an object", shown(rope)));
     return result;

@@ -100,6 +100,7 @@ Rope::Rope(RopeConfig config, int64_t head_dim) : config_(std::move(config)), he
   MOESAIC_CHECK(head_dim > 0 && head_dim % 2 == 0, ConfigError, "rope: got head_dim {}, expected an even number",
                 head_dim);
   const torch::Tensor base = base_frequencies(config_.theta, head_dim);
+  if (config_.attention_factor >= 0) attention_factor_ = config_.attention_factor;
   if (config_.type == "default" || config_.type == "dynamic") {
     inverse_frequencies_ = base;
   } else if (config_.type == "linear") {

@@ -11,14 +11,15 @@ namespace moesaic::nn {
 
 /// RoPE of one kind of layer: base, scaling and what the scaling does to the frequencies and to cos/sin.
 struct RopeConfig {
-  std::string type = "default";                                     // default | linear | dynamic | llama3 | yarn
-  double theta = 10000.0;                                           // base of the frequencies
-  double factor = 1.0;                                              // by which positions or frequencies are scaled
-  int64_t original_max_position = 0;                                // dynamic, llama3, yarn
-  double low_freq_factor = 1.0, high_freq_factor = 4.0;             // llama3
-  double beta_fast = 32.0, beta_slow = 1.0, attention_factor = -1;  // yarn; -1 = derived
-  double mscale = 0.0, mscale_all_dim = 0.0;                        // yarn
-  bool truncate = true;                                             // yarn
+  std::string type = "default";                          // default | linear | dynamic | llama3 | yarn
+  double theta = 10000.0;                                // base of the frequencies
+  double factor = 1.0;                                   // by which positions or frequencies are scaled
+  int64_t original_max_position = 0;                     // dynamic, llama3, yarn
+  double low_freq_factor = 1.0, high_freq_factor = 4.0;  // llama3
+  double beta_fast = 32.0, beta_slow = 1.0;              // yarn
+  double attention_factor = -1;                          // of cos and sin; -1 = derived for yarn, else 1
+  double mscale = 0.0, mscale_all_dim = 0.0;             // yarn
+  bool truncate = true;                                  // yarn
 };
 
 /// Frequencies of a RopeConfig for heads of width k.
@@ -31,7 +32,7 @@ class Rope {
 
   /// Inverse frequencies [k/2] float32 for a sequence of `length` tokens (only `dynamic` depends on it).
   torch::Tensor inverse_frequencies(int64_t length) const;
-  /// What cos and sin are multiplied by (yarn; otherwise 1).
+  /// What cos and sin are multiplied by.
   double attention_factor() const { return attention_factor_; }
   /// cos and sin for the ragged rows. positions: [N] int64; lengths: tokens of each sequence, cached ones included.
   /// With `dynamic` every sequence has the frequencies of its own length, so neighbours never matter.

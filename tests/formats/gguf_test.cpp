@@ -81,9 +81,9 @@ TEST(Gguf, AlignmentOfTheFileIsUsed) {
 
 TEST(Gguf, DequantisesBitForBitAsTheGgufPackage) {
   const SafetensorsFile golden(MOESAIC_SOURCE_DIR "/tests/formats/golden/dequantize.safetensors");
-  for (const auto type :
-       {GgmlType::kF16, GgmlType::kBF16, GgmlType::kQ4_0, GgmlType::kQ4_1, GgmlType::kQ5_0, GgmlType::kQ5_1,
-        GgmlType::kQ8_0, GgmlType::kQ2_K, GgmlType::kQ3_K, GgmlType::kQ4_K, GgmlType::kQ5_K, GgmlType::kQ6_K}) {
+  for (const auto type : {GgmlType::kF16, GgmlType::kBF16, GgmlType::kQ4_0, GgmlType::kQ4_1, GgmlType::kQ5_0,
+                          GgmlType::kQ5_1, GgmlType::kQ8_0, GgmlType::kQ2_K, GgmlType::kQ3_K, GgmlType::kQ4_K,
+                          GgmlType::kQ5_K, GgmlType::kQ6_K, GgmlType::kIQ4_NL, GgmlType::kIQ4_XS}) {
     const std::string name = ggml_type_info(type).name;
     const at::Tensor blocks = golden.tensor(name + ".blocks"), expected = golden.tensor(name + ".values");
     ASSERT_EQ(blocks.numel() / ggml_type_info(type).bytes * ggml_type_info(type).elements, expected.numel()) << name;
@@ -166,7 +166,7 @@ std::vector<Damaged> damaged_files() {
   add("bytes overflow", with_tensor({uint64_t{1} << 62}, 0, data), {"overflow"});
   add("a size of 2^64-1", with_tensor({UINT64_MAX}, 0, data), {"impossible shape"});
   add("unknown quantisation", with_tensor({16}, 9999, data), {"type 9999", "Q4_1", "Q6_K"});
-  add("unsupported quantisation IQ2_XXS", with_tensor({256}, 16, data), {"type 16"});
+  add("unsupported quantisation IQ2_XXS", with_tensor({256}, 16, data), {"type 16 (IQ2_XXS)"});
   add("half a block", with_tensor({16, 2}, 2, data), {"16 elements", "Q4_0 packs 32"});
   add("more data than the file", with_tensor({1000}, 0, data), {"4000", "truncated"});
   add("offset past the end", with_tensor({4}, 0, data, 64), {"truncated or its offsets lie"});

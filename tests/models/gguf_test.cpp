@@ -266,7 +266,9 @@ TEST(GgufRope, EveryKeyOfTheScalingCountsOrIsRefused) {
                                    .f32("llama.rope.scaling.factor", 4.f)
                                    .f32("llama.rope.scaling.yarn_log_multiplier", 1.f));
   EXPECT_NEAR(multiplied["attention_factor"].get<double>(), 1.0, 1e-6);
-  EXPECT_ERROR(open(metadata("llama").f32("llama.rope.scaling.attn_factor", 0.5f)), DataError, "attn_factor: got 0.5");
+  const auto plain = open(metadata("llama").f32("llama.rope.scaling.attn_factor", 0.5f));
+  EXPECT_EQ(plain->config()["rope_parameters"]["rope_type"], "default");
+  EXPECT_EQ(parse_decoder_config(plain->config(), "test").rope.attention_factor, 0.5);
   EXPECT_ERROR(open(metadata("llama").f32("llama.rope.scaling.yarn_ext_factor", 0.5f)), DataError, "yarn_ext_factor");
   EXPECT_ERROR(open(metadata("llama").string("llama.rope.scaling.type", "longrope")), DataError, "longrope");
 }

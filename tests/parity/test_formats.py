@@ -11,6 +11,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import common
 
@@ -62,6 +63,10 @@ def metadata_of(writer, config, arch):
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
 
 def interleave(weight, heads):
@@ -69,8 +74,11 @@ def interleave(weight, heads):
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path, model=None, arch="llama", tokenizer=None):
-    """What llama.cpp's converter writes for a tiny model, in float32; without one, any model around the tokenizer."""
+def write_gguf(path, model=None, arch="llama", tokenizer=None, attn_factor=None, stored={}):
+    """What llama.cpp's converter writes for a tiny model, in float32; without one, any model around the tokenizer.
+
+    `stored` has blocks and their type for tensors that are quantised.
+    """
     writer = gguf.GGUFWriter(path, arch)
     if tokenizer:
         tokenizer(writer)
@@ -82,10 +90,16 @@ def write_gguf(path, model=None, arch="llama", tokenizer=None):
             model.config.sliding_window = 8
     config = model.config
     metadata_of(writer, config, arch)
+    if attn_factor:
+        writer.add_rope_scaling_attn_factors(attn_factor)
     names = gguf.get_tensor_name_map(next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == arch),
                                      config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if name in stored:
+            writer.add_tensor(gguf_name, stored[name][0], raw_dtype=stored[name][1])
             continue
         data = tensor.numpy()
         if arch == "llama" and ".q_proj." in name:
@@ -94,7 +108,7 @@ def write_gguf(path, model=None, arch="llama", tokenizer=None):
             data = interleave(data, config.num_key_value_heads)
         elif arch.startswith("gemma") and name.endswith("norm.weight"):
             data = data + 1
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), np.ascontiguousarray(data))
+        writer.add_tensor(gguf_name, np.ascontiguousarray(data))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -135,6 +149,44 @@ def test_gguf(family, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
     for name, tensor in theirs.state_dict().items():
         assert torch.allclose(tensor, model.state_dict()[name], rtol=0, atol=tolerance), name
+
+
+@pytest.mark.parametrize("kind", ["IQ4_NL", "IQ4_XS"])
+def test_quantised_tensors(kind, tmp_path):
+    kind = gguf.GGMLQuantizationType[kind]
+    elements, size = gguf.GGML_QUANT_SIZES[kind]
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**common.TINY, "hidden_size": 40,
+                                                                      "intermediate_size": 256}))
+    blocks = np.random.default_rng(7).integers(0, 256, (40, 256 // elements * size), dtype=np.uint8)
+    for d in range(0, blocks.shape[1], size):
+        blocks[:, d:d + 2] = np.random.default_rng(d).normal(0, 0.3, (40, 1)).astype(np.float16).view(np.uint8)
+    path = write_gguf(tmp_path / "model.gguf", model, stored={"model.layers.1.mlp.down_proj.weight": (blocks, kind)})
+    tensors = load_file(convert(path, tmp_path / "folder") / "model.safetensors")
+    assert np.array_equal(tensors["model.layers.1.mlp.down_proj.weight"].numpy(), gguf.quants.dequantize(blocks, kind))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-rope-linear", "llama-rope-yarn", "gemma3"])
+def test_attn_factor_multiplies_whatever_the_scaling(family, tmp_path, driver):
+    """cos and sin of queries and keys times a: the same as queries and keys times a."""
+    config = common.FAMILIES[family].config()
+    arch = config.model_type.removesuffix("_text")
+    if arch == "gemma3":
+        config.layer_types = ["sliding_attention"] * config.num_hidden_layers
+        config.query_pre_attn_scalar = config.head_dim
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    common.randomise(model)
+    path = write_gguf(tmp_path / "model.gguf", model, arch, attn_factor=0.7)
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            if arch != "gemma3":
+                projection.weight.data *= 0.7
+        if arch == "gemma3":  # behind their norms, whose weight is 1 + w
+            for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
+                norm.weight.data = 0.7 * (1 + norm.weight.data) - 1
+    ids = common.sequences()
+    ours = driver.run(tmp_path / "out.safetensors", model=path, sequences=ids, mask=common.masks(ids))["logits"]
+    with torch.no_grad():
+        common.assert_close(ours, common.reference_logits(model, ids), "logits", 2e-5)
 
 
 @pytest.mark.parametrize("family", ["llama-rope-llama3", "qwen3", "gemma3"])
