@@ -348,10 +348,36 @@ TEST_F(RecordFileTest, DamagedColumnarFilesAreErrors) {
   }
 }
 
-TEST_F(RecordFileTest, ColumnarTextThatIsNotUtf8IsRefused) {
-  auto schema = arrow::schema({arrow::field("text", arrow::utf8())});
-  write_ipc(folder_ / "a.arrow", *arrow::Table::Make(schema, {from_json(arrow::utf8(), {"ok", "\xff"})}), true, 2);
-  EXPECT_THAT([&] { RecordFile::open(folder_ / "a.arrow")->read(0); }, ThrowsMessage<FormatError>(HasSubstr("UTF8")));
+TEST_F(RecordFileTest, TextThatIsNotUtf8HarmsOnlyWhoReadsIt) {
+  auto builder = std::make_shared<arrow::StringBuilder>();
+  EXPECT_TRUE(builder->Append("fine").ok() && builder->Append("\xff\xfe").ok());
+  const std::shared_ptr<arrow::Array> raw = builder->Finish().ValueOrDie();
+  auto listed = std::make_shared<arrow::ListBuilder>(arrow::default_memory_pool(), builder);
+  for (const char* text : {"a", "\x80"}) EXPECT_TRUE(listed->Append().ok() && builder->Append(text).ok());
+  const std::shared_ptr<arrow::Array> list = listed->Finish().ValueOrDie();
+  const auto nested = arrow::StructArray::Make({list}, {arrow::field("inner", list->type())}).ValueOrDie();
+  arrow::Int32Builder indices;
+  EXPECT_TRUE(indices.AppendValues({1, 0}).ok());
+  const auto words = arrow::DictionaryArray::FromArrays(indices.Finish().ValueOrDie(), raw).ValueOrDie();
+  auto schema = arrow::schema({arrow::field("text", arrow::utf8()), arrow::field("raw", arrow::utf8()),
+                               arrow::field("nested", nested->type()), arrow::field("words", words->type())});
+  auto table = arrow::Table::Make(schema, {from_json(arrow::utf8(), {"hello", "there"}), raw, nested, words});
+  write_parquet(folder_ / "a.parquet", *table, 2);
+  write_ipc(folder_ / "b.arrow", *table, true, 2);
+  write_ipc(folder_ / "c.arrow", *table, false, 1);
+  for (const char* name : {"a.parquet", "b.arrow", "c.arrow"}) {
+    DatasetConfig config;
+    config.path = folder_ / name;
+    EXPECT_EQ(read_all(config).at(1).target, "there") << name;
+    config.formatting = "text";
+    for (const char* column : {"raw", "words"}) {
+      config.columns = {{"prompt", column}};
+      EXPECT_THAT([&] { read_all(config); },
+                  ThrowsMessage<DataError>(
+                      AllOf(HasSubstr(std::string("'") + column + "' is of the type "), HasSubstr("not UTF-8"))))
+          << name;
+    }
+  }
 }
 
 TEST_F(RecordFileTest, MemoryDoesNotGrowWithTheFile) {
