@@ -163,7 +163,7 @@ OrderedJson signed_messages(const OrderedJson& messages, Wordless wordless) {
   return out;
 }
 
-/// Where a message's words stand in a text.
+/// Where a stretch of a message's words stands in a text.
 struct Words {
   size_t begin = 0, end = 0;      // of the first and the last of them
   unsigned char kind = kContent;  // of the last of them
@@ -172,7 +172,7 @@ struct Words {
 /// A text without its signs, and what they said.
 struct Shown {
   std::string text;
-  std::map<size_t, Words> words;                  // by message
+  std::map<size_t, std::vector<Words>> words;     // by message; of several stretches others' words stand between them
   std::vector<std::pair<size_t, size_t>> blocks;  // {% generation %}
   size_t last = 0;                                // the end of the last words of any message
 
@@ -203,11 +203,16 @@ struct Shown {
 
  private:
   void add(size_t message, unsigned char kind) {
-    const auto place = words.try_emplace(message, Words{text.size(), text.size(), kind}).first;
-    if (kind == kName && place->second.end > place->second.begin) return;  // named again, by its result
-    place->second.end = last = text.size();
-    place->second.kind = kind;
+    std::vector<Words>& stretches = words[message];
+    // Named again, by its result.
+    if (kind == kName && !stretches.empty() && stretches.back().end > stretches.back().begin) return;
+    if (stretches.empty() || speaker_ != message) stretches.push_back({text.size(), text.size(), kind});
+    stretches.back().end = last = text.size();
+    stretches.back().kind = kind;
+    speaker_ = message;
   }
+
+  size_t speaker_ = 0;  // whose words were the last
 };
 
 /// Bytes at the start that are alike, up to a whole character.
@@ -246,9 +251,11 @@ class Turns {
                   "chat template: cannot tell which part of the rendered conversation is whose: the template writes "
                   "words otherwise when signs stand around them. Put {{% generation %}} blocks into a template of your "
                   "own and name it with the key `template`.");
-    for (const auto& [message, words] : shown_.words) {
-      begins_.emplace(words.begin, message);
-      ends_.emplace(words.end, message);
+    for (const auto& [message, stretches] : shown_.words) {
+      for (const Words& words : stretches) {
+        begins_.emplace(words.begin, message);
+        ends_.emplace(words.end, message);
+      }
     }
   }
 
@@ -263,9 +270,14 @@ class Turns {
                     "chat template: cannot tell which part of the rendered conversation is message {}: the template "
                     "does not show it. Set \"train\": false on it, or use another template.",
                     i);
-      const size_t begin = begin_of(i, words->second), end = end_of(i, words->second);
-      if (end > begin) spans.emplace_back(begin, end);
+      for (const Words& stretch : words->second) {
+        const bool first = &stretch == &words->second.front(), last = &stretch == &words->second.back();
+        const size_t begin = first ? begin_of(i, stretch) : begin_again(i, stretch);
+        const size_t end = end_of(i, stretch, first, last);
+        if (end > begin) spans.emplace_back(begin, end);
+      }
     }
+    std::sort(spans.begin(), spans.end());
     return spans;
   }
 
@@ -276,7 +288,11 @@ class Turns {
     for (const auto& [begin, end] : shown_.blocks) {
       bool own = false, other = false;
       for (auto at = begins_.lower_bound({begin, 0}); at != begins_.end() && at->first <= end; ++at) {
-        if (shown_.words.at(at->second).end <= end) (learnt_[at->second] ? own : other) = true;
+        const std::vector<Words>& stretches = shown_.words.at(at->second);
+        const bool whole = std::any_of(stretches.begin(), stretches.end(), [&](const Words& words) {
+          return words.begin == at->first && words.end <= end;
+        });
+        if (whole) (learnt_[at->second] ? own : other) = true;
       }
       if (end > begin && (own || !other)) kept.emplace_back(begin, end);
     }
@@ -298,6 +314,22 @@ class Turns {
     return place->second;
   }
 
+  /// What stands behind the calls of a message whose content the template writes behind their results.
+  const std::optional<std::string>& tail_of_calls() {
+    if (tail_of_calls_) return *tail_of_calls_;
+    tail_of_calls_.emplace();
+    size_t k = learnt_.size() - 1;
+    while (!learnt_[k] || !shown_.words.contains(k) || shown_.words.at(k).size() < 2) --k;
+    OrderedJson first(OrderedJson::array_t(signed_.begin(), signed_.begin() + static_cast<ptrdiff_t>(k) + 1));
+    first[k]["content"] = "";
+    try {
+      const Shown shown(render_(first, false, false));
+      *tail_of_calls_ = shown.text.substr(shown.last);
+    } catch (const DataError&) {
+    }
+    return *tail_of_calls_;
+  }
+
   /// The last learnt turn that follows a message of the same role as message i does, one with words if that has some.
   size_t like_begin(size_t i) const {
     for (size_t k = learnt_.size(); i > 0 && k-- > i;) {
@@ -307,13 +339,32 @@ class Turns {
     return i;
   }
 
-  /// The last learnt turn that ends in words of the same kind.
-  size_t like_end(size_t i) const {
+  /// The last learnt turn that ends in words of this kind.
+  size_t like_end(size_t i, unsigned char kind) const {
     for (size_t k = learnt_.size(); k-- > i;) {
       const auto words = shown_.words.find(k);
-      if (learnt_[k] && words != shown_.words.end() && words->second.kind == shown_.words.at(i).kind) return k;
+      if (learnt_[k] && words != shown_.words.end() && words->second.back().kind == kind) return k;
     }
     return i;
+  }
+
+  /// What stands in front of an answer without a thought to the first `count` messages, behind their words.
+  std::string ahead_of_plain(size_t count) {
+    OrderedJson messages(OrderedJson::array_t(signed_.begin(), signed_.begin() + static_cast<ptrdiff_t>(count)));
+    messages.push_back({{"role", roles_[count]}, {"content", sign_of(count, kContent)}});
+    try {
+      const Shown shown(render_(messages, false, false));
+      const auto words = shown.words.find(count);
+      if (words == shown.words.end()) return "";
+      size_t from = 0;
+      for (const auto& [message, stretches] : shown.words) {
+        if (message != count) from = std::max(from, stretches.back().end);
+      }
+      const size_t to = words->second.front().begin;
+      return from < to ? shown.text.substr(from, to - from) : "";
+    } catch (const DataError&) {
+      return "";
+    }
   }
 
   /// What the template adds for the generation prompt alone, behind the first `count` messages.
@@ -340,8 +391,12 @@ class Turns {
     const std::string_view ahead = std::string_view(text_).substr(from, words.begin - from);
     const size_t like = like_begin(i);
     const auto& expected = tail(like, true);
-    const size_t alike = expected ? common_prefix(ahead, *expected) : 0;
+    size_t alike = expected ? common_prefix(ahead, *expected) : 0;
     if (expected && alike == expected->size()) return from + alike;
+    // A prompt that holds an empty thought begins as a thought of the model's own does.
+    if (alike > 0 && !without_blanks_behind(std::string_view(*expected).substr(alike)).empty()) {
+      alike = std::min(alike, common_prefix(ahead, ahead_of_plain(like)));
+    }
     // The message in front may end in a tag, which has no sign.
     if (const size_t at = expected ? ahead.rfind(*expected) : std::string_view::npos; at != std::string_view::npos) {
       return from + at + expected->size();
@@ -370,13 +425,24 @@ class Turns {
     return from + at + size;
   }
 
-  /// The end of the end-of-turn token, or of what stands for it.
-  size_t end_of(size_t i, const Words& words) {
+  /// Where a message goes on behind words of others, results of its calls say: behind the last special token there.
+  size_t begin_again(size_t i, const Words& words) const {
+    const size_t from = end_before(words.begin, i);
+    const std::string_view ahead = std::string_view(text_).substr(from, words.begin - from);
+    size_t behind = 0;
+    for (auto [at, size] = next_special(ahead, 0); size > 0; std::tie(at, size) = next_special(ahead, behind)) {
+      behind = at + size;
+    }
+    return behind > 0 ? from + behind : words.begin;
+  }
+
+  /// The end of the end-of-turn token, or of what stands for it, behind the message's first or last stretch of words.
+  size_t end_of(size_t i, const Words& words, bool first_stretch, bool last_stretch) {
     const bool last = i + 1 == learnt_.size();
     const size_t stop = last ? text_.size() : begin_behind(words.end, i);
     const std::string_view behind = std::string_view(text_).substr(words.end, stop - words.end);
     if (last) return words.end + closed(behind);
-    const auto& expected = tail(like_end(i) + 1, false);
+    const auto& expected = last_stretch ? tail(like_end(i, words.kind) + 1, false) : tail_of_calls();
     const std::string_view closing = expected ? without_blanks_behind(*expected) : std::string_view();
     const auto token = std::find_if(special_texts_.begin(), special_texts_.end(),
                                     [&](const std::string& text) { return closing.ends_with(text); });
@@ -384,7 +450,8 @@ class Turns {
       if (const size_t at = behind.find(*token); at != std::string_view::npos) return words.end + at + token->size();
       // The conversation's last turn may end in a token of its own; the next turn's header begins with another.
       const auto [first, size] = next_special(behind, 0);
-      if (size > 0 && next_special(behind, first + size).second > 0) return words.end + first + size;
+      const bool others = next_special(behind, first + size).second > 0;
+      if (size > 0 && (others || !first_stretch)) return words.end + first + size;
     }
     size_t alike = expected ? common_prefix(behind, *expected) : 0;
     if (!expected || alike < expected->size()) {
@@ -429,6 +496,7 @@ class Turns {
   Shown shown_;
   std::set<std::pair<size_t, size_t>> begins_, ends_;  // of all messages' words, with the message
   std::map<std::pair<size_t, bool>, std::optional<std::string>> tails_;
+  std::optional<std::optional<std::string>> tail_of_calls_;  // once asked for
 };
 
 }  // namespace

@@ -45,7 +45,8 @@ THOUGHTS = ["as_is", "last_only"]
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|head|>", "<|/head|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>",
            "[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "<｜User｜>", "<｜Assistant｜>", "<|user|>",
            "<|assistant|>", "<|end|>", "<|START|>", "<|END|>", "<|USER|>", "<|BOT|>", "<|RESPONSE|>", "<|/RESPONSE|>", "<|start|>",
-           "<|message|>", "<|channel|>", "<|return|>", "<|call|>"]
+           "<|message|>", "<|channel|>", "<|return|>", "<|call|>", "<|turn>", "<turn|>", "<|tool_call>", "<tool_call|>",
+           "<|tool_response>", "<tool_response|>", "<|channel>", "<channel|>", "<|\"|>"]
 
 
 def quoted(text):
@@ -191,3 +192,73 @@ def test_texts_prompts_and_what_is_learnt(ours, tokenizer, frame, calls, thought
             asked = messages[:-1]
             prompt, _ = reference(tagged, asked, tools, calls == "text", add_generation_prompt=True)
             assert ours.call(op="render", messages=asked, tools=tools, prompt=True)["text"] == prompt
+
+
+def one_turn(scans, last, prompt, tags):
+    """The manner of Gemma 4: calls, their results and the answer are one turn, in which no new header stands. `scans`: a
+    call's results are written with it; `last`: what else it says stands behind them."""
+    begin, end = ("{%- generation -%}", "{%- endgeneration -%}") if tags else ("", "")
+    result = ("{%- if ns.kind == 'result' %}{{- '<|tool_response>' }}{%- endif %}{%- set named = namespace(name=r.name or 'unknown') %}"
+              "{%- for c in calls %}{%- if c.id and c.id == r.tool_call_id %}{%- set named.name = c.function.name %}{%- endif %}{%- endfor %}"
+              "{{- 'response:' + named.name + '{value:' + r.content | trim + '}<tool_response|>' }}{%- set ns.kind = 'result' %}")
+    scanned = ("{%- set go = namespace(on=true) %}{%- for k in range(loop.index0 + 1, messages | length) %}{%- if messages[k].role != 'tool' %}"
+               "{%- set go.on = false %}{%- elif go.on %}{%- set r = messages[k] %}" + result + "{%- endif %}{%- endfor %}")
+    content = "{%- if message.content %}{{- message.content | trim }}{%- endif %}"
+    return ("{{- '<s>' }}{%- set ns = namespace(kind='', before='') %}{%- set calls = [] %}"
+            "{%- if tools %}{{- '<|turn>system\n' }}{%- for t in tools %}{{- t | tojson }}{%- endfor %}{{- '<turn|>\n' }}{%- endif %}"
+            "{%- for message in messages %}"
+            "{%- if message.role == 'assistant' %}"
+            "{%- if ns.before != 'assistant' %}{{- '<|turn>model\n' }}{%- endif %}{%- set ns.kind = '' %}"
+            "{%- set follows = not loop.last and messages[loop.index0 + 1].role == 'tool' %}"
+            "{%- if message.tool_calls %}{%- set calls = message.tool_calls %}" + begin +
+            "{%- if message.reasoning_content %}{{- '<|channel>thought\n' + message.reasoning_content + '\n<channel|>' }}{%- endif %}"
+            + ("" if last else content) +
+            "{%- for c in calls %}{{- '<|tool_call>call:' + c.function.name + '{' }}"
+            "{%- for k, v in c.function.arguments | dictsort %}{%- if not loop.first %},{%- endif %}{{- k + ':' }}"
+            "{%- if v is string %}{{- '<|\"|>' + v + '<|\"|>' }}{%- else %}{{- v | tojson }}{%- endif %}{%- endfor %}"
+            "{{- '}<tool_call|>' }}{%- endfor %}"
+            + ("{%- if not follows %}" + content + "{%- endif %}" if last else "") + "{{- '<|tool_response>' }}" + end
+            + "{%- set ns.kind = 'call' %}" + (scanned if scans else "")
+            + ("{%- if follows and message.content %}" + begin + content + "{{- '<turn|>' }}" + end + "{{- '\n' }}{%- endif %}"
+               if last else "") +
+            "{%- else %}" + begin + content + "{{- '<turn|>' }}" + end + "{{- '\n' }}{%- endif %}"
+            "{%- set ns.before = 'assistant' %}"
+            "{%- elif message.role != 'tool' %}{{- '<|turn>' + message.role + '\n' + message.content | trim + '<turn|>\n' }}"
+            "{%- set ns.kind = '' %}{%- set ns.before = message.role %}"
+            + ("" if scans else "{%- else %}{%- set r = message %}" + result) +
+            "{%- endif %}{%- endfor %}"
+            "{%- if add_generation_prompt and not ns.kind %}{{- " + quoted(prompt) + " }}{%- endif %}").replace("\n", "\\n")
+
+
+ONE_TURN = CONVERSATIONS + [
+    [user("Weather?"), assistant("", tool_calls=[call(city="Oslo") | {"id": "c1"}]),
+     result("3") | {"tool_call_id": "c1"}, assistant("<b>Three</b>.")],
+    [user("Think"), assistant("I look.", reasoning_content="hm", tool_calls=[call(city="Oslo"), call("now")]),
+     result("1") | {"name": "get_weather"}, result("2") | {"name": "now"}, assistant("", tool_calls=[call("now")]),
+     result("3"), assistant("Done.", weight=0), user("More"), assistant("No.")],
+    [user("Tagged"), assistant("<i>wait</i>", tool_calls=[call(city="Rome")]), result("<x>4</x>"), assistant("Four.")],
+]
+
+
+@pytest.mark.parametrize("scans, last", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("prompt", ["<|turn>model\n", "<|turn>model\n<|channel>thought\n<channel|>"], ids=["header", "thought"])
+def test_templates_without_a_generation_prompt_behind_results(ours, tokenizer, scans, last, prompt):
+    plain, tagged = (one_turn(scans, last, prompt, tags) for tags in (False, True))
+    for source in (plain, tagged):
+        ours.call(op="load", json=tokenizer, config={"bos_token": "<s>", "eos_token": "</s>"}, template=source)
+        for messages in ONE_TURN:
+            tools = TOOLS if any(m["role"] == "tool" for m in messages) else None
+            text, ranges = reference(tagged, messages, tools, False, return_assistant_tokens_mask=True)
+            got = ours.call(op="train", messages=messages, tools=tools)
+            assert got["text"] == text
+            learnt = []  # of each block
+            for m, behind in itertools.zip_longest(messages, messages[1:], fillvalue={}):
+                blocks = 2 if last and m.get("tool_calls") and m.get("content") and behind.get("role") == "tool" else 1
+                learnt += [m.get("weight", 1) != 0 and m.get("train", True)] * (blocks if m["role"] == "assistant" else 0)
+            expected = [text[a:b] for (a, b), wanted in zip(ranges, learnt, strict=True) if wanted]
+            encoded = got["text"].encode()
+            assert [encoded[a:b].decode() for a, b in got["trained"]] == expected, (source, messages)
+            for count in range(1, len(messages)):
+                asked = messages[:count]
+                wanted, _ = reference(tagged, asked, tools, False, add_generation_prompt=True)
+                assert ours.call(op="render", messages=asked, tools=tools, prompt=True)["text"] == wanted
