@@ -102,8 +102,8 @@ Runner add_eval(CLI::App& app, CommonOptions& common) {
       ->expected(1)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
   app.add_option("--metrics", options->eval.metrics,
-                 "Metrics of generated answers, comma-separated: exact_match, f1, rougeL, number, pass@1, bleu, chrf, "
-                 "chrf1, codexglue_bleu; default: the task's own")
+                 "Metrics of generated answers, comma-separated: exact_match, f1, rougeL, number, flexible-extract, "
+                 "remove_whitespace, pass@1, bleu, chrf, chrf1, codexglue_bleu; default: the task's own")
       ->delimiter(',');
   app.add_flag("--confirm_run_unsafe_code", options->eval.run_code,
                "Agree that pass@1 runs programs the model wrote, shut off from network, files and processes");

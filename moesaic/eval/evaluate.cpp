@@ -25,8 +25,12 @@ struct AnswerMetric {
   const char* name;
   double (*score)(const std::string& answer, const std::vector<std::string>& references);
 };
-constexpr AnswerMetric kAnswerMetrics[] = {
-    {"exact_match", exact_match}, {"f1", token_f1}, {"rougeL", rouge_l}, {"number", number_match}};
+constexpr AnswerMetric kAnswerMetrics[] = {{"exact_match", exact_match},
+                                           {"f1", token_f1},
+                                           {"rougeL", rouge_l},
+                                           {"number", number_match},
+                                           {"flexible-extract", flexible_extract},
+                                           {"remove_whitespace", remove_whitespace}};
 
 /// A metric of all answers of a task together.
 struct CorpusMetric {

@@ -40,6 +40,29 @@ double best(const std::string& answer, const std::vector<std::string>& reference
   return highest;
 }
 
+std::string lower_without_punctuation(const std::string& text) {
+  std::string kept;
+  for (char c : tokenizer::lowercase(text)) {
+    if (!is_ascii(c) || !std::ispunct(static_cast<unsigned char>(c))) kept += c;
+  }
+  return kept;
+}
+
+/// The last match of  -?[$0-9.,]{2,} | -?[0-9]+  read from the left; "" when there is none.
+std::string last_match(const std::string& text) {
+  auto numeric = [](char c) { return std::string_view("$.,0123456789").find(c) != std::string_view::npos; };
+  std::string match;
+  for (size_t i = 0; i < text.size();) {
+    const size_t begin = i + (text[i] == '-' ? 1 : 0);
+    size_t end = begin;
+    while (end < text.size() && numeric(text[end])) ++end;
+    const bool found = end - begin >= 2 || (end - begin == 1 && std::isdigit(static_cast<unsigned char>(text[begin])));
+    if (found) match = text.substr(i, end - i);
+    i = found ? end : i + 1;
+  }
+  return match;
+}
+
 std::vector<std::string> rouge_words(const std::string& text) {
   std::string kept;
   for (char c : text) kept += is_ascii(c) && std::isalnum(static_cast<unsigned char>(c)) ? lower(c) : ' ';
@@ -68,11 +91,7 @@ double exact_match(const std::string& answer, const std::vector<std::string>& re
 }
 
 std::string normalize_squad(const std::string& text) {
-  std::string kept;
-  for (char c : tokenizer::lowercase(text)) {
-    if (!is_ascii(c) || !std::ispunct(static_cast<unsigned char>(c))) kept += c;
-  }
-  std::vector<std::string> words = tokenizer::split_words(kept);
+  std::vector<std::string> words = tokenizer::split_words(lower_without_punctuation(text));
   std::erase_if(words, [](const std::string& word) { return word == "a" || word == "an" || word == "the"; });
   return join(words);
 }
@@ -102,17 +121,7 @@ double rouge_l(const std::string& answer, const std::vector<std::string>& refere
 }
 
 std::string last_number(const std::string& text) {
-  // The last match of  -?[$0-9.,]{2,} | -?[0-9]+  read from the left.
-  auto numeric = [](char c) { return std::string_view("$.,0123456789").find(c) != std::string_view::npos; };
-  std::string number;
-  for (size_t i = 0; i < text.size();) {
-    const size_t begin = i + (text[i] == '-' ? 1 : 0);
-    size_t end = begin;
-    while (end < text.size() && numeric(text[end])) ++end;
-    const bool found = end - begin >= 2 || (end - begin == 1 && std::isdigit(static_cast<unsigned char>(text[begin])));
-    if (found) number = text.substr(i, end - i);
-    i = found ? end : i + 1;
-  }
+  std::string number = last_match(text);
   std::erase_if(number, [](char c) { return c == ',' || c == '$'; });
   if (number.ends_with('.')) number.pop_back();
   return number;
@@ -121,6 +130,28 @@ std::string last_number(const std::string& text) {
 double number_match(const std::string& answer, const std::vector<std::string>& references) {
   const std::string number = last_number(answer);
   return !number.empty() && std::find(references.begin(), references.end(), number) != references.end() ? 1 : 0;
+}
+
+double flexible_extract(const std::string& answer, const std::vector<std::string>& references) {
+  std::string match = last_match(answer);
+  if (match.empty()) match = "[invalid]";
+  return best(match, references, [](const std::string& a, const std::string& b) {
+    return lower_without_punctuation(a) == lower_without_punctuation(b) ? 1.0 : 0.0;
+  });
+}
+
+double remove_whitespace(const std::string& answer, const std::vector<std::string>& references) {
+  std::string_view rest = answer;
+  while (const size_t blank = tokenizer::leading_space(rest)) rest.remove_prefix(blank);
+  size_t end = 0;
+  for (size_t at = 0; at < rest.size();) {
+    const size_t blank = tokenizer::leading_space(rest.substr(at));
+    at += std::max<size_t>(blank, 1);
+    if (blank == 0) end = at;
+  }
+  return best(std::string(rest.substr(0, end)), references, [](const std::string& a, const std::string& b) {
+    return lower_without_punctuation(a) == lower_without_punctuation(b) ? 1.0 : 0.0;
+  });
 }
 
 Mean mean_of(const std::vector<double>& values) {

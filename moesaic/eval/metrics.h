@@ -28,6 +28,11 @@ std::string last_number(const std::string& text);
 /// Source: lm-evaluation-harness's gsm8k, exact_match with the filter flexible-extract.
 double number_match(const std::string& answer, const std::vector<std::string>& references);
 
+/// lm-evaluation-harness's exact_match of its mgsm_direct tasks, case and ASCII punctuation apart ("-2.5" is "25"),
+/// behind its filter flexible-extract (the last number) or remove_whitespace (the answer without the blanks around it).
+double flexible_extract(const std::string& answer, const std::vector<std::string>& references);
+double remove_whitespace(const std::string& answer, const std::vector<std::string>& references);
+
 /// A mean of per-question values and its standard error, sample deviation / sqrt(n) (NaN for one value).
 struct Mean {
   double value = 0, standard_error = 0;

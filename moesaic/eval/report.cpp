@@ -37,11 +37,18 @@ std::string file_time() {
 /// "N/A", as the harness writes it, where none is known.
 OrderedJson error_json(double error) { return std::isnan(error) ? OrderedJson("N/A") : OrderedJson(error); }
 
+/// A metric of ours as the harness has it: a metric and the filter before it.
+std::pair<std::string, std::string> metric_and_filter(const std::string& metric) {
+  const bool filter = metric == "flexible-extract" || metric == "remove_whitespace";
+  return filter ? std::pair<std::string, std::string>("exact_match", metric) : std::pair(metric, std::string("none"));
+}
+
 OrderedJson metrics_json(const std::map<std::string, Mean>& metrics) {
   OrderedJson json = OrderedJson::object();
-  for (const auto& [metric, mean] : metrics) {
-    json[metric + ",none"] = mean.value;
-    json[metric + "_stderr,none"] = error_json(mean.standard_error);
+  for (const auto& [name, mean] : metrics) {
+    const auto [metric, filter] = metric_and_filter(name);
+    json[metric + "," + filter] = mean.value;
+    json[metric + "_stderr," + filter] = error_json(mean.standard_error);
   }
   return json;
 }
@@ -81,7 +88,7 @@ OrderedJson results_json(const std::vector<TaskResult>& results, const std::vect
     versions[name] = 1;
     shots[name] = info.num_fewshot;
     samples[name] = {{"original", result.available}, {"effective", result.questions}};
-    for (const auto& [metric, mean] : result.metrics) higher[name][metric] = true;
+    for (const auto& [metric, mean] : result.metrics) higher[name][metric_and_filter(metric).first] = true;
     for (const auto& [metric, value] : result.corpus_metrics) higher[name][metric] = true;
     for (const auto& [variant, metrics] : result.variants) variants[name][variant] = metrics_json(metrics);
     if (result.ranked) ties[name] = result.ties;

@@ -271,7 +271,7 @@ void read_mgsm(Task& task, const TaskOptions& options) {
     return task.name.ends_with(fmt::format("_{}", candidate.language));
   });
   if (words == std::end(kMgsmWords)) words = kMgsmWords;
-  task.metrics = {"number"};
+  task.metrics = {"number", "flexible-extract", "remove_whitespace"};
   task.stop = {stripped(words->question)};
   task.max_new_tokens = 256;
   RowErrors errors;

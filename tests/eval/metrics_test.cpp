@@ -55,6 +55,15 @@ TEST(NumberMatch, ComparesTheLastNumberAsTheHarnessExtractsIt) {
   EXPECT_EQ(number_match("", {""}), 0);
 }
 
+TEST(ExactMatchOfMgsm, BehindTheHarnessesFilters) {
+  EXPECT_EQ(flexible_extract("So it is $1,000.", {"1000"}), 1);
+  EXPECT_EQ(flexible_extract("-2.5", {"25"}), 1);  // punctuation apart
+  EXPECT_EQ(flexible_extract("none", {"Invalid"}), 1);
+  EXPECT_EQ(remove_whitespace("\u3000 18.\u2028 ", {"18"}), 1);
+  EXPECT_EQ(remove_whitespace(" 18 ,\u00a0", {"18"}), 0);
+  EXPECT_EQ(remove_whitespace("It is 18", {"18"}), 0);
+}
+
 TEST(LastNumber, TakesRunsOfItsSignsFromTheLeft) {
   EXPECT_EQ(last_number("a 12 b -3.5 c"), "-3.5");
   EXPECT_EQ(last_number("5 , 6 ."), "6");     // a lone stop is no number

@@ -72,3 +72,38 @@ def test_random_corpora(driver, seed):
 def test_edges(driver, answer, references):
     assert_equal(driver, [answer], [references])
     assert_equal(driver, [answer, "the cat saw a red dog"], [references, ["the cat saw one red dog"]])
+
+
+NUMBERS = ["18", " 18", "\n18.", "18.0", "The answer is $1,000.", "1000", "-2.5", "2.5", "25", "..", "-", "--7", "$", "a.b", "",
+           "  ", "\u3000 18", "18\n", "18 ", "x 3 y 4", "3,", "\u096718", "[invalid]", "INVALID", "1 000", "1.000,5-6", "-.5"]
+
+
+@pytest.mark.parametrize("metric", ["flexible-extract", "remove_whitespace"])
+def test_exact_match_behind_the_filters_of_mgsm(driver, metric):
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+    from lm_eval.api.metrics import exact_match_hf_evaluate
+    from lm_eval.filters.extraction import RegexFilter, WhitespaceFilter
+    chosen = {"flexible-extract": RegexFilter(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", group_select=-1),
+              "remove_whitespace": WhitespaceFilter()}[metric]
+    generator = random.Random(1)
+    answers = NUMBERS + [text(generator) for _ in range(200)]
+    for reference in ["18", "1000", "-2.5", "25", "invalid", "3.14", "5"]:
+        for answer in answers:
+            filtered = chosen.apply([[answer]], [{}])[0][0]
+            theirs = exact_match_hf_evaluate([filtered], [reference], ignore_case=True, ignore_punctuation=True)["exact_match"]
+            ours = driver.call(metric=metric, answers=[answer], references=[[reference]])["score"]
+            assert ours == theirs, (answer, reference)
+
+
+@pytest.mark.parametrize("metric, beta", [("bleu", 0), ("chrf", 2)])
+@pytest.mark.parametrize("count", [2, 9])
+def test_standard_errors_by_the_bootstrap(driver, metric, beta, count):
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+    from lm_eval.api import metrics
+    generator = random.Random(count)
+    references = [text(generator) for _ in range(count)]
+    answers = [noisy(generator, reference) for reference in references]
+    items = list(zip(references, answers))
+    theirs = metrics.stderr_for_metric(getattr(metrics, metric), bootstrap_iters=100)(items)
+    ours = driver.call(metric=metric, beta=beta, answers=answers, references=[[r] for r in references], resamples=100)["score"]
+    assert ours == pytest.approx(theirs, rel=1e-9)
