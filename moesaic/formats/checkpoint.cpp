@@ -88,7 +88,10 @@ class FolderCheckpoint : public Checkpoint {
   }
 
   Json tokenizer_config() const override { return read_tokenizer_config(path_); }
-  ChatTemplates chat_templates() const override { return read_chat_templates(path_); }
+  ChatTemplates chat_templates() const override {
+    ChatTemplates templates = read_chat_templates(path_);
+    return templates == kNoTemplate ? ChatTemplates() : templates;
+  }
 
   Json generation_config() const override { return read_optional_json(path_ / "generation_config.json"); }
 

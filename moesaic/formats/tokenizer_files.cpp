@@ -76,12 +76,19 @@ TokenizerFiles read_tokenizer_files(const fs::path& folder) {
   return files;
 }
 
-void adapt(TokenizerFiles& base, const fs::path& adapter_folder) {
+void adapt(TokenizerFiles& base, const fs::path& adapter_folder, bool embeds) {
   fs::path folder = adapter_folder.lexically_normal();
   if (!folder.has_filename()) folder = folder.parent_path();  // "run/checkpoint-5/"
   const bool checkpoint = folder.filename().string().starts_with("checkpoint-");
   if (checkpoint && !is_there(folder / kTemplate) && !is_there(folder / kConfig)) folder = folder / "..";
-  if (auto own = read_chat_templates(folder); !own.empty()) base.chat_templates = std::move(own);
+  if (embeds && is_there(folder / kTokenizer)) {
+    TokenizerFiles own = read_tokenizer_files(folder);
+    base.json = std::move(own.json);
+    if (!own.config.empty()) base.config = std::move(own.config);
+  }
+  if (auto own = read_chat_templates(folder); !own.empty()) {
+    base.chat_templates = own == kNoTemplate ? ChatTemplates() : std::move(own);
+  }
   for (const auto& [key, value] : read_tokenizer_config(folder).items()) {
     if (key.ends_with("_token") && value.is_string()) base.config[key] = value;
   }

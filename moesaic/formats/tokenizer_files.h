@@ -12,6 +12,9 @@ namespace moesaic::formats {
 /// Templates by name; the one for every conversation is called "default".
 using ChatTemplates = std::map<std::string, std::string>;
 
+/// What a folder holds that asks for raw text, whatever template its base has: an empty chat_template.jinja.
+inline const ChatTemplates kNoTemplate{{"default", ""}};
+
 /// One tokenizer. What a folder lacks is empty.
 struct TokenizerFiles {
   std::optional<std::string> json;  // the text of tokenizer.json
@@ -34,8 +37,9 @@ ChatTemplates read_chat_templates(const std::filesystem::path& folder);
 TokenizerFiles read_tokenizer_files(const std::filesystem::path& folder);
 
 /// Puts what an adapter's folder (of a checkpoint: its run's) brings of its own in the place of its base's: its chat
-/// templates, and the special tokens its tokenizer_config.json names. The vocabulary stays the base's.
-void adapt(TokenizerFiles& base, const std::filesystem::path& adapter_folder);
+/// templates, or that it has none (kNoTemplate), and the special tokens its tokenizer_config.json names. The vocabulary
+/// stays the base's, unless the adapter brings the embedding, too (`embeds`), and a tokenizer.json for it.
+void adapt(TokenizerFiles& base, const std::filesystem::path& adapter_folder, bool embeds = false);
 
 /// Writes what there is into `folder`, the templates as files of their own, as transformers does. Throws DataError.
 void write_tokenizer_files(const std::filesystem::path& folder, const TokenizerFiles& files);

@@ -77,16 +77,18 @@ Run::Run(RunConfig config, bool dry)
 }
 
 void Run::open_data() {
-  formats::ChatTemplates own;  // of the adapter that the run goes on with
   if (config_.render.template_name == "auto" && !config_.adapter_name_or_path.empty()) {
-    own = formats::read_chat_templates(config_.adapter_name_or_path);
-  }
-  if (own.empty()) {
-    renderer_ = data::Renderer::open(*prepared_.checkpoint, config_.render);
-  } else {
+    formats::TokenizerFiles files;  // with what the adapter that the run goes on with brings of its own
+    files.chat_templates = prepared_.checkpoint->chat_templates();
+    formats::adapt(files, config_.adapter_name_or_path);
     const std::shared_ptr<const tokenizer::Tokenizer> tokenizer = tokenizer::Tokenizer::open(*prepared_.checkpoint);
-    renderer_ = std::make_shared<data::Renderer>(
-        tokenizer, std::make_shared<tokenizer::ChatTemplate>(std::move(own), *tokenizer), config_.render);
+    std::shared_ptr<tokenizer::ChatTemplate> chat;
+    if (!files.chat_templates.empty()) {
+      chat = std::make_shared<tokenizer::ChatTemplate>(std::move(files.chat_templates), *tokenizer);
+    }
+    renderer_ = std::make_shared<data::Renderer>(tokenizer, chat, config_.render);
+  } else {
+    renderer_ = data::Renderer::open(*prepared_.checkpoint, config_.render);
   }
   auto datasets = data::resolve_datasets(config_.dataset, config_.dataset_dir);
   auto [training, validation] = data::train_validation(std::move(datasets), config_.val_size, config_.train.seed);
@@ -209,6 +211,11 @@ void Run::write_inputs() const {
   // What the run was rendered with, so that whoever uses it asks in the same words.
   formats::TokenizerFiles files;
   if (renderer_->chat_template()) files.chat_templates = renderer_->chat_template()->sources();
+  // All weights are a model of their own; anything else finds its base's template again.
+  if (!renderer_->chat_template() && !prepared_.checkpoint->chat_templates().empty() &&
+      config_.finetuning_type != "full") {
+    files.chat_templates = formats::kNoTemplate;
+  }
   if (prepared_.keeps_tokenizer) {
     files.json = renderer_->tokenizer().json();
     files.config = renderer_->tokenizer().config();

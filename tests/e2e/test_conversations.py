@@ -146,3 +146,36 @@ def test_a_prompt_and_its_raw_answer_meet_without_a_blank(tmp_path):
         out = run("data", "preview", write_run(tmp_path, "run", model_name_or_path=str(tmp_path / "model"), template="none",
                                                dataset=str(tmp_path / name)), "-n", count)
         assert out.count('"4"') == out.count('"<s>"') == out.count('"</s>"') == count
+
+
+def test_a_run_without_a_template_is_asked_without_one(tmp_path):
+    """`template: none` is remembered in the folder, for whatever is done with it."""
+    make_model(tmp_path / "model", chat_template=CHATML)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"inputs": "hi", "targets": "ho"}) + "\n")
+    path = write_run(tmp_path, "run", model_name_or_path=str(tmp_path / "model"), template="none", save_steps=1, max_steps=2)
+    run("train", path)
+
+    def prompt_tokens(folder):
+        line = run("generate", "--model", tmp_path / "model", "--adapter", folder, "-p", "hi", "--json", "--max_new_tokens", 1)
+        return json.loads(line)["prompt_tokens"]
+
+    folder = tmp_path / "run"
+    assert prompt_tokens(folder) == prompt_tokens(folder / "checkpoint-1") == tokens("hi")
+    write_run(tmp_path, "run", model_name_or_path=str(tmp_path / "model"), template="none", save_steps=1, max_steps=4)
+    run("train", path, "--resume", "auto")
+    assert prompt_tokens(folder) == tokens("hi")
+
+    (tmp_path / "task.jsonl").write_text(json.dumps({"query": "hi", "choices": ["ho", "hu"], "gold": 0}) + "\n")
+    done = moesaic("eval", "--model", tmp_path / "model", "--adapter", folder, "--tasks", tmp_path / "task.jsonl",
+                   "--apply_chat_template")
+    assert done.returncode == 2 and "no chat template" in done.stderr
+    run("merge", "--model", tmp_path / "model", "--adapter", folder, tmp_path / "merged")
+    line = run("generate", "--model", tmp_path / "merged", "-p", "hi", "--json", "--max_new_tokens", 1)
+    assert json.loads(line)["prompt_tokens"] == tokens("hi")
+    run("export", "--adapter", folder, "--format", "peft", tmp_path / "peft")
+    assert prompt_tokens(tmp_path / "peft") == tokens("hi")
+    # A run that begins with it goes on in its words.
+    again = write_run(tmp_path, "again", model_name_or_path=str(tmp_path / "model"), template="auto", max_steps=1,
+                      adapter_name_or_path=str(folder / "checkpoint-4"))
+    run("train", again)
+    assert prompt_tokens(tmp_path / "again") == tokens("hi")
