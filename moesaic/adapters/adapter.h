@@ -38,6 +38,8 @@ struct AdapterConfig {
   double lora_alpha = 16;                    // the delta is multiplied by alpha / r
   double lora_dropout = 0.0;                 // of the low-rank input, while training
   bool use_rslora = false;                   // alpha / sqrt(r) instead
+  bool use_dora = false;                     // lora: a magnitude per row of the sum; see Method::fold. Frozen only
+  std::string bias = "none";                 // lora: none | lora_only | all: biases of the base that the file holds
   TargetPattern targets;                     // names or dotted suffixes, or one full regex
   TargetPattern feedforward;                 // (IA)^3 and MoV: targets that scale their input; see scales_input
   TargetPattern exclude;                     // same rule as targets, taken away
@@ -72,6 +74,8 @@ struct AdapterConfig {
 /// all-linear); keys, values and the FFN branch for ia3 and mov.
 AdapterConfig resolve_targets(AdapterConfig config, const std::string& preset, const nn::Sites& sites);
 
+struct Replacement;
+
 /// One trained thing beside a frozen model: what a run learns, and what a model carries.
 class Adapter : public nn::Learner, public nn::Attachment {
  public:
@@ -94,6 +98,8 @@ class Adapter : public nn::Learner, public nn::Attachment {
   void load_tensors(const formats::TensorMap& tensors);
   /// Sites per target pattern: {"q_proj", 30}.
   const std::vector<std::pair<std::string, int64_t>>& matches() const { return matches_; }
+  /// Whether the embedding is its own, or another one through it.
+  bool embeds() const;
   /// Whether its parameters require gradients.
   void set_trainable(bool on);
 
@@ -119,9 +125,12 @@ class Adapter : public nn::Learner, public nn::Attachment {
     bool in_file;
     std::function<void(const torch::Tensor&)> replace;
   };
+  void replace(const nn::Sites& sites, const Replacement& replacement);
+
   int64_t hidden_width_ = 0;  // d, the default width of sentence vectors
   bool tied_head_ = false;
   std::vector<Replaced> replaced_;  // weights of the model
+  formats::TensorMap whole_pairs_;  // as the file has them; what they make of the model's weights is in replaced_
 };
 
 /// A linear on its way into a merged model, float32.
@@ -154,7 +163,8 @@ const Method& method_of_peft_type(const std::string& peft_type, const std::strin
 std::vector<std::string> method_names();
 /// Folds an adapter with one expert per site into a model's tensors (names and layouts of Hugging Face), in float32:
 ///
-///   LoRA      W' = W + (alpha / r) B A
+///   LoRA      W' = W + (alpha / r) B A;  of an embedding [V, d] its transpose
+///   DoRA      W' = diag(m / |w|) w, w = W + (alpha / r) B A with norms |w| of its rows
 ///   (IA)^3    output sites: W' = diag(l) W, b' = l b;  input sites: W' = W diag(l)
 ///
 /// MoLoRA and MoV with one expert are LoRA and (IA)^3. Every tensor of the adapter is used once. Throws UsageError for
@@ -163,7 +173,7 @@ std::vector<std::string> method_names();
 void fold(const formats::AdapterFolder& adapter, const std::string& where, formats::TensorMap& model);
 
 /// adapter_config.json <-> AdapterConfig. Every key is understood, or known to be harmless at its value, or refused by
-/// name (pissa, DoRA, biases, ...), all in one message.
+/// name (pissa, aLoRA, ...), all in one message.
 AdapterConfig parse_adapter_config(const OrderedJson& json, const std::string& where);
 OrderedJson adapter_config_json(const AdapterConfig& config);
 /// The same of a folder, whose tensors may be spelled as a multi-modal model's.

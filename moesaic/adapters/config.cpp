@@ -64,7 +64,6 @@ constexpr UnreadKey kUnreadKeys[] = {
     {"init_lora_weights", keeps_base,
      "its start values moved the base's weights; save it with PEFT's save_pretrained(..., "
      "path_initial_model_for_weight_conversion=...), which makes a plain LoRA of it"},
-    {"bias", [](const Json& value) { return is_unset(value) || value == "none"; }, "it holds biases of the base"},
     {"layers_pattern", is_layers, "layers are under 'layers' here"},
 };
 
@@ -136,8 +135,8 @@ AdapterConfig parse_adapter_config(const OrderedJson& ordered, const std::string
   config.method = method_of_peft_type(get<std::string>(json, "peft_type", where), where).name;
   check_keys(json,
              {"peft_type", "target_modules", "exclude_modules", "feedforward_modules", "r", "lora_alpha",
-              "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save",
-              "ensure_weight_tying", "base_model_name_or_path", "moesaic"},
+              "lora_dropout", "use_rslora", "use_dora", "bias", "rank_pattern", "alpha_pattern", "layers_to_transform",
+              "modules_to_save", "ensure_weight_tying", "base_model_name_or_path", "moesaic"},
              where);
 
   config.targets = parse_targets(json, "target_modules", where);
@@ -154,6 +153,8 @@ AdapterConfig parse_adapter_config(const OrderedJson& ordered, const std::string
   config.lora_alpha = get_or(json, "lora_alpha", 8.0, where);
   config.lora_dropout = get_or(json, "lora_dropout", 0.0, where);
   config.use_rslora = get_or(json, "use_rslora", false, where);
+  config.use_dora = get_or(json, "use_dora", false, where);
+  config.bias = get_or<std::string>(json, "bias", "none", where);
   config.rank_pattern = parse_patterns<int64_t>(ordered, "rank_pattern", where);
   config.alpha_pattern = parse_patterns<double>(ordered, "alpha_pattern", where);
   if (json.contains("layers_to_transform") && json["layers_to_transform"].is_number_integer()) {
@@ -270,6 +271,10 @@ void validate(const AdapterConfig& config, const std::string& where) {
   expect(config.lora_rank >= 1 && config.lora_rank <= 65536,
          fmt::format("rank: got {}, expected 1 to 65536", config.lora_rank));
   expect(std::isfinite(config.lora_alpha), "lora_alpha: got a value that is not finite");
+  expect(!config.use_dora || config.method == "lora",
+         fmt::format("use_dora: got true with {}, expected false: only lora has magnitudes", config.method));
+  expect(config.bias == "none" || config.bias == "lora_only" || config.bias == "all",
+         fmt::format("bias: got '{}', expected none, lora_only or all", config.bias));
   expect(config.lora_dropout >= 0 && config.lora_dropout < 1,
          fmt::format("lora_dropout: got {}, expected 0 to below 1", config.lora_dropout));
   expect(config.k_site == "auto" || config.k_site == "output" || config.k_site == "post_qk_norm",
@@ -318,9 +323,9 @@ OrderedJson adapter_config_json(const AdapterConfig& config) {
     json["r"] = config.lora_rank;
     json["lora_alpha"] = config.lora_alpha;
     json["lora_dropout"] = config.lora_dropout;
-    json["bias"] = "none";
+    json["bias"] = config.bias;
     json["use_rslora"] = config.use_rslora;
-    json["use_dora"] = false;
+    json["use_dora"] = config.use_dora;
   } else {
     json["feedforward_modules"] = targets_json(config.feedforward);
   }

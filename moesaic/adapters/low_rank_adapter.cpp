@@ -1,6 +1,7 @@
 #include "moesaic/adapters/low_rank_adapter.h"
 
 #include "moesaic/adapters/claim.h"
+#include "moesaic/adapters/replacements.h"
 #include "moesaic/adapters/router_setup.h"
 #include "moesaic/base/check.h"
 #include "moesaic/base/seed.h"
@@ -18,12 +19,15 @@ class LowRankAdapter : public Adapter {
     config_ = std::move(config);
     std::vector<std::string> paths;
     for (const nn::LinearSite& site : sites.linears) paths.push_back(formats::spelled(config_.spelling, site.name));
+    if (!trainable) {
+      for (const char* module : kWholeModules) paths.push_back(formats::spelled(config_.spelling, module));
+    }
     matches_ = count_matches(config_.targets, paths);
     check_layer_experts(config_, sites);
     const int64_t hidden = sites.linears.front().in;
     const auto options = torch::TensorOptions().dtype(torch::kFloat32);
     for (const nn::LinearSite& site : sites.linears) {
-      if (!config_.adapts(site.name, site.layer)) continue;
+      if (config_.use_dora || !config_.adapts(site.name, site.layer)) continue;
       auto experts = std::make_shared<moe::LowRankExperts>();
       const int64_t rank = config_.rank_at(site.name);
       experts->index = site.index;
@@ -130,15 +134,25 @@ void fold_low_rank(const AdapterConfig& config, const std::string& site, formats
     auto node = tensors.extract(site + suffix);
     return node.empty() ? torch::Tensor() : one_expert(node.mapped().to(torch::kFloat32));
   };
-  const torch::Tensor a = take(".lora_A.weight"), b = take(".lora_B.weight");
-  if (!a.defined() && !b.defined()) return;
-  const int64_t out = linear.weight.size(0), in = linear.weight.size(1);
+  torch::Tensor a = take(".lora_A.weight"), b = take(".lora_B.weight");
+  const torch::Tensor embedding_a = take(".lora_embedding_A"), embedding_b = take(".lora_embedding_B");
+  const bool embeds = embedding_a.defined() || embedding_b.defined();
+  if (embeds) std::tie(a, b) = std::tie(embedding_a, embedding_b);
+  const torch::Tensor magnitude = take(".lora_magnitude_vector");
+  if (!a.defined() && !b.defined() && !magnitude.defined()) return;
+  torch::Tensor weight = embeds ? linear.weight.t() : linear.weight;
+  const int64_t out = weight.size(0), in = weight.size(1);
   const bool fits = a.defined() && b.defined() && a.dim() == 2 && b.dim() == 2 && a.size(0) == b.size(1) &&
                     a.size(1) == in && b.size(0) == out;
   auto shape = [](const torch::Tensor& t) { return t.defined() ? shape_text(t.sizes()) : std::string("none"); };
   MOESAIC_CHECK(fits, DataError, "{}: got lora_A {} and lora_B {}, expected [r, {}] and [{}, r]", site, shape(a),
                 shape(b), in, out);
-  linear.weight = torch::addmm(linear.weight, b, a, 1.0, config.scale_at(site));
+  weight = torch::addmm(weight, b, a, 1.0, config.scale_at(site));
+  MOESAIC_CHECK(magnitude.defined() == config.use_dora && (!config.use_dora || magnitude.numel() == out), DataError,
+                "{}: got lora_magnitude_vector {}, expected {}", site, shape(magnitude),
+                config.use_dora ? fmt::format("[{}]", out) : "none: use_dora is false");
+  if (config.use_dora) weight = weight * (magnitude.flatten() / weight.norm(2, 1)).unsqueeze(1);
+  linear.weight = embeds ? weight.t().contiguous() : weight;
 }
 
 std::pair<std::string, torch::Tensor> expert_tensor(const AdapterConfig& config, const std::string& name,

@@ -11,11 +11,46 @@ namespace {
 
 const Method* const kMethods[] = {&kLora, &kIa3, &kMov, &kMoLora};
 
-std::string linear_of(const std::string& tensor) {
-  for (const char* suffix : {".lora_A.weight", ".lora_B.weight", ".ia3_l", ".mov.weight"}) {
-    if (tensor.ends_with(suffix)) return tensor.substr(0, tensor.size() - std::string_view(suffix).size());
+const nn::WeightSite& weight_site(const nn::Sites& sites, const std::string& name) {
+  const auto site = std::find_if(sites.weights.begin(), sites.weights.end(),
+                                 [&](const nn::WeightSite& each) { return each.name == name; });
+  MOESAIC_CHECK(site != sites.weights.end(), DataError, "{}: got it in the adapter, but the model has none", name);
+  return *site;
+}
+
+/// Throws DataError listing what the targets name and `pairs`, those that act as a whole, lack.
+void check_pairs(const AdapterConfig& config, const nn::Sites& sites, const formats::TensorMap& pairs) {
+  formats::Misfits found;
+  auto expect = [&](const std::string& tensor) {
+    if (!pairs.contains(tensor)) found.missing.push_back(tensor);
+  };
+  if (config.use_dora) {
+    for (const nn::LinearSite& site : sites.linears) {
+      if (config.adapts(site.name, site.layer)) expect(site.name + ".lora_A.weight");
+    }
   }
-  return "";
+  // One regular expression means linears: all-linear is one.
+  if (config.method == "lora" && std::holds_alternative<std::vector<std::string>>(config.targets)) {
+    if (config.adapts(kWholeModules[0], -1)) expect(std::string(kWholeModules[0]) + ".lora_embedding_A");
+    if (config.adapts(kWholeModules[1], -1)) expect(std::string(kWholeModules[1]) + ".lora_A.weight");
+  }
+  formats::check_fits(found, "adapter", "its target_modules", "saved whole?");
+}
+
+/// The weights of the model that `pairs` act on, float32.
+formats::TensorMap weights_of(const nn::Sites& sites, const formats::TensorMap& pairs) {
+  formats::TensorMap weights;
+  for (const auto& [tensor, pair] : pairs) {
+    const std::string name = module_of(tensor) + ".weight";
+    const torch::Tensor value = weight_site(sites, name).value();
+    MOESAIC_CHECK(
+        value.defined() && value.dim() == 2, UsageError,
+        "{}: got int8 numbers, expected floats: the adapter acts on the weight as a whole (DoRA, or a pair of "
+        "the head)\nhint: leave --quantize out, or `moesaic merge` the adapter and quantise what it writes",
+        name);
+    weights[name] = value.detach().to(torch::kCPU, torch::kFloat32);
+  }
+  return weights;
 }
 
 }  // namespace
@@ -74,43 +109,20 @@ void fold(const formats::AdapterFolder& adapter, const std::string& where, forma
   formats::TensorMap left = adapter.tensors;
   constexpr const char *kEmbedding = "model.embed_tokens.weight", *kHead = "lm_head.weight";
   const bool tied = !model.contains(kHead);
-  const auto replacements = take_replacements(config, left, tied, [&](const std::string& name) {
-    const auto weight = model.find(name);
-    return weight == model.end() ? std::vector<int64_t>{} : weight->second.sizes().vec();
-  });
-  const auto replaced = [&](const char* name) {
+  const auto replacements = take_replacements(config, left, tied, formats::declarations(model));
+  const auto replaced = [&](const std::string& name) {
     return std::any_of(replacements.begin(), replacements.end(), [&](const Replacement& r) { return r.name == name; });
+  };
+  const auto has_pair = [&](const std::string& module) {
+    return std::any_of(left.begin(), left.end(), [&](const auto& item) { return module_of(item.first) == module; });
   };
   // Of a tied pair one alone leaves the other as it was.
   if (tied && replaced(kEmbedding) && !replaced(kHead)) model[kHead] = model.at(kEmbedding);
   for (const Replacement& replacement : replacements) {
     if (replacement.in_file || replacement.name != kHead) model[replacement.name] = replacement.weight;
   }
-  std::set<std::string> sites;
-  for (const auto& [name, tensor] : left) {
-    if (const std::string site = linear_of(name); !site.empty()) sites.insert(site);
-  }
-  formats::Misfits found;
-  for (const std::string& site : sites) {
-    const auto weight = model.find(site + ".weight"), bias = model.find(site + ".bias");
-    if (weight == model.end() || weight->second.dim() != 2) {
-      found.missing.push_back(fmt::format("{}.weight, a matrix of the model", site));
-      std::erase_if(left, [&](const auto& item) { return linear_of(item.first) == site; });
-      continue;
-    }
-    FoldedLinear linear{weight->second.to(torch::kFloat32), {}};
-    if (bias != model.end()) linear.bias = bias->second.to(torch::kFloat32);
-    try {
-      method_of(config.method).fold(config, site, left, linear);
-    } catch (const DataError& error) {
-      found.wrong.emplace_back(error.what());
-      continue;
-    }
-    weight->second = linear.weight;
-    if (bias != model.end()) bias->second = linear.bias;
-  }
-  for (const auto& [name, tensor] : left) found.unexpected.push_back(name);
-  formats::check_fits(found, where, "the model", "wrong base model?");
+  if (tied && (has_pair("model.embed_tokens") || has_pair("lm_head"))) model.try_emplace(kHead, model.at(kEmbedding));
+  fold_into(model, config, std::move(left), where);
 }
 
 void Adapter::set_trainable(bool on) {
@@ -128,6 +140,11 @@ nn::Needs Adapter::needs() const {
   return needs;
 }
 
+bool Adapter::embeds() const {
+  return std::any_of(replaced_.begin(), replaced_.end(),
+                     [](const Replaced& replaced) { return replaced.name == "model.embed_tokens.weight"; });
+}
+
 formats::TensorMap Adapter::gradients() const {
   formats::TensorMap result;
   for (const FileTensor& tensor : file_tensors()) result[tensor.key] = tensor.gradient();
@@ -140,22 +157,33 @@ formats::AdapterFolder Adapter::folder() const {
   for (const Replaced& replaced : replaced_) {
     if (replaced.in_file) result.tensors[replaced.name] = replaced.weight;
   }
+  result.tensors.insert(whole_pairs_.begin(), whole_pairs_.end());
   return result;
 }
 
 void Adapter::load_tensors(const formats::TensorMap& tensors) {
   formats::TensorMap left = tensors;
-  const auto replacements = take_replacements(config_, left, tied_head_, [&](const std::string& name) {
-    const auto known =
-        std::find_if(replaced_.begin(), replaced_.end(), [&](const Replaced& r) { return r.name == name; });
-    return known == replaced_.end() ? std::vector<int64_t>{} : known->weight.sizes().vec();
-  });
+  formats::Declarations base;
+  for (const Replaced& replaced : replaced_) base[replaced.name] = {replaced.weight.sizes().vec()};
+  const auto replacements = take_replacements(config_, left, tied_head_, base);
   claim_tensors(file_tensors(), left);
   for (const Replacement& replacement : replacements) {
     for (Replaced& replaced : replaced_) {
       if (replaced.name == replacement.name) replaced.replace(replaced.weight = replacement.weight);
     }
   }
+}
+
+void Adapter::replace(const nn::Sites& sites, const Replacement& replacement) {
+  const nn::WeightSite& site = weight_site(sites, replacement.name);
+  const torch::Tensor value = site.value();
+  MOESAIC_CHECK(
+      site.name == "lm_head.weight" || value.dim() == std::ssize(site.shape), UsageError,
+      "{}: got int8 numbers, expected floats: the adapter replaces the weight\nhint: leave --quantize out, or "
+      "`moesaic merge` the adapter and quantise what it writes",
+      site.name);
+  site.replace(replacement.weight);
+  replaced_.push_back({replacement.name, replacement.weight, replacement.in_file, site.replace});
 }
 
 void Adapter::restore_weights() {
@@ -185,25 +213,22 @@ std::shared_ptr<Adapter> Adapter::open(const std::filesystem::path& dir, nn::Sit
   try {
     const Method& method = method_of(config.method);
     formats::TensorMap tensors = folder.tensors;
-    const auto site_of = [&](const std::string& name) {
-      return std::find_if(sites.weights.begin(), sites.weights.end(),
-                          [&](const nn::WeightSite& site) { return site.name == name; });
-    };
-    const auto replacements = take_replacements(config, tensors, sites.tied_head, [&](const std::string& name) {
-      const auto site = site_of(name);
-      return site == sites.weights.end() ? std::vector<int64_t>{} : site->shape;
-    });
-    MOESAIC_CHECK(replacements.empty() || scale == 1.0, UsageError,
+    formats::Declarations base;
+    for (const nn::WeightSite& site : sites.weights) base[site.name] = {site.shape};
+    auto replacements = take_replacements(config, tensors, sites.tied_head, base);
+    const formats::TensorMap pairs = take_whole_pairs(config, tensors);
+    MOESAIC_CHECK((replacements.empty() && pairs.empty()) || scale == 1.0, UsageError,
                   "got the scale {} for an adapter that replaces weights of the model, expected 1", scale);
+    check_pairs(config, sites, pairs);
     auto adapter = method.make(std::move(config), sites, device, /*seed=*/0, /*trainable=*/false, scale);
     adapter->hidden_width_ = sites.linears.front().in;
     adapter->tied_head_ = sites.tied_head;
     claim_tensors(adapter->file_tensors(), tensors);
-    for (const auto& [name, weight, in_file] : replacements) {
-      const auto site = site_of(name);
-      site->replace(weight);
-      adapter->replaced_.push_back({name, weight, in_file, site->replace});
-    }
+    for (const Replacement& replacement : replacements) adapter->replace(sites, replacement);
+    formats::TensorMap folded = weights_of(sites, pairs);
+    fold_into(folded, adapter->config(), pairs, "adapter");
+    for (const auto& [name, weight] : folded) adapter->replace(sites, {name, weight, /*in_file=*/false});
+    adapter->whole_pairs_ = pairs;
     return adapter;
   } catch (const Error& error) {
     throw DataError(fmt::format("{}: {}", dir.string(), error.what()));

@@ -1,12 +1,17 @@
-// Weights of the base that an adapter's file holds whole: PEFT's modules_to_save, and embeddings saved beside a LoRA.
+// What acts through weights of the base as a whole: those that an adapter's file holds itself (PEFT's modules_to_save,
+// biases, embeddings saved beside a LoRA), and low-rank pairs that no linear can add to its output (DoRA's, and those
+// of embedding and head).
 #pragma once
-#include <functional>
 #include <string>
 #include <vector>
 
 #include "moesaic/adapters/adapter.h"
+#include "moesaic/formats/claim.h"
 
 namespace moesaic::adapters {
+
+/// The modules that are no linears with sites of their own.
+inline constexpr const char* kWholeModules[] = {"model.embed_tokens", "lm_head"};
 
 struct Replacement {
   std::string name;  // "lm_head.weight"
@@ -14,11 +19,27 @@ struct Replacement {
   bool in_file = true;  // false: the other one of a tied pair
 };
 
-/// Takes the weights out of a file's `tensors`. shape_of: the base's; empty when it has none of that name. With a tied
-/// head (`tied`) an embedding that modules_to_save names leaves the head alone, as in PEFT, unless ensure_weight_tying
-/// is set; one that is merely saved beside the adapter is both.
-/// Throws DataError listing every module of modules_to_save without a tensor and every weight of another shape.
+/// Takes the weights out of a file's `tensors`. `base` has the model's. With a tied head (`tied`) an embedding that
+/// modules_to_save names leaves the head alone, as in PEFT, unless ensure_weight_tying is set; one that is merely saved
+/// beside the adapter is both. Embedding and head may have other rows than the base's, both as many: the vocabulary was
+/// resized.
+/// Throws DataError listing every module of modules_to_save and every bias without a tensor and every weight of another
+/// shape.
 std::vector<Replacement> take_replacements(const AdapterConfig& config, formats::TensorMap& tensors, bool tied,
-                                           const std::function<std::vector<int64_t>(const std::string&)>& shape_of);
+                                           const formats::Declarations& base);
+
+/// The linear, embedding or head that a tensor of a method belongs to; "" for any other tensor.
+std::string module_of(const std::string& tensor);
+
+/// Whether a tensor of an adapter's file is a weight of the model, or belongs to a pair of embedding or head.
+bool acts_whole(const std::string& tensor);
+
+/// Takes the tensors of pairs that act as a whole out of a file's `tensors`.
+formats::TensorMap take_whole_pairs(const AdapterConfig& config, formats::TensorMap& tensors);
+
+/// Folds every pair, vector and magnitude of `tensors` into the weights of `model`, which are float32 then. Throws
+/// DataError listing all without a place; `where` names the adapter.
+void fold_into(formats::TensorMap& model, const AdapterConfig& config, formats::TensorMap tensors,
+               const std::string& where);
 
 }  // namespace moesaic::adapters

@@ -193,8 +193,13 @@ Member open_member(const std::shared_ptr<formats::Checkpoint>& checkpoint, const
   member.model->eval();
   if (options.random_seed) models::initialize(*member.model, *options.random_seed);
   if (options.adapter.empty()) return member;
+  const int64_t vocabulary = member.model->facts().vocab_size;
   member.adapter =
       adapters::Adapter::open(options.adapter, member.model->sites(), load.device, checkpoint->fingerprint());
+  MOESAIC_CHECK(member.model->facts().vocab_size == vocabulary, DataError,
+                "{}: got a vocabulary of {}, expected {}: a composition reads the tokens of its models\nhint: `moesaic "
+                "merge` the adapter into its base and compose that",
+                options.adapter.string(), member.model->facts().vocab_size, vocabulary);
   MOESAIC_CHECK(member.adapter->config().router.input != "sentence", DataError,
                 "{}: its router reads sentence embeddings, which the models of a composition are not given; expected "
                 "an adapter that routes by token",
@@ -296,6 +301,11 @@ Connections::Connections(std::shared_ptr<Composition> composition, bool train_ad
   }
   if (train_adapters && composition_->adapters().empty()) {
     wrong.push_back("train_adapters: none of its models carries an adapter");
+  }
+  for (const auto& [place, adapter] : composition_->adapters()) {
+    if (train_adapters && adapter->config().use_dora) {
+      wrong.push_back(fmt::format("train_adapters: {} carries a DoRA adapter, which is used, not trained", place));
+    }
   }
   MOESAIC_CHECK(wrong.empty(), UsageError, "a composition can't be trained so: {}", fmt::join(wrong, "; "));
   composition_->train_adapters(train_adapters);

@@ -22,13 +22,16 @@ formats::ModelFolder model_folder(const formats::Checkpoint& checkpoint, at::Sca
 }
 
 void merge_adapter(formats::ModelFolder& model, const std::filesystem::path& adapter_dir) {
+  const at::Tensor before = model.tensors["model.embed_tokens.weight"];
   adapters::fold(formats::read_adapter_folder(adapter_dir), adapter_dir.string(), model.tensors);
   // A head of its own, which the adapter brought.
   const auto head = model.tensors.find("lm_head.weight"), embedding = model.tensors.find("model.embed_tokens.weight");
-  if (head != model.tensors.end() && embedding != model.tensors.end() && !at::equal(head->second, embedding->second)) {
+  if (head != model.tensors.end() && !at::equal(head->second, embedding->second)) {
     model.config["tie_word_embeddings"] = false;
   }
-  formats::adapt(model.tokenizer, adapter_dir);
+  const bool embeds = !embedding->second.is_same(before);
+  if (embeds) model.config["vocab_size"] = embedding->second.size(0);
+  formats::adapt(model.tokenizer, adapter_dir, embeds);
 }
 
 }  // namespace moesaic::exporting

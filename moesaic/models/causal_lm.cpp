@@ -97,10 +97,14 @@ CausalLM::~CausalLM() { detach_all(); }
 void CausalLM::add_weight_sites() {
   const std::vector<int64_t> shape = stack_.embedding.sizes().vec();
   sites_.tied_head = config_.tie_word_embeddings;
-  sites_.weights.push_back({"model.embed_tokens.weight", shape, [this, own = stack_.embedding](const torch::Tensor& t) {
+  sites_.weights.push_back({"model.embed_tokens.weight", shape,
+                            [this, own = stack_.embedding](const torch::Tensor& t) {
                               stack_.embedding = t.defined() ? t.to(own.options()) : own;
-                            }});
-  sites_.weights.push_back({"lm_head.weight", shape, [this](const torch::Tensor& t) {
+                              config_.vocab_size = facts_.vocab_size = stack_.embedding.size(0);
+                            },
+                            [this] { return stack_.embedding; }});
+  sites_.weights.push_back({"lm_head.weight", shape,
+                            [this](const torch::Tensor& t) {
                               if (t.defined()) {
                                 const bool quantized = !head_->weight().defined();
                                 if (!own_head_) own_head_ = std::move(head_);
@@ -110,14 +114,20 @@ void CausalLM::add_weight_sites() {
                               } else if (own_head_) {
                                 head_ = std::move(own_head_);
                               }
-                            }});
+                            },
+                            [this] { return head_->weight(); }});
   for (const auto& item : named_parameters()) {
-    if (item.value().dim() != 1 || !item.key().ends_with("norm.weight")) continue;
-    torch::Tensor weight = item.value();
-    sites_.weights.push_back(
-        {item.key(), weight.sizes().vec(), [weight, own = weight.detach()](const torch::Tensor& t) mutable {
-           weight.set_data(t.defined() ? t.to(own.options()) : own);
-         }});
+    if (item.key() == "model.embed_tokens.weight" || item.key() == "lm_head.weight") continue;
+    const torch::Tensor weight = item.value();
+    // Linears are rows of one matrix, so that the numbers move and not the tensors.
+    sites_.weights.push_back({item.key(), weight.sizes().vec(),
+                              [weight, own = std::make_shared<torch::Tensor>()](const torch::Tensor& t) {
+                                torch::NoGradGuard no_grad;
+                                if (t.defined() && !own->defined()) *own = weight.clone();
+                                if (own->defined()) weight.copy_(t.defined() ? t : *own);
+                                if (!t.defined()) *own = torch::Tensor();
+                              },
+                              [weight] { return weight; }});
   }
 }
 

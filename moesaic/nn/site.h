@@ -104,15 +104,18 @@ struct ScaleSite {
 struct WeightSite {
   std::string name;  // "model.embed_tokens.weight"
   std::vector<int64_t> shape;
-  /// Puts `weight` in its place, undefined: the model's own again.
+  /// Puts `weight` in its place, undefined: the model's own again. An embedding and a head may have other rows, both
+  /// the same: the vocabulary is then theirs.
   std::function<void(const torch::Tensor& weight)> replace;
+  /// What stands there; undefined or empty where it is quantised.
+  std::function<torch::Tensor()> value;
 };
 
 /// Every site of a model, in layer order.
 struct Sites {
   std::vector<LinearSite> linears;
   std::vector<ScaleSite> scales;
-  std::vector<WeightSite> weights;  // embed_tokens, lm_head and norms
+  std::vector<WeightSite> weights;  // every parameter, and lm_head
   bool tied_head = false;           // lm_head.weight is the embedding until it is replaced itself
   bool has_qk_norm = false;
   std::string model_type;  // "llama", "qwen2", ...: for messages

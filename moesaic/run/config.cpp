@@ -2,6 +2,7 @@
 
 #include <regex>
 
+#include "moesaic/adapters/replacements.h"
 #include "moesaic/base/yaml.h"
 #include "moesaic/formats/adapter_folder.h"
 #include "moesaic/run/subject.h"
@@ -174,6 +175,15 @@ struct AdapterKeys {
 AdapterKeys adapter_keys(const fs::path& dir) {
   const formats::AdapterFolder folder = formats::read_adapter_folder(dir);
   const adapters::AdapterConfig config = adapters::parse_adapter_config(folder, (dir / "adapter_config.json").string());
+  std::vector<std::string> frozen;
+  if (config.use_dora) frozen.emplace_back("use_dora");
+  for (const auto& [name, tensor] : folder.tensors) {
+    if (adapters::acts_whole(name) && frozen.size() < 4) frozen.push_back(name);
+  }
+  MOESAIC_CHECK(frozen.empty(), UsageError,
+                "{}: got an adapter with {} for a run to begin with, expected one without: what acts through a weight "
+                "of the model as a whole is used, not trained\nhint: `moesaic merge` it into its base and begin there",
+                dir.string(), fmt::join(frozen, ", "));
   AdapterKeys keys;
   Json& values = keys.values;
   values["finetuning_type"] = config.method;

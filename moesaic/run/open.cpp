@@ -104,13 +104,18 @@ void open_single(const std::string& path, const OpenOptions& options, Opened& op
   opened.tokenizer = tokenizer.get();
 }
 
-/// Makes the chat template, with what a composition and the adapters bring of their own.
-void adapt_tokenizer(const std::string& path, const std::vector<AdapterReference>& adapters, Opened& opened) {
+/// Makes the chat template, with what a composition and the adapters bring of their own; `embeds`: the one adapter that
+/// brings the embedding.
+void adapt_tokenizer(const std::string& path, const std::vector<AdapterReference>& adapters, bool embeds,
+                     Opened& opened) {
   formats::TokenizerFiles files{std::nullopt, opened.tokenizer->config(), opened.checkpoint->chat_templates()};
   if (fs::is_directory(path) && compose::is_composition(path)) formats::adapt(files, path);
-  for (const AdapterReference& adapter : std::views::reverse(adapters)) formats::adapt(files, adapter.dir);
-  if (files.config != opened.tokenizer->config()) {
-    opened.tokenizer = std::make_shared<tokenizer::Tokenizer>(opened.tokenizer->json(), files.config, path);
+  for (const AdapterReference& adapter : std::views::reverse(adapters)) {
+    formats::adapt(files, adapter.dir, embeds);
+  }
+  if (files.json || files.config != opened.tokenizer->config()) {
+    opened.tokenizer =
+        std::make_shared<tokenizer::Tokenizer>(files.json ? *files.json : opened.tokenizer->json(), files.config, path);
   }
   if (files.chat_templates.empty()) return;
   opened.chat_template = std::make_shared<tokenizer::ChatTemplate>(std::move(files.chat_templates), *opened.tokenizer);
@@ -124,13 +129,21 @@ Opened open(const std::string& path, const std::vector<AdapterReference>& adapte
       "--model {}: no such file or folder. Expected a folder with config.json and *.safetensors, or a .gguf file.",
       path);
   Opened opened;
-  (compose::is_composition(path) ? open_composition : open_single)(path, options, opened);
-  if (opened.tokenizer) adapt_tokenizer(path, adapters, opened);
-  for (const AdapterReference& adapter : adapters) {
-    opened.model->attach(adapter.name,
-                         adapters::Adapter::open(adapter.dir, *opened.model->parts().front().sites, options.device,
-                                                 opened.checkpoint->fingerprint(), adapter.scale));
+  const bool composed = compose::is_composition(path);
+  (composed ? open_composition : open_single)(path, options, opened);
+  bool embeds = false;
+  const int64_t vocabulary = opened.model->facts().vocab_size;
+  for (const AdapterReference& reference : adapters) {
+    const auto adapter = adapters::Adapter::open(reference.dir, *opened.model->parts().front().sites, options.device,
+                                                 opened.checkpoint->fingerprint(), reference.scale);
+    opened.model->attach(reference.name, adapter);
+    embeds = embeds || (!composed && adapter->embeds());
+    MOESAIC_CHECK(!composed || opened.model->facts().vocab_size == vocabulary, DataError,
+                  "{}: got a vocabulary of {}, expected {}: the composition reads the anchor's tokens\nhint: `moesaic "
+                  "merge` the adapter into the anchor and compose that",
+                  reference.dir.string(), opened.model->facts().vocab_size, vocabulary);
   }
+  if (opened.tokenizer) adapt_tokenizer(path, adapters, embeds, opened);
   return opened;
 }
 

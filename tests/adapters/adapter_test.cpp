@@ -320,8 +320,7 @@ TEST(AdapterConfigJson, RoundTrip) {
 TEST(AdapterConfigJson, WhatIsNotImplementedIsRefusedAllAtOnce) {
   const OrderedJson json = {{"peft_type", "LORA"},
                             {"target_modules", {"q_proj"}},
-                            {"use_dora", true},
-                            {"bias", "all"},
+                            {"lora_bias", true},
                             {"init_lora_weights", "pissa_niter_4"},
                             {"alora_invocation_tokens", {3, 4}},
                             {"layers_pattern", "h"},

@@ -125,3 +125,69 @@ def test_int8_generates_what_rounded_weights_generate(folder, adapter):
     line = tiny_run.run("generate", "--model", folder / "model", "-p", "red cat is not", "--quantize", "int8", "--json",
                         "--dtype", "float32", "--max_new_tokens", 12)
     assert json.loads(line)["ids"] == expected
+
+
+# What acts through weights of the model as a whole.
+WHOLE = {
+    "dora": dict(use_dora=True, target_modules="all-linear"),
+    "biases": dict(bias="lora_only", target_modules=["q_proj", "down_proj"]),
+    "embedding": dict(target_modules=["embed_tokens", "lm_head", "v_proj"]),
+    "head": dict(modules_to_save=["lm_head"], target_modules=["v_proj"]),
+}
+
+
+def disturbed(wrapped):
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return wrapped
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_adapters_that_replace_weights(kind, tmp_path):
+    tiny_run.make_model(tmp_path / "model", initializer_range=0.3, attention_bias=True, mlp_bias=True)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=3, **WHOLE[kind])
+    wrapped = disturbed(peft.get_peft_model(base_model(tmp_path / "model"), config))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    expected = theirs(wrapped)
+    assert differ(expected, ours(tmp_path))
+    assert ours(tmp_path, "--adapter", tmp_path / "adapter") == pytest.approx(expected, abs=1e-4)
+
+    tiny_run.run("merge", "--model", tmp_path / "model", "--adapter", tmp_path / "adapter", tmp_path / "merged")
+    assert theirs(base_model(tmp_path / "merged")) == pytest.approx(expected, abs=1e-4)
+    tiny_run.run("export", "--adapter", tmp_path / "adapter", "--format", "peft", tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(base_model(tmp_path / "model"), tmp_path / "again")
+    assert theirs(again) == pytest.approx(expected, abs=1e-4)
+
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"inputs": "red ", "targets": "cat"}) + "\n")
+    run = tiny_run.make_run(tmp_path, adapter_name_or_path=str(tmp_path / "adapter"), finetuning_type="lora",
+                            num_experts=None, lora_rank=None, lora_dropout=None)
+    done = tiny_run.moesaic("train", run)
+    assert done.returncode == 2 and "is used, not trained" in done.stderr, done.stderr
+
+
+def test_an_adapter_with_new_tokens(tmp_path):
+    """As after add_tokens() and resize_token_embeddings(): the embedding, the head and the tokenizer are the adapter's."""
+    tiny_run.make_model(tmp_path / "model", initializer_range=0.3)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.add_tokens(["<new>", "<other>"])
+    model = base_model(tmp_path / "model")
+    model.resize_token_embeddings(len(tokenizer))
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"],
+                                                         modules_to_save=["embed_tokens", "lm_head"]))
+    disturbed(wrapped).eval().save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    prompt = tokenizer("red <new> is")["input_ids"]
+    assert len(tokenizer) - 2 in prompt
+    expected = wrapped.generate(input_ids=torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt):].tolist()
+
+    asked = ["-p", "red <new> is", "--json", "--dtype", "float32", "--max_new_tokens", 8]
+    line = tiny_run.run("generate", "--model", tmp_path / "model", "--adapter", tmp_path / "adapter", *asked)
+    assert json.loads(line)["ids"] == expected and json.loads(line)["prompt_tokens"] == len(prompt)
+    tiny_run.run("merge", "--model", tmp_path / "model", "--adapter", tmp_path / "adapter", tmp_path / "merged")
+    assert json.loads(tiny_run.run("generate", "--model", tmp_path / "merged", *asked))["ids"] == expected
+    merged = base_model(tmp_path / "merged")
+    assert merged.config.vocab_size == len(transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")) == len(tokenizer)
+    assert merged.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt):].tolist() == expected

@@ -71,7 +71,10 @@ def ia3(**more):
 
 
 def disturbed(name, config, seed=5):
-    wrapped = peft.get_peft_model(common.make_model(name), config)
+    return disturb(peft.get_peft_model(common.make_model(name), config), seed)
+
+
+def disturb(wrapped, seed=5):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in wrapped.parameters():
@@ -111,7 +114,7 @@ def test_a_setting_counts_or_is_refused_by_name(method, setting, driver, models,
         got = logits_here(driver, folder, tmp_path / "a", ids, tmp_path / "out.safetensors")
     except common.DriverError as error:
         assert setting in str(error)
-        assert setting not in ("r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "use_rslora",
+        assert setting not in ("use_dora", "bias", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "use_rslora",
                                "modules_to_save", "layers_to_transform", "rank_pattern", "alpha_pattern",
                                "feedforward_modules", "init_ia3_weights")
         return
@@ -146,6 +149,89 @@ def test_patterns_are_tried_in_the_files_order(driver, models, tmp_path):
         results.append(logits_here(driver, models("llama")[1], tmp_path / "a", ids, tmp_path / "out.safetensors"))
         common.assert_close(results[-1], logits_in_peft("llama", tmp_path / "a", ids), str(pattern))
     assert not torch.allclose(results[0], results[1])
+
+
+@pytest.mark.parametrize("name", common.ARCHITECTURES)
+@pytest.mark.parametrize("more", [dict(target_modules="all-linear"),
+                                  dict(use_rslora=True, rank_pattern={"v_proj": 4}, layers_to_transform=[0, 2])],
+                         ids=["all", "some"])
+def test_dora(name, more, driver, models, tmp_path):
+    ids, folder = common.sequences(), models(name)[1]
+    disturbed(name, lora(use_dora=True, **more)).save_pretrained(tmp_path / "a")
+    expected = logits_in_peft(name, tmp_path / "a", ids)
+    common.assert_close(logits_here(driver, folder, tmp_path / "a", ids, tmp_path / "out.safetensors"), expected,
+                        "logits", relative=1e-5)
+    cached = driver.run(tmp_path / "out.safetensors", model=folder, adapter=tmp_path / "a", mode="cached", sequences=ids,
+                        save_adapter=tmp_path / "again")
+    common.assert_close(cached["logits"], expected, "cached logits")
+    file, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("a", "again"))
+    assert file.keys() == again.keys() and all(torch.equal(file[name], again[name]) for name in file)
+    common.assert_close(logits_in_peft(name, tmp_path / "again", ids), expected, "logits in PEFT", relative=1e-6)
+
+
+def test_dora_is_refused_where_it_can_not_be(driver, models, tmp_path):
+    ids, folder = common.sequences(), models("llama")[1]
+    disturbed("llama", lora(use_dora=True)).save_pretrained(tmp_path / "a")
+    for job, reason in [(dict(quantize=True), r"got int8 numbers[^\0]*--quantize"), (dict(scale=0.5), "got the scale 0.5")]:
+        with pytest.raises(common.DriverError, match=reason):
+            driver.run(tmp_path / "out.safetensors", model=folder, adapter=tmp_path / "a", sequences=ids,
+                       mask=common.masks(ids), **job)
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.self_attn.v_proj.lora_"
+    for missing in ("magnitude_vector", "A.weight"):
+        save_file({k: v for k, v in tensors.items() if k != name + missing},
+                  tmp_path / "a" / "adapter_model.safetensors")
+        with pytest.raises(common.DriverError, match="layers.1.self_attn.v_proj.*lora_" + missing.split(".")[0]):
+            logits_here(driver, folder, tmp_path / "a", ids, tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied-mqa", "gemma", "gemma3"])
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["q_proj", "embed_tokens", "lm_head"]],
+                         ids=lambda targets: "-".join(targets))
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_pairs_of_embedding_and_head(name, targets, dora, driver, models, tmp_path):
+    ids = common.sequences()
+    disturbed(name, lora(target_modules=targets, use_dora=dora)).save_pretrained(tmp_path / "a")
+    common.assert_close(logits_here(driver, models(name)[1], tmp_path / "a", ids, tmp_path / "out.safetensors"),
+                        logits_in_peft(name, tmp_path / "a", ids), "logits", relative=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "qwen2", "llama"])
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_peft_trained(name, bias, driver, models, tmp_path):
+    ids = common.sequences()
+    disturbed(name, lora(bias=bias, target_modules=["q_proj", "down_proj"])).save_pretrained(tmp_path / "a")
+    held = [k for k in load_file(tmp_path / "a" / "adapter_model.safetensors") if k.endswith("bias")]
+    assert bool(held) == (name != "llama")
+    common.assert_close(logits_here(driver, models(name)[1], tmp_path / "a", ids, tmp_path / "out.safetensors"),
+                        logits_in_peft(name, tmp_path / "a", ids), "logits", relative=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied-mqa", "gemma3"])
+@pytest.mark.parametrize("rows", [5, -4], ids=["more", "fewer"])
+@pytest.mark.parametrize("saved, more", [(None, {}), (["embed_tokens", "lm_head"], {}), (["embed_tokens"], {}),
+                                         (["embed_tokens"], dict(ensure_weight_tying=True))],
+                         ids=["beside", "both", "embedding", "tied"])
+def test_a_resized_vocabulary(name, rows, saved, more, driver, models, tmp_path):
+    """As transformers and PEFT have it after resize_token_embeddings()."""
+    tied = common.make_model(name).config.tie_word_embeddings
+    if tied and saved and len(saved) == 2 or more and not tied:
+        pytest.skip("no such adapter")
+    size = common.TINY["vocab_size"] + rows
+
+    def base():
+        model = common.make_model(name)
+        model.resize_token_embeddings(size)
+        return model
+
+    ids = common.sequences(vocab_size=size)
+    wrapped = disturb(peft.get_peft_model(base(), lora(modules_to_save=saved, **more)))
+    wrapped.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    with torch.no_grad():
+        expected = common.reference_logits(peft.PeftModel.from_pretrained(base(), tmp_path / "a").eval(), ids)
+    got = logits_here(driver, models(name)[1], tmp_path / "a", ids, tmp_path / "out.safetensors")
+    assert got.shape[1] == size
+    common.assert_close(got, expected, "logits", relative=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied-mqa", "gemma3"])
