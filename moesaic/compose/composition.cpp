@@ -532,6 +532,14 @@ torch::Tensor Composition::prompt_states(const nn::RaggedBatch& prompts) {
   return model.finish(model.run_blocks(model.embed(prompts.tokens), 0, model.config().num_layers, pass), {});
 }
 
+int64_t Composition::exact_memory() const {
+  int64_t most = anchor_.model->exact_memory();
+  for (const Member& member : augmenting_) {
+    if (member.model->exact_memory() < INT64_MAX) most = 0;  // other tokens, of which there may be any number
+  }
+  return most;
+}
+
 std::unique_ptr<models::Memory> Composition::memory(int64_t sequences) const {
   const int64_t heads = config_.connection.num_heads;
   std::vector<CompositionMemory::Stream> streams;

@@ -114,6 +114,7 @@ class Composition : public torch::nn::Module, public models::LanguageModel {
   const models::Facts& facts() const override { return anchor_.model->facts(); }
   const nn::Head& head() const override { return anchor_.model->head(); }
   std::unique_ptr<models::Memory> memory(int64_t sequences) const override;
+  int64_t exact_memory() const override;
   std::vector<models::Part> parts() override;
   std::vector<nn::Block*> blocks() override;
   std::vector<torch::Tensor> weights() const override;

@@ -85,6 +85,40 @@ Rest rest_of(const std::vector<RankQuestion>& questions) {
   return rest;
 }
 
+/// The tokens of the longest text that a model reads of `question`.
+int64_t longest_text(const RankQuestion& question) {
+  size_t longest = 0;
+  for (const std::vector<int64_t>& choice : question.choices) longest = std::max(longest, choice.size());
+  return std::ssize(question.prompt.ids) + static_cast<int64_t>(longest) - 1;
+}
+
+/// Every choice behind a prompt of its own, at once; `of` becomes the question of each, `source` the row that predicts
+/// each token of all choices.
+models::Text whole_texts(const models::LanguageModel& model, const std::vector<RankQuestion>& questions,
+                         std::vector<int64_t>& of, std::vector<int64_t>& source) {
+  std::vector<generate::Prompt> texts;
+  std::vector<std::vector<int64_t>> prompts;
+  nn::Borders borders;
+  int64_t row = 0;
+  for (size_t q = 0; q < questions.size(); ++q) {
+    const generate::Prompt& prompt = questions[q].prompt;
+    for (size_t c = 0; c < questions[q].choices.size(); ++c) {
+      const std::vector<int64_t>& choice = questions[q].choices[c];
+      generate::Prompt& text = texts.emplace_back(prompt);
+      text.ids.insert(text.ids.end(), choice.begin(), choice.end() - 1);
+      prompts.push_back(prompt.ids);
+      borders.push_back({std::ssize(prompt.ids) + questions[q].first_of_choice[c]});
+      of.push_back(static_cast<int64_t>(q));
+      row += std::ssize(prompt.ids) - 1;
+      for (size_t t = 0; t < choice.size(); ++t) source.push_back(row++);
+    }
+  }
+  models::Text text = generate::text_of(model, texts);
+  text.borders = std::move(borders);
+  text.prompts = std::move(prompts);
+  return text;
+}
+
 /// All prompts side by side, the last row of each wanted.
 models::Text prompts_of(const models::LanguageModel& model, const std::vector<RankQuestion>& questions) {
   std::vector<generate::Prompt> prompts;
@@ -117,14 +151,27 @@ std::vector<std::vector<ChoiceScore>> rank(models::LanguageModel& model, const s
     if (routing) routing(records, of);
     return hidden;
   };
-  std::vector<int64_t> all(questions.size());
-  std::iota(all.begin(), all.end(), 0);
-  torch::Tensor hidden = hidden_of(prompts_of(model, questions), all);
-  const Rest rest = rest_of(questions);
-  if (!rest.sequences.empty()) {
-    memory->keep(rest.of);
-    const models::Text text{nn::RaggedBatch::from_sequences(rest.sequences, device), rest.borders};
-    hidden = torch::cat({hidden, hidden_of(text, rest.of)});
+  Rest rest = rest_of(questions);
+  torch::Tensor hidden;
+  const bool in_parts = std::all_of(questions.begin(), questions.end(), [&](const RankQuestion& question) {
+    return longest_text(question) <= model.exact_memory();
+  });
+  if (in_parts) {
+    std::vector<int64_t> all(questions.size());
+    std::iota(all.begin(), all.end(), 0);
+    hidden = hidden_of(prompts_of(model, questions), all);
+    if (!rest.sequences.empty()) {
+      memory->keep(rest.of);
+      const models::Text text{nn::RaggedBatch::from_sequences(rest.sequences, device), rest.borders};
+      hidden = torch::cat({hidden, hidden_of(text, rest.of)});
+    }
+  } else {
+    rest.of.clear();
+    rest.source.clear();
+    const models::Text text = whole_texts(model, questions, rest.of, rest.source);
+    memory->keep({});
+    memory->add(text.tokens.batch_size());
+    hidden = hidden_of(text, rest.of);
   }
   auto to_index = [&](const std::vector<int64_t>& values) { return torch::tensor(values, torch::kInt64).to(device); };
   torch::Tensor greedy;

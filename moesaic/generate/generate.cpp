@@ -207,6 +207,7 @@ Generation Session::answer(const Prompt& prompt, const SamplingOptions& options,
     // The last token is always computed: its logits are what comes next.
     reused_ = std::min<int64_t>(differ - prompt.ids.begin(), std::ssize(prompt.ids) - 1);
   }
+  if (std::max(prompt.ids.size(), seen_.size()) > static_cast<uint64_t>(model_.exact_memory())) reused_ = 0;
   last_ = prompt;
   seen_.resize(reused_);
   if (reused_ == 0) {

@@ -238,6 +238,14 @@ std::unique_ptr<Memory> CausalLM::memory(int64_t sequences) const {
   return std::make_unique<CacheMemory>(make_cache(sequences));
 }
 
+int64_t CausalLM::exact_memory() const {
+  int64_t most = INT64_MAX;
+  for (const nn::RopeConfig& rope : {config_.rope, config_.rope_local.value_or(nn::RopeConfig())}) {
+    if (rope.type == "dynamic") most = std::min(most, rope.original_max_position);
+  }
+  return most;
+}
+
 AllWeights::AllWeights(std::shared_ptr<CausalLM> model, formats::ModelFolder folder)
     : model_(std::move(model)), folder_(std::move(folder)) {}
 

@@ -57,6 +57,7 @@ class CausalLM : public torch::nn::Module, public LanguageModel {
   const Facts& facts() const override { return facts_; }
   const nn::Head& head() const override { return *head_; }
   std::unique_ptr<Memory> memory(int64_t sequences) const override;
+  int64_t exact_memory() const override;
   std::vector<Part> parts() override { return {{"", &sites_}}; }
   std::vector<nn::Block*> blocks() override { return stack_.blocks; }
   std::vector<torch::Tensor> weights() const override;

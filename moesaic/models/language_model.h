@@ -70,6 +70,9 @@ class LanguageModel {
   virtual const Facts& facts() const = 0;
   virtual const nn::Head& head() const = 0;
   virtual std::unique_ptr<Memory> memory(int64_t sequences) const = 0;
+  /// Tokens up to which a text gives the same in parts, through a Memory, as at once: dynamic RoPE turns every key of a
+  /// longer one by the length of the whole.
+  virtual int64_t exact_memory() const { return INT64_MAX; }
 
   /// Final hidden states behind the last norm, [M, d]. With `memory` the text continues what is remembered (no
   /// gradient); a sequence may have no new row. Routers that read sentence embeddings get them here: text.sentence, or

@@ -94,6 +94,46 @@ TEST(Rank, SumsLogProbabilitiesOfTheScoredTokens) {
   }
 }
 
+TEST(Rank, UnderDynamicRopeEveryChoiceIsReadAtOnce) {
+  const std::vector<RankQuestion> questions = some_questions();
+  for (const int64_t original : {2, 4, 5, 64}) {
+    const auto model = testing::dynamic_model(original);
+    const auto scores = rank(*model, questions);
+    for (size_t q = 0; q < questions.size(); ++q) {
+      for (size_t c = 0; c < questions[q].choices.size(); ++c) {
+        // As lm-evaluation-harness: the last token is no part of what is read.
+        std::vector<int64_t> whole = questions[q].prompt.ids;
+        whole.insert(whole.end(), questions[q].choices[c].begin(), questions[q].choices[c].end());
+        const models::Text text{nn::RaggedBatch::from_sequences({{whole.begin(), whole.end() - 1}})};
+        nn::Pass pass;
+        const torch::Tensor log_probs = model->head().logits(model->hidden(text, pass)).log_softmax(-1);
+        double expected = 0;
+        for (size_t i = questions[q].prompt.ids.size() + questions[q].first_scored[c]; i < whole.size(); ++i) {
+          expected += log_probs[static_cast<int64_t>(i) - 1][whole[i]].item<double>();
+        }
+        EXPECT_NEAR(scores[q][c].logprob, expected, 1e-4) << original << " " << q << " " << c;
+      }
+    }
+  }
+}
+
+TEST(Rank, UnderDynamicRopeASentenceIsThePrompts) {
+  const auto model = testing::dynamic_model(2);
+  SentenceScales::attach(*model);
+  std::vector<RankQuestion> questions = some_questions();
+  for (size_t q = 0; q < 4; ++q) questions[q].prompt.sentence = {static_cast<float>(q) - 1.5f};
+  std::vector<std::vector<int64_t>> passes;
+  const auto scores =
+      rank(*model, questions, [&](const auto&, const std::vector<int64_t>& of) { passes.push_back(of); });
+  for (size_t q = 0; q < 4; ++q) {
+    const auto alone = rank(*model, {questions[q]});
+    for (size_t c = 0; c < alone[0].size(); ++c) {
+      EXPECT_NEAR(scores[q][c].logprob, alone[0][c].logprob, 1e-4) << q << " " << c;
+    }
+  }
+  EXPECT_THAT(passes, ElementsAre(ElementsAre(0, 0, 1, 1, 1, 2, 2, 3, 3)));
+}
+
 TEST(Rank, GreedyChoiceIsMarked) {
   auto model = tiny_model();
   const auto answer = generate::generate(*model, *word_tokenizer(), {{{3, 4, 5}}}, {.max_new_tokens = 3})[0].ids;

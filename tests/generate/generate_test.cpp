@@ -335,6 +335,20 @@ TEST_F(Generate, ASessionReusesWhatItHasSeen) {
   EXPECT_EQ(session.reused(), static_cast<int64_t>(third.size()) - 1);
 }
 
+TEST_F(Generate, ASessionUnderDynamicRopeBeginsAnewBehindTheOriginalLength) {
+  const auto model = testing::dynamic_model(/*original=*/9);
+  Session session(*model, *tokenizer_);
+  const SamplingOptions options{.max_new_tokens = 2};
+  auto expect = [&](const Ids& ids, int64_t reused) {
+    EXPECT_EQ(session.answer({ids}, options).ids, generate(*model, *tokenizer_, {{ids}}, options)[0].ids);
+    EXPECT_EQ(session.reused(), reused);
+  };
+  expect({3, 4, 5, 6}, 0);
+  expect({3, 4, 5, 6, 7, 8}, 4);
+  expect({3, 4, 5, 6, 7, 8, 9, 10, 11, 12}, 0);  // longer
+  expect({3, 4, 5, 6}, 0);                       // the keys it holds are a longer text's
+}
+
 TEST_F(Generate, ScoresAreLogProbabilitiesOfTheNextToken) {
   const auto scores = score(*model_, prompts_);
   EXPECT_TRUE(scores[1].empty());  // a single token has nothing before it

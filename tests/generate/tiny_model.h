@@ -61,6 +61,18 @@ inline std::shared_ptr<models::CausalLM> tiny_model(uint64_t seed = 1) {
   return model;
 }
 
+/// tiny_model() whose rotary frequencies follow a text's length from `original` tokens on.
+inline std::shared_ptr<models::CausalLM> dynamic_model(int64_t original) {
+  const auto plain = tiny_model();
+  models::DecoderConfig config = plain->config();
+  config.rope = {.type = "dynamic", .factor = 3.0, .original_max_position = original};
+  auto model = std::make_shared<models::CausalLM>(config, torch::TensorOptions().dtype(torch::kFloat32));
+  torch::NoGradGuard no_grad;
+  for (auto& entry : model->named_parameters()) entry.value().copy_(plain->named_parameters()[entry.key()]);
+  model->eval();
+  return model;
+}
+
 /// Words w0 .. w23 separated by spaces; w0 begins, w1 ends a text.
 inline std::shared_ptr<tokenizer::Tokenizer> word_tokenizer() {
   Json vocab = Json::object();

@@ -55,6 +55,18 @@ def test_transformers_generate_agrees(driver, models):
     assert theirs.tolist() == greedy(model, prompt)[0]
 
 
+def test_dynamic_rope_generates_as_transformers_with_its_cache(driver, models):
+    """Across the original length, 12: each step turns by the length so far, and what is cached stays as it is."""
+    _, folder = models("llama-rope-dynamic")
+    add_tokenizer(folder)
+    prompts = common.sequences(lengths=[5, 17, 12, 9], seed=9)
+    answers = driver.call(model=folder, mode="generate", sequences=prompts, max_new_tokens=NEW_TOKENS)["generations"]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        model = common.make_model("llama-rope-dynamic")  # its frequencies remember earlier calls
+        theirs = model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)[0, len(prompt):]
+        assert answer["ids"] == theirs.tolist()
+
+
 @pytest.mark.parametrize("name", [n for n in common.FAMILIES if "dynamic" not in n])
 def test_cached_logits(name, driver, models, tmp_path):
     model, folder = models(name)
