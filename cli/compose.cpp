@@ -16,7 +16,7 @@ struct ComposeOptions {
 };
 
 int run_compose(const ComposeOptions& options, const CommonOptions& common) {
-  Json keys = read_yaml(options.file);
+  OrderedJson keys = read_yaml(options.file);
   apply_overrides(keys, options.overrides);
   const c10::Device device = parse_device(common.device);
   const models::LoadOptions load{number_format(common.dtype, device).dtype, device, false};

@@ -39,7 +39,7 @@ void print_example(const data::Example& example, const tokenizer::Tokenizer& tok
 }
 
 int preview(const DataOptions& options, const CommonOptions& common, const CLI::App& app) {
-  Json config = read_yaml(options.run);
+  OrderedJson config = read_yaml(options.run);
   apply_overrides(config, options.overrides);
   if (app.count("--seed") > 0) config["seed"] = common.seed;  // as train does
   run::Run run(run::parse_run_config(config, options.run), /*dry=*/true);

@@ -70,7 +70,7 @@ int run_train(const TrainOptions& options, const CommonOptions& common, const CL
   }
   MOESAIC_CHECK(!options.run.empty(), UsageError, "train: the run file is missing");
   setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/0);  // for the key `deterministic`, on CUDA
-  Json config = read_yaml(options.run);
+  OrderedJson config = read_yaml(options.run);
   apply_overrides(config, options.overrides);
   // The common flags win over the run file where they were given.
   if (app.count("--seed") > 0) config["seed"] = common.seed;

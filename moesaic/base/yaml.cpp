@@ -9,6 +9,7 @@
 #include <cmath>
 #include <optional>
 #include <regex>
+#include <set>
 #include <sstream>
 
 namespace moesaic {
@@ -18,7 +19,7 @@ constexpr int kMaxDepth = 100;
 constexpr int64_t kMaxNodes = 100'000;
 
 /// The types YAML 1.2's core schema (section 10.3.2) gives to a plain scalar.
-Json typed_scalar(const std::string& text, const std::string& where) {
+OrderedJson typed_scalar(const std::string& text, const std::string& where) {
   static const std::regex kInteger("[-+]?[0-9]+");
   static const std::regex kFloat("[-+]?(\\.[0-9]+|[0-9]+(\\.[0-9]*)?)([eE][-+]?[0-9]+)?");
   static const std::regex kNotFinite("[-+]?\\.(inf|Inf|INF)|\\.(nan|NaN|NAN)");
@@ -51,12 +52,12 @@ Json typed_scalar(const std::string& text, const std::string& where) {
   return text;
 }
 
-/// Turns a YAML tree into Json and counts its nodes: aliases may make a small file a huge or endless tree.
+/// Turns a YAML tree into JSON and counts its nodes: aliases may make a small file a huge or endless tree.
 class Converter {
  public:
   explicit Converter(const std::string& where) : where_(where) {}
 
-  Json convert(const YAML::Node& node, int depth = 0) {
+  OrderedJson convert(const YAML::Node& node, int depth = 0) {
     std::string place = fmt::format("{}:{}", where_, node.Mark().line + 1);
     MOESAIC_CHECK(depth <= kMaxDepth, FormatError, "{}: YAML is nested deeper than {} levels", place, kMaxDepth);
     MOESAIC_CHECK(++nodes_ <= kMaxNodes, FormatError, "{}: YAML expands to more than {} nodes", place, kMaxNodes);
@@ -66,21 +67,22 @@ class Converter {
         const std::string& tag = node.Tag();
         MOESAIC_CHECK(tag.empty() || tag == "?" || tag == "!", FormatError, "{}: YAML tag {} is not supported", place,
                       tag);
-        return tag == "!" ? Json(node.Scalar()) : typed_scalar(node.Scalar(), place);
+        return tag == "!" ? OrderedJson(node.Scalar()) : typed_scalar(node.Scalar(), place);
       }
       case YAML::NodeType::Sequence: {
-        Json list = Json::array();
+        OrderedJson list = OrderedJson::array();
         for (const YAML::Node& item : node) list.push_back(convert(item, depth + 1));
         return list;
       }
       case YAML::NodeType::Map: {
-        Json map = Json::object();
+        OrderedJson map = OrderedJson::object();
+        std::set<std::string> keys;
         for (const auto& item : node) {
           MOESAIC_CHECK(item.first.IsScalar(), FormatError, "{}: a key is a list or map, expected a name", place);
           const std::string& key = item.first.Scalar();
-          MOESAIC_CHECK(!map.contains(key), FormatError, "{}:{}: key '{}' stands twice", where_,
+          MOESAIC_CHECK(keys.insert(key).second, FormatError, "{}:{}: key '{}' stands twice", where_,
                         item.first.Mark().line + 1, key);
-          map[key] = convert(item.second, depth + 1);
+          map.get_ref<OrderedJson::object_t&>().emplace_back(key, convert(item.second, depth + 1));
         }
         return map;
       }
@@ -93,7 +95,7 @@ class Converter {
   int64_t nodes_ = 0;
 };
 
-void emit(YAML::Emitter& out, const Json& json) {
+void emit(YAML::Emitter& out, const OrderedJson& json) {
   switch (json.type()) {
     case Json::value_t::object:
       out << YAML::BeginMap;
@@ -105,7 +107,7 @@ void emit(YAML::Emitter& out, const Json& json) {
       break;
     case Json::value_t::array:
       out << YAML::Flow << YAML::BeginSeq;
-      for (const Json& item : json) emit(out, item);
+      for (const OrderedJson& item : json) emit(out, item);
       out << YAML::EndSeq;
       break;
     case Json::value_t::string: {
@@ -164,7 +166,7 @@ void collect_unknown(const Json& config, const std::vector<std::string>& known, 
 
 }  // namespace
 
-Json parse_yaml(std::string_view text, const std::string& where) {
+OrderedJson parse_yaml(std::string_view text, const std::string& where) {
   try {
     Json(text).dump();
   } catch (const Json::exception&) {
@@ -183,28 +185,28 @@ Json parse_yaml(std::string_view text, const std::string& where) {
   }
 }
 
-Json read_yaml(const std::filesystem::path& path) {
+OrderedJson read_yaml(const std::filesystem::path& path) {
   return parse_yaml(read_file(path, size_t{16} << 20), path.string());
 }
 
-std::string to_yaml(const Json& json) {
+std::string to_yaml(const OrderedJson& json) {
   YAML::Emitter out;
   emit(out, json);
   return std::string(out.c_str()) + "\n";
 }
 
-void apply_overrides(Json& config, const std::vector<std::string>& overrides) {
+void apply_overrides(OrderedJson& config, const std::vector<std::string>& overrides) {
   for (const std::string& text : overrides) {
     size_t equals = text.find('=');
     MOESAIC_CHECK(equals != std::string::npos && equals > 0, UsageError,
                   "'{}': expected key=value, for example learning_rate=1e-4", text);
-    Json value;
+    OrderedJson value;
     try {
       value = parse_yaml(std::string_view(text).substr(equals + 1), "override " + text.substr(0, equals));
     } catch (const FormatError& error) {
       throw UsageError(error.what());
     }
-    Json* place = &config;
+    OrderedJson* place = &config;
     std::string_view key = std::string_view(text).substr(0, equals);
     while (true) {
       size_t dot = key.find('.');

@@ -42,14 +42,14 @@ constexpr std::pair<const char*, const char*> kAliases[] = {
     {"mix_strategy", "mixture_rule"},
 };
 
-Json with_aliases(Json json, const std::string& where) {
+OrderedJson with_aliases(OrderedJson json, const std::string& where) {
   for (const auto& [alias, key] : kAliases) {
     auto found = json.find(alias);
     if (found == json.end()) continue;
     MOESAIC_CHECK(!json.contains(key), UsageError, "{}: got both '{}' and '{}', which mean the same; give one", where,
                   alias, key);
     spdlog::info("{}: '{}' is read as '{}'", where, alias, key);
-    Json value = *found;
+    OrderedJson value = *found;
     json.erase(alias);
     json[key] = std::move(value);
   }
@@ -168,7 +168,7 @@ void parse_eval(const Json& json, const std::string& where, RunConfig& run) {
 /// What an adapter's folder says in a run's words. `silent` are those keys of it that no tensor's shape shows: a run
 /// that says otherwise would compute something else, and nothing would tell.
 struct AdapterKeys {
-  Json values = Json::object();
+  OrderedJson values = OrderedJson::object();
   std::vector<std::string> silent;
 };
 
@@ -185,7 +185,7 @@ AdapterKeys adapter_keys(const fs::path& dir) {
                 "of the model as a whole is used, not trained\nhint: `moesaic merge` it into its base and begin there",
                 dir.string(), fmt::join(frozen, ", "));
   AdapterKeys keys;
-  Json& values = keys.values;
+  OrderedJson& values = keys.values;
   values["finetuning_type"] = config.method;
   keys.silent = {"finetuning_type", "num_experts"};
   values["num_experts"] = adapters::experts_json(config);
@@ -245,7 +245,7 @@ std::optional<std::pair<fs::path, bool>> adapter_begun(const Json& json, const s
   return std::pair(fs::path(begun), false);
 }
 
-const Json* at_dotted(const Json& json, const std::string& key) {
+const OrderedJson* at_dotted(const OrderedJson& json, const std::string& key) {
   const size_t dot = key.find('.');
   if (dot == std::string::npos) return json.contains(key) && !json[key].is_null() ? &json[key] : nullptr;
   const auto block = json.find(key.substr(0, dot));
@@ -254,7 +254,7 @@ const Json* at_dotted(const Json& json, const std::string& key) {
 
 /// A run that begins with an adapter's numbers has its settings, too. What `user` says otherwise is an error, or, when
 /// the run goes on with a checkpoint, said and done.
-void take_adapter_settings(const Json& user, const std::string& where, Json& json) {
+void take_adapter_settings(const OrderedJson& user, const std::string& where, OrderedJson& json) {
   const std::string type = json.at("finetuning_type").is_string() ? json["finetuning_type"].get<std::string>() : "";
   const std::vector<std::string> methods = adapters::method_names();
   if (std::find(methods.begin(), methods.end(), type) == methods.end()) return;
@@ -262,12 +262,12 @@ void take_adapter_settings(const Json& user, const std::string& where, Json& jso
   if (!begun) return;
   const auto& [dir, resumed] = *begun;
   AdapterKeys keys = adapter_keys(dir);
-  Json given = user;
+  OrderedJson given = user;
   for (auto it = given.begin(); it != given.end();) it = it->is_null() ? given.erase(it) : std::next(it);
   if (given.contains("lora_target")) keys.values.erase("feedforward_modules");
 
   // In the words of the folder: {"0-1": 4, "2": 4} is {"0-2": 4}, and top_k alone a type.
-  Json said = given;
+  OrderedJson said = given;
   if (said.contains("num_experts")) {
     adapters::AdapterConfig config;
     adapters::parse_experts(said["num_experts"], where + ": num_experts", config);
@@ -275,7 +275,7 @@ void take_adapter_settings(const Json& user, const std::string& where, Json& jso
   }
   if (said.contains("router") && said["router"].is_object()) {
     const Json settled = adapters::router_config_json(parse_router(said["router"], where + ": router"));
-    Json& router = said["router"];
+    OrderedJson& router = said["router"];
     if (router.contains("renormalize")) router["topk_mode"] = nullptr;
     if (router.contains("top_k")) router["type"] = nullptr;
     for (auto& [key, value] : router.items()) {
@@ -285,7 +285,7 @@ void take_adapter_settings(const Json& user, const std::string& where, Json& jso
   if (said.value("k_site", Json()) == "auto") said.erase("k_site");
   std::vector<std::string> differences;
   for (const std::string& key : keys.silent) {
-    const Json *wanted = at_dotted(said, key), *has = at_dotted(keys.values, key);
+    const OrderedJson *wanted = at_dotted(said, key), *has = at_dotted(keys.values, key);
     if (wanted != nullptr && has != nullptr && *wanted != *has) {
       differences.push_back(fmt::format("{}: got {}, it has {}", key, wanted->dump(), has->dump()));
     }
@@ -298,12 +298,12 @@ void take_adapter_settings(const Json& user, const std::string& where, Json& jso
                 "{}: the run begins with the adapter {}, whose numbers mean something else with other settings: {}\n"
                 "hint: leave these keys out, and the adapter's own are taken",
                 where, dir.string(), fmt::join(differences, "; "));
-  Json taken = keys.values;
+  OrderedJson taken = keys.values;
   taken.merge_patch(given);
   json.merge_patch(taken);
   // Objects that are keys' values, not blocks of keys: the user's replace the adapter's whole.
   for (const char* key : {"num_experts", "rank_pattern", "alpha_pattern"}) {
-    for (const Json* source : {&given, &keys.values}) {
+    for (const OrderedJson* source : {&given, &keys.values}) {
       if (!source->contains(key)) continue;
       json[key] = (*source)[key];
       break;
@@ -324,7 +324,7 @@ void each_adapter_key(Config& adapter, Visit visit) {
   visit("use_rslora", adapter.use_rslora, KeyInfo{kModel, "scale by alpha / sqrt(r)"});
   visit(
       "rank_pattern", adapter.rank_pattern,
-      KeyInfo{kModel, "other ranks: {regex at the end of the path: rank}; where several match, the first by alphabet"});
+      KeyInfo{kModel, "other ranks: {regex at the end of the path: rank}; where several match, the first in the file"});
   visit("alpha_pattern", adapter.alpha_pattern, KeyInfo{kModel, "other alphas, likewise"});
   visit("k_site", adapter.k_site,
         KeyInfo{kModel,
@@ -548,19 +548,20 @@ std::string run_keys_markdown() {
   return text;
 }
 
-RunConfig parse_run_config(const Json& given, const std::string& where) {
+RunConfig parse_run_config(const OrderedJson& given, const std::string& where) {
   MOESAIC_CHECK(given.is_object(), UsageError, "{}: got {}, expected keys and values", where, given.type_name());
-  const Json user = with_aliases(given, where);
+  const OrderedJson user = with_aliases(given, where);
   check_known_keys(user, known_keys(), where);
-  Json json = run_defaults();
-  json.merge_patch(user);
+  OrderedJson settled = run_defaults();
+  settled.merge_patch(user);
   for (const auto& [key, value] : run_defaults().items()) {
-    if (!json.contains(key)) json[key] = value;  // an explicit null means the default
+    if (!settled.contains(key)) settled[key] = value;  // an explicit null means the default
   }
-  take_adapter_settings(user, where, json);
+  take_adapter_settings(user, where, settled);
   for (const auto& [key, value] : run_defaults().items()) {
-    if (!json.contains(key)) json[key] = value;
+    if (!settled.contains(key)) settled[key] = value;
   }
+  Json json = settled;  // for reading
 
   RunConfig run;
   try {
@@ -582,6 +583,8 @@ RunConfig parse_run_config(const Json& given, const std::string& where) {
       field = get<std::remove_reference_t<decltype(field)>>(json, key, where);
     };
     each_adapter_key(adapter, read);
+    settled.at("rank_pattern").get_to(adapter.rank_pattern);  // in the file's order
+    settled.at("alpha_pattern").get_to(adapter.alpha_pattern);
     each_render_key(run.render, read);
     MOESAIC_CHECK(run.render.on_bad_row == "stop" || run.render.on_bad_row == "skip", UsageError,
                   "{}: on_bad_row: got '{}', expected stop or skip", where, run.render.on_bad_row);
@@ -629,6 +632,7 @@ RunConfig parse_run_config(const Json& given, const std::string& where) {
     throw UsageError(error.what());  // a run's keys are the user's words
   }
   run.resolved = json;
+  for (const char* key : {"rank_pattern", "alpha_pattern"}) run.resolved[key] = settled[key];
   return run;
 }
 

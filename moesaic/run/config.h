@@ -32,7 +32,7 @@ struct RunConfig {
   std::string state_cache_dir;             // "" = kept in memory; else a folder, which outlives the run
   std::vector<std::string> eval_tasks;     // task files scored while training, train.task_eval_steps apart
   int64_t eval_limit = 0;                  // questions of each; 0 = all
-  Json resolved;                           // every key with its value: what run.yaml of the output folder holds
+  OrderedJson resolved;                    // every key with its value: what run.yaml of the output folder holds
 };
 
 /// A key as docs/config.md tells of it.
@@ -49,6 +49,6 @@ std::string run_keys_markdown();
 /// Parses a run. Aliases of other tools (base_model, lora_r, micro_batch_size, ...) are accepted with a note in the
 /// log. Throws one UsageError for all unknown keys, naming the nearest, and UsageError or ConfigError for values that
 /// can't be.
-RunConfig parse_run_config(const Json& json, const std::string& where);
+RunConfig parse_run_config(const OrderedJson& json, const std::string& where);
 
 }  // namespace moesaic::run

@@ -10,7 +10,7 @@ using testing::AllOf;
 using testing::HasSubstr;
 using testing::ThrowsMessage;
 
-Json yaml(const std::string& text) { return parse_yaml(text, "run.yaml"); }
+OrderedJson yaml(const std::string& text) { return parse_yaml(text, "run.yaml"); }
 
 TEST(ParseYaml, TypesPlainScalarsAsYaml12) {
   EXPECT_EQ(yaml("1"), 1);
@@ -43,6 +43,12 @@ TEST(ParseYaml, ReadsARun) {
                                  "router": {"type": "top_k", "top_k": 2}, "list": [{"x": 1}, 2]})"));
 }
 
+TEST(ParseYaml, KeysKeepTheFilesOrder) {
+  const std::string json = R"({"b":1,"a":{"d":1,"c":2}})";
+  EXPECT_EQ(yaml("b: 1\na: {d: 1, c: 2}").dump(), json);
+  EXPECT_EQ(yaml(to_yaml(OrderedJson::parse(json))).dump(), json);
+}
+
 TEST(ParseYaml, SaysWhereItIsWrong) {
   EXPECT_THAT([] { yaml("a: 1\nb: 2\na: 3\n"); },
               ThrowsMessage<FormatError>(HasSubstr("run.yaml:3: key 'a' stands twice")));
@@ -70,36 +76,36 @@ TEST(ParseYaml, RefusesTreesThatAliasesBlowUp) {
 }
 
 TEST(ToYaml, ReadsBackToTheSameValue) {
-  Json config = {{"lr", 3e-4},
-                 {"whole", 2.0},
-                 {"steps", -1},
-                 {"flag", true},
-                 {"none", nullptr},
-                 {"text", "a: b # c"},
-                 {"number_like", "007"},
-                 {"empty", ""},
-                 {"bool_like", "true"},
-                 {"time", "12:30"},
-                 {"lines", "x\ny"},
-                 {"list", {1, "two", {{"x", 1}}}},
-                 {"map", {{"inner", {{"k", "~"}}}}},
-                 {"empty_map", Json::object()},
-                 {"empty_list", Json::array()},
-                 {"long", std::string(100, '7')},
-                 {"dash", "- a"},
-                 {"brace", "{x}"}};
+  OrderedJson config = {{"lr", 3e-4},
+                        {"whole", 2.0},
+                        {"steps", -1},
+                        {"flag", true},
+                        {"none", nullptr},
+                        {"text", "a: b # c"},
+                        {"number_like", "007"},
+                        {"empty", ""},
+                        {"bool_like", "true"},
+                        {"time", "12:30"},
+                        {"lines", "x\ny"},
+                        {"list", {1, "two", {{"x", 1}}}},
+                        {"map", {{"inner", {{"k", "~"}}}}},
+                        {"empty_map", Json::object()},
+                        {"empty_list", Json::array()},
+                        {"long", std::string(100, '7')},
+                        {"dash", "- a"},
+                        {"brace", "{x}"}};
   EXPECT_EQ(yaml(to_yaml(config)), config) << to_yaml(config);
 }
 
 TEST(ApplyOverrides, SetsTypedAndNestedKeys) {
-  Json config = yaml("seed: 1\nrouter: {type: soft}");
+  OrderedJson config = yaml("seed: 1\nrouter: {type: soft}");
   apply_overrides(config, {"seed=7", "router.top_k=2", "lora_target=[q_proj, v_proj]", "new.deep.key=x=y", "none="});
-  EXPECT_EQ(config, Json::parse(R"({"seed": 7, "router": {"type": "soft", "top_k": 2}, "none": null,
+  EXPECT_EQ(Json(config), Json::parse(R"({"seed": 7, "router": {"type": "soft", "top_k": 2}, "none": null,
                                     "lora_target": ["q_proj", "v_proj"], "new": {"deep": {"key": "x=y"}}})"));
 }
 
 TEST(ApplyOverrides, RefusesWhatIsNotAnOverride) {
-  Json config = {{"seed", 1}};
+  OrderedJson config = {{"seed", 1}};
   EXPECT_THAT([&] { apply_overrides(config, {"seed"}); }, ThrowsMessage<UsageError>(HasSubstr("expected key=value")));
   EXPECT_THROW(apply_overrides(config, {"=1"}), UsageError);
   EXPECT_THROW(apply_overrides(config, {"a..b=1"}), UsageError);

@@ -3,7 +3,12 @@
 import json
 import shutil
 
+import peft
 import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
 import tiny_run
 
 LAYERS = dict(layers_to_transform=[1])
@@ -79,3 +84,23 @@ def test_a_run_that_says_otherwise(tmp_path):
     said = done.stderr + done.stdout
     for difference in ("lora_alpha: got 50, it has 5", "cutoff_len 1024, now 32", "content"):
         assert difference in said
+
+
+def test_patterns_are_tried_in_the_files_order(tmp_path):
+    """Of a run file, an override, the run.yaml that a run leaves, and of PEFT, which reads the adapter."""
+    run = tiny_run.make_run(tmp_path, initializer_range=0.3, finetuning_type="lora", num_experts=None, lora_rank=6, max_steps=2,
+                            save_steps=0, lora_dropout=0.0, learning_rate=3e-2, lora_target=["v_proj", "q_proj", "up_proj"])
+    run.write_text(run.read_text() + 'rank_pattern: {v_proj: 3, ".*_proj": 2, q_proj: 5}\n')
+    tiny_run.run("train", run, 'alpha_pattern={v_proj: 1, ".*_proj": 9, q_proj: 4}')
+    tiny_run.run("train", tmp_path / "out" / "run.yaml", f"output_dir={tmp_path / 'again'}")
+    for folder in (tmp_path / "out", tmp_path / "again"):
+        ranks = {k.split(".")[-3]: v.shape[0] for k, v in load_file(folder / "adapter_model.safetensors").items() if "lora_A" in k}
+        assert ranks == {"v_proj": 3, "q_proj": 2, "up_proj": 2}
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert list(config["alpha_pattern"].items()) == [("v_proj", 1), (".*_proj", 9), ("q_proj", 4)]
+        wrapped = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model"), folder)
+        ids = torch.tensor([[0, 5, 7, 3, 9, 12]])
+        theirs = wrapped.eval()(ids).logits[0].log_softmax(-1)
+        ours = json.loads(tiny_run.run("score", "--model", tmp_path / "model", "--adapter", folder, "--ids", "0,5,7,3,9,12",
+                                       "--json"))["logprobs"]
+        assert ours == pytest.approx([theirs[i, ids[0, i + 1]].item() for i in range(5)], abs=1e-4)

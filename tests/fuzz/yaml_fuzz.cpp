@@ -8,13 +8,13 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace moesaic;
   const std::string text(reinterpret_cast<const char*>(data), size);
   try {
-    Json config = parse_yaml(text, "fuzz");
+    OrderedJson config = parse_yaml(text, "fuzz");
     if (parse_yaml(to_yaml(config), "again") != config) std::abort();
-    check_known_keys(config, {"seed", "router.type", "columns.*"}, "fuzz");
+    check_known_keys(Json(config), {"seed", "router.type", "columns.*"}, "fuzz");
   } catch (const Error&) {
   }
   try {
-    Json config = {{"seed", 1}, {"router", {{"type", "soft"}}}};
+    OrderedJson config = {{"seed", 1}, {"router", {{"type", "soft"}}}};
     apply_overrides(config, {text});
   } catch (const Error&) {
   }

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "moesaic/base/yaml.h"
 #include "moesaic/formats/adapter_folder.h"
 #include "tests/temporary_folder.h"
 
@@ -65,8 +66,26 @@ TEST(RunConfig, KeysReachTheirFields) {
 
 TEST(RunConfig, ResolvedRunsAreRead) {
   const Json changes = {{"num_experts", {{"0-1", 2}, {"2", 4}}}, {"eval", {{"tasks", {"a.jsonl"}}, {"steps", 5}}}};
-  const Json resolved = parse(changes).resolved;
-  EXPECT_EQ(parse_run_config(resolved, "run").resolved, resolved);
+  const OrderedJson resolved = parse(changes).resolved;
+  EXPECT_EQ(Json(parse_run_config(resolved, "run").resolved), Json(resolved));
+}
+
+TEST(RunConfig, PatternsAreTriedInTheFilesOrder) {
+  const std::string text =
+      "model_name_or_path: m\ndataset: d\noutput_dir: o\nfinetuning_type: lora\n"
+      "rank_pattern: {v_proj: 3, \".*_proj\": 2, q_proj: 9}\n";
+  OrderedJson keys = parse_yaml(text, "run.yaml");
+  apply_overrides(keys, {"alpha_pattern={q_proj: 4, \"a.*\": 1, \".*\": 8}"});
+  const RunConfig run = parse_run_config(keys, "run.yaml");
+  const adapters::PatternValues<int64_t> ranks{{"v_proj", 3}, {".*_proj", 2}, {"q_proj", 9}};
+  const adapters::PatternValues<double> alphas{{"q_proj", 4}, {"a.*", 1}, {".*", 8}};
+  EXPECT_EQ(run.adapter.rank_pattern, ranks);
+  EXPECT_EQ(run.adapter.alpha_pattern, alphas);
+  EXPECT_EQ(run.adapter.rank_at("model.layers.0.self_attn.q_proj"), 2);
+  // run.yaml of the output folder says the same.
+  const RunConfig again = parse_run_config(parse_yaml(to_yaml(run.resolved), "again"), "again");
+  EXPECT_EQ(again.adapter.rank_pattern, ranks);
+  EXPECT_EQ(again.adapter.alpha_pattern, alphas);
 }
 
 TEST(RunConfig, EveryKeyStandsOnceAndIsDocumented) {
@@ -157,6 +176,22 @@ TEST_F(BegunAdapter, ARunThatSaysOtherwiseIsRefused) {
   EXPECT_THAT(message, testing::Not(HasSubstr("temperature")));
   EXPECT_THAT(refused({{"finetuning_type", "lora"}}), HasSubstr("finetuning_type: got \"lora\", it has \"molora\""));
   EXPECT_EQ(refused({{"num_experts", 3}, {"lora_alpha", 6.0}, {"router", {{"top_k", 2}}}}), "nothing was thrown");
+}
+
+TEST_F(BegunAdapter, GivesItsPatternsInTheirOrder) {
+  const adapters::PatternValues<double> alphas{{"q_proj", 4}, {"a.*", 1}, {".*", 8}};
+  adapters::AdapterConfig config;
+  config.method = "lora";
+  config.targets = std::vector<std::string>{"q_proj"};
+  config.alpha_pattern = alphas;
+  formats::write_adapter_folder(folder_ / "b", {adapters::adapter_config_json(config), {}, ""});
+  const Json begun{{"adapter_name_or_path", (folder_ / "b").string()}};
+  const RunConfig run = parse(begun);
+  EXPECT_EQ(run.adapter.alpha_pattern, alphas);
+  EXPECT_EQ(parse_run_config(parse_yaml(to_yaml(run.resolved), "again"), "again").adapter.alpha_pattern, alphas);
+  OrderedJson other = run_with(begun);
+  other["alpha_pattern"] = OrderedJson::parse(R"({".*": 8, "a.*": 1, "q_proj": 4})");
+  EXPECT_THROW(parse_run_config(other, "run"), UsageError);
 }
 
 TEST_F(BegunAdapter, ARunThatGoesOnKeepsItsOwnWordsAndTakesTheRest) {
