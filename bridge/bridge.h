@@ -2,7 +2,8 @@
 // fancy-regex (patterns in files).
 //
 // Handles are opaque, immutable after set-up and safe to share between threads. Texts are UTF-8 with explicit lengths.
-// A function that can fail writes its reason to `error`, which the caller passes empty; no panic leaves the crate.
+// A function that can fail writes its reason to `error`, which the caller passes empty; no panic leaves the crate. A
+// reason without data says that memory or threads ran out.
 // Whatever is returned through an out parameter belongs to the caller and goes back through its free function.
 #pragma once
 #include <stddef.h>

@@ -30,12 +30,13 @@ int run_chat(Options options, const CommonOptions& common) {
   options.sampling.eos_ids = loaded.eos_ids();
   options.sampling.seed = common.seed;
   const bool terminal = isatty(STDIN_FILENO) && isatty(STDOUT_FILENO);
-  if (terminal) std::cout << "Type a message. /reset forgets the conversation, /exit leaves, Ctrl-C stops an answer.\n";
+  if (terminal) say("Type a message. /reset forgets the conversation, /exit leaves, Ctrl-C stops an answer.\n");
 
   generate::Session session(*loaded.model, *loaded.tokenizer);
   OrderedJson messages = opening(options);
   while (true) {
-    if (terminal) std::cout << "\n> " << std::flush;
+    if (terminal) say("\n> ");
+    std::fflush(stdout);
     std::string line;
     if (!std::getline(std::cin, line) || line == "/exit") return 0;
     if (line.find_first_not_of(" \t\r") == std::string::npos) continue;
@@ -44,20 +45,22 @@ int run_chat(Options options, const CommonOptions& common) {
       continue;
     }
     if (line[0] == '/') {
-      std::cout << "Unknown command " << line << ". Known: /reset, /exit.\n";
+      say("Unknown command {}. Known: /reset, /exit.\n", line);
       continue;
     }
     messages.push_back({{"role", "user"}, {"content", line}});
     const std::vector<int64_t> prompt = loaded.tokenizer->encode(loaded.chat_template->render(messages, true), false);
     const CatchSignals signals({SIGINT}, /*once=*/false);  // Ctrl-C stops the answer
     auto show = [&](int64_t, const std::string& piece) {
-      std::cout << piece << std::flush;
+      say(piece);
+      std::fflush(stdout);
       return !signals.caught();
     };
     const auto start = std::chrono::steady_clock::now();
     const generate::Generation answer = session.answer({prompt}, options.sampling, show);
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    std::cout << '\n' << std::flush;
+    say("\n");
+    std::fflush(stdout);
     spdlog::debug("{} prompt tokens ({} kept from before), {} new in {:.2f} s", prompt.size(), session.reused(),
                   answer.ids.size(), seconds);
     messages.push_back({{"role", "assistant"}, {"content", answer.text}});

@@ -5,7 +5,9 @@
 
 #include <functional>
 
+#include "cli/streams.h"
 #include "moesaic/base/check.h"
+#include "moesaic/base/output_folder.h"
 #include "moesaic/base/version.h"
 
 namespace moesaic::cli {
@@ -41,6 +43,9 @@ Runner add_merge(CLI::App& app, CommonOptions& common);
 Runner add_routes(CLI::App& app, CommonOptions& common);
 Runner add_score(CLI::App& app, CommonOptions& common);
 Runner add_train(CLI::App& app, CommonOptions& common);
+
+/// For a demo: the folder is new, empty, or that of a demo which didn't come to its end.
+FolderLock take_demo_folder(const std::filesystem::path& dir, const std::filesystem::path& model);
 
 /// `moesaic demo calm`.
 Runner add_calm_demo(CLI::App& app, CommonOptions& common);

@@ -1,7 +1,6 @@
 // moesaic compose: an anchor and augmenting models become a composition folder, ready to be trained.
 #include "moesaic/run/compose.h"
 
-#include <iostream>
 
 #include "cli/command.h"
 #include "moesaic/base/device.h"
@@ -20,7 +19,7 @@ int run_compose(const ComposeOptions& options, const CommonOptions& common) {
   apply_overrides(keys, options.overrides);
   const c10::Device device = parse_device(common.device);
   const models::LoadOptions load{number_format(common.dtype, device).dtype, device, false};
-  std::cout << run::compose_models(keys, options.file, common.seed, load).text();
+  say(run::compose_models(Json(keys), options.file, common.seed, load).text());
   return 0;
 }
 

@@ -1,5 +1,4 @@
 // moesaic convert: a checkpoint of the paper's released code becomes a composition folder.
-#include <iostream>
 
 #include "cli/command.h"
 #include "moesaic/base/count_numbers.h"
@@ -24,12 +23,12 @@ int run(const ConvertOptions& options, const CommonOptions& common) {
   const auto composition = compose::import_released(options.in, released);
   compose::save_composition(*composition, options.out);
   const int64_t parameters = count_numbers(composition->parameters());
-  fmt::print("anchor      {}\naugmenting  {}\n", composition->anchor_member().checkpoint->path().string(),
+  say("anchor      {}\naugmenting  {}\n", composition->anchor_member().checkpoint->path().string(),
              composition->augmenting()[0].checkpoint->path().string());
   for (const compose::ConnectionPair& pair : composition->config().augmenting[0].connections) {
-    fmt::print("            block {} -> anchor block {}\n", pair.aug, pair.anchor);
+    say("            block {} -> anchor block {}\n", pair.aug, pair.anchor);
   }
-  fmt::print("connections {} parameters, {} heads, mask {}\nwritten     {}\n", parameters,
+  say("connections {} parameters, {} heads, mask {}\nwritten     {}\n", parameters,
              composition->config().connection.num_heads, options.mask, options.out);
   return 0;
 }

@@ -1,6 +1,4 @@
 // moesaic data: look at training data before a run does.
-#include <unistd.h>
-
 #include "cli/command.h"
 #include "demos/key_files.h"
 #include "demos/skills.h"
@@ -23,19 +21,17 @@ struct DataOptions {
 
 /// One line per token: its place, its id, `*` where it is a target, and its text.
 void print_example(const data::Example& example, const tokenizer::Tokenizer& tokenizer, const std::string& dataset) {
-  const bool color = isatty(STDOUT_FILENO) != 0;
-  fmt::print("{}: {} tokens, {} targets\n{}\n", dataset, example.ids.size(), example.targets(),
+  say("{}: {} tokens, {} targets\n{}\n", dataset, example.ids.size(), example.targets(),
              tokenizer.decode(example.ids, false));
-  fmt::print("{:>6} {:>8} {:>6}  text\n", "place", "id", "target");
+  say("{:>6} {:>8} {:>6}  text\n", "place", "id", "target");
   for (size_t i = 0; i < example.ids.size(); ++i) {
     const bool target = i > 0 && example.mask[i];
     // JSON's escapes show line breaks, and bytes that are half a character as a replacement character.
     const std::string text =
         Json(tokenizer.decode({example.ids[i]}, false)).dump(-1, ' ', false, Json::error_handler_t::replace);
-    fmt::print("{}{:>6} {:>8} {:>6}  {}{}\n", color && target ? "\033[32m" : "", i, example.ids[i], target ? "*" : "",
-               text, color && target ? "\033[0m" : "");
+    say("{:>6} {:>8} {:>6}  {}\n", i, example.ids[i], target ? "*" : "", text);
   }
-  fmt::print("\n");
+  say("\n");
 }
 
 int preview(const DataOptions& options, const CommonOptions& common, const CLI::App& app) {
@@ -44,9 +40,9 @@ int preview(const DataOptions& options, const CommonOptions& common, const CLI::
   if (app.count("--seed") > 0) config["seed"] = common.seed;  // as train does
   run::Run run(run::parse_run_config(config, options.run), /*dry=*/true);
   for (const data::MixtureCount& count : run.counts()) {
-    fmt::print("{}: {} rows, {:.2f} % of the draws\n", count.name, count.rows, 100 * count.rate);
+    say("{}: {} rows, {:.2f} % of the draws\n", count.name, count.rows, 100 * count.rate);
   }
-  fmt::print("\n");
+  say("\n");
   for (int64_t i = 0; i < options.examples; ++i) {
     const data::Example example = run.next_example();
     print_example(example, run.renderer().tokenizer(), run.counts()[static_cast<size_t>(example.dataset)].name);
@@ -72,10 +68,10 @@ std::vector<data::Validation> judge(const DataOptions& options) {
 int validate(const DataOptions& options) {
   bool damaged = false;
   for (const data::Validation& result : judge(options)) {
-    fmt::print("{}: {} rows, formatting {}, {} damaged, {} without an answer\n", result.name, result.rows,
+    say("{}: {} rows, formatting {}, {} damaged, {} without an answer\n", result.name, result.rows,
                result.formatting, result.damaged, result.unanswered);
-    for (const std::string& problem : result.problems) fmt::print("  {}\n", problem);
-    if (result.damaged > static_cast<int64_t>(result.problems.size())) fmt::print("  ...\n");
+    for (const std::string& problem : result.problems) say("  {}\n", visible_in_line(problem));
+    if (result.damaged > static_cast<int64_t>(result.problems.size())) say("  ...\n");
     damaged |= result.damaged > 0;
   }
   return static_cast<int>(damaged ? ExitCode::kData : ExitCode::kOk);
@@ -111,7 +107,7 @@ Runner add_data(CLI::App& app, CommonOptions& common) {
     } else {
       demos::write_skills(options->folder, options->train_rows, options->test_rows, common.seed);
     }
-    fmt::print("Written: {}\n", options->folder);
+    say("Written: {}\n", options->folder);
     return 0;
   };
 }

@@ -51,7 +51,7 @@ class Demo {
     checkpoint_ = models::open_checkpoint(options.model);
     const NumberFormat format = number_format(common.dtype, device_);
     model_ = models::CausalLM::load(*checkpoint_, {format.dtype, device_, false});
-    fmt::print("Computing in {} on {}: {}.\n\n", dtype_name(format.dtype), device_.str(), format.reason);
+    say("Computing in {} on {}: {}.\n\n", dtype_name(format.dtype), device_.str(), format.reason);
     renderer_ = data::Renderer::open(*checkpoint_, {});
     demos::write_skills(folder_ / "data", kTrainRowsPerSkill, options.test_rows, common.seed);
     for (const demos::Skill& skill : demos::skills()) {
@@ -174,9 +174,9 @@ double mean_of(const Scores& scores, bool held_out) {
 
 void print_table(const Scores& base, const std::vector<Run>& runs) {
   auto line = [&](const std::string& name, const std::string& before, const std::vector<std::string>& after) {
-    fmt::print("  {:<24}{:>8}", name, before);
-    for (const std::string& cell : after) fmt::print("{:>10}", cell);
-    fmt::print("\n");
+    say("  {:<24}{:>8}", name, before);
+    for (const std::string& cell : after) say("{:>10}", cell);
+    say("\n");
   };
   auto percent = [](double value) { return fmt::format("{:.0f} %", value); };
   auto row = [&](const std::string& name, const std::function<double(const Scores&)>& of) {
@@ -190,10 +190,10 @@ void print_table(const Scores& base, const std::vector<Run>& runs) {
     trainable.push_back(format_count(static_cast<double>(run.trainable)));
     seconds.push_back(format_duration(run.seconds));
   }
-  fmt::print("\nAnswers that are exactly right, on instances never seen in training:\n\n");
+  say("\nAnswers that are exactly right, on instances never seen in training:\n\n");
   line("skill", "base", methods);
   for (bool held_out : {false, true}) {
-    if (held_out) fmt::print("  never trained, of related kind:\n");
+    if (held_out) say("  never trained, of related kind:\n");
     for (size_t i = 0; i < base.size(); ++i) {
       if (demos::skills()[i].held_out == held_out) {
         row((held_out ? "  " : "") + demos::skills()[i].name, [i](const Scores& scores) { return scores[i]; });
@@ -225,10 +225,11 @@ Json results_json(const Scores& base, const std::vector<Run>& runs) {
 }
 
 int run_demo(const DemoOptions& options, const CommonOptions& common) {
-  fmt::print(
+  say(
       "Growing a mixture of experts inside {}\n"
       "The model stays frozen; {} MoLoRA experts of rank 4 sit beside each of its linears, with a router each.\n\n",
       std::filesystem::path(options.model).filename().string(), 8);
+  const FolderLock lock = take_demo_folder(options.output_dir, options.model);
   Demo demo(options, common);
   const Scores base = demo.evaluate("Testing the base model");
   std::vector<Run> runs{demo.train("molora", 4)};
@@ -241,8 +242,8 @@ int run_demo(const DemoOptions& options, const CommonOptions& common) {
 
   const Json results = results_json(base, runs);
   write_file_atomically(demo.folder() / "results.json", results.dump(2) + "\n");
-  if (options.json) fmt::print("{}\n", results.dump(2));
-  fmt::print(
+  if (options.json) say("{}\n", results.dump(2));
+  say(
       "\nWritten: {0}/results.json, the adapter in {0}/molora, and which expert does what in {0}/routes.html\n\n"
       "Next:\n"
       "  build/moesaic chat --model {1} --adapter {0}/molora\n"
@@ -253,6 +254,15 @@ int run_demo(const DemoOptions& options, const CommonOptions& common) {
 }
 
 }  // namespace
+
+FolderLock take_demo_folder(const std::filesystem::path& dir, const std::filesystem::path& model) {
+  check_new_folder(dir, {model});
+  MOESAIC_CHECK(!std::filesystem::exists(dir / "results.json"), UsageError,
+                "--output_dir {}: got a folder with the results of an earlier demo, expected another one: nothing is "
+                "overwritten",
+                dir.string());
+  return FolderLock(dir);
+}
 
 Runner add_demo(CLI::App& app, CommonOptions& common) {
   auto options = std::make_shared<DemoOptions>();

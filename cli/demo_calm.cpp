@@ -63,23 +63,24 @@ Json results_json(const std::vector<demos::KeyRow>& rows, const CalmDemoOptions&
 }
 
 void print_table(const std::vector<demos::KeyRow>& rows, int64_t questions) {
-  fmt::print("\nRight answers to {} questions each, on keys the connections were never trained with:\n\n  {:<26}",
+  say("\nRight answers to {} questions each, on keys the connections were never trained with:\n\n  {:<26}",
              questions, "");
-  for (const auto& [name, task] : demos::kKeyTasks) fmt::print("{:>10}", name);
-  fmt::print("{:>12}{:>10}\n", "trained", "time");
+  for (const auto& [name, task] : demos::kKeyTasks) say("{:>10}", name);
+  say("{:>12}{:>10}\n", "trained", "time");
   for (const demos::KeyRow& row : rows) {
-    fmt::print("  {:<26}", row.name);
-    for (const double score : row.scores) fmt::print("{:>8.1f} %", 100 * score);
-    fmt::print("{:>12}{:>10}\n", row.trained, format_duration(row.seconds));
+    say("  {:<26}", row.name);
+    for (const double score : row.scores) say("{:>8.1f} %", 100 * score);
+    say("{:>12}{:>10}\n", row.trained, format_duration(row.seconds));
   }
 }
 
 int run_calm_demo(const CalmDemoOptions& options, const CommonOptions& common) {
   if (!options.json) {
-    fmt::print(
+    say(
         "The augmenting model learns what 500 keys are worth, the anchor learns to add and subtract. Both are then\n"
         "frozen and joined by two cross-attentions, trained on 100 of the keys. All questions use the other 400.\n\n");
   }
+  const FolderLock lock = take_demo_folder(options.output_dir, "");
   demos::KeyExperiment experiment(options.output_dir, common.seed, options.fraction, options.test_rows,
                                   parse_device(common.device));
   const std::vector<demos::KeyRow> rows = run_experiment(experiment, options.ablations);
@@ -87,11 +88,11 @@ int run_calm_demo(const CalmDemoOptions& options, const CommonOptions& common) {
   const std::filesystem::path folder = options.output_dir;
   write_file_atomically(folder / "results.json", results.dump(2) + "\n");
   if (options.json) {
-    fmt::print("{}\n", results.dump(2));
+    say("{}\n", results.dump(2));
     return 0;
   }
   print_table(rows, options.test_rows);
-  fmt::print("\nWritten: {0}/results.json, the models {0}/augmenting and {0}/anchor, the connections {0}/composition\n",
+  say("\nWritten: {0}/results.json, the models {0}/augmenting and {0}/anchor, the connections {0}/composition\n",
              options.output_dir);
   return 0;
 }

@@ -5,7 +5,6 @@
 #include <torch/torch.h>
 #include <unistd.h>
 
-#include <iostream>
 #include <thread>
 
 #include "cli/command.h"
@@ -78,11 +77,11 @@ Runner add_doctor(CLI::App& app, CommonOptions& common) {
         {"cpu_bfloat16_gflops", std::round(flop / gemm_seconds(torch::kBFloat16, kRows, kWidth) / 1e9)},
     };
     if (*json) {
-      std::cout << report.dump(2) << '\n';
+      say("{}\n", report.dump(2));
       return 0;
     }
     for (const auto& [key, value] : report.items()) {
-      std::cout << fmt::format("{:<20} {}\n", key, value.is_string() ? value.get<std::string>() : value.dump());
+      say("{:<20} {}\n", key, value.is_string() ? value.get<std::string>() : value.dump());
     }
     return 0;
   };

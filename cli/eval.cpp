@@ -1,5 +1,4 @@
 // moesaic eval: tasks from files through a model and its adapters; scores as a table and as JSON.
-#include <iostream>
 
 #include "cli/options.h"
 #include "moesaic/base/progress.h"
@@ -64,9 +63,9 @@ int run_verb(Options options, const CommonOptions& common) {
   info.seconds = seconds;
   const OrderedJson json = eval::results_json(results, tasks, options.eval, info);
   if (options.json) {
-    std::cout << json.dump(2, ' ', false, OrderedJson::error_handler_t::replace) << '\n';
+    say("{}\n", json.dump(2, ' ', false, OrderedJson::error_handler_t::replace));
   } else {
-    std::cout << eval::results_table(results);
+    say(eval::results_table(results));
   }
   if (!options.output_path.empty()) {
     const auto path = eval::write_results(options.output_path, json, results, info, options.log_samples);

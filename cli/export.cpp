@@ -20,7 +20,7 @@ int run_export(const ExportOptions& options, const CommonOptions& common) {
   check_new_folder(options.out, {options.model, options.adapter});
   if (options.format == "peft") {
     MOESAIC_CHECK(!options.adapter.empty(), UsageError, "--format peft: got no --adapter, expected the one to write");
-    for (const auto& dir : exporting::export_peft(options.adapter, options.out)) fmt::print("{}\n", dir.string());
+    for (const auto& dir : exporting::export_peft(options.adapter, options.out)) say("{}\n", dir.string());
     return 0;
   }
   MOESAIC_CHECK(!options.model.empty(), UsageError, "--format hf: got no --model, expected the one to write");
@@ -30,7 +30,7 @@ int run_export(const ExportOptions& options, const CommonOptions& common) {
                                                                   : number_format(common.dtype, torch::kCPU).dtype);
   if (!options.adapter.empty()) exporting::merge_adapter(folder, options.adapter);
   formats::write_model_folder(options.out, folder);
-  fmt::print("{}: {} tensors, {}{}\n", options.out, folder.tensors.size(), dtype_name(folder.dtype),
+  say("{}: {} tensors, {}{}\n", options.out, folder.tensors.size(), dtype_name(folder.dtype),
              fs::path(options.model).extension() == ".gguf" ? " (dequantised)" : "");
   return 0;
 }

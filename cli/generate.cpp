@@ -1,5 +1,4 @@
 // moesaic generate: answers to one prompt, streamed, or to a file of prompts, in batches.
-#include <iostream>
 
 #include "cli/options.h"
 
@@ -11,7 +10,7 @@ struct Options {
   generate::SamplingOptions sampling;
   std::vector<std::string> prompts;
   std::string file, system;
-  bool raw = false, json = false;
+  bool raw = false, raw_output = false, json = false;
   int64_t batch_size = 8;
 };
 
@@ -109,8 +108,10 @@ int run_generate(Options options, const CommonOptions& common) {
   spdlog::info("computing in {}", loaded.computes_in());
   options.sampling.eos_ids = loaded.eos_ids();
   const bool streams = prompts.size() == 1 && !options.json;
-  auto show = [](int64_t, const std::string& piece) {
-    std::cout << piece << std::flush;
+  const auto print = options.raw_output ? &say_raw : static_cast<void (*)(std::string_view)>(&say);
+  auto show = [print](int64_t, const std::string& piece) {
+    print(piece);
+    std::fflush(stdout);
     return true;
   };
 
@@ -146,13 +147,13 @@ int run_generate(Options options, const CommonOptions& common) {
                                 {"prompt_tokens", batch[i].ids.size()},
                                 {"ids", answers[i].ids},
                                 {"dtype", dtype_name(loaded.format.dtype)}});
-        std::cout << line.dump(-1, ' ', false, OrderedJson::error_handler_t::replace) << '\n';
+        say("{}\n", line.dump(-1, ' ', false, OrderedJson::error_handler_t::replace));
       } else if (streams) {
-        std::cout << '\n';
+        say("\n");
       } else {
-        std::cout << fmt::format("[{}] {}\n{}\n\n", first + i, prompt.text, answers[i].text);
+        print(fmt::format("[{}] {}\n{}\n\n", first + i, prompt.text, answers[i].text));
       }
-      std::cout.flush();
+      std::fflush(stdout);
     }
   }
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -175,6 +176,7 @@ Runner add_generate(CLI::App& app, CommonOptions& common) {
   app.add_option("--system", options->system, "System message");
   app.add_flag("--raw", options->raw, "Give the model the bare text, without its chat template");
   app.add_flag("--json", options->json, "Print a JSON object per answer");
+  app.add_flag("--raw_output", options->raw_output, "Print answers as they are; else control characters are made visible");
   app.add_option("--batch_size", options->batch_size, "Prompts answered side by side")
       ->capture_default_str()
       ->check(CLI::Range(1, 4096));

@@ -1,5 +1,4 @@
 // moesaic inspect: what is in a file or folder; and, from a config alone, what a method would train.
-#include <iostream>
 
 #include "cli/command.h"
 #include "moesaic/adapters/adapter.h"
@@ -94,6 +93,16 @@ OrderedJson inspect_adapter(const fs::path& path, bool list) {
   return report;
 }
 
+const char* name_of(nn::ScaleKind kind) {
+  switch (kind) {  // without a default: the compiler names a kind that is missing
+    case nn::ScaleKind::kInput: return "input";
+    case nn::ScaleKind::kOutput: return "output";
+    case nn::ScaleKind::kPostHeadNorm: return "post_qk_norm";
+    case nn::ScaleKind::kFfn: return "ffn_branch";
+  }
+  return "";
+}
+
 /// Names of the points where experts may act, with how many layers have each.
 OrderedJson site_table(const nn::Sites& sites) {
   auto last = [](const std::string& name) { return name.substr(name.rfind('.') + 1); };
@@ -103,9 +112,8 @@ OrderedJson site_table(const nn::Sites& sites) {
     if (entry.is_null()) entry = {{"layers", 0}, {"in", site.in}, {"out", site.out}};
     entry["layers"] = entry["layers"].get<int64_t>() + 1;
   }
-  constexpr const char* kKinds[] = {"output", "post_qk_norm", "ffn_branch"};
   for (const nn::ScaleSite& site : sites.scales) {
-    OrderedJson& entry = scales[last(site.name) + " " + kKinds[static_cast<int>(site.kind)]];
+    OrderedJson& entry = scales[last(site.name) + " " + name_of(site.kind)];
     if (entry.is_null()) entry = {{"layers", 0}, {"heads", site.heads}, {"width", site.width}};
     entry["layers"] = entry["layers"].get<int64_t>() + 1;
   }
@@ -225,42 +233,42 @@ OrderedJson inspect_path(const fs::path& path, bool list) {
 }
 
 /// Scalars as "key  value" lines; lists and objects one entry a line.
-void print(const OrderedJson& report) {
+void show(const OrderedJson& report) {
   auto text = [](const OrderedJson& value) {
-    return value.is_string()         ? value.get<std::string>()
+    return value.is_string()         ? visible_in_line(value.get<std::string>())
            : value.is_number_float() ? fmt::format("{:.4f}", value.get<double>())
                                      : value.dump();
   };
   for (const auto& [key, value] : report.items()) {
     if (key == "tensor_list") {
       for (const OrderedJson& tensor : value) {
-        std::cout << fmt::format("  {:<70} {:<9} {}\n", tensor["name"].get<std::string>(),
+        say("  {:<70} {:<9} {}\n", visible_in_line(tensor["name"].get<std::string>()),
                                  tensor["dtype"].get<std::string>(),
                                  shape_text(tensor["shape"].get<std::vector<int64_t>>()));
       }
     } else if (key == "patterns") {
-      std::cout << fmt::format("\n  {:<30} {:>7} {:>14}\n", "target", "sites", "trainable");
+      say("\n  {:<30} {:>7} {:>14}\n", "target", "sites", "trainable");
       for (const OrderedJson& row : value) {
-        std::cout << fmt::format("  {:<30} {:>7} {:>14}\n", row["pattern"].get<std::string>(),
+        say("  {:<30} {:>7} {:>14}\n", visible_in_line(row["pattern"].get<std::string>()),
                                  row["sites"].get<int64_t>(), row["trainable_parameters"].get<int64_t>());
       }
     } else if (value.is_array() && !value.empty() && value[0].is_object()) {
       for (size_t i = 0; i < value.size(); ++i) {
-        std::cout << fmt::format("{}[{}]\n", key, i);
-        for (const auto& [name, entry] : value[i].items()) std::cout << fmt::format("  {:<20} {}\n", name, text(entry));
+        say("{}[{}]\n", key, i);
+        for (const auto& [name, entry] : value[i].items()) say("  {:<20} {}\n", visible_in_line(name), text(entry));
       }
     } else if (value.is_object() && !value.empty()) {
-      std::cout << key << '\n';
+      say("{}\n", visible_in_line(key));
       for (const auto& [name, entry] : value.items()) {
         if (!entry.is_object()) {
-          std::cout << fmt::format("  {:<20} {}\n", name, text(entry));
+          say("  {:<20} {}\n", visible_in_line(name), text(entry));
           continue;
         }
-        std::cout << fmt::format("  {}\n", name);
-        for (const auto& [site, facts] : entry.items()) std::cout << fmt::format("    {:<24} {}\n", site, facts.dump());
+        say("  {}\n", visible_in_line(name));
+        for (const auto& [site, facts] : entry.items()) say("    {:<24} {}\n", visible_in_line(site), facts.dump());
       }
     } else {
-      std::cout << fmt::format("{:<22} {}\n", key, text(value));
+      say("{:<22} {}\n", key, text(value));
     }
   }
 }
@@ -273,9 +281,9 @@ int run(const Options& options) {
   const OrderedJson report =
       options.model.empty() ? inspect_path(options.path, options.tensors) : inspect_method(options);
   if (options.json) {
-    std::cout << report.dump(2, ' ', false, OrderedJson::error_handler_t::replace) << '\n';
+    say("{}\n", report.dump(2, ' ', false, OrderedJson::error_handler_t::replace));
   } else {
-    print(report);
+    show(report);
   }
   return 0;
 }

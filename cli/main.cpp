@@ -2,7 +2,6 @@
 #include <ATen/core/Tensor.h>
 #include <fmt/format.h>
 
-#include <iostream>
 #include <list>
 #include <thread>
 
@@ -61,9 +60,8 @@ void add_common_options(CLI::App& app, CommonOptions& common) {
 }
 
 int fail(ExitCode code, const std::string& message) {
-  std::cout.flush();
   std::fflush(stdout);
-  std::cerr << "error: " << message << '\n';
+  say_error("error: {}\n", message);
   return static_cast<int>(code);
 }
 
@@ -124,7 +122,7 @@ int run(int argc, char** argv) {
 
   const std::vector<std::string> args(argv + 1, argv + argc);
   if (args.empty()) {
-    std::cout << app.help();
+    say(app.help());
     return static_cast<int>(ExitCode::kUsage);
   }
   try {
@@ -160,6 +158,7 @@ int main(int argc, char** argv) {
   using moesaic::cli::fail;
   const moesaic::cli::ExitsAreMemory exits;
   moesaic::cli::open_closed_streams();
+  moesaic::cli::obey_group_limit();
   moesaic::cli::let_writes_fail();
   try {
     return moesaic::cli::run(argc, argv);

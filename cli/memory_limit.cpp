@@ -9,8 +9,11 @@
 #include <array>
 #include <atomic>
 #include <csignal>
+#include <cstdint>
 #include <cstdlib>
+#include <fstream>
 #include <new>
+#include <string>
 #include <string_view>
 #include <system_error>
 #include <typeinfo>
@@ -34,28 +37,49 @@ void end_out_of_memory() {
       "error: out of memory or threads. Try a smaller batch, fewer --threads or a higher limit.\n");
 }
 
-/// Whether a limit on the address space (ulimit -v) is all but used up.
-bool address_space_is_used_up() {
+/// Whether a limit on the address space (ulimit -v) or on data (ulimit -d, obey_group_limit()) is all but used up.
+bool memory_is_used_up() {
   constexpr rlim_t kNearly = rlim_t{256} << 20;
-  rlimit limit{};
-  if (getrlimit(RLIMIT_AS, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return false;
-  std::array<char, 64> text{};
+  std::array<char, 128> text{};
   const int file = open("/proc/self/statm", O_RDONLY | O_CLOEXEC);
   if (file < 0) return false;
   const ssize_t size = read(file, text.data(), text.size() - 1);
   close(file);
-  rlim_t pages = 0;
-  for (ssize_t i = 0; i < size && text[static_cast<size_t>(i)] >= '0'; ++i) {
-    pages = 10 * pages + static_cast<rlim_t>(text[static_cast<size_t>(i)] - '0');
+  std::array<rlim_t, 7> pages{};  // of the whole address space; resident, shared, text, 0; of data and stack; 0
+  size_t column = 0;
+  for (ssize_t i = 0; i < size && column < pages.size(); ++i) {
+    const char c = text[static_cast<size_t>(i)];
+    if (c < '0') {
+      ++column;
+    } else {
+      pages[column] = 10 * pages[column] + static_cast<rlim_t>(c - '0');
+    }
   }
-  return pages * static_cast<rlim_t>(sysconf(_SC_PAGESIZE)) + kNearly > limit.rlim_cur;
+  const auto page = static_cast<rlim_t>(sysconf(_SC_PAGESIZE));
+  auto used_up = [&](auto resource, rlim_t used) {
+    rlimit limit{};
+    return getrlimit(resource, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY && used * page + kNearly > limit.rlim_cur;
+  };
+  return used_up(RLIMIT_AS, pages[0]) || used_up(RLIMIT_DATA, pages[5]);
+}
+
+/// The limit on memory of the control group at `path` below `root` and of those around it, in bytes; the largest number
+/// where there is none.
+uint64_t group_limit(const std::string& root, std::string path, const char* file) {
+  uint64_t least = UINT64_MAX;
+  while (true) {
+    uint64_t bytes = 0;
+    if (std::ifstream(root + path + "/" + file) >> bytes) least = std::min(least, bytes);  // "max" is no number
+    if (path.empty() || path == "/") return least;
+    path.erase(path.rfind('/'));
+  }
 }
 
 [[maybe_unused]] void on_fatal(int signal) {
   // std::terminate aborts with the exception that nobody caught.
   const std::type_info* thrown = signal == SIGABRT ? abi::__cxa_current_exception_type() : nullptr;
   const bool memory = thrown != nullptr && (*thrown == typeid(std::bad_alloc) || *thrown == typeid(std::system_error));
-  if (memory || address_space_is_used_up()) end_out_of_memory();
+  if (memory || memory_is_used_up()) end_out_of_memory();
   if (signal == SIGBUS) {
     end(ExitCode::kData, "error: a file that was being read became shorter, or its disk failed.\n");
   }
@@ -77,6 +101,26 @@ void on_exit_of_a_library(int status, void*) {
 }
 
 }  // namespace
+
+void obey_group_limit() {
+  if (access("/dev/nvidiactl", F_OK) == 0) return;
+  uint64_t bytes = UINT64_MAX;
+  std::ifstream groups("/proc/self/cgroup");
+  for (std::string line; std::getline(groups, line);) {  // id:controllers:path
+    const size_t first = line.find(':'), second = line.find(':', first + 1);
+    if (second == std::string::npos) continue;
+    const std::string controllers = line.substr(first + 1, second - first - 1), path = line.substr(second + 1);
+    if (controllers.empty()) bytes = std::min(bytes, group_limit("/sys/fs/cgroup", path, "memory.max"));
+    if (controllers == "memory") {
+      bytes = std::min(bytes, group_limit("/sys/fs/cgroup/memory", path, "memory.limit_in_bytes"));
+    }
+  }
+  rlimit limit{};
+  const rlim_t ours = bytes / 20 * 19;  // the rest is for what is no data of ours: page tables, pages of files
+  if (getrlimit(RLIMIT_DATA, &limit) != 0 || ours >= limit.rlim_cur) return;
+  limit.rlim_cur = ours;
+  setrlimit(RLIMIT_DATA, &limit);
+}
 
 ExitsAreMemory::ExitsAreMemory() {
   on_exit(on_exit_of_a_library, nullptr);

@@ -3,6 +3,10 @@
 
 namespace moesaic::cli {
 
+/// Under a control group's limit on memory, allocations fail before the kernel would kill the process. Not where there
+/// are GPUs: CUDA maps more than it uses.
+void obey_group_limit();
+
 /// While it lives, exit() called by a library (libgomp, when a thread can't be made) ends the program with
 /// kOutOfMemory.
 class ExitsAreMemory {

@@ -47,9 +47,9 @@ int run_merge(const MergeOptions& options, const CommonOptions& common) {
   auto merged = models::CausalLM::load(*models::open_checkpoint(options.out), {});
   const auto expected = probe_logits(*base), got = probe_logits(*merged);
   const double drift = (expected - got).abs().max().item<double>();
-  fmt::print("{}: {} merged into {} weights, {}\n", options.out, adapter->config().method,
+  say("{}: {} merged into {} weights, {}\n", options.out, adapter->config().method,
              quantized ? "dequantised" : "the original", dtype_name(dtype));
-  fmt::print("largest logit difference from base + adapter: {:.2g} (logits up to {:.3g})\n", drift,
+  say("largest logit difference from base + adapter: {:.2g} (logits up to {:.3g})\n", drift,
              expected.abs().max().item<double>());
   return 0;
 }

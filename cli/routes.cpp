@@ -2,7 +2,6 @@
 // read; as JSON and one HTML page.
 #include "moesaic/eval/routes.h"
 
-#include <iostream>
 
 #include "cli/options.h"
 #include "moesaic/base/progress.h"
@@ -27,9 +26,19 @@ std::vector<int64_t> text_ids(const Options& options, const eval::EvalModel& mod
   return special ? model.tokenizer.encode_start(prompt).ids : model.tokenizer.encode(prompt, false);
 }
 
+/// An earlier report may be replaced, and nothing else.
+void check_report(const std::filesystem::path& path) {
+  if (!std::filesystem::exists(path)) return;
+  MOESAIC_CHECK(eval::is_routes_report(read_file(path)), UsageError,
+                "--output {}: got a file that `routes` did not write, expected none: nothing is overwritten",
+                path.string());
+}
+
 int run_routes(const Options& options, const CommonOptions& common) {
   MOESAIC_CHECK(!options.tasks.empty() || !options.text.empty(), UsageError,
                 "routes: --tasks is missing; give tasks, a --text, or both");
+  const std::filesystem::path base = options.output;
+  for (const char* ending : {".json", ".html"}) check_report(base.string() + ending);
   std::vector<eval::Task> tasks;
   if (!options.tasks.empty()) tasks = eval::load_tasks(options.tasks, options.task);
   const Loaded loaded = load(options.model, common);
@@ -48,13 +57,12 @@ int run_routes(const Options& options, const CommonOptions& common) {
   OrderedJson json = eval::routes_json(options.model.model, *loaded.model, results, text ? &*text : nullptr);
   json["dtype"] = dtype_name(loaded.format.dtype);
 
-  const std::filesystem::path base = options.output;
   if (base.has_parent_path()) std::filesystem::create_directories(base.parent_path());
   write_file_atomically(base.string() + ".json",
                         json.dump(1, ' ', false, OrderedJson::error_handler_t::replace) + "\n");
   write_file_atomically(base.string() + ".html", eval::routes_html(json));
-  if (!results.empty()) std::cout << eval::routes_table(json) << '\n';
-  std::cout << fmt::format("Written: {0}.json and {0}.html\n", base.string());
+  if (!results.empty()) say("{}\n", eval::routes_table(json));
+  say("Written: {0}.json and {0}.html\n", base.string());
   return 0;
 }
 

@@ -1,5 +1,4 @@
 // moesaic score: the log-probability of every token of a text; how anyone checks this program against another one.
-#include <iostream>
 
 #include "cli/options.h"
 
@@ -31,16 +30,16 @@ int run_verb(const Options& options, const CommonOptions& common) {
                               {"sum", sum},
                               {"perplexity", perplexity},
                               {"dtype", dtype_name(loaded.format.dtype)}};
-    std::cout << json.dump() << '\n';
+    say("{}\n", json.dump());
     return 0;
   }
-  std::cout << fmt::format("{:>8}  {:>10}  token\n", "id", "logprob");
+  say("{:>8}  {:>10}  token\n", "id", "logprob");
   for (size_t i = 0; i < ids.size(); ++i) {
     std::optional<std::string> token = loaded.tokenizer ? loaded.tokenizer->id_to_token(ids[i]) : std::nullopt;
     const std::string logprob = i == 0 ? "" : fmt::format("{:.5f}", logprobs[i - 1]);
-    std::cout << fmt::format("{:>8}  {:>10}  {}\n", ids[i], logprob, token.value_or(""));
+    say("{:>8}  {:>10}  {}\n", ids[i], logprob, visible_in_line(token.value_or("")));
   }
-  std::cout << fmt::format("\n{} tokens scored, sum {:.5f}, perplexity {:.5f}\n", logprobs.size(), sum, perplexity);
+  say("\n{} tokens scored, sum {:.5f}, perplexity {:.5f}\n", logprobs.size(), sum, perplexity);
   return 0;
 }
 

@@ -6,7 +6,6 @@
 #include <cerrno>
 #include <csignal>
 #include <cstring>
-#include <iostream>
 
 #include "moesaic/base/check.h"
 
@@ -22,10 +21,13 @@ void let_writes_fail() {
   std::signal(SIGXFSZ, [](int) {});  // a handler, which programs we start don't inherit
 }
 
+void say_raw(std::string_view text) { std::fwrite(text.data(), 1, text.size(), stdout); }
+
+void say(std::string_view text) { say_raw(visible(text)); }
+
 void check_printed() {
   errno = 0;
-  std::cout.flush();
-  const bool written = std::fflush(stdout) == 0 && std::ferror(stdout) == 0 && std::cout.good();
+  const bool written = std::fflush(stdout) == 0 && std::ferror(stdout) == 0;
   MOESAIC_CHECK(written, DataError, "standard output can't be written{}{}", errno != 0 ? ": " : "",
                 errno != 0 ? std::strerror(errno) : "");
 }

@@ -1,5 +1,4 @@
 // moesaic train: a run file becomes an adapter, the connections of a composition, or a model.
-#include <iostream>
 
 #include "cli/command.h"
 #include "cli/interrupt.h"
@@ -50,14 +49,14 @@ int train_run(const TrainOptions& options, const CLI::App& app, run::Run& run) {
   const train::TrainResult result = run.train(hooks);
   if (progress) progress->finish();
   if (result.interrupted) {
-    std::cerr << fmt::format("stopped after step {}; go on with:\n  {}\n", result.steps, resume_command(options, app));
+    say_error("stopped after step {}; go on with:\n  {}\n", result.steps, resume_command(options, app));
     return static_cast<int>(ExitCode::kInterrupted);
   }
-  fmt::print("done       step {}, train loss {:.4f}{}, {} in {}\n", result.steps, result.train_loss,
+  say("done       step {}, train loss {:.4f}{}, {} in {}\n", result.steps, result.train_loss,
              result.best_eval_loss ? fmt::format(", best eval loss {:.4f}", *result.best_eval_loss) : "",
              run.config().train.output_dir.string(), format_duration(result.seconds));
   for (const auto& count : run.counts()) {
-    fmt::print("           {}: {} examples drawn, {} skipped, {} targets\n", count.name, count.drawn, count.skipped,
+    say("           {}: {} examples drawn, {} skipped, {} targets\n", count.name, count.drawn, count.skipped,
                count.targets);
   }
   return 0;
@@ -65,7 +64,7 @@ int train_run(const TrainOptions& options, const CLI::App& app, run::Run& run) {
 
 int run_train(const TrainOptions& options, const CommonOptions& common, const CLI::App& app) {
   if (options.keys) {
-    std::cout << run::run_keys_markdown();
+    say(run::run_keys_markdown());
     return 0;
   }
   MOESAIC_CHECK(!options.run.empty(), UsageError, "train: the run file is missing");
@@ -77,14 +76,15 @@ int run_train(const TrainOptions& options, const CommonOptions& common, const CL
   if (app.count("--device") > 0) config["device"] = common.device;
   if (app.count("--dtype") > 0) {
     config["bf16"] =
-        common.dtype == "auto" ? Json() : Json(number_format(common.dtype, torch::kCPU).dtype == torch::kBFloat16);
+        common.dtype == "auto" ? OrderedJson() : OrderedJson(number_format(common.dtype, torch::kCPU).dtype == torch::kBFloat16);
   }
   if (!options.resume.empty()) config["resume_from_checkpoint"] = options.resume;
   run::Run run(run::parse_run_config(config, options.run), options.dry_run);
-  std::cout << run.plan().text() << std::flush;
+  say(run.plan().text());
+  std::fflush(stdout);
   if (!options.dry_run) return train_run(options, app, run);
   run.check_rows();
-  std::cout << run.memory_plan().text();
+  say(run.memory_plan().text());
   return 0;
 }
 

@@ -1,9 +1,10 @@
-# One precompiled header for the whole tree: LibTorch's headers are most of the compile time.
-function(moesaic_pch)
-  file(CONFIGURE OUTPUT "${CMAKE_BINARY_DIR}/pch_anchor.cpp" CONTENT "// Anchors the shared precompiled header.\n")
-  add_library(moesaic_pch OBJECT "${CMAKE_BINARY_DIR}/pch_anchor.cpp")
-  target_link_libraries(moesaic_pch PUBLIC moesaic::torch nlohmann_json::nlohmann_json fmt::fmt spdlog::spdlog yaml-cpp)
-  target_precompile_headers(moesaic_pch PRIVATE "${CMAKE_SOURCE_DIR}/moesaic/base/pch.h")
+# moesaic_pch(<name> <header>): a precompiled header for many targets. LibTorch's headers are most of the compile time.
+function(moesaic_pch name header)
+  file(CONFIGURE OUTPUT "${CMAKE_CURRENT_BINARY_DIR}/${name}.cpp" CONTENT "// Anchors the precompiled header.\n")
+  add_library(${name} OBJECT "${CMAKE_CURRENT_BINARY_DIR}/${name}.cpp")
+  target_link_libraries(${name} PUBLIC moesaic::torch nlohmann_json::nlohmann_json fmt::fmt spdlog::spdlog yaml-cpp)
+  target_include_directories(${name} PRIVATE "${CMAKE_SOURCE_DIR}")
+  target_precompile_headers(${name} PRIVATE "${header}")
 endfunction()
 
 # moesaic_folder(<name> DEPS <folders> [LIBS <libraries>]): the library of moesaic/<name>.

@@ -6,6 +6,7 @@
 #include <set>
 
 #include "demos/key_arithmetic.h"
+#include "moesaic/base/output_folder.h"
 #include "moesaic/base/seed.h"
 #include "moesaic/data/order.h"
 
@@ -79,13 +80,13 @@ void write_key_files(const std::filesystem::path& folder, int64_t test_rows, uin
       const Question q = questions.draw(0, last, split);
       text += OrderedJson{{"inputs", prompt(q)}, {"targets", " " + answers(task, q)[0]}}.dump() + "\n";
     }
-    write_file_atomically(folder / (task + ".jsonl"), text);
+    write_new_file(folder / (task + ".jsonl"), text);
     info[task] = {{"file_name", task + ".jsonl"}, {"formatting", "inputs_targets"}};
   };
   write_training("kv_sub", kKeys, Split::kAny, kSubstitutionRows);
   write_training("num_math", 0, Split::kTrained, kMathRows);
   write_training("kv_math", kHeldIn, Split::kTrained, kMathRows);
-  write_file_atomically(folder / "dataset_info.json", info.dump(2) + "\n");
+  write_new_file(folder / "dataset_info.json", info.dump(2) + "\n");
 
   auto write_test = [&](const std::string& name, int64_t first, int64_t last, Split split) {
     Questions questions(seed, name);
@@ -101,7 +102,7 @@ void write_key_files(const std::filesystem::path& folder, int64_t test_rows, uin
       text +=
           OrderedJson{{"inputs", prompt(q)}, {"answer_choices", nullptr}, {"targets", answers(task, q)}}.dump() + "\n";
     }
-    write_file_atomically(folder / (name + ".jsonl"), text);
+    write_new_file(folder / (name + ".jsonl"), text);
   };
   write_test("test/kv_sub", kHeldIn, kKeys, Split::kAny);
   write_test("test/num_math", 0, 0, Split::kHeldOut);

@@ -5,6 +5,7 @@
 #include <set>
 #include <span>
 
+#include "moesaic/base/output_folder.h"
 #include "moesaic/data/order.h"
 
 namespace moesaic::demos {
@@ -280,14 +281,14 @@ void write_skills(const std::filesystem::path& folder, int64_t train_rows, int64
     std::string text;
     for (const OrderedJson& row : generate_skill(skill, split, count, seed)) text += row.dump() + "\n";
     const std::string file = skill + "." + split + ".jsonl";
-    write_file_atomically(folder / file, text);
+    write_new_file(folder / file, text);
     info[name] = {{"file_name", file}, {"formatting", "messages"}};
   };
   for (const Skill& skill : skills()) {
     if (!skill.held_out) write(skill.name, "train", train_rows, skill.name);
     write(skill.name, "test", test_rows, skill.name + "_test");
   }
-  write_file_atomically(folder / "dataset_info.json", info.dump(2) + "\n");
+  write_new_file(folder / "dataset_info.json", info.dump(2) + "\n");
 }
 
 }  // namespace moesaic::demos

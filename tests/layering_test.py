@@ -1,7 +1,7 @@
 """The folders of moesaic/ stand in the order data flows, and an #include only points back along it.
 
 A folder may include itself and the folders that its moesaic_folder() line in CMakeLists.txt names. Those must stand
-above it there, and `models` and `adapters` must never know each other.
+above it there, and `models` and `adapters` must never know each other. The program prints through one function.
 """
 
 import pathlib
@@ -10,6 +10,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDER = re.compile(r"^moesaic_folder\((\w+)\s+DEPS\s*([\w ]*?)\s*(?:LIBS.*)?\)", re.MULTILINE)
+PRINTS = re.compile(r"std::(cout|cerr|clog)\b|\bfmt::print\b|\b(printf|puts|fputs|putchar)\(")
 INCLUDE = re.compile(r'^\s*#\s*include\s*["<]([^">]+)[">]')
 
 
@@ -40,6 +41,13 @@ def include_problems(order, folder, name, text):
             yield f"{name}:{number}: the library must not include {match.group(1)}"
 
 
+def print_problems(name, text):
+    """The program prints through cli/streams.h alone, which makes control characters visible."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if PRINTS.search(line):
+            yield f"{name}:{number}: prints past say() of cli/streams.h"
+
+
 def self_test():
     """The checks find what they are for."""
     order = read_order("moesaic_folder(base DEPS LIBS x)\nmoesaic_folder(models DEPS base)\n"
@@ -50,6 +58,7 @@ def self_test():
     assert len(list(include_problems(order, "base", "b.h", '#include "moesaic/models/a.h"\n'))) == 1
     assert len(list(include_problems(order, "models", "m.cpp", '  # include "moesaic/adapters/a.h"\n'))) == 1
     assert len(list(include_problems(order, "base", "b.h", '#include "cli/command.h"\n'))) == 1
+    assert len(list(print_problems("c.cpp", 'say("a");\nstd::cout << "b";\nfmt::print("c");\nputs("d");\n'))) == 3
     assert len(list(order_problems({"base": {"models"}, "models": set(), "adapters": {"models"}}))) == 2
 
 
@@ -65,6 +74,9 @@ def main():
             problems += include_problems(order, folder, name, path.read_text(encoding="utf-8"))
         else:
             problems.append(f"{name}: CMakeLists.txt has no moesaic_folder({folder} ...)")
+    for path in sorted([*(ROOT / "cli").glob("*"), *(ROOT / "demos").glob("*")]):
+        if path.stem != "streams":
+            problems += print_problems(str(path.relative_to(ROOT)), path.read_text(encoding="utf-8"))
     print("\n".join(problems) or f"{len(files)} files in {len(order)} folders: every include points back")
     return 1 if problems or not files else 0
 

@@ -43,6 +43,9 @@ pub struct EncodingOut {
 /// Where and why the last panic was, in whichever thread.
 static PANIC: Mutex<String> = Mutex::new(String::new());
 
+/// What onig, the standard library and its threads say. Most allocations that fail end the process (SIGABRT).
+const OUT_OF_MEMORY: [&str; 4] = ["fail to memory allocation", "memory allocation failed", "(os error 11)", "(os error 12)"];
+
 /// Runs `f`; an error or a panic becomes text in `error` and `None`.
 fn guard<T>(error: *mut Text, f: impl FnOnce() -> Result<T, String>) -> Option<T> {
     static QUIET: Once = Once::new();
@@ -68,7 +71,8 @@ fn guard<T>(error: *mut Text, f: impl FnOnce() -> Result<T, String>) -> Option<T
         }
     };
     if !error.is_null() {
-        unsafe { *error = reason.into() };
+        let memory = OUT_OF_MEMORY.iter().any(|words| reason.contains(words));
+        unsafe { *error = if memory { Text { data: std::ptr::null_mut(), size: 0 } } else { reason.into() } };
     }
     None
 }

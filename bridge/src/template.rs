@@ -15,7 +15,7 @@ const MAX_SOURCE_BYTES: usize = 256 << 10;
 /// Parsing goes a few calls deeper with every link of a chain ("not not ...", "a.b.b", elif), and a link is a byte or
 /// more. Only what is touched of the stack takes memory.
 const STACK_PER_SOURCE_BYTE: usize = 4 << 10;
-/// A chain of constants joined by `~` is folded in time that grows with the cube of its length.
+/// A chain of constants joined by `~` or `+` is folded in time that grows with the cube of its length.
 const MAX_JOINS: usize = 4_000;
 /// One unit per instruction and per 64 bytes made: a fraction of a second of work or 128 MB at most.
 const FUEL: u64 = 2_000_000;
@@ -34,9 +34,9 @@ impl ChatTemplate {
         if source.len() > MAX_SOURCE_BYTES {
             return Err(format!("{} bytes, expected at most {MAX_SOURCE_BYTES}", source.len()));
         }
-        let joins = source.matches('~').count();
+        let joins = source.matches(['~', '+']).count();
         if joins > MAX_JOINS {
-            return Err(format!("{joins} times '~', expected at most {MAX_JOINS}"));
+            return Err(format!("{joins} times '~' or '+', expected at most {MAX_JOINS}"));
         }
         on_stack((1 << 20) + STACK_PER_SOURCE_BYTE * source.len(), || Self::compile(source))
     }

@@ -1,12 +1,27 @@
 #include "moesaic/base/log.h"
 
+#include <spdlog/pattern_formatter.h>
 #include <spdlog/sinks/stdout_color_sinks.h>
 #include <spdlog/spdlog.h>
 #include <unistd.h>
 
 #include "moesaic/base/check.h"
+#include "moesaic/base/visible.h"
 
 namespace moesaic {
+namespace {
+
+/// The message, as a terminal may be given it.
+class VisibleMessage : public spdlog::custom_flag_formatter {
+ public:
+  void format(const spdlog::details::log_msg& message, const std::tm&, spdlog::memory_buf_t& out) override {
+    const std::string text = visible({message.payload.data(), message.payload.size()});
+    out.append(text.data(), text.data() + text.size());
+  }
+  std::unique_ptr<custom_flag_formatter> clone() const override { return std::make_unique<VisibleMessage>(); }
+};
+
+}  // namespace
 
 void set_log_level(const std::string& level) {
   auto parsed = spdlog::level::from_str(level);
@@ -15,7 +30,9 @@ void set_log_level(const std::string& level) {
   static const auto logger = [] {
     auto stderr_logger = spdlog::stderr_color_mt("moesaic");
     // On a terminal a progress bar may stand in this line: clear what is left of it.
-    stderr_logger->set_pattern(::isatty(STDERR_FILENO) ? "%^%l%$: %v\033[K" : "%l: %v");
+    auto formatter = std::make_unique<spdlog::pattern_formatter>();
+    formatter->add_flag<VisibleMessage>('V').set_pattern(::isatty(STDERR_FILENO) ? "%^%l%$: %V\033[K" : "%l: %V");
+    stderr_logger->set_formatter(std::move(formatter));
     return stderr_logger;
   }();
   spdlog::set_default_logger(logger);

@@ -12,10 +12,10 @@
 #include <charconv>
 #include <cstring>
 #include <ctime>
-#include <string_view>
 #include <utility>
 
 #include "moesaic/base/check.h"
+#include "moesaic/base/json.h"
 
 namespace moesaic {
 namespace {
@@ -124,6 +124,13 @@ void check_new_folder(const fs::path& dir, const std::vector<fs::path>& inputs) 
   MOESAIC_CHECK(found.empty(), UsageError,
                 "{}: got a folder that holds {}, expected a new or empty one: nothing is overwritten", dir.string(),
                 found);
+}
+
+void write_new_file(const fs::path& path, std::string_view bytes) {
+  std::error_code error;
+  if (!fs::exists(path, error)) return write_file_atomically(path, bytes);
+  MOESAIC_CHECK(fs::is_regular_file(path, error) && read_file(path) == bytes, UsageError,
+                "{}: got something else that stands there, expected no such file: nothing is overwritten", path.string());
 }
 
 FolderLock::FolderLock(const fs::path& dir) : dir_(dir), file_(dir / "run.lock") {

@@ -2,6 +2,7 @@
 #pragma once
 #include <filesystem>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace moesaic {
@@ -19,6 +20,9 @@ std::string found_work(const std::filesystem::path& dir);
 void check_not_an_input(const std::filesystem::path& dir, const std::vector<std::filesystem::path>& inputs);
 /// For what is written anew: the same, and `dir` must hold no work. Removes what dead processes left half written.
 void check_new_folder(const std::filesystem::path& dir, const std::vector<std::filesystem::path>& inputs);
+
+/// Writes a file where there is none. One with these very bytes may stand there; throws UsageError for any other.
+void write_new_file(const std::filesystem::path& path, std::string_view bytes);
 
 /// While it lives, no other process holds the same folder. Ends with the process, however that ends.
 class FolderLock {

@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "moesaic/base/visible.h"
+
 namespace moesaic {
 namespace {
 
@@ -78,7 +80,7 @@ void Progress::draw(bool last) {
     time =
         format_duration(elapsed * static_cast<double>(total_ - done_) / static_cast<double>(done_ - start_)) + " left";
   }
-  std::string line = fmt::format("{} {}/{}", title_, done_, total_);
+  std::string line = fmt::format("{} {}/{}", visible_in_line(title_), done_, total_);
   if (terminal_) {
     int64_t filled = std::clamp<int64_t>(done_ * kBarWidth / total_, 0, kBarWidth);
     line += fmt::format(" [{}{}]", std::string(filled, '#'), std::string(kBarWidth - filled, '.'));

@@ -57,10 +57,19 @@ Validation judge_all(const DatasetConfig& config, const ValidateOptions& options
   // The caller's thread judges the first part and reports for all.
   const int64_t parts = std::clamp<int64_t>(result.rows / kRowsOfAThread, 1, at::get_num_threads());
   std::atomic<int64_t> unreported{0};
-  auto count = [&](int64_t rows) { unreported += rows; };
+  std::atomic<bool> given_up{false};  // progress threw
+  auto count = [&](int64_t rows) {
+    unreported += rows;
+    if (given_up) throw std::runtime_error("given up");
+  };
   auto report = [&](int64_t rows) {
     count(rows);
-    if (options.progress) options.progress(unreported.exchange(0));
+    try {
+      if (options.progress) options.progress(unreported.exchange(0));
+    } catch (...) {
+      given_up = true;
+      throw;
+    }
   };
   std::vector<std::future<Validation>> others;
   for (int64_t part = 1; part < parts; ++part) {

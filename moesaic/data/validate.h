@@ -20,7 +20,7 @@ struct Validation {
 struct ValidateOptions {
   size_t max_problems = 20;
   const Renderer* renderer = nullptr;          // given: rows are also rendered, as training will
-  std::function<void(int64_t rows)> progress;  // rows judged since the last call
+  std::function<void(int64_t rows)> progress;  // rows judged since the last call; what it throws ends the judging
 };
 
 /// Rows are judged by as many threads as ATen has, and the result is remembered while the files, the program and what

@@ -234,7 +234,7 @@ void become(const Place& place, const RunLimits& limits, int landlock) {
 pid_t start(const Place& place, const RunLimits& limits) {
   const int landlock = landlock_version();
   const pid_t process = fork();
-  MOESAIC_CHECK(process >= 0, DataError, "can't start a process for a program: {}", std::strerror(errno));
+  if (process < 0) throw std::system_error(errno, std::generic_category(), "can't start a process for a program");
   if (process == 0) {
     become(place, limits, landlock);
     _exit(1);
@@ -367,7 +367,7 @@ class CodeRunner::Keeper {
                   path_, std::strerror(errno));
     auto [read, write] = make_pipe();
     process_ = fork();
-    MOESAIC_CHECK(process_ >= 0, DataError, "can't start a process: {}", std::strerror(errno));
+    if (process_ < 0) throw std::system_error(errno, std::generic_category(), "can't start a process");
     if (process_ == 0) {
       setsid();
       dup2(read.number(), 0);

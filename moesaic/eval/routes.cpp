@@ -296,6 +296,11 @@ std::string routes_table(const OrderedJson& routes) {
   return text;
 }
 
+bool is_routes_report(std::string_view text) {
+  const auto has = [&](std::string_view part) { return text.find(part) != std::string_view::npos; };
+  return has("<title>Moesaic: routers and connections</title>") || (has("\"routers\":") && has("\"similarity\":"));
+}
+
 std::string routes_html(const OrderedJson& routes) { return page_of(kRoutesHtml, kRoutesCss, kRoutesJs, routes); }
 
 }  // namespace moesaic::eval

@@ -71,5 +71,7 @@ std::string routes_table(const OrderedJson& routes);
 
 /// A page that shows routes_json(). Needs nothing from outside.
 std::string routes_html(const OrderedJson& routes);
+/// Whether `text` is what a file of routes_json() or routes_html() holds.
+bool is_routes_report(std::string_view text);
 
 }  // namespace moesaic::eval

@@ -7,6 +7,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <system_error>
 
 #include "moesaic/base/check.h"
 
@@ -24,7 +25,7 @@ Bytes Bytes::map(const std::filesystem::path& path) {
   ::close(fd);
   MOESAIC_CHECK(regular, DataError, "{}: is not a regular file", where);
   MOESAIC_CHECK(size > 0, FormatError, "{}: the file is empty", where);
-  MOESAIC_CHECK(address != MAP_FAILED, DataError, "{}: can't be mapped: {}", where, std::strerror(map_error));
+  if (address == MAP_FAILED) throw std::system_error(map_error, std::generic_category(), where + ": can't be mapped");
   ::madvise(address, size, MADV_WILLNEED);
 
   std::shared_ptr<const void> owner(address, [size](const void* p) { ::munmap(const_cast<void*>(p), size); });

@@ -15,11 +15,27 @@ namespace fs = std::filesystem;
 
 namespace {
 
+constexpr size_t kNamedRows = 100;  // bad ones, of each data set
 constexpr const char* kRunFileHead = "# Every key of this run.\n";
 
 /// Whether `dir` is the output folder of a run, by the run.yaml it writes first.
 bool left_by_a_run(const fs::path& dir) {
   return fs::is_regular_file(dir / "run.yaml") && read_file(dir / "run.yaml").starts_with(kRunFileHead);
+}
+
+/// The result of an earlier run that this one replaces: it may be of another kind, whose files would stay.
+void remove_result(const fs::path& dir) {
+  static const std::set<std::string> kNames{"adapter_config.json",   "adapter_model.safetensors",
+                                            "calm_config.json",      "calm_model.safetensors",
+                                            "config.json",           "model.safetensors",
+                                            "generation_config.json", "model.safetensors.index.json"};
+  std::vector<fs::path> results;
+  for (const auto& entry : fs::directory_iterator(dir)) {
+    const std::string name = entry.path().filename().string();
+    const bool shard = name.starts_with("model-") && name.ends_with(".safetensors");
+    if (entry.is_regular_file() && (shard || kNames.contains(name))) results.push_back(entry.path());
+  }
+  for (const fs::path& result : results) fs::remove(result);
 }
 
 /// Throws UsageError where the run would destroy what is not its own: an input, a model, another run's result.
@@ -68,27 +84,31 @@ Run::Run(RunConfig config, bool dry)
     check_output(config_);
   }
   config_.resolved["bf16"] = format_.dtype == torch::kBFloat16;
-  prepared_ = subject_of(config_.finetuning_type).open(config_, {device_, format_.dtype, dry});
+  auto opened = [this](const formats::Checkpoint& checkpoint) {
+    open_data(checkpoint);
+    if (dry_) return;
+    judgement_.verdict = std::async(std::launch::async, [this] { return judge_rows(kNamedRows); });
+  };
+  prepared_ = subject_of(config_.finetuning_type).open(config_, {device_, format_.dtype, dry, opened});
   train::check_run(config_.train, *prepared_.learner);
-  open_data();
   if (!config_.eval_tasks.empty()) tasks_ = eval::load_tasks(config_.eval_tasks, {.limit = config_.eval_limit});
   for (const eval::Task& task : tasks_) eval::check_metrics(task, {});
   train::check_config(config_.train, mixture_->epoch_size());
 }
 
-void Run::open_data() {
+void Run::open_data(const formats::Checkpoint& checkpoint) {
   if (config_.render.template_name == "auto" && !config_.adapter_name_or_path.empty()) {
     formats::TokenizerFiles files;  // with what the adapter that the run goes on with brings of its own
-    files.chat_templates = prepared_.checkpoint->chat_templates();
+    files.chat_templates = checkpoint.chat_templates();
     formats::adapt(files, config_.adapter_name_or_path);
-    const std::shared_ptr<const tokenizer::Tokenizer> tokenizer = tokenizer::Tokenizer::open(*prepared_.checkpoint);
+    const std::shared_ptr<const tokenizer::Tokenizer> tokenizer = tokenizer::Tokenizer::open(checkpoint);
     std::shared_ptr<tokenizer::ChatTemplate> chat;
     if (!files.chat_templates.empty()) {
       chat = std::make_shared<tokenizer::ChatTemplate>(std::move(files.chat_templates), *tokenizer);
     }
     renderer_ = std::make_shared<data::Renderer>(tokenizer, chat, config_.render);
   } else {
-    renderer_ = data::Renderer::open(*prepared_.checkpoint, config_.render);
+    renderer_ = data::Renderer::open(checkpoint, config_.render);
   }
   auto datasets = data::resolve_datasets(config_.dataset, config_.dataset_dir);
   auto [training, validation] = data::train_validation(std::move(datasets), config_.val_size, config_.train.seed);
@@ -132,12 +152,15 @@ std::vector<data::Validation> Run::judge_rows(size_t max_problems) const {
     results.push_back(data::validate(
         config, {.max_problems = max_problems, .renderer = renderer_.get(), .progress = [&](int64_t rows) {
                    if (progress) progress->update(judged += rows);
+                   if (judgement_.given_up) throw DataError("the run ended before its rows were judged");
                  }}));
   }
   return results;
 }
 
-void Run::check_rows() const { data::settle_bad_rows(judge_rows(/*max_problems=*/100), config_.render); }
+void Run::check_rows() {
+  data::settle_bad_rows(judgement_.verdict.valid() ? judgement_.verdict.get() : judge_rows(kNamedRows), config_.render);
+}
 
 data::Example Run::next_example() {
   auto example = mixture_->next();
@@ -207,6 +230,7 @@ Plan Run::memory_plan() {
 void Run::write_inputs() const {
   const fs::path& dir = config_.train.output_dir;
   fs::create_directories(dir);
+  if (config_.train.overwrite_output_dir) remove_result(dir);
   write_file_atomically(dir / "run.yaml", kRunFileHead + to_yaml(config_.resolved));
   // What the run was rendered with, so that whoever uses it asks in the same words.
   formats::TokenizerFiles files;

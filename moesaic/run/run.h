@@ -1,5 +1,7 @@
 // One training run, from its parsed keys to the files it leaves.
 #pragma once
+#include <atomic>
+#include <future>
 #include <memory>
 #include <string>
 #include <utility>
@@ -33,8 +35,9 @@ class Run {
 
   /// Reads and renders every row of the training data; a result per data set, naming at most `max_problems` rows each.
   std::vector<data::Validation> judge_rows(size_t max_problems) const;
-  /// Throws one DataError that names every bad row of the training data, or lists them where on_bad_row is skip.
-  void check_rows() const;
+  /// Throws one DataError that names every bad row of the training data, or lists them where on_bad_row is skip. A run
+  /// that is not dry judges them from its opening on.
+  void check_rows();
 
   /// The next example that training would draw. Throws DataError when there is none.
   data::Example next_example();
@@ -47,7 +50,14 @@ class Run {
   train::TrainResult train(const train::TrainHooks& hooks = {});
 
  private:
-  void open_data();
+  /// Rows are judged while weights are read; given up when the run ends before.
+  struct Judgement {
+    std::atomic<bool> given_up = false;
+    std::future<std::vector<data::Validation>> verdict;
+    ~Judgement() { given_up = true; }
+  };
+
+  void open_data(const formats::Checkpoint& checkpoint);
   void write_inputs() const;
   void write_card(const train::TrainResult& result) const;
   std::vector<std::pair<std::string, double>> task_scores();
@@ -63,6 +73,7 @@ class Run {
   std::unique_ptr<data::Mixture> mixture_;
   std::vector<data::Example> eval_examples_;
   std::vector<eval::Task> tasks_;
+  Judgement judgement_;  // the last: it reads the others
 };
 
 }  // namespace moesaic::run

@@ -48,6 +48,7 @@ std::shared_ptr<models::CausalLM> open_base(const RunConfig& run, const Place& p
     made.checkpoint = models::open_checkpoint(run.model_name_or_path);
   }
   const auto config = models::parse_decoder_config(made.checkpoint->config(), run.model_name_or_path);
+  place.opened(*made.checkpoint);
   std::shared_ptr<models::CausalLM> model;
   if (place.dry || random) {
     model = std::make_shared<models::CausalLM>(
@@ -138,6 +139,7 @@ Prepared open_calm(const RunConfig& run, const Place& place) {
       compose::load_composition(run.model_name_or_path, {.dtype = place.dtype, .device = place.device});
   Prepared made;
   made.checkpoint = composition->anchor_member().checkpoint;
+  place.opened(*made.checkpoint);
   made.keeps_tokenizer = false;  // the folder names the models, which bring their own
   made.learner = std::make_shared<compose::Connections>(composition, run.train_adapters);
   made.base_parameters = numbers_of(composition->anchor());

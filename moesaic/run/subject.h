@@ -35,6 +35,8 @@ struct Place {
   torch::Device device = torch::kCPU;
   torch::ScalarType dtype = torch::kFloat32;
   bool dry = false;  // nothing is trained: what need not be loaded is not
+  /// Called as soon as tokenizer and config are known; weights may be read behind it.
+  std::function<void(const formats::Checkpoint&)> opened;
 };
 
 /// A finetuning_type.

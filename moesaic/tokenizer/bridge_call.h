@@ -1,26 +1,8 @@
 // Owns what the Rust bridge returns. Private to this folder.
 #pragma once
-#include <string>
-
-#include "bridge/bridge.h"
+#include "moesaic/base/bridge_text.h"
 
 namespace moesaic::tokenizer {
-
-/// A text of the bridge, freed with the object.
-class OwnedText {
- public:
-  OwnedText() = default;
-  explicit OwnedText(BridgeText text) : text_(text) {}
-  OwnedText(const OwnedText&) = delete;
-  OwnedText& operator=(const OwnedText&) = delete;
-  ~OwnedText() { bridge_text_free(text_); }
-
-  BridgeText* out() { return &text_; }
-  std::string str() const { return std::string(text_.data, text_.size); }
-
- private:
-  BridgeText text_{nullptr, 0};
-};
 
 /// Ids and offsets of the bridge, freed with the object.
 class OwnedEncoding {

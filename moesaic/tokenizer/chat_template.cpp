@@ -94,7 +94,7 @@ struct Compiled {
   explicit Compiled(const std::string& source) {
     OwnedText text;
     bridge.reset(bridge_template_new(source.data(), source.size(), text.out()));
-    if (!bridge) error = text.str();
+    if (!bridge) error = text.reason();
   }
 };
 
@@ -129,7 +129,7 @@ struct ChatTemplate::Impl {
     }
     OwnedText text, error;
     MOESAIC_CHECK(bridge_template_render(bridge, variables.data(), variables.size(), blocks, text.out(), error.out()),
-                  DataError, "chat template: {}", error.str());
+                  DataError, "chat template: {}", error.reason());
     return text.str();
   }
 

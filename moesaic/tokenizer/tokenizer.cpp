@@ -99,7 +99,7 @@ struct Tokenizer::Impl {
     OwnedText error;
     MOESAIC_CHECK(bridge_tokenizer_encode(bridge.get(), text.data(), text.size(), add_special_tokens, with_offsets,
                                           out.out(), error.out()),
-                  DataError, "cannot encode a text of {} bytes: {}", text.size(), error.str());
+                  DataError, "cannot encode a text of {} bytes: {}", text.size(), error.reason());
   }
 
   std::optional<std::string> special_token(const char* name) const {
@@ -114,7 +114,7 @@ Tokenizer::Tokenizer(std::string_view tokenizer_json, const Json& config, const 
   impl_->json = tokenizer_json;
   impl_->config = config;
   impl_->bridge.reset(bridge_tokenizer_new(tokenizer_json.data(), tokenizer_json.size(), error.out()));
-  MOESAIC_CHECK(impl_->bridge, FormatError, "{}: tokenizer.json is not usable: {}", where, error.str());
+  MOESAIC_CHECK(impl_->bridge, FormatError, "{}: tokenizer.json is not usable: {}", where, error.reason());
 
   for (const char* name : kSpecialTokenNames) {
     auto it = config.find(name);
@@ -126,7 +126,7 @@ Tokenizer::Tokenizer(std::string_view tokenizer_json, const Json& config, const 
   }
   const std::string tokens = configured_tokens(config, impl_->special_tokens, where).dump();
   MOESAIC_CHECK(bridge_tokenizer_add_tokens(impl_->bridge.get(), tokens.data(), tokens.size(), error.out()),
-                FormatError, "{}: cannot add the tokens of tokenizer_config.json: {}", where, error.str());
+                FormatError, "{}: cannot add the tokens of tokenizer_config.json: {}", where, error.reason());
 
   impl_->vocab_size = static_cast<int64_t>(bridge_tokenizer_vocab_size(impl_->bridge.get()));
   impl_->special_texts = Json::parse(OwnedText(bridge_tokenizer_special_tokens(impl_->bridge.get())).str())
@@ -159,7 +159,7 @@ std::shared_ptr<Tokenizer> Tokenizer::train(const std::vector<std::string>& text
   OwnedText json, error;
   MOESAIC_CHECK(
       bridge_tokenizer_train(views.data(), views.size(), static_cast<size_t>(vocab_size), json.out(), error.out()),
-      DataError, "cannot train a tokenizer on {} texts: {}", texts.size(), error.str());
+      DataError, "cannot train a tokenizer on {} texts: {}", texts.size(), error.reason());
   const Json config{{"tokenizer_class", "PreTrainedTokenizerFast"},
                     {"bos_token", "<bos>"},
                     {"eos_token", "<eos>"},
@@ -215,7 +215,7 @@ std::string Tokenizer::decode(const std::vector<int64_t>& ids, bool skip_special
   OwnedText text, error;
   MOESAIC_CHECK(bridge_tokenizer_decode(impl_->bridge.get(), narrow.data(), narrow.size(), skip_special_tokens,
                                         text.out(), error.out()),
-                DataError, "cannot decode {} ids: {}", ids.size(), error.str());
+                DataError, "cannot decode {} ids: {}", ids.size(), error.reason());
   return text.str();
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import random
 import resource
 import signal
@@ -119,11 +120,43 @@ def test_no_run_writes_over_what_is_not_its_own(made, tmp_path):
     assert contents(tmp_path) == before
 
 
+def test_a_run_that_replaces_another_leaves_nothing_of_its_kind(made, tmp_path):
+    for kind, more in [("molora", {}), ("full", {"num_experts": None, "lora_dropout": 0.0}), ("lora", {"num_experts": None})]:
+        run = tiny_run.make_run(made, output_dir=str(tmp_path / "out"), finetuning_type=kind, max_steps=2, save_steps=0,
+                                overwrite_output_dir=True, **more)
+        assert tiny_run.moesaic("train", run).returncode == 0
+        left = {path.name for path in (tmp_path / "out").iterdir()}
+        assert ("config.json" in left, "model.safetensors" in left) == (kind == "full",) * 2
+        assert ("adapter_config.json" in left, "adapter_model.safetensors" in left) == (kind != "full",) * 2
+
+
 def test_a_run_file_is_not_replaced_by_the_runs_own(made, tmp_path):
     (tmp_path / "run.yaml").write_text(tiny_run.make_run(made, output_dir=str(tmp_path)).read_text())
     before = contents(tmp_path)
     assert "run.yaml" in refused("train", tmp_path / "run.yaml")
     assert contents(tmp_path) == before
+
+
+def test_reports_data_and_demos_replace_nothing_but_their_own(made, tmp_path):
+    copied(made, tmp_path, "model", "molora")
+    (tmp_path / "config.html").write_text("mine")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text("{}")
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "results.json").write_text("{}")
+    before = contents(tmp_path)
+    routes = ["routes", "--model", tmp_path / "model", "--adapter", tmp_path / "molora", "--tasks", made / "task.jsonl"]
+    for out in ["model/config", "config"]:
+        assert "nothing is overwritten" in refused(*routes, "-o", tmp_path / out)
+    refused("data", "skills", tmp_path / "data", "--train_rows", "1", "--test_rows", "1")
+    refused("data", "keys", tmp_path / "data", "--test_rows", "1")
+    for folder in ["demo", "model"]:
+        refused("demo", "--model", tmp_path / "model", "--output_dir", tmp_path / folder)
+        refused("demo", "calm", "--output_dir", tmp_path / folder)
+    now = contents(tmp_path)
+    assert {file: now[file] for file in before} == before
+    for _ in range(2):  # a report may be made again
+        assert tiny_run.moesaic(*routes, "-o", tmp_path / "new").returncode == 0
 
 
 # --- one run, one folder
@@ -236,6 +269,38 @@ def test_limits_on_the_address_space_end_in_words(made):
         # 127: not even the libraries could be loaded, and the loader says so. 3: the tokenizer ran out of it.
         assert done.returncode in (0, 3, 4, 127), (limit >> 20, done.returncode, done.stderr[-500:])
         assert done.returncode == 0 or done.stderr
+
+
+CGROUP = pathlib.Path("/sys/fs/cgroup")
+
+
+@pytest.fixture
+def group():
+    """A control group of 300 MB: (a function that enters it)."""
+    v1 = (CGROUP / "memory" / "memory.limit_in_bytes").exists()
+    path = CGROUP / ("memory" if v1 else "") / f"moesaic_test_{os.getpid()}"
+    try:
+        path.mkdir()
+        (path / ("memory.limit_in_bytes" if v1 else "memory.max")).write_text(str(300 << 20))
+    except OSError as reason:
+        if path.exists():
+            path.rmdir()
+        pytest.skip(f"no control group can be made here: {reason}")
+    yield lambda: (path / "cgroup.procs").write_text(str(os.getpid()))
+    path.rmdir()
+
+
+def test_a_limit_of_the_control_group_ends_in_words(made, group):
+    arguments = ["score", "--model", made / "model", "--ids"]
+    done = tiny_run.moesaic(*arguments, "0,3,4", preexec_fn=group)
+    assert done.returncode == 0, done.stderr
+    tiny_run.make_model(made / "large", hidden_size=2048, intermediate_size=8192, num_hidden_layers=4)
+    done = tiny_run.moesaic("merge", "--model", made / "large", "--adapter", made / "lora", made / "never", preexec_fn=group)
+    assert done.returncode in (2, 3), done.stderr
+    run = tiny_run.make_run(made, output_dir=str(made / "grouped"), max_steps=2)
+    done = tiny_run.moesaic("train", run, f"model_name_or_path={made / 'large'}", "per_device_train_batch_size=64",
+                            preexec_fn=group)
+    assert done.returncode == 4 and "memory" in done.stderr, (done.returncode, done.stderr[-500:])
 
 
 @pytest.mark.parametrize("key", ["per_device_train_batch_size", "gradient_accumulation_steps", "max_batch_tokens",

@@ -10,6 +10,7 @@
 #include <memory>
 
 #include "moesaic/base/check.h"
+#include "moesaic/base/json.h"
 #include "tests/temporary_folder.h"
 
 namespace moesaic {
@@ -60,6 +61,15 @@ pid_t dead_process() {
   if (child == 0) _exit(0);
   waitpid(child, nullptr, 0);
   return child;
+}
+
+TEST(OutputFolder, AFileThatStandsThereIsNotReplaced) {
+  test::TemporaryFolder folder;
+  for (int twice = 0; twice < 2; ++twice) write_new_file(folder / "a", "text");
+  EXPECT_THAT([&] { write_new_file(folder / "a", "other"); },
+              ThrowsMessage<UsageError>(HasSubstr("nothing is overwritten")));
+  EXPECT_THROW(write_new_file(folder.path(), "text"), UsageError);
+  EXPECT_EQ(read_file(folder / "a"), "text");
 }
 
 TEST(OutputFolder, FilesOfDeadProcessesAreRemovedAndOthersStay) {

@@ -241,6 +241,9 @@ def test_inspect(folder, reference, tmp_path):
     report = json.loads(run("inspect", folder / "model", "--json").stdout)
     assert report["kind"] == "model" and report["total_parameters"] == report["parameters"] == total
     assert report["sites"]["linears"]["q_proj"] == {"layers": 2, "in": 32, "out": 32}
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert set(report["sites"]["scales"]) == {f"{name} {kind}" for name in names for kind in ["input", "output"]} | {
+        "down_proj ffn_branch"}
     adapter = json.loads(run("inspect", folder / "lora", "--json").stdout)
     assert adapter["method"] == "lora" and adapter["lora_rank"] == 4 and adapter["tensors"] == 8
     assert adapter["parameters"] == 2 * (4 * (32 + 32) + 4 * (48 + 32))

@@ -163,6 +163,11 @@ TEST(CodeRunner, BoundsAllFilesTogether) {
   const CodeRunner runner({.cpu_seconds = 20, .seconds = 20, .all_files_size = int64_t{1} << 22});
   EXPECT_EQ(runner.run("open('small', 'wb').write(bytes(1 << 20))", ""), Verdict::kPassed);
   EXPECT_EQ(runner.run("for i in range(10**9): open(str(i), 'wb').write(bytes(1 << 20))", ""), Verdict::kKilled);
+  // Also what is gone again when the program ends.
+  EXPECT_EQ(runner.run("import os, time\nfor i in range(8): open(str(i), 'wb').write(bytes(1 << 20))\ntime.sleep(5)\n"
+                       "for i in range(8): os.remove(str(i))",
+                       ""),
+            Verdict::kKilled);
   EXPECT_EQ(runner.run("for i in range(10**9): open(str(i), 'wb')", ""), Verdict::kKilled);
 }
 
