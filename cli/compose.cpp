@@ -1,7 +1,6 @@
 // moesaic compose: an anchor and augmenting models become a composition folder, ready to be trained.
 #include "moesaic/run/compose.h"
 
-
 #include "cli/command.h"
 #include "moesaic/base/device.h"
 #include "moesaic/base/yaml.h"

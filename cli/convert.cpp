@@ -24,12 +24,12 @@ int run(const ConvertOptions& options, const CommonOptions& common) {
   compose::save_composition(*composition, options.out);
   const int64_t parameters = count_numbers(composition->parameters());
   say("anchor      {}\naugmenting  {}\n", composition->anchor_member().checkpoint->path().string(),
-             composition->augmenting()[0].checkpoint->path().string());
+      composition->augmenting()[0].checkpoint->path().string());
   for (const compose::ConnectionPair& pair : composition->config().augmenting[0].connections) {
     say("            block {} -> anchor block {}\n", pair.aug, pair.anchor);
   }
   say("connections {} parameters, {} heads, mask {}\nwritten     {}\n", parameters,
-             composition->config().connection.num_heads, options.mask, options.out);
+      composition->config().connection.num_heads, options.mask, options.out);
   return 0;
 }
 

@@ -22,7 +22,7 @@ struct DataOptions {
 /// One line per token: its place, its id, `*` where it is a target, and its text.
 void print_example(const data::Example& example, const tokenizer::Tokenizer& tokenizer, const std::string& dataset) {
   say("{}: {} tokens, {} targets\n{}\n", dataset, example.ids.size(), example.targets(),
-             tokenizer.decode(example.ids, false));
+      tokenizer.decode(example.ids, false));
   say("{:>6} {:>8} {:>6}  text\n", "place", "id", "target");
   for (size_t i = 0; i < example.ids.size(); ++i) {
     const bool target = i > 0 && example.mask[i];
@@ -68,8 +68,8 @@ std::vector<data::Validation> judge(const DataOptions& options) {
 int validate(const DataOptions& options) {
   bool damaged = false;
   for (const data::Validation& result : judge(options)) {
-    say("{}: {} rows, formatting {}, {} damaged, {} without an answer\n", result.name, result.rows,
-               result.formatting, result.damaged, result.unanswered);
+    say("{}: {} rows, formatting {}, {} damaged, {} without an answer\n", result.name, result.rows, result.formatting,
+        result.damaged, result.unanswered);
     for (const std::string& problem : result.problems) say("  {}\n", visible_in_line(problem));
     if (result.damaged > static_cast<int64_t>(result.problems.size())) say("  ...\n");
     damaged |= result.damaged > 0;

@@ -225,8 +225,7 @@ Json results_json(const Scores& base, const std::vector<Run>& runs) {
 }
 
 int run_demo(const DemoOptions& options, const CommonOptions& common) {
-  say(
-      "Growing a mixture of experts inside {}\n"
+  say("Growing a mixture of experts inside {}\n"
       "The model stays frozen; {} MoLoRA experts of rank 4 sit beside each of its linears, with a router each.\n\n",
       std::filesystem::path(options.model).filename().string(), 8);
   const FolderLock lock = take_demo_folder(options.output_dir, options.model);
@@ -243,8 +242,7 @@ int run_demo(const DemoOptions& options, const CommonOptions& common) {
   const Json results = results_json(base, runs);
   write_file_atomically(demo.folder() / "results.json", results.dump(2) + "\n");
   if (options.json) say("{}\n", results.dump(2));
-  say(
-      "\nWritten: {0}/results.json, the adapter in {0}/molora, and which expert does what in {0}/routes.html\n\n"
+  say("\nWritten: {0}/results.json, the adapter in {0}/molora, and which expert does what in {0}/routes.html\n\n"
       "Next:\n"
       "  build/moesaic chat --model {1} --adapter {0}/molora\n"
       "  build/moesaic inspect {0}/molora\n"

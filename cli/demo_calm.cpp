@@ -63,8 +63,8 @@ Json results_json(const std::vector<demos::KeyRow>& rows, const CalmDemoOptions&
 }
 
 void print_table(const std::vector<demos::KeyRow>& rows, int64_t questions) {
-  say("\nRight answers to {} questions each, on keys the connections were never trained with:\n\n  {:<26}",
-             questions, "");
+  say("\nRight answers to {} questions each, on keys the connections were never trained with:\n\n  {:<26}", questions,
+      "");
   for (const auto& [name, task] : demos::kKeyTasks) say("{:>10}", name);
   say("{:>12}{:>10}\n", "trained", "time");
   for (const demos::KeyRow& row : rows) {
@@ -76,8 +76,7 @@ void print_table(const std::vector<demos::KeyRow>& rows, int64_t questions) {
 
 int run_calm_demo(const CalmDemoOptions& options, const CommonOptions& common) {
   if (!options.json) {
-    say(
-        "The augmenting model learns what 500 keys are worth, the anchor learns to add and subtract. Both are then\n"
+    say("The augmenting model learns what 500 keys are worth, the anchor learns to add and subtract. Both are then\n"
         "frozen and joined by two cross-attentions, trained on 100 of the keys. All questions use the other 400.\n\n");
   }
   const FolderLock lock = take_demo_folder(options.output_dir, "");
@@ -93,7 +92,7 @@ int run_calm_demo(const CalmDemoOptions& options, const CommonOptions& common) {
   }
   print_table(rows, options.test_rows);
   say("\nWritten: {0}/results.json, the models {0}/augmenting and {0}/anchor, the connections {0}/composition\n",
-             options.output_dir);
+      options.output_dir);
   return 0;
 }
 

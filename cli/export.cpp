@@ -31,7 +31,7 @@ int run_export(const ExportOptions& options, const CommonOptions& common) {
   if (!options.adapter.empty()) exporting::merge_adapter(folder, options.adapter);
   formats::write_model_folder(options.out, folder);
   say("{}: {} tensors, {}{}\n", options.out, folder.tensors.size(), dtype_name(folder.dtype),
-             fs::path(options.model).extension() == ".gguf" ? " (dequantised)" : "");
+      fs::path(options.model).extension() == ".gguf" ? " (dequantised)" : "");
   return 0;
 }
 

@@ -176,7 +176,8 @@ Runner add_generate(CLI::App& app, CommonOptions& common) {
   app.add_option("--system", options->system, "System message");
   app.add_flag("--raw", options->raw, "Give the model the bare text, without its chat template");
   app.add_flag("--json", options->json, "Print a JSON object per answer");
-  app.add_flag("--raw_output", options->raw_output, "Print answers as they are; else control characters are made visible");
+  app.add_flag("--raw_output", options->raw_output,
+               "Print answers as they are; else control characters are made visible");
   app.add_option("--batch_size", options->batch_size, "Prompts answered side by side")
       ->capture_default_str()
       ->check(CLI::Range(1, 4096));

@@ -243,14 +243,13 @@ void show(const OrderedJson& report) {
     if (key == "tensor_list") {
       for (const OrderedJson& tensor : value) {
         say("  {:<70} {:<9} {}\n", visible_in_line(tensor["name"].get<std::string>()),
-                                 tensor["dtype"].get<std::string>(),
-                                 shape_text(tensor["shape"].get<std::vector<int64_t>>()));
+            tensor["dtype"].get<std::string>(), shape_text(tensor["shape"].get<std::vector<int64_t>>()));
       }
     } else if (key == "patterns") {
       say("\n  {:<30} {:>7} {:>14}\n", "target", "sites", "trainable");
       for (const OrderedJson& row : value) {
-        say("  {:<30} {:>7} {:>14}\n", visible_in_line(row["pattern"].get<std::string>()),
-                                 row["sites"].get<int64_t>(), row["trainable_parameters"].get<int64_t>());
+        say("  {:<30} {:>7} {:>14}\n", visible_in_line(row["pattern"].get<std::string>()), row["sites"].get<int64_t>(),
+            row["trainable_parameters"].get<int64_t>());
       }
     } else if (value.is_array() && !value.empty() && value[0].is_object()) {
       for (size_t i = 0; i < value.size(); ++i) {

@@ -58,7 +58,8 @@ bool memory_is_used_up() {
   const auto page = static_cast<rlim_t>(sysconf(_SC_PAGESIZE));
   auto used_up = [&](auto resource, rlim_t used) {
     rlimit limit{};
-    return getrlimit(resource, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY && used * page + kNearly > limit.rlim_cur;
+    return getrlimit(resource, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY &&
+           used * page + kNearly > limit.rlim_cur;
   };
   return used_up(RLIMIT_AS, pages[0]) || used_up(RLIMIT_DATA, pages[5]);
 }

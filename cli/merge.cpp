@@ -48,9 +48,9 @@ int run_merge(const MergeOptions& options, const CommonOptions& common) {
   const auto expected = probe_logits(*base), got = probe_logits(*merged);
   const double drift = (expected - got).abs().max().item<double>();
   say("{}: {} merged into {} weights, {}\n", options.out, adapter->config().method,
-             quantized ? "dequantised" : "the original", dtype_name(dtype));
+      quantized ? "dequantised" : "the original", dtype_name(dtype));
   say("largest logit difference from base + adapter: {:.2g} (logits up to {:.3g})\n", drift,
-             expected.abs().max().item<double>());
+      expected.abs().max().item<double>());
   return 0;
 }
 

@@ -2,7 +2,6 @@
 // read; as JSON and one HTML page.
 #include "moesaic/eval/routes.h"
 
-
 #include "cli/options.h"
 #include "moesaic/base/progress.h"
 

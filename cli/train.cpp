@@ -53,11 +53,11 @@ int train_run(const TrainOptions& options, const CLI::App& app, run::Run& run) {
     return static_cast<int>(ExitCode::kInterrupted);
   }
   say("done       step {}, train loss {:.4f}{}, {} in {}\n", result.steps, result.train_loss,
-             result.best_eval_loss ? fmt::format(", best eval loss {:.4f}", *result.best_eval_loss) : "",
-             run.config().train.output_dir.string(), format_duration(result.seconds));
+      result.best_eval_loss ? fmt::format(", best eval loss {:.4f}", *result.best_eval_loss) : "",
+      run.config().train.output_dir.string(), format_duration(result.seconds));
   for (const auto& count : run.counts()) {
     say("           {}: {} examples drawn, {} skipped, {} targets\n", count.name, count.drawn, count.skipped,
-               count.targets);
+        count.targets);
   }
   return 0;
 }
@@ -75,8 +75,9 @@ int run_train(const TrainOptions& options, const CommonOptions& common, const CL
   if (app.count("--seed") > 0) config["seed"] = common.seed;
   if (app.count("--device") > 0) config["device"] = common.device;
   if (app.count("--dtype") > 0) {
-    config["bf16"] =
-        common.dtype == "auto" ? OrderedJson() : OrderedJson(number_format(common.dtype, torch::kCPU).dtype == torch::kBFloat16);
+    config["bf16"] = common.dtype == "auto"
+                         ? OrderedJson()
+                         : OrderedJson(number_format(common.dtype, torch::kCPU).dtype == torch::kBFloat16);
   }
   if (!options.resume.empty()) config["resume_from_checkpoint"] = options.resume;
   run::Run run(run::parse_run_config(config, options.run), options.dry_run);

@@ -121,11 +121,13 @@ class Adapter : public nn::Learner, public nn::Attachment {
  private:
   struct Replaced {
     std::string name;
-    torch::Tensor weight;
+    torch::Tensor weight;  // undefined: a sum with a pair
     bool in_file;
     std::function<void(const torch::Tensor&)> replace;
   };
   void replace(const nn::Sites& sites, const Replacement& replacement);
+  /// Folds low-rank pairs into the weights they belong to, in whose place the sums stand while this is attached.
+  void apply_whole(const nn::Sites& sites, const formats::TensorMap& pairs);
 
   int64_t hidden_width_ = 0;  // d, the default width of sentence vectors
   bool tied_head_ = false;

@@ -37,20 +37,14 @@ void check_pairs(const AdapterConfig& config, const nn::Sites& sites, const form
   formats::check_fits(found, "adapter", "its target_modules", "saved whole?");
 }
 
-/// The weights of the model that `pairs` act on, float32.
-formats::TensorMap weights_of(const nn::Sites& sites, const formats::TensorMap& pairs) {
-  formats::TensorMap weights;
-  for (const auto& [tensor, pair] : pairs) {
-    const std::string name = module_of(tensor) + ".weight";
-    const torch::Tensor value = weight_site(sites, name).value();
-    MOESAIC_CHECK(
-        value.defined() && value.dim() == 2, UsageError,
-        "{}: got int8 numbers, expected floats: the adapter acts on the weight as a whole (DoRA, or a pair of "
-        "the head)\nhint: leave --quantize out, or `moesaic merge` the adapter and quantise what it writes",
-        name);
-    weights[name] = value.detach().to(torch::kCPU, torch::kFloat32);
-  }
-  return weights;
+/// The weight of a module of the model, float32.
+torch::Tensor weight_of(const nn::Sites& sites, const std::string& name) {
+  const torch::Tensor value = weight_site(sites, name).value();
+  MOESAIC_CHECK(value.defined() && value.dim() == 2, UsageError,
+                "{}: got int8 numbers, expected floats: the adapter acts on the weight as a whole (DoRA, or a pair of "
+                "the head)\nhint: leave --quantize out, or `moesaic merge` the adapter and quantise what it writes",
+                name);
+  return value.detach().to(torch::kCPU, torch::kFloat32);
 }
 
 }  // namespace
@@ -122,7 +116,7 @@ void fold(const formats::AdapterFolder& adapter, const std::string& where, forma
     if (replacement.in_file || replacement.name != kHead) model[replacement.name] = replacement.weight;
   }
   if (tied && (has_pair("model.embed_tokens") || has_pair("lm_head"))) model.try_emplace(kHead, model.at(kEmbedding));
-  fold_into(model, config, std::move(left), where);
+  formats::check_fits(fold_into(model, config, std::move(left)), where, "the model", "wrong base model?");
 }
 
 void Adapter::set_trainable(bool on) {
@@ -164,12 +158,17 @@ formats::AdapterFolder Adapter::folder() const {
 void Adapter::load_tensors(const formats::TensorMap& tensors) {
   formats::TensorMap left = tensors;
   formats::Declarations base;
-  for (const Replaced& replaced : replaced_) base[replaced.name] = {replaced.weight.sizes().vec()};
+  for (const Replaced& replaced : replaced_) {
+    if (replaced.weight.defined()) base[replaced.name] = {replaced.weight.sizes().vec()};
+  }
+  take_whole_pairs(config_, left);  // these stay as they are
   const auto replacements = take_replacements(config_, left, tied_head_, base);
   claim_tensors(file_tensors(), left);
   for (const Replacement& replacement : replacements) {
     for (Replaced& replaced : replaced_) {
-      if (replaced.name == replacement.name) replaced.replace(replaced.weight = replacement.weight);
+      const bool other =
+          replaced.name == replacement.name && replaced.weight.defined() && !replaced.weight.equal(replacement.weight);
+      if (other) replaced.replace(replaced.weight = replacement.weight);
     }
   }
 }
@@ -184,6 +183,23 @@ void Adapter::replace(const nn::Sites& sites, const Replacement& replacement) {
       site.name);
   site.replace(replacement.weight);
   replaced_.push_back({replacement.name, replacement.weight, replacement.in_file, site.replace});
+}
+
+void Adapter::apply_whole(const nn::Sites& sites, const formats::TensorMap& pairs) {
+  std::map<std::string, formats::TensorMap> by_module;  // one float32 weight at a time
+  for (const auto& [name, tensor] : pairs) by_module[module_of(name)][name] = tensor;
+  formats::Misfits found;
+  for (const auto& [module, own] : by_module) {
+    const std::string name = module + ".weight";
+    formats::TensorMap weight{{name, weight_of(sites, name)}};
+    const formats::Misfits misfits = fold_into(weight, config_, own);
+    found.add(misfits);
+    if (!misfits.empty()) continue;
+    replace(sites, {name, weight.at(name), /*in_file=*/false});
+    replaced_.back().weight = torch::Tensor();  // the model has it
+  }
+  formats::check_fits(found, "adapter", "the model", "wrong base model?");
+  whole_pairs_ = pairs;
 }
 
 void Adapter::restore_weights() {
@@ -225,10 +241,7 @@ std::shared_ptr<Adapter> Adapter::open(const std::filesystem::path& dir, nn::Sit
     adapter->tied_head_ = sites.tied_head;
     claim_tensors(adapter->file_tensors(), tensors);
     for (const Replacement& replacement : replacements) adapter->replace(sites, replacement);
-    formats::TensorMap folded = weights_of(sites, pairs);
-    fold_into(folded, adapter->config(), pairs, "adapter");
-    for (const auto& [name, weight] : folded) adapter->replace(sites, {name, weight, /*in_file=*/false});
-    adapter->whole_pairs_ = pairs;
+    adapter->apply_whole(sites, pairs);
     return adapter;
   } catch (const Error& error) {
     throw DataError(fmt::format("{}: {}", dir.string(), error.what()));

@@ -37,9 +37,8 @@ bool acts_whole(const std::string& tensor);
 /// Takes the tensors of pairs that act as a whole out of a file's `tensors`.
 formats::TensorMap take_whole_pairs(const AdapterConfig& config, formats::TensorMap& tensors);
 
-/// Folds every pair, vector and magnitude of `tensors` into the weights of `model`, which are float32 then. Throws
-/// DataError listing all without a place; `where` names the adapter.
-void fold_into(formats::TensorMap& model, const AdapterConfig& config, formats::TensorMap tensors,
-               const std::string& where);
+/// Folds every pair, vector and magnitude of `tensors` into the weights of `model`, which are float32 then. Returns all
+/// that has no place or does not fit.
+formats::Misfits fold_into(formats::TensorMap& model, const AdapterConfig& config, formats::TensorMap tensors);
 
 }  // namespace moesaic::adapters

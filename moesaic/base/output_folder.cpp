@@ -130,7 +130,8 @@ void write_new_file(const fs::path& path, std::string_view bytes) {
   std::error_code error;
   if (!fs::exists(path, error)) return write_file_atomically(path, bytes);
   MOESAIC_CHECK(fs::is_regular_file(path, error) && read_file(path) == bytes, UsageError,
-                "{}: got something else that stands there, expected no such file: nothing is overwritten", path.string());
+                "{}: got something else that stands there, expected no such file: nothing is overwritten",
+                path.string());
 }
 
 FolderLock::FolderLock(const fs::path& dir) : dir_(dir), file_(dir / "run.lock") {

@@ -25,10 +25,9 @@ bool left_by_a_run(const fs::path& dir) {
 
 /// The result of an earlier run that this one replaces: it may be of another kind, whose files would stay.
 void remove_result(const fs::path& dir) {
-  static const std::set<std::string> kNames{"adapter_config.json",   "adapter_model.safetensors",
-                                            "calm_config.json",      "calm_model.safetensors",
-                                            "config.json",           "model.safetensors",
-                                            "generation_config.json", "model.safetensors.index.json"};
+  static const std::set<std::string> kNames{
+      "adapter_config.json", "adapter_model.safetensors", "calm_config.json",       "calm_model.safetensors",
+      "config.json",         "model.safetensors",         "generation_config.json", "model.safetensors.index.json"};
   std::vector<fs::path> results;
   for (const auto& entry : fs::directory_iterator(dir)) {
     const std::string name = entry.path().filename().string();

@@ -8,20 +8,28 @@ namespace {
 TEST(Visible, ControlCharactersAreWrittenAsJsonEscapesThem) {
   EXPECT_EQ(visible("a\x1b[31mb\x07\r\x7f"), "a\\u001b[31mb\\u0007\\u000d\\u007f");
   EXPECT_EQ(visible(std::string_view("a\0b", 3)), "a\\u0000b");
-  EXPECT_EQ(visible("\xc2\x9b" "2J \xc2\x85"), "\\u009b2J \\u0085");
+  EXPECT_EQ(visible("\xc2\x9b"
+                    "2J \xc2\x85"),
+            "\\u009b2J \\u0085");
   EXPECT_EQ(visible("file\xe2\x80\xaegnp.exe\xe2\x81\xa9"), "file\\u202egnp.exe\\u2069");
 }
 
 TEST(Visible, TextStaysAsItIs) {
-  const std::string text = "line\n\ttab, gr\xc3\xbc\xc3\x9f, \xe6\xbc\xa2\xe5\xad\x97 \xf0\x9f\x99\x82 \xe2\x80\xa6 \xc2\xa0.";
+  const std::string text =
+      "line\n\ttab, gr\xc3\xbc\xc3\x9f, \xe6\xbc\xa2\xe5\xad\x97 \xf0\x9f\x99\x82 \xe2\x80\xa6 \xc2\xa0.";
   EXPECT_EQ(visible(text), text);
   EXPECT_EQ(visible_in_line("a\tb\nc"), "a\\u0009b\\u000ac");
 }
 
 TEST(Visible, BytesThatAreNoUtf8) {
-  EXPECT_EQ(visible("\x9b" "2J"), "\\x9b2J");
-  EXPECT_EQ(visible("\xe2\x80"), "\xe2\\x80");      // cut short
-  EXPECT_EQ(visible("\xc2" "a\xff"), "\xc2" "a\xff");  // no control character for any terminal
+  EXPECT_EQ(visible("\x9b"
+                    "2J"),
+            "\\x9b2J");
+  EXPECT_EQ(visible("\xe2\x80"), "\xe2\\x80");  // cut short
+  EXPECT_EQ(visible("\xc2"
+                    "a\xff"),
+            "\xc2"
+            "a\xff");  // no control character for any terminal
 }
 
 }  // namespace

@@ -225,6 +225,28 @@ TEST(CausalLM, ScaleSitesActOnWhatTheirNameSaysCachedToo) {
   }
 }
 
+TEST(CausalLM, EveryWeightCanBeReplacedAndComesBack) {
+  torch::NoGradGuard no_grad;
+  for (const auto& [name, config] : tiny_configs()) {
+    auto model = random_model(config);
+    const torch::Tensor before = logits_of(*model, kSequences);
+    for (const nn::WeightSite& site : model->sites().weights) {
+      const torch::Tensor own = site.value().clone();
+      ASSERT_EQ(own.sizes(), site.shape) << site.name;
+      for (const double scale : {1.5, 0.5}) {  // the second replaces the first
+        const torch::Tensor other = own * scale + 0.1;
+        site.replace(other);
+        EXPECT_TRUE(site.value().equal(other)) << name << " " << site.name;
+        // Softmax ignores what all keys have in common.
+        const bool shows = !site.name.ends_with("k_proj.bias");
+        if (shows) EXPECT_FALSE(logits_of(*model, kSequences).equal(before)) << name << " " << site.name;
+      }
+      site.replace({});
+      EXPECT_TRUE(logits_of(*model, kSequences).equal(before)) << name << " " << site.name;
+    }
+  }
+}
+
 TEST(CausalLM, MetaDeviceAllocatesNothing) {
   Json config = tiny_configs().front().second;
   config["hidden_size"] = 65'536;
