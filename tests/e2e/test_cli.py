@@ -360,6 +360,16 @@ CODE = {"task_id": "x/0", "prompt": "red = one = two = three = 0\nclass A:\n    
         "test": "def check(f):\n    pass", "entry_point": "print"}
 
 
+def test_eval_has_the_harness_filters_of_mgsm(folder, tmp_path):
+    (tmp_path / "mgsm_sw.tsv").write_text("red cat?\t18\nblue?\t1,000\n")
+    results = json.loads(run("eval", "--model", folder / "model", "--tasks", tmp_path / "mgsm_sw.tsv", "--max_gen_toks", 2,
+                             "--json").stdout)
+    keys = ["exact_match,flexible-extract", "exact_match,remove_whitespace", "number,none"]
+    assert [k for k in sorted(results["results"]["mgsm_sw"]) if "stderr" not in k and k != "alias"] == keys
+    assert results["results"]["mgsm_sw"]["exact_match_stderr,flexible-extract"] == 0
+    assert results["higher_is_better"]["mgsm_sw"] == {"exact_match": True, "number": True}
+
+
 def test_eval_runs_programs_only_when_told(folder, tmp_path):
     """The model's words are a comment behind the prompt's #, so that the first program passes whatever they are."""
     failing = {**CODE, "task_id": "x/1", "test": "raise ValueError"}
