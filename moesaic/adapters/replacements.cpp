@@ -85,10 +85,16 @@ std::vector<Replacement> take_replacements(const AdapterConfig& config, formats:
                        [&](const std::string& module) { return name.ends_with(module); });
   };
   for (const std::string& module : config.modules_to_save) {
-    const bool there = std::any_of(taken.begin(), taken.end(), [&](const Replacement& replacement) {
-      return replacement.name.ends_with(module + std::string(kWeight));
-    });
-    if (!there) found.missing.push_back(fmt::format("modules_to_save: {}, a module of the model", module));
+    // A module is what a path ends in, with all that is in it.
+    const auto is_of = [&](const std::string& name) { return name.find(module + ".") != std::string::npos; };
+    const auto has = [&](const auto& wanted) {
+      return std::any_of(taken.begin(), taken.end(), [&](const Replacement& each) { return wanted(each.name); });
+    };
+    if (!has(is_of)) found.missing.push_back(fmt::format("modules_to_save: {}, a module of the model", module));
+    for (const auto& [name, declaration] : base) {
+      const bool there = has([&](const std::string& each) { return each == name; });
+      if (has(is_of) && is_of(name) && !there) found.missing.push_back(fmt::format("{} (modules_to_save)", name));
+    }
   }
   for (std::string& bias : missing_biases(config, tensors, taken, base)) found.missing.push_back(std::move(bias));
   formats::check_fits(found, "adapter", "the model", "wrong base model?");

@@ -94,8 +94,8 @@ void LanguageModel::attach(const std::string& name, std::shared_ptr<nn::Attachme
                 "Use them one at a time.",
                 name);
   MOESAIC_CHECK(attachments_.empty() || !(before.replaces || wants.replaces), UsageError,
-                "adapter {}: of {} adapters one replaces weights of the model (embeddings, head or norms), expected it "
-                "alone",
+                "adapter {}: of {} adapters one replaces weights of the model (DoRA, or weights held whole), expected "
+                "it alone",
                 name, attachments_.size() + 1);
   attachment->name_as(name, std::ssize(attachments_));
   attachments_.push_back(std::move(attachment));

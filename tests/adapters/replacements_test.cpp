@@ -37,6 +37,15 @@ TEST(Replacements, WholeWeightsAreTakenOutOfTheFile) {
   EXPECT_EQ(tensors.size(), 1u);
 }
 
+TEST(Replacements, AModuleIsHeldWithAllThatIsInIt) {
+  formats::TensorMap tensors{{kNorm, torch::ones({3})}, {kHead, torch::ones({5, 3})}};
+  EXPECT_THAT([&] { taken({"model"}, false, false, tensors); },
+              ThrowsMessage<DataError>(
+                  AllOf(HasSubstr(kBias + " (modules_to_save)"), HasSubstr(kEmbedding + " (modules_to_save)"))));
+  tensors = {{kNorm, torch::ones({3})}, {kEmbedding, torch::ones({5, 3})}, {kBias, torch::ones({4})}};
+  EXPECT_EQ(taken({"model"}, false, false, tensors).size(), 3u);
+}
+
 TEST(Replacements, OfATiedPair) {
   const formats::TensorMap embedding{{kEmbedding, torch::ones({5, 3})}}, head{{kHead, torch::ones({5, 3})}};
   auto of = [](formats::TensorMap tensors, const std::vector<std::string>& saved, bool tying) {

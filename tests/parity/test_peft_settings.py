@@ -234,16 +234,17 @@ def test_a_resized_vocabulary(name, rows, saved, more, driver, models, tmp_path)
     common.assert_close(got, expected, "logits", relative=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied-mqa", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied-mqa", "llama-biases", "gemma3"])
 @pytest.mark.parametrize("saved, tying", [(["embed_tokens"], False), (["lm_head"], False),
                                           (["embed_tokens", "lm_head"], False), (["embed_tokens"], True),
-                                          (["norm"], False)])
+                                          (["norm"], False), (["k_proj"], False), (["self_attn", "mlp"], False)])
 def test_whole_weights_of_modules_to_save(name, saved, tying, driver, models, tmp_path):
     ids = common.sequences()
     tied = common.make_model(name).config.tie_word_embeddings
     if tying and not tied:
         pytest.skip("there is nothing tied")
-    wrapped = disturbed(name, lora(modules_to_save=list(saved), ensure_weight_tying=tying))
+    targets = ["lm_head"] if "mlp" in saved else TARGETS
+    wrapped = disturbed(name, lora(modules_to_save=list(saved), ensure_weight_tying=tying, target_modules=targets))
     wrapped.save_pretrained(tmp_path / "a")
     expected = logits_in_peft(name, tmp_path / "a", ids)
     common.assert_close(logits_here(driver, models(name)[1], tmp_path / "a", ids, tmp_path / "out.safetensors"),
