@@ -72,8 +72,10 @@ struct KernelTable {
 extern const KernelTable kGenericKernels;
 /// nullptr members where the compiler's target has no AVX2.
 extern const KernelTable kAvx2Kernels;
+/// The same for AVX512 (F, BW, DQ, VL) with VNNI.
+extern const KernelTable kAvx512Kernels;
 
-/// The fastest table this processor runs.
+/// The table for what ATen computes with here (ATEN_CPU_CAPABILITY: default, avx2, avx512).
 const KernelTable& kernels();
 
 }  // namespace moesaic::nn

@@ -40,9 +40,12 @@ bool is_thin(const torch::Tensor& x, const torch::Tensor& thin, int64_t rank) {
 
 const KernelTable& kernels() {
 #if defined(__x86_64__)
-  static const KernelTable& table =
-      kAvx2Kernels.gemv_f32 && at::get_cpu_capability() != "DEFAULT" && __builtin_cpu_supports("fma") ? kAvx2Kernels
-                                                                                                      : kGenericKernels;
+  static const KernelTable& table = [&]() -> const KernelTable& {
+    const std::string set = at::get_cpu_capability();
+    if (set == "DEFAULT" || !kAvx2Kernels.gemv_f32 || !__builtin_cpu_supports("fma")) return kGenericKernels;
+    const bool wide = set == "AVX512" && kAvx512Kernels.gemv_f32 && __builtin_cpu_supports("avx512vnni");
+    return wide ? kAvx512Kernels : kAvx2Kernels;
+  }();
   return table;
 #else
   return kGenericKernels;

@@ -1,5 +1,6 @@
-// The kernels' code, compiled once per instruction set into the table MOESAIC_KERNELS. Vectors of 8 floats are the
-// compiler's own (GCC and Clang vector extensions); where the target's registers are narrower the compiler splits them.
+// The kernels' code, compiled once per instruction set into the table MOESAIC_KERNELS. Vectors of 8 floats, 16 with
+// AVX512, are the compiler's own (GCC and Clang vector extensions); where the target's registers are narrower the
+// compiler splits them.
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -9,11 +10,16 @@
 namespace moesaic::nn {
 namespace {
 
-typedef float Floats __attribute__((vector_size(32)));
-typedef int32_t Ints __attribute__((vector_size(32)));
-typedef uint32_t Words __attribute__((vector_size(32)));
-typedef uint16_t Halves __attribute__((vector_size(16)));
+#ifdef __AVX512F__
+constexpr int64_t kLanes = 16;
+#else
 constexpr int64_t kLanes = 8;
+#endif
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+constexpr int64_t kLine = 16;  // floats of a cache line
 
 inline Floats load(const float* p) {
   Floats v;
@@ -37,6 +43,10 @@ inline Floats splat(float value) { return Floats{} + value; }
 inline Floats select(Ints mask, Floats yes, Floats no) {
   return reinterpret_cast<Floats>((mask & reinterpret_cast<Ints>(yes)) | (~mask & reinterpret_cast<Ints>(no)));
 }
+#ifdef __AVX512F__
+inline float sum(Floats v) { return _mm512_reduce_add_ps(v); }
+inline float max(Floats v) { return _mm512_reduce_max_ps(v); }
+#else
 inline float sum(Floats v) {
   v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
   v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
@@ -47,6 +57,7 @@ inline float max(Floats v) {
   for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
   return best;
 }
+#endif
 
 /// e^x within 2 ulp: x = n ln2 + r, |r| <= ln2 / 2, e^r by its Taylor polynomial of degree 7. Saturates at both ends.
 inline Floats exp(Floats x) {
@@ -69,7 +80,7 @@ inline Floats exp(Floats x) {
 inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exp(-x)); }
 inline Floats tanh(Floats x) { return 2.0f * sigmoid(2.0f * x) - 1.0f; }
 
-/// Calls body(offset, count) for each piece of up to 8 elements; the last may be shorter.
+/// Calls body(offset, count) for each piece of up to kLanes elements; the last may be shorter.
 template <class Body>
 inline void for_pieces(int64_t size, Body body) {
   int64_t i = 0;
@@ -78,13 +89,21 @@ inline void for_pieces(int64_t size, Body body) {
 }
 inline Floats load_piece(const float* p, int64_t count) {
   if (count == kLanes) return load(p);
+#ifdef __AVX512F__
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+#else
   Floats v{};
   for (int64_t i = 0; i < count; ++i) v[i] = p[i];
   return v;
+#endif
 }
 inline void store_piece(float* p, Floats v, int64_t count) {
   if (count == kLanes) return store(p, v);
+#ifdef __AVX512F__
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v);
+#else
   for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+#endif
 }
 
 // GEMV ---------------------------------------------------------------------------------------------------------------
@@ -175,12 +194,25 @@ void quantize_int8(const float* w, int8_t* q, float* scales, int64_t in, int64_t
 // Products of int16 activations with int8 weights, exact in int32 for kDepth terms: kDepth 127 32767 < 2^31.
 constexpr int64_t kDepth = 512;
 
-#ifdef __AVX2__
+constexpr int64_t kPairs = 2 * kLanes;  // int16 of a vector
+
+// load_int16: a vector of them; load_wide: as many int8 as int16; same_pair: two int16 everywhere; add_pairs: acc plus
+// the products of pairs.
+#if defined(__AVX512F__)
+inline __m512i load_int16(const int16_t* p) { return _mm512_loadu_si512(p); }
+inline __m512i load_wide(const int8_t* p) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline __m512i same_pair(int32_t pair) { return _mm512_set1_epi32(pair); }
+inline Ints add_pairs(Ints acc, __m512i a, __m512i b) {
+  return reinterpret_cast<Ints>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(acc), a, b));
+}
+#elif defined(__AVX2__)
 inline __m256i load_int16(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-/// 16 int8 as int16.
 inline __m256i load_wide(const int8_t* p) {
   return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+inline __m256i same_pair(int32_t pair) { return _mm256_set1_epi32(pair); }
 inline Ints add_pairs(Ints acc, __m256i a, __m256i b) { return acc + reinterpret_cast<Ints>(_mm256_madd_epi16(a, b)); }
 #endif
 
@@ -189,16 +221,18 @@ inline float dot_int8(const int16_t* x, const int8_t* w, int64_t in) {
   Floats total{};
   int64_t i = 0;
 #ifdef __AVX2__
-  constexpr int kChains = 4, kStep = 16 * kChains;
+  constexpr int64_t kChains = 4, kStep = kPairs * kChains;
   constexpr int64_t kPrefetch = 2048;  // bytes ahead; +15 % when the weights come from memory
-  while (i + kStep <= in) {
+  while (i + kPairs <= in) {
     Ints acc[kChains] = {};
     const int64_t stop = i + kDepth < in ? i + kDepth : in;
     for (; i + kStep <= stop; i += kStep) {
-      __builtin_prefetch(w + i + kPrefetch);
-      for (int c = 0; c < kChains; ++c)
-        acc[c] = add_pairs(acc[c], load_wide(w + i + 16 * c), load_int16(x + i + 16 * c));
+      for (int64_t line = 0; line < kStep; line += 64) __builtin_prefetch(w + i + kPrefetch + line);
+      for (int64_t c = 0; c < kChains; ++c) {
+        acc[c] = add_pairs(acc[c], load_wide(w + i + kPairs * c), load_int16(x + i + kPairs * c));
+      }
     }
+    for (; i + kPairs <= stop; i += kPairs) acc[0] = add_pairs(acc[0], load_wide(w + i), load_int16(x + i));
     total += __builtin_convertvector((acc[0] + acc[1]) + (acc[2] + acc[3]), Floats);
   }
 #endif
@@ -216,12 +250,18 @@ void gemv_int8(const int16_t* x, int64_t x_stride, const float* x_scales, int64_
   }
 }
 
-constexpr int kTileRows = 6, kTileColumns = 2 * kLanes;
+// A tile's sums fill the registers, a panel most of the first cache.
+#ifdef __AVX512F__
+constexpr int64_t kTileRows = 12, kPanelDepth = kDepth / 2;
+#else
+constexpr int64_t kTileRows = 6, kPanelDepth = kDepth;
+#endif
+constexpr int64_t kTileColumns = 2 * kLanes;
 
 /// `columns` rows of w at depth [k, k + depth) as int16, pairs of depth side by side: panel [depth / 2, kTileColumns,
 /// 2], zero where w ends. depth is even.
 inline void pack_panel(const int8_t* w, int64_t in, int64_t columns, int64_t k, int64_t depth, int16_t* panel) {
-  uint16_t pairs[kDepth / 2 * kTileColumns];
+  uint16_t pairs[kPanelDepth / 2 * kTileColumns];
   const int64_t whole = (in - k < depth ? in - k : depth) / 2;
   for (int64_t c = 0; c < kTileColumns; ++c) {
     const int8_t* row = w + c * in + k;
@@ -237,17 +277,19 @@ inline void pack_panel(const int8_t* w, int64_t in, int64_t columns, int64_t k, 
 }
 
 /// R rows of x (`x_stride` apart) times a panel: sums [R, kTileColumns].
-template <int R>
+template <int64_t R>
 inline void tile_int8(const int16_t* x, int64_t x_stride, const int16_t* panel, int64_t depth, float* sums) {
   Ints acc[R][2] = {};
   for (int64_t k = 0; k < depth; k += 2) {
     const int16_t* pairs = panel + k * kTileColumns;
-    for (int r = 0; r < R; ++r) {
+    for (int64_t r = 0; r < R; ++r) {
 #ifdef __AVX2__
       int32_t pair;
       __builtin_memcpy(&pair, x + r * x_stride + k, sizeof pair);
-      const __m256i xs = _mm256_set1_epi32(pair);
-      for (int half = 0; half < 2; ++half) acc[r][half] = add_pairs(acc[r][half], load_int16(pairs + 16 * half), xs);
+      const auto xs = same_pair(pair);
+      for (int half = 0; half < 2; ++half) {
+        acc[r][half] = add_pairs(acc[r][half], load_int16(pairs + kPairs * half), xs);
+      }
 #else
       for (int c = 0; c < kTileColumns; ++c) {
         acc[r][c / kLanes][c % kLanes] +=
@@ -256,7 +298,7 @@ inline void tile_int8(const int16_t* x, int64_t x_stride, const int16_t* panel, 
 #endif
     }
   }
-  for (int r = 0; r < R; ++r) {
+  for (int64_t r = 0; r < R; ++r) {
     for (int half = 0; half < 2; ++half) {
       store(sums + r * kTileColumns + half * kLanes, __builtin_convertvector(acc[r][half], Floats));
     }
@@ -265,12 +307,12 @@ inline void tile_int8(const int16_t* x, int64_t x_stride, const int16_t* panel, 
 
 void gemm_int8(const int16_t* x, int64_t x_stride, const float* x_scales, int64_t rows, const int8_t* w,
                const float* scales, const float* bias, float* y, int64_t in, int64_t out, int64_t begin, int64_t end) {
-  int16_t panel[kDepth * kTileColumns];
+  int16_t panel[kPanelDepth * kTileColumns];
   float sums[kTileRows * kTileColumns];
   for (int64_t o = begin; o < end; o += kTileColumns) {
     const int64_t columns = end - o < kTileColumns ? end - o : kTileColumns;
-    for (int64_t k = 0; k < in; k += kDepth) {
-      const int64_t left = (in - k + 1) / 2 * 2, depth = left < kDepth ? left : kDepth;
+    for (int64_t k = 0; k < in; k += kPanelDepth) {
+      const int64_t left = (in - k + 1) / 2 * 2, depth = left < kPanelDepth ? left : kPanelDepth;
       pack_panel(w + o * in, in, columns, k, depth, panel);
       for (int64_t m = 0; m < rows; m += kTileRows) {
         const int64_t count = rows - m < kTileRows ? rows - m : kTileRows;
@@ -278,7 +320,12 @@ void gemm_int8(const int16_t* x, int64_t x_stride, const float* x_scales, int64_
         if (count == kTileRows) {
           tile_int8<kTileRows>(tile, x_stride, panel, depth, sums);
         } else {
-          for (int64_t r = 0; r < count; ++r) {
+          constexpr int64_t kSome = 3;
+          int64_t r = 0;
+          for (; r + kSome <= count; r += kSome) {
+            tile_int8<kSome>(tile + r * x_stride, x_stride, panel, depth, sums + r * kTileColumns);
+          }
+          for (; r < count; ++r) {
             tile_int8<1>(tile + r * x_stride, x_stride, panel, depth, sums + r * kTileColumns);
           }
         }
@@ -520,7 +567,7 @@ void attend(const float* q, const float* keys, const float* values, int64_t stri
             int64_t k, float scale, float softcap, float* scores, float* out) {
   constexpr int64_t kAhead = 8;  // rows to prefetch ahead: they are too far apart for the processor to foresee
   auto prefetch = [&](const float* row) {
-    for (int64_t i = 0; i < k; i += 2 * kLanes) __builtin_prefetch(row + kAhead * stride + i);
+    for (int64_t i = 0; i < k; i += kLine) __builtin_prefetch(row + kAhead * stride + i);
   };
   for (int64_t j = 0; j < length; ++j) {
     const float* key = keys + j * stride;

@@ -13,9 +13,10 @@ using test::relative_error;
 // float32 sums of up to 600 products against float64: 1e-7 an operation, errors add like a random walk.
 constexpr double kFloatTolerance = 2e-6;
 
-/// Both instruction sets, where this processor has the second.
+/// Of the instruction sets that this processor has.
 std::vector<const KernelTable*> tables() {
   std::vector<const KernelTable*> found{&kGenericKernels};
+  if (&kernels() == &kAvx512Kernels) found.push_back(&kAvx2Kernels);
   if (&kernels() != &kGenericKernels) found.push_back(&kernels());
   return found;
 }
