@@ -55,7 +55,8 @@ def test_sharded_checkpoint(driver, models, tmp_path):
 
 # bfloat16 keeps 8 bits: one rounding is up to 0.2 % of a value, and three layers of some ten roundings each, in another
 # order than transformers', add up to some percent of the largest logit. So the yardstick is transformers itself: our
-# bfloat16 may be at most half as far again from float32 as transformers' bfloat16 is.
+# bfloat16 may be at most a fifth as far again from float32 as transformers' bfloat16 is, by root mean square: the largest
+# of some thousand roundings is chance.
 @pytest.mark.parametrize("name", common.ARCHITECTURES)
 def test_bfloat16(name, driver, models, tmp_path):
     model, folder = models(name)
@@ -65,10 +66,9 @@ def test_bfloat16(name, driver, models, tmp_path):
     theirs = common.reference_logits(half, ids).float()
     ours = driver.run(tmp_path / "out.safetensors", model=folder, dtype="bfloat16", sequences=ids,
                       mask=common.masks(ids))["logits"]
-    error = (ours - exact).abs().max() / exact.abs().max()
-    their_error = (theirs - exact).abs().max() / exact.abs().max()
+    error, their_error = ((half - exact).square().mean().sqrt() / exact.abs().max() for half in (ours, theirs))
     assert error > 0
-    assert error < 1.5 * their_error, f"ours {error:.4f}, transformers {their_error:.4f}"
+    assert error < 1.2 * their_error, f"ours {error:.4f}, transformers {their_error:.4f}"
 
 
 @pytest.mark.parametrize("name", common.ARCHITECTURES)
