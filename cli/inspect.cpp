@@ -7,7 +7,6 @@
 #include "moesaic/base/text.h"
 #include "moesaic/compose/folder.h"
 #include "moesaic/formats/adapter_folder.h"
-#include "moesaic/models/causal_lm.h"
 #include "moesaic/models/registry.h"
 
 namespace moesaic::cli {
@@ -121,19 +120,15 @@ OrderedJson site_table(const nn::Sites& sites) {
 }
 
 /// The model of a config on the meta device: names and shapes, no memory.
-std::shared_ptr<models::CausalLM> meta_model(const formats::Checkpoint& checkpoint) {
-  const models::DecoderConfig config = models::parse_decoder_config(checkpoint.config(), checkpoint.path().string());
-  return std::make_shared<models::CausalLM>(config, torch::dtype(torch::kFloat32).device(torch::kMeta));
+std::shared_ptr<models::SingleModel> meta_model(const formats::Checkpoint& checkpoint) {
+  return models::make_model(checkpoint.config(), checkpoint.path().string(),
+                            torch::dtype(torch::kFloat32).device(torch::kMeta));
 }
 
-OrderedJson model_header(const formats::Checkpoint& checkpoint, const models::CausalLM& model) {
-  const models::DecoderConfig& config = model.config();
-  return {{"path", checkpoint.path().string()},     {"model_type", config.model_type},
-          {"hidden_size", config.hidden_size},      {"intermediate_size", config.intermediate_size},
-          {"num_layers", config.num_layers},        {"num_heads", config.num_heads},
-          {"num_kv_heads", config.num_kv_heads},    {"head_dim", config.head_dim},
-          {"vocab_size", config.vocab_size},        {"max_position", config.max_position},
-          {"tied_head", config.tie_word_embeddings}};
+OrderedJson model_header(const formats::Checkpoint& checkpoint, const models::SingleModel& model) {
+  OrderedJson header = {{"path", checkpoint.path().string()}, {"model_type", model.facts().model_type}};
+  header.update(model.sizes());
+  return header;
 }
 
 bool has_weights(const fs::path& path) {
@@ -177,10 +172,15 @@ OrderedJson inspect_method(const Options& options) {
   } else {
     const std::vector<std::string> names = CLI::detail::split(options.targets, ',');
     config.targets = names;
-    const bool scales = !adapters::method_of(config.method).low_rank;
-    if (scales && std::find(names.begin(), names.end(), "down_proj") != names.end()) {
-      config.feedforward = std::vector<std::string>{"down_proj"};
+    std::vector<std::string> feedforward;
+    for (const std::string& name : names) {
+      const bool is_down =
+          std::any_of(model->sites().linears.begin(), model->sites().linears.end(), [&](const auto& site) {
+            return site.role == nn::Role::kDown && adapters::matches_target(std::vector<std::string>{name}, site.name);
+          });
+      if (is_down) feedforward.push_back(name);
     }
+    if (!adapters::method_of(config.method).low_rank) config.feedforward = feedforward;
   }
   const auto adapter = adapters::Adapter::create(config, model->sites(), torch::kMeta, 0);
   const int64_t trainable = count_numbers(adapter->parameters());

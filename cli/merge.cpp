@@ -4,7 +4,6 @@
 #include "moesaic/adapters/adapter.h"
 #include "moesaic/base/device.h"
 #include "moesaic/base/output_folder.h"
-#include "moesaic/models/causal_lm.h"
 #include "moesaic/models/registry.h"
 
 namespace moesaic::cli {
@@ -18,10 +17,10 @@ struct MergeOptions {
 };
 
 /// Logits of a fixed short sequence, float32.
-torch::Tensor probe_logits(models::CausalLM& model) {
+torch::Tensor probe_logits(models::LanguageModel& model) {
   torch::NoGradGuard no_grad;
   std::vector<int64_t> ids;
-  for (int64_t i = 0; i < 32; ++i) ids.push_back((i * 7919 + 11) % model.config().vocab_size);
+  for (int64_t i = 0; i < 32; ++i) ids.push_back((i * 7919 + 11) % model.facts().vocab_size);
   nn::Pass pass;
   return model.head().logits(model.hidden({nn::RaggedBatch::from_sequences({ids})}, pass));
 }
@@ -42,9 +41,9 @@ int run_merge(const MergeOptions& options, const CommonOptions& common) {
   formats::write_model_folder(options.out, folder);
 
   // The proof: the merged model against the base with the adapter beside it.
-  auto base = models::CausalLM::load(*checkpoint, {});
+  auto base = models::load_model(*checkpoint);
   const auto adapter = adapters::Adapter::open(options.adapter, base->sites(), torch::kCPU, checkpoint->fingerprint());
-  auto merged = models::CausalLM::load(*models::open_checkpoint(options.out), {});
+  auto merged = models::load_model(*models::open_checkpoint(options.out));
   const auto expected = probe_logits(*base), got = probe_logits(*merged);
   const double drift = (expected - got).abs().max().item<double>();
   say("{}: {} merged into {} weights, {}\n", options.out, adapter->config().method,

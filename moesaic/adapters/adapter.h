@@ -71,7 +71,7 @@ struct AdapterConfig {
 };
 
 /// The method's preset targets at these sites, by role: `reference` or `all-linear` (lora, molora; "" means
-/// all-linear); keys, values and the FFN branch for ia3 and mov.
+/// all-linear for decoders, reference for encoder-decoders); keys, values and the FFN branch for ia3 and mov.
 AdapterConfig resolve_targets(AdapterConfig config, const std::string& preset, const nn::Sites& sites);
 
 struct Replacement;

@@ -75,8 +75,10 @@ AdapterConfig resolve_targets(AdapterConfig config, const std::string& preset, c
   const Method& method = method_of(config.method);
   MOESAIC_CHECK(preset == "reference" || preset == "all-linear" || preset.empty(), UsageError,
                 "lora_target: got '{}', expected reference, all-linear or a list of modules", preset);
+  // Of encoder-decoders the sites of the published MoLoRA are the default.
+  const bool reference = preset == "reference" || (preset.empty() && sites.task_type == "SEQ_2_SEQ_LM");
   std::vector<std::string> targets, feedforward;
-  for (const nn::Role role : preset == "reference" ? method.reference : method.all_linear) {
+  for (const nn::Role role : reference ? method.reference : method.all_linear) {
     for (const nn::LinearSite& site : sites.linears) {
       const std::string name = site.name.substr(site.name.rfind('.') + 1);
       if (site.role != role || std::find(targets.begin(), targets.end(), name) != targets.end()) continue;
@@ -211,6 +213,7 @@ std::shared_ptr<Adapter> Adapter::create(AdapterConfig config, nn::Sites& sites,
                                          uint64_t seed) {
   validate(config, "adapter");
   const Method& method = method_of(config.method);
+  if (!config.extra.contains("task_type")) config.extra["task_type"] = sites.task_type;
   auto adapter = method.make(std::move(config), sites, device, seed, /*trainable=*/true, /*effect=*/1.0);
   adapter->hidden_width_ = sites.linears.front().in;
   return adapter;

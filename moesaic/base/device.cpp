@@ -65,7 +65,9 @@ bool cpu_has_fast_bfloat16() {
 NumberFormat number_format(const std::string& name, c10::Device device) {
   if (name == "float32" || name == "f32") return {c10::kFloat, "asked for"};
   if (name == "bfloat16" || name == "bf16") return {c10::kBFloat16, "asked for"};
-  MOESAIC_CHECK(name == "auto", UsageError, "dtype '{}': expected auto, float32 or bfloat16", name);
+  const bool half = name == "float16" || name == "fp16" || name == "f16" || name == "half";
+  MOESAIC_CHECK(name == "auto", UsageError, "dtype '{}': expected auto, float32 or bfloat16{}", name,
+                half ? ": activations exceed float16's largest number, 65504, in T5 and others" : "");
   if (device.is_cuda()) return {c10::kBFloat16, "a GPU multiplies it faster than float32"};
   if (cpu_has_fast_bfloat16()) return {c10::kBFloat16, "this CPU multiplies it faster than float32"};
   return {c10::kFloat, "this CPU has no fast bfloat16"};

@@ -34,6 +34,7 @@ struct RenderOptions {
   int64_t target_cutoff_len = 0;       // tokens behind the prompt, EOS included; 0 = no separate limit
   std::string template_name = "auto";  // auto: the model's chat templates, if any; none: raw; else see chat_templates
   bool train_on_prompt = false;        // prompts are learnt too
+  bool prompt_eos = true;              // prompts that stand apart end in EOS, as the tokenizer has it
   std::string sentence_column;         // column with a list of numbers for router input `sentence`
   std::string on_bad_row = "stop";     // stop | skip: what becomes of a row that can't be read or rendered
 };
@@ -58,7 +59,8 @@ struct Row {
 /// inputs/targets become one user and one assistant turn. Raw (template `none`, no chat template, or a `text` row) it
 /// is  [BOS if the tokenizer adds one] prompt answer EOS,  BOS and EOS once also where the texts spell them, with
 /// nothing put between prompt and answer and the two tokenised apart, so that the prompt's ids are those generation
-/// sees. The last label is the EOS or end-of-turn token unless cut.
+/// sees. A prompt that an encoder reads is a text of its own (Tokenizer::encode_start). The last label is the EOS or
+/// end-of-turn token unless cut.
 ///
 /// Cutting. An answer longer than target_cutoff_len loses its end. An example longer than cutoff_len loses the middle
 /// of its prompt (all before the first target), because both ends hold what the model needs: BOS, the system turn and

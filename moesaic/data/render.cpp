@@ -62,6 +62,19 @@ Renderer::Renderer(std::shared_ptr<const tokenizer::Tokenizer> tokenizer,
   MOESAIC_CHECK(options_.target_cutoff_len >= 0, UsageError, "target_cutoff_len is {}, expected 0 or more",
                 options_.target_cutoff_len);
   if (options_.template_name == "none") chat_ = nullptr;
+  const bool apart = tokenizer_->prompts_apart();
+  MOESAIC_CHECK(
+      !apart || !options_.train_on_prompt, UsageError,
+      "train_on_prompt: got true for an encoder-decoder, expected false: its encoder reads prompts, and predicts "
+      "nothing");
+  MOESAIC_CHECK(apart || options_.prompt_eos, UsageError,
+                "prompt_eos: got false for a decoder, expected true: the answer goes on behind the prompt, and nothing "
+                "stands between them");
+  if (!options_.prompt_eos) {
+    Json config = tokenizer_->config();
+    config["add_eos_token"] = false;  // transformers' word, and what the output folder says
+    tokenizer_ = std::make_shared<tokenizer::Tokenizer>(tokenizer_->json(), config, "tokenizer.json", apart);
+  }
 }
 
 std::shared_ptr<Renderer> Renderer::open(const formats::Checkpoint& checkpoint, RenderOptions options) {
@@ -113,6 +126,8 @@ std::optional<Example> Renderer::render_row(const Row& row) const {
     if (stripped(pair.target).empty()) return std::nullopt;
     MOESAIC_CHECK(tokenizer_->eos_id().has_value(), DataError,
                   "the tokenizer has no end-of-text token, and an answer without one can't be learnt to stop");
+    MOESAIC_CHECK(!tokenizer_->prompts_apart() || !stripped(pair.prompt).empty(), DataError,
+                  "got a text without a prompt, expected one for the encoder to read");
     if (pair.prompt.empty()) {
       example.ids = tokenizer_->encode_start(pair.target).ids;
       const bool begins = !example.ids.empty() && tokenizer_->bos_id() == example.ids.front();

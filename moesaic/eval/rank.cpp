@@ -8,8 +8,29 @@
 
 namespace moesaic::eval {
 
+namespace {
+
+/// A prompt that an encoder reads, and choices that are texts of their own: all of them is scored.
+RankQuestion apart_question(const tokenizer::Tokenizer& tokenizer, const std::string& prompt,
+                            const std::vector<std::string>& choices, bool add_special_tokens, int64_t eos) {
+  RankQuestion question;
+  question.prompt.ids = add_special_tokens ? tokenizer.encode_start(prompt).ids : tokenizer.encode(prompt, false);
+  MOESAIC_CHECK(!question.prompt.ids.empty(), DataError, "rank classification: the prompt has no tokens");
+  for (const std::string& choice : choices) {
+    std::vector<int64_t>& ids = question.choices.emplace_back(tokenizer.encode_behind(choice));
+    if (eos >= 0) ids.push_back(eos);
+    MOESAIC_CHECK(!ids.empty(), DataError, "rank classification: the choice '{}' has no tokens", choice);
+  }
+  question.first_scored.assign(choices.size(), 0);
+  question.first_of_choice.assign(choices.size(), 0);
+  return question;
+}
+
+}  // namespace
+
 RankQuestion make_rank_question(const tokenizer::Tokenizer& tokenizer, const std::string& prompt,
                                 const std::vector<std::string>& choices, bool add_special_tokens, int64_t eos) {
+  if (tokenizer.prompts_apart()) return apart_question(tokenizer, prompt, choices, add_special_tokens, eos);
   RankQuestion question;
   std::vector<std::vector<int64_t>> whole;
   const size_t words = prompt.find_last_not_of(" \t\n\v\f\r");

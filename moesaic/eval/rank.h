@@ -19,7 +19,8 @@ struct RankQuestion {
 /// choice: where a tokenizer merges across the border, that token is the choice's. As in lm-evaluation-harness, blanks
 /// at the end of the prompt are scored with every choice. The common beginning becomes the shared prompt. eos >= 0 is
 /// appended to every choice and scored. A prompt without tokens gets the BOS (else EOS) token, as
-/// lm-evaluation-harness does. Throws DataError when there is neither.
+/// lm-evaluation-harness does. Throws DataError when there is neither. A prompt that stands apart (an encoder's) and
+/// the choices are tokenised one by one.
 RankQuestion make_rank_question(const tokenizer::Tokenizer& tokenizer, const std::string& prompt,
                                 const std::vector<std::string>& choices, bool add_special_tokens, int64_t eos = -1);
 

@@ -186,6 +186,9 @@ TextRoutes route_text(const EvalModel& model, const std::vector<int64_t>& ids) {
     probs = heads == 0 ? probs.expand({count, experts}) : probs.reshape({-1, heads, experts}).mean(1);
     TextRoutes::Router& router = result.routers[record.owner][record.site];
     router.layer = record.layer;
+    // The decoder behind an encoder begins where the prompt ends.
+    const int64_t unread = structure.is_null() ? count - probs.size(0) : 0;
+    router.probs.resize(std::max<int64_t>(unread, 0));
     for (const torch::Tensor& row : probs.unbind(0)) router.probs.push_back(floats(row));
   }
   const std::vector<size_t> of = places(structure, readings);
@@ -227,7 +230,7 @@ OrderedJson routes_json(const std::string& name, const models::LanguageModel& mo
   if (text != nullptr) {
     for (const auto& [owner, sites] : text->routers) {
       for (const auto& [site, router] : sites) {
-        routers[owner][site] = {{"layer", router.layer}, {"experts", router.probs.at(0).size()}};
+        routers[owner][site] = {{"layer", router.layer}, {"experts", router.probs.back().size()}};
       }
     }
   }

@@ -44,7 +44,7 @@ struct TextRoutes {
   };
   struct Router {
     int64_t layer;
-    std::vector<std::vector<float>> probs;  // [T][E]; of per-head routers the mean over heads
+    std::vector<std::vector<float>> probs;  // [T][E], of per-head routers the mean over heads; [] of a token not read
   };
   std::vector<std::string> tokens;  // T
   /// owner -> site -> router. That of an augmenting model ("augmenting.0") has a row per token of its stream.

@@ -7,8 +7,11 @@
 namespace moesaic::exporting {
 
 at::ScalarType stored_dtype(const formats::Checkpoint& checkpoint) {
-  const std::string matrix = "model.layers.0.self_attn.q_proj.weight";
-  return checkpoint.contains(matrix) ? checkpoint.dtype(matrix) : at::kFloat;
+  for (const char* matrix :
+       {"model.layers.0.self_attn.q_proj.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"}) {
+    if (checkpoint.contains(matrix)) return checkpoint.dtype(matrix);
+  }
+  return at::kFloat;
 }
 
 formats::ModelFolder model_folder(const formats::Checkpoint& checkpoint, at::ScalarType dtype) {

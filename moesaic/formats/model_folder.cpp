@@ -63,8 +63,8 @@ bool is_weight_file(const std::string& name) {
 void write_model_folder(const fs::path& dir, const ModelFolder& model) {
   TensorMap tensors = model.tensors;
   const std::string where = dir.string();
-  if (model.config.value("tie_word_embeddings", false) && tensors.contains(kHead)) {
-    MOESAIC_CHECK(tensors.contains(kEmbedding) && at::equal(tensors.at(kEmbedding), tensors.at(kHead)), DataError,
+  if (model.config.value("tie_word_embeddings", false) && tensors.contains(kHead) && tensors.contains(kEmbedding)) {
+    MOESAIC_CHECK(at::equal(tensors.at(kEmbedding), tensors.at(kHead)), DataError,
                   "{}: tie_word_embeddings is true, but {} differs from {}", where, kHead, kEmbedding);
     tensors.erase(kHead);
   }

@@ -90,7 +90,8 @@ void adapt(TokenizerFiles& base, const fs::path& adapter_folder, bool embeds) {
     base.chat_templates = own == kNoTemplate ? ChatTemplates() : std::move(own);
   }
   for (const auto& [key, value] : read_tokenizer_config(folder).items()) {
-    if (key.ends_with("_token") && value.is_string()) base.config[key] = value;
+    const bool how = key == "add_eos_token" && value.is_boolean();  // what the adapter's prompts ended in
+    if (how || (key.ends_with("_token") && value.is_string())) base.config[key] = value;
   }
 }
 

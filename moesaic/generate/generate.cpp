@@ -20,10 +20,10 @@ std::shared_ptr<const tokenizer::Tokenizer> borrow(const tokenizer::Tokenizer& t
 /// One answer in the making.
 class Answer {
  public:
-  Answer(int64_t index, std::vector<int64_t> prompt, const tokenizer::Tokenizer& tokenizer,
+  Answer(int64_t index, std::vector<int64_t> seen, const tokenizer::Tokenizer& tokenizer,
          const SamplingOptions& options)
       : index_(index),
-        seen_(std::move(prompt)),
+        seen_(std::move(seen)),
         options_(options),
         sampler_(options, derive_seed(options.seed, "answer", static_cast<uint64_t>(options.first + index))),
         decoder_(borrow(tokenizer)),
@@ -63,7 +63,7 @@ class Answer {
   }
 
   int64_t index_;
-  std::vector<int64_t> seen_;  // prompt and answer
+  std::vector<int64_t> seen_;  // what the answer goes on, and the answer
   const SamplingOptions& options_;
   Sampler sampler_;
   tokenizer::StreamDecoder decoder_;
@@ -182,7 +182,7 @@ std::vector<Generation> generate(models::LanguageModel& model, const tokenizer::
   answers.reserve(prompts.size());
   for (const Prompt& prompt : prompts) {
     sequences.push_back(std::ssize(answers));
-    live.push_back(&answers.emplace_back(sequences.back(), prompt.ids, tokenizer, options));
+    live.push_back(&answers.emplace_back(sequences.back(), model.continued(prompt.ids), tokenizer, options));
   }
   const std::unique_ptr<models::Memory> memory = model.memory(std::ssize(prompts));
   Texts texts(model, *memory, hooks.routing);
@@ -209,16 +209,16 @@ Generation Session::answer(const Prompt& prompt, const SamplingOptions& options,
   }
   if (std::max(prompt.ids.size(), seen_.size()) > static_cast<uint64_t>(model_.exact_memory())) reused_ = 0;
   last_ = prompt;
-  seen_.resize(reused_);
-  if (reused_ == 0) {
-    memory_ = model_.memory(1);  // without the last prompt's vectors and weights
-  } else {
+  if (reused_ > 0) {
     memory_->truncate(0, reused_);
+    reused_ = memory_->length(0);
   }
+  if (reused_ == 0) memory_ = model_.memory(1);  // without the last prompt's vectors and weights
+  seen_.resize(reused_);
   text.tokens =
       nn::RaggedBatch::from_sequences({{prompt.ids.begin() + reused_, prompt.ids.end()}}, model_.facts().device);
   Texts texts(model_, *memory_, nullptr);
-  Answer answer(0, prompt.ids, tokenizer_, options);
+  Answer answer(0, model_.continued(prompt.ids), tokenizer_, options);
   decode(texts, {&answer}, texts.run(text, {0}), stream);
   Generation result = answer.take();
   seen_ = prompt.ids;
@@ -227,24 +227,59 @@ Generation Session::answer(const Prompt& prompt, const SamplingOptions& options,
   return result;
 }
 
-std::vector<std::vector<float>> score(models::LanguageModel& model, const std::vector<Prompt>& prompts) {
-  torch::NoGradGuard no_grad;
-  std::vector<std::vector<float>> scores(prompts.size());
-  if (prompts.empty()) return scores;
-  const models::Text text = text_of(model, prompts);
+namespace {
+
+/// log p of the tokens from number first[b] on of each sequence of `text`.
+std::vector<std::vector<float>> log_probs_from(models::LanguageModel& model, models::Text text,
+                                               const std::vector<int64_t>& first) {
+  std::vector<std::vector<float>> scores(first.size());
+  std::vector<int64_t> rows;
+  for (size_t b = 0; b < first.size(); ++b) {
+    for (int64_t n = text.tokens.offsets[b] + first[b]; n < text.tokens.offsets[b + 1]; ++n) rows.push_back(n);
+  }
+  if (rows.empty()) return scores;
+  const torch::Tensor scored = torch::tensor(rows, torch::kInt64).to(model.facts().device);
+  text.rows = scored - 1;
   nn::Pass pass;
-  const torch::Tensor hidden = model.hidden(text, pass);
-  for (int64_t b = 0; b < text.tokens.batch_size(); ++b) {
-    const int64_t begin = text.tokens.offsets[b], end = text.tokens.offsets[b + 1];
-    if (end - begin < 2) continue;
-    const torch::Tensor log_probs =
-        model.head()
-            .log_probs(hidden.slice(0, begin, end - 1), text.tokens.tokens.slice(0, begin + 1, end))
-            .to(torch::kCPU);
-    models::check_figures(log_probs, model, text);
-    scores[b].assign(log_probs.data_ptr<float>(), log_probs.data_ptr<float>() + log_probs.numel());
+  const torch::Tensor log_probs =
+      model.head().log_probs(model.hidden(text, pass), text.tokens.tokens.index_select(0, scored)).to(torch::kCPU);
+  models::check_figures(log_probs, model, text);
+  const float* next = log_probs.data_ptr<float>();
+  for (size_t b = 0; b < first.size(); ++b) {
+    const int64_t count = std::max<int64_t>(text.tokens.offsets[b + 1] - text.tokens.offsets[b] - first[b], 0);
+    scores[b].assign(next, next + count);
+    next += count;
   }
   return scores;
+}
+
+}  // namespace
+
+std::vector<std::vector<float>> score(models::LanguageModel& model, const std::vector<Prompt>& prompts) {
+  if (prompts.empty()) return {};
+  torch::NoGradGuard no_grad;
+  return log_probs_from(model, text_of(model, prompts), std::vector<int64_t>(prompts.size(), 1));
+}
+
+std::vector<std::vector<float>> score(models::LanguageModel& model, const std::vector<Prompt>& prompts,
+                                      const std::vector<std::vector<int64_t>>& answers) {
+  MOESAIC_CHECK(prompts.size() == answers.size(), UsageError, "score: got {} prompts and {} answers", prompts.size(),
+                answers.size());
+  if (prompts.empty()) return {};
+  torch::NoGradGuard no_grad;
+  std::vector<Prompt> whole = prompts;
+  for (size_t i = 0; i < whole.size(); ++i) {
+    whole[i].ids.insert(whole[i].ids.end(), answers[i].begin(), answers[i].end());
+  }
+  models::Text text = text_of(model, whole);
+  std::vector<int64_t> first;
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    MOESAIC_CHECK(!prompts[i].ids.empty(), UsageError, "prompt {}: it has no tokens. Give at least one word.", i);
+    first.push_back(std::ssize(prompts[i].ids));
+    text.borders[i] = {first.back()};
+    text.prompts.push_back(prompts[i].ids);
+  }
+  return log_probs_from(model, std::move(text), first);
 }
 
 }  // namespace moesaic::generate

@@ -87,5 +87,8 @@ class Session {
 
 /// log p(ids[i+1] | ids[0..i]) in float32, one vector per prompt.
 std::vector<std::vector<float>> score(models::LanguageModel& model, const std::vector<Prompt>& prompts);
+/// log p(answer[i] | prompt, answer[0..i)) in float32, one vector per prompt and its answer.
+std::vector<std::vector<float>> score(models::LanguageModel& model, const std::vector<Prompt>& prompts,
+                                      const std::vector<std::vector<int64_t>>& answers);
 
 }  // namespace moesaic::generate

@@ -2,20 +2,12 @@
 
 #include "moesaic/base/check.h"
 #include "moesaic/formats/claim.h"
+#include "moesaic/models/initialize.h"
 #include "moesaic/models/registry.h"
 #include "moesaic/nn/decoder_layer.h"
 
 namespace moesaic::models {
 namespace {
-
-/// A module that is one matrix: embed_tokens, lm_head.
-struct MatrixModuleImpl : torch::nn::Module {
-  MatrixModuleImpl(int64_t rows, int64_t columns, const torch::TensorOptions& options) {
-    weight = register_parameter("weight", torch::empty({rows, columns}, options), /*requires_grad=*/false);
-  }
-  torch::Tensor weight;
-};
-TORCH_MODULE(MatrixModule);
 
 nn::DecoderLayerConfig layer_config(const DecoderConfig& config, int64_t layer) {
   const bool sliding =
@@ -47,14 +39,14 @@ nn::DecoderLayerConfig layer_config(const DecoderConfig& config, int64_t layer) 
 bool is_derived_buffer(const std::string& name) { return name.ends_with("rotary_emb.inv_freq"); }
 
 /// Throws DataError listing every tensor of the file that has no place and every parameter without a fitting tensor.
-void check_tensors(const formats::Checkpoint& checkpoint, const CausalLM& model, bool ignore_head) {
+void check_tensors(const formats::Checkpoint& checkpoint, const SingleModel& model, bool ignore_head) {
   formats::Declarations expected, present = formats::declarations(checkpoint);
   for (const auto& item : model.named_parameters()) expected[item.key()] = {item.value().sizes().vec()};
   std::erase_if(present, [&](const auto& item) {
     return is_derived_buffer(item.first) || (ignore_head && item.first == "lm_head.weight");
   });
   formats::check_fits(formats::misfits(expected, present, formats::Dtypes::kAny), checkpoint.path().string(),
-                      fmt::format("config.json (model_type {})", model.config().model_type),
+                      fmt::format("config.json (model_type {})", model.facts().model_type),
                       "config.json and weights of one model?");
 }
 
@@ -116,19 +108,7 @@ void CausalLM::add_weight_sites() {
                               }
                             },
                             [this] { return head_->weight(); }});
-  for (const auto& item : named_parameters()) {
-    if (item.key() == "model.embed_tokens.weight" || item.key() == "lm_head.weight") continue;
-    const torch::Tensor weight = item.value();
-    // Linears are rows of one matrix, so that the numbers move and not the tensors.
-    sites_.weights.push_back({item.key(), weight.sizes().vec(),
-                              [weight, own = std::make_shared<torch::Tensor>()](const torch::Tensor& t) {
-                                torch::NoGradGuard no_grad;
-                                if (t.defined() && !own->defined()) *own = weight.clone();
-                                if (own->defined()) weight.copy_(t.defined() ? t : *own);
-                                if (!t.defined()) *own = torch::Tensor();
-                              },
-                              [weight] { return weight; }});
-  }
+  add_parameter_sites({"model.embed_tokens.weight", "lm_head.weight"});
 }
 
 std::shared_ptr<CausalLM> CausalLM::load(const formats::Checkpoint& checkpoint, const LoadOptions& options) {
@@ -149,18 +129,7 @@ std::shared_ptr<CausalLM> CausalLM::load(const formats::Checkpoint& checkpoint, 
   }
 
   auto model = std::make_shared<CausalLM>(config, torch::TensorOptions(options.device).dtype(options.dtype));
-  auto read = [&](torch::nn::Module& module, const std::string& prefix) {
-    for (auto& item : module.named_parameters()) {
-      torch::Tensor& parameter = item.value();
-      if (parameter.is_cpu()) {
-        checkpoint.read_into(prefix + item.key(), parameter);
-      } else {
-        torch::Tensor staged = torch::empty(parameter.sizes(), parameter.options().device(torch::kCPU));
-        checkpoint.read_into(prefix + item.key(), staged);
-        parameter.copy_(staged);
-      }
-    }
-  };
+  auto read = [&](torch::nn::Module& module, const std::string& prefix) { read_weights(checkpoint, module, prefix); };
   const auto modules = model->named_modules();
   read(*modules["model.embed_tokens"], "model.embed_tokens.");
   for (int64_t i = 0; i < config.num_layers; ++i) {
@@ -182,11 +151,15 @@ void CausalLM::quantize_head() {
   weight.set_data(torch::empty({0}, weight.options()));
 }
 
-std::vector<torch::Tensor> CausalLM::weights() const {
-  std::vector<torch::Tensor> all;
-  for (const auto& item : named_parameters()) all.push_back(item.value());
-  return all;
+OrderedJson CausalLM::sizes() const {
+  return {{"hidden_size", config_.hidden_size},      {"intermediate_size", config_.intermediate_size},
+          {"num_layers", config_.num_layers},        {"num_heads", config_.num_heads},
+          {"num_kv_heads", config_.num_kv_heads},    {"head_dim", config_.head_dim},
+          {"vocab_size", config_.vocab_size},        {"max_position", config_.max_position},
+          {"tied_head", config_.tie_word_embeddings}};
 }
+
+void CausalLM::initialize(uint64_t seed) { models::initialize(*this, seed); }
 
 void CausalLM::prepare(const nn::RaggedBatch& batch, nn::Pass& pass) const {
   torch::NoGradGuard no_grad;
@@ -246,7 +219,7 @@ int64_t CausalLM::exact_memory() const {
   return most;
 }
 
-AllWeights::AllWeights(std::shared_ptr<CausalLM> model, formats::ModelFolder folder)
+AllWeights::AllWeights(std::shared_ptr<SingleModel> model, formats::ModelFolder folder)
     : model_(std::move(model)), folder_(std::move(folder)) {}
 
 std::vector<nn::Parameter> AllWeights::parameters() {

@@ -6,22 +6,14 @@
 #include <string>
 #include <vector>
 
-#include "moesaic/formats/checkpoint.h"
 #include "moesaic/formats/model_folder.h"
 #include "moesaic/models/decoder_config.h"
-#include "moesaic/models/language_model.h"
+#include "moesaic/models/single_model.h"
 #include "moesaic/models/stack.h"
 #include "moesaic/nn/kv_cache.h"
 #include "moesaic/nn/learner.h"
 
 namespace moesaic::models {
-
-struct LoadOptions {
-  torch::ScalarType dtype = torch::kFloat32;  // of the frozen weights and activations
-  torch::Device device = torch::kCPU;         // where the weights go
-  bool quantize_int8 = false;                 // weight-only int8, for decoding
-  int64_t num_blocks = -1;  // the first blocks alone, without the head: the whole file is checked, this much is read
-};
 
 /// A key-value cache as a Memory.
 class CacheMemory : public Memory {
@@ -39,7 +31,7 @@ class CacheMemory : public Memory {
 };
 
 /// A decoder-only model. Parameters carry the Hugging Face names; none requires grad.
-class CausalLM : public torch::nn::Module, public LanguageModel {
+class CausalLM : public SingleModel {
  public:
   /// Builds with uninitialised weights; device kMeta allocates nothing.
   CausalLM(const DecoderConfig& config, const torch::TensorOptions& options);
@@ -50,17 +42,15 @@ class CausalLM : public torch::nn::Module, public LanguageModel {
   static std::shared_ptr<CausalLM> load(const formats::Checkpoint& checkpoint, const LoadOptions& options);
 
   const DecoderConfig& config() const { return config_; }
-  nn::Sites& sites() { return sites_; }
-  torch::Device device() const { return facts_.device; }
-  torch::ScalarType dtype() const { return facts_.dtype; }
+  nn::Sites& sites() override { return sites_; }
+  OrderedJson sizes() const override;
+  void initialize(uint64_t seed) override;
 
   const Facts& facts() const override { return facts_; }
   const nn::Head& head() const override { return *head_; }
   std::unique_ptr<Memory> memory(int64_t sequences) const override;
   int64_t exact_memory() const override;
-  std::vector<Part> parts() override { return {{"", &sites_}}; }
   std::vector<nn::Block*> blocks() override { return stack_.blocks; }
-  std::vector<torch::Tensor> weights() const override;
 
   // The pieces of a forward pass, for who joins several models.
   /// Fills offsets, positions, segments and rotary tables of `pass` (positions start at pass.cache's lengths).
@@ -91,13 +81,13 @@ class CausalLM : public torch::nn::Module, public LanguageModel {
 class AllWeights : public nn::Learner {
  public:
   /// `folder` holds what save() writes beside the weights: config, tokenizer, chat template, dtype.
-  AllWeights(std::shared_ptr<CausalLM> model, formats::ModelFolder folder);
+  AllWeights(std::shared_ptr<SingleModel> model, formats::ModelFolder folder);
   std::vector<nn::Parameter> parameters() override;
   void save(const std::filesystem::path& dir) const override;
   void load(const std::filesystem::path& dir) override;
 
  private:
-  std::shared_ptr<CausalLM> model_;
+  std::shared_ptr<SingleModel> model_;
   formats::ModelFolder folder_;
 };
 

@@ -6,6 +6,7 @@
 
 #include "moesaic/base/json.h"
 #include "moesaic/models/causal_lm.h"
+#include "moesaic/models/seq2seq_lm.h"
 
 namespace moesaic::models {
 

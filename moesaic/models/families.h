@@ -1,5 +1,5 @@
-// One function per family: config.json's words to a DecoderConfig. Defaults are those of the family's configuration
-// class in transformers 5. And one row: how the family lies in a GGUF file.
+// One function per family: config.json's words to a DecoderConfig or a Seq2SeqConfig. Defaults are those of the
+// family's configuration class in transformers 5. And one row: how the family lies in a GGUF file.
 #pragma once
 #include "moesaic/formats/gguf_checkpoint.h"
 #include "moesaic/models/config_reader.h"
@@ -13,6 +13,9 @@ DecoderConfig parse_qwen3(ConfigReader& reader);
 DecoderConfig parse_gemma(ConfigReader& reader);
 DecoderConfig parse_gemma2(ConfigReader& reader);
 DecoderConfig parse_gemma3(ConfigReader& reader);
+Seq2SeqConfig parse_t5(ConfigReader& reader);
+Seq2SeqConfig parse_mt5(ConfigReader& reader);
+Seq2SeqConfig parse_umt5(ConfigReader& reader);
 
 /// Qwen's windows: layers from max_window_layers on slide when use_sliding_window is set.
 void read_qwen_windows(ConfigReader& reader, DecoderConfig& config);

@@ -26,7 +26,7 @@ struct Facts {
 /// A ragged batch and what is known about it.
 struct Text {
   nn::RaggedBatch tokens;
-  nn::Borders borders{};                        // where prompts end
+  nn::Borders borders{};                        // where prompts end; an encoder reads what stands before the first
   torch::Tensor sentence{};                     // [B, d_e] for routers that read a data column's vectors
   std::vector<std::vector<int64_t>> prompts{};  // what sentence embeddings are made of; empty = the tokens
   torch::Tensor mixture{};                      // [B, A]: weight of every attached adapter; undefined = 1
@@ -40,7 +40,8 @@ class Memory {
   virtual int64_t sequences() const = 0;
   /// Tokens of sequence b.
   virtual int64_t length(int64_t b) const = 0;
-  /// Drops everything of sequence b behind its first `length` tokens.
+  /// Drops everything of sequence b behind its first `length` tokens; all of it where these can't be had alone (half of
+  /// what an encoder has read). length() tells.
   virtual void truncate(int64_t b, int64_t length) = 0;
   /// Keeps the sequences `rows` in that order; they are moved, only repeats are copied.
   void keep(const std::vector<int64_t>& rows);
@@ -97,6 +98,9 @@ class LanguageModel {
   /// What a composition is made of, null of a single model:
   /// {"num_heads", "anchor": {...}, "augmenting": [...], "connections": [{"augmenting", "aug", "anchor"}]}.
   virtual OrderedJson structure() const { return nullptr; }
+  /// The text that an answer to `prompt` goes on, as a penalty on repetitions sees it: the prompt.
+  virtual std::vector<int64_t> continued(const std::vector<int64_t>& prompt) const { return prompt; }
+
   /// The texts of a source's token ids (nn::ReadingRecord).
   virtual std::vector<std::string> source_texts(int64_t source, const std::vector<int64_t>& ids) const;
 

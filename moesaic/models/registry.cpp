@@ -8,8 +8,9 @@ namespace {
 
 struct Family {
   const char* model_type;
-  DecoderConfig (*parse)(ConfigReader& reader);
+  DecoderConfig (*parse)(ConfigReader& reader);  // nullptr: an encoder-decoder
   const formats::GgufArchitecture* gguf = nullptr;
+  Seq2SeqConfig (*parse_seq2seq)(ConfigReader& reader) = nullptr;
 };
 
 const Family kFamilies[] = {
@@ -18,9 +19,32 @@ const Family kFamilies[] = {
     {"gemma3_text", parse_gemma3, &kGemma3Gguf},
     {"llama", parse_llama, &kLlamaGguf},
     {"mistral", parse_mistral},  // in a GGUF file a llama with a window
+    {"mt5", nullptr, nullptr, parse_mt5},
     {"qwen2", parse_qwen2, &kQwen2Gguf},
     {"qwen3", parse_qwen3, &kQwen3Gguf},
+    {"t5", nullptr, nullptr, parse_t5},
+    {"umt5", nullptr, nullptr, parse_umt5},
 };
+
+/// The family of a normalised config.
+const Family& family_of(const Json& config, const std::string& where) {
+  const std::string model_type = get<std::string>(config, "model_type", where);
+  for (const Family& family : kFamilies) {
+    if (model_type == family.model_type) return family;
+  }
+  const auto names = known_model_types();
+  const std::string near = nearest_name(model_type, names);
+  throw ConfigError(fmt::format("{}: model_type: got \"{}\", expected one of {}{}", where, model_type,
+                                fmt::join(names, ", "), near.empty() ? "" : ". Did you mean " + near + "?"));
+}
+
+template <class Config>
+Config parsed(Config (*parse)(ConfigReader& reader), const Json& config, const std::string& where) {
+  ConfigReader reader(config, where);
+  Config result = parse(reader);
+  reader.finish();
+  return result;
+}
 
 }  // namespace
 
@@ -32,18 +56,32 @@ std::vector<std::string> known_model_types() {
 
 DecoderConfig parse_decoder_config(const Json& written, const std::string& where) {
   const Json config = formats::normalise_config(written, where);
-  const std::string model_type = get<std::string>(config, "model_type", where);
-  for (const Family& family : kFamilies) {
-    if (model_type != family.model_type) continue;
-    ConfigReader reader(config, where);
-    DecoderConfig parsed = family.parse(reader);
-    reader.finish();
-    return parsed;
-  }
-  const auto names = known_model_types();
-  const std::string near = nearest_name(model_type, names);
-  throw ConfigError(fmt::format("{}: model_type: got \"{}\", expected one of {}{}", where, model_type,
-                                fmt::join(names, ", "), near.empty() ? "" : ". Did you mean " + near + "?"));
+  const Family& family = family_of(config, where);
+  MOESAIC_CHECK(family.parse != nullptr, ConfigError,
+                "{}: model_type: got \"{}\", an encoder-decoder, expected a decoder", where, family.model_type);
+  return parsed(family.parse, config, where);
+}
+
+Seq2SeqConfig parse_seq2seq_config(const Json& written, const std::string& where) {
+  const Json config = formats::normalise_config(written, where);
+  const Family& family = family_of(config, where);
+  MOESAIC_CHECK(family.parse_seq2seq != nullptr, ConfigError,
+                "{}: model_type: got \"{}\", a decoder, expected an encoder-decoder", where, family.model_type);
+  return parsed(family.parse_seq2seq, config, where);
+}
+
+std::shared_ptr<SingleModel> load_model(const formats::Checkpoint& checkpoint, const LoadOptions& options) {
+  const std::string where = checkpoint.path().string();
+  const bool decoder = family_of(formats::normalise_config(checkpoint.config(), where), where).parse != nullptr;
+  if (decoder) return CausalLM::load(checkpoint, options);
+  return Seq2SeqLM::load(checkpoint, options);
+}
+
+std::shared_ptr<SingleModel> make_model(const Json& written, const std::string& where,
+                                        const torch::TensorOptions& options) {
+  const bool decoder = family_of(formats::normalise_config(written, where), where).parse != nullptr;
+  if (decoder) return std::make_shared<CausalLM>(parse_decoder_config(written, where), options);
+  return std::make_shared<Seq2SeqLM>(parse_seq2seq_config(written, where), options);
 }
 
 std::shared_ptr<formats::Checkpoint> open_gguf(formats::Bytes bytes) {

@@ -8,12 +8,22 @@
 #include "moesaic/formats/bytes.h"
 #include "moesaic/formats/checkpoint.h"
 #include "moesaic/models/decoder_config.h"
+#include "moesaic/models/seq2seq_lm.h"
 
 namespace moesaic::models {
 
-/// Parses config.json (as transformers 4 and 5 write it) of any registered family.
-/// Throws ConfigError for an unknown model_type (with the known ones) or impossible values (zero, negative, NaN, huge).
+/// Parses config.json (as transformers 4 and 5 write it) of any registered family of decoders.
+/// Throws ConfigError for an encoder-decoder, an unknown model_type (with the known ones) or impossible values (zero,
+/// negative, NaN, huge).
 DecoderConfig parse_decoder_config(const Json& config, const std::string& where);
+/// The same of encoder-decoders.
+Seq2SeqConfig parse_seq2seq_config(const Json& config, const std::string& where);
+/// Loads a model of any family: each tensor of the file is used once and each parameter gets one, or DataError lists
+/// all that do not fit.
+std::shared_ptr<SingleModel> load_model(const formats::Checkpoint& checkpoint, const LoadOptions& options = {});
+/// The model of a config.json with uninitialised weights; on device kMeta names and shapes alone.
+std::shared_ptr<SingleModel> make_model(const Json& config, const std::string& where,
+                                        const torch::TensorOptions& options);
 /// The registered model_type names.
 std::vector<std::string> known_model_types();
 

@@ -6,6 +6,7 @@
 #include "moesaic/nn/kernel_table.h"
 #include "moesaic/nn/kv_cache.h"
 #include "moesaic/nn/rope.h"
+#include "moesaic/nn/source.h"
 #include "moesaic/nn/split.h"
 
 namespace moesaic::nn {
@@ -24,12 +25,21 @@ torch::Tensor visibility_mask(int64_t queries, int64_t keys, int64_t window, con
 /// What a fused attention call needs to know about visibility: a mask, or a flag, or (one query) nothing.
 struct Visibility {
   bool causal = false;
-  std::optional<torch::Tensor> mask;
+  std::optional<torch::Tensor> mask;  // [S, T], or with the bias [H, S, T]
 };
-Visibility visibility(int64_t queries, int64_t keys, int64_t window, const torch::TensorOptions& options) {
+Visibility visibility(int64_t queries, int64_t keys, const AttentionOptions& attention,
+                      const torch::TensorOptions& options) {
+  if (attention.bias) return {false, attention.bias.ptr()->forward(queries, keys)};
+  if (!attention.causal) return {};
+  const int64_t window = attention.window;
   const bool windowed = window > 0 && keys > window;
   if (windowed || (queries > 1 && queries < keys)) return {false, visibility_mask(queries, keys, window, options)};
   return {queries > 1, std::nullopt};
+}
+
+/// A mask as the scores [H_kv, g, S, T] take it.
+std::optional<torch::Tensor> grouped_mask(const std::optional<torch::Tensor>& mask, int64_t kv_heads) {
+  return mask && mask->dim() == 3 ? mask->unflatten(0, {kv_heads, mask->size(0) / kv_heads}) : mask;
 }
 
 /// q rows [S, H, k] as [H_kv, g, S, k], g query heads per KV head.
@@ -48,7 +58,11 @@ torch::Tensor plain_attention(const torch::Tensor& q, const torch::Tensor& k, co
   torch::Tensor scores =
       at::matmul(grouped_queries(q, kv_heads), shared_heads(k, group).transpose(2, 3)) * options.scale;
   if (options.softcap > 0) scores = at::tanh(scores / options.softcap) * options.softcap;
-  scores = scores + visibility_mask(q.size(0), k.size(0), options.window, scores.options().requires_grad(false));
+  if (options.bias) {
+    scores = scores + *grouped_mask(visibility(q.size(0), k.size(0), options, scores.options()).mask, kv_heads);
+  } else if (options.causal) {
+    scores = scores + visibility_mask(q.size(0), k.size(0), options.window, scores.options().requires_grad(false));
+  }
   const auto wide = q.scalar_type() == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
   const torch::Tensor weights = at::softmax(scores, -1, wide).to(q.dtype());
   return at::matmul(weights, shared_heads(v, group)).permute({2, 0, 1, 3}).reshape(q.sizes());
@@ -57,7 +71,8 @@ torch::Tensor plain_attention(const torch::Tensor& q, const torch::Tensor& k, co
 /// One sequence by LibTorch's fused kernels; differentiable.
 torch::Tensor fused_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
                               const AttentionOptions& options) {
-  const auto seen = visibility(q.size(0), k.size(0), options.window, q.options().requires_grad(false));
+  auto seen = visibility(q.size(0), k.size(0), options, q.options().requires_grad(false));
+  if (seen.mask && seen.mask->dim() == 3) seen.mask = seen.mask->unsqueeze(0);
   auto heads_first = [](const torch::Tensor& x) { return x.transpose(0, 1).unsqueeze(0); };  // [1, H, S, k]
   return at::scaled_dot_product_attention(heads_first(q), heads_first(k), heads_first(v), seen.mask, 0.0, seen.causal,
                                           options.scale, /*enable_gqa=*/true)
@@ -67,42 +82,51 @@ torch::Tensor fused_attention(const torch::Tensor& q, const torch::Tensor& k, co
 }
 
 /// The whole ragged batch on the CPU, sequence by sequence, by LibTorch's flash attention. K and V are shared by the
-/// query heads of a group as a stride-0 axis.
+/// query heads of a group as a stride-0 axis. A bias has no gradient here.
 struct CpuFlashFunction : torch::autograd::Function<CpuFlashFunction> {
   struct Result {
-    torch::Tensor out;                // [N, H, k]
-    std::vector<torch::Tensor> sums;  // logsumexp of each sequence
+    torch::Tensor out;                  // [N, H, k]
+    std::vector<torch::Tensor> sums;    // logsumexp of each sequence
+    std::vector<torch::Tensor> biases;  // of each sequence, views [H_kv, g, S, T]; empty without
   };
 
   static Result run(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
-                    const std::vector<int64_t>& offsets, double scale, int64_t window) {
+                    const std::vector<int64_t>& offsets, const std::vector<int64_t>& key_offsets,
+                    const AttentionOptions& options) {
     const int64_t kv_heads = k.size(1), group = q.size(1) / kv_heads;
-    Result result{at::empty(q.sizes(), q.options().requires_grad(false)), {}};
+    Result result{at::empty(q.sizes(), q.options().requires_grad(false)), {}, {}};
     for (size_t b = 0; b + 1 < offsets.size(); ++b) {
       auto rows = [&](const torch::Tensor& x) { return x.slice(0, offsets[b], offsets[b + 1]); };
-      const int64_t length = offsets[b + 1] - offsets[b];
-      const auto seen = visibility(length, length, window, result.out.options());
+      auto key_rows = [&](const torch::Tensor& x) { return x.slice(0, key_offsets[b], key_offsets[b + 1]); };
+      const auto seen =
+          visibility(offsets[b + 1] - offsets[b], key_offsets[b + 1] - key_offsets[b], options, result.out.options());
+      const auto mask = grouped_mask(seen.mask, kv_heads);
       auto [out, sums] = at::_scaled_dot_product_flash_attention_for_cpu(
-          grouped_queries(rows(q), kv_heads), shared_heads(rows(k), group), shared_heads(rows(v), group), 0.0,
-          seen.causal, seen.mask, scale);
+          grouped_queries(rows(q), kv_heads), shared_heads(key_rows(k), group), shared_heads(key_rows(v), group), 0.0,
+          seen.causal, mask, options.scale);
       grouped_queries(rows(result.out), kv_heads).copy_(out);
       result.sums.push_back(sums);
+      if (options.bias) result.biases.push_back(*mask);
     }
     return result;
   }
 
   static torch::Tensor forward(torch::autograd::AutogradContext* ctx, const torch::Tensor& queries,
                                const torch::Tensor& keys, const torch::Tensor& values,
-                               const std::vector<int64_t>& offsets, double scale, int64_t window) {
+                               const std::vector<int64_t>& offsets, const std::vector<int64_t>& key_offsets,
+                               const AttentionOptions& options) {
     // Contiguous copies, so that the fused projection they are cut from can be freed.
     const torch::Tensor q = queries.contiguous(), k = keys.contiguous(), v = values.contiguous();
-    Result result = run(q, k, v, offsets, scale, window);
+    Result result = run(q, k, v, offsets, key_offsets, options);
     torch::autograd::variable_list saved{q, k, v, result.out};
     saved.insert(saved.end(), result.sums.begin(), result.sums.end());
+    saved.insert(saved.end(), result.biases.begin(), result.biases.end());
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["offsets"] = offsets;
-    ctx->saved_data["scale"] = scale;
-    ctx->saved_data["window"] = window;
+    ctx->saved_data["key_offsets"] = key_offsets;
+    ctx->saved_data["scale"] = options.scale;
+    ctx->saved_data["window"] = options.window;
+    ctx->saved_data["causal"] = options.causal;
     return result.out;
   }
 
@@ -111,39 +135,49 @@ struct CpuFlashFunction : torch::autograd::Function<CpuFlashFunction> {
     const auto saved = ctx->get_saved_variables();
     const torch::Tensor &q = saved[0], &k = saved[1], &v = saved[2], &out = saved[3];
     const std::vector<int64_t> offsets = ctx->saved_data["offsets"].toIntVector();
-    const double scale = ctx->saved_data["scale"].toDouble();
-    const int64_t window = ctx->saved_data["window"].toInt();
+    const std::vector<int64_t> key_offsets = ctx->saved_data["key_offsets"].toIntVector();
+    const AttentionOptions options{.scale = ctx->saved_data["scale"].toDouble(),
+                                   .window = ctx->saved_data["window"].toInt(),
+                                   .causal = ctx->saved_data["causal"].toBool()};
+    const size_t batch = offsets.size() - 1;
+    const bool biased = saved.size() > 4 + batch;
     const int64_t kv_heads = k.size(1), group = q.size(1) / kv_heads;
     const torch::Tensor d_out = grads[0].contiguous();
     torch::Tensor dq = at::empty_like(q), dk = at::empty_like(k), dv = at::empty_like(v);
-    for (size_t b = 0; b + 1 < offsets.size(); ++b) {
+    for (size_t b = 0; b < batch; ++b) {
       auto rows = [&](const torch::Tensor& x) { return x.slice(0, offsets[b], offsets[b + 1]); };
-      const int64_t length = offsets[b + 1] - offsets[b];
-      const auto seen = visibility(length, length, window, d_out.options());
+      auto key_rows = [&](const torch::Tensor& x) { return x.slice(0, key_offsets[b], key_offsets[b + 1]); };
+      const auto seen = biased ? Visibility{false, saved[4 + batch + b]}
+                               : visibility(offsets[b + 1] - offsets[b], key_offsets[b + 1] - key_offsets[b], options,
+                                            d_out.options());
       auto [gq, gk, gv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
-          grouped_queries(rows(d_out), kv_heads), grouped_queries(rows(q), kv_heads), shared_heads(rows(k), group),
-          shared_heads(rows(v), group), grouped_queries(rows(out), kv_heads), saved[4 + b], 0.0, seen.causal, seen.mask,
-          scale);
+          grouped_queries(rows(d_out), kv_heads), grouped_queries(rows(q), kv_heads), shared_heads(key_rows(k), group),
+          shared_heads(key_rows(v), group), grouped_queries(rows(out), kv_heads), saved[4 + b], 0.0, seen.causal,
+          seen.mask, options.scale);
       grouped_queries(rows(dq), kv_heads).copy_(gq);
-      rows(dk).transpose(0, 1).copy_(group == 1 ? gk.squeeze(1) : gk.sum(1));  // [H_kv, S, k]
-      rows(dv).transpose(0, 1).copy_(group == 1 ? gv.squeeze(1) : gv.sum(1));
+      key_rows(dk).transpose(0, 1).copy_(group == 1 ? gk.squeeze(1) : gk.sum(1));  // [H_kv, S, k]
+      key_rows(dv).transpose(0, 1).copy_(group == 1 ? gv.squeeze(1) : gv.sum(1));
     }
     return {dq, dk, dv, {}, {}, {}};
   }
 };
 
-/// The whole ragged batch on a GPU in half precision; differentiable.
+/// The whole ragged batch on a GPU in half precision, without a bias; differentiable.
 torch::Tensor cuda_flash_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
-                                   const std::vector<int64_t>& offsets, const AttentionOptions& options) {
-  const torch::Tensor bounds = torch::tensor(offsets, torch::kInt32).to(q.device());
-  int64_t longest = 0;
-  for (size_t b = 0; b + 1 < offsets.size(); ++b) longest = std::max(longest, offsets[b + 1] - offsets[b]);
-  const bool windowed = options.window > 0 && longest > options.window;
+                                   const std::vector<int64_t>& offsets, const std::vector<int64_t>& key_offsets,
+                                   const AttentionOptions& options) {
+  auto bounds = [&](const std::vector<int64_t>& rows) { return torch::tensor(rows, torch::kInt32).to(q.device()); };
+  auto longest = [](const std::vector<int64_t>& rows) {
+    int64_t most = 0;
+    for (size_t b = 0; b + 1 < rows.size(); ++b) most = std::max(most, rows[b + 1] - rows[b]);
+    return most;
+  };
+  const bool windowed = options.window > 0 && longest(offsets) > options.window;
   const std::optional<int64_t> left = windowed ? std::optional<int64_t>(options.window - 1) : std::nullopt;
   const std::optional<int64_t> right = windowed ? std::optional<int64_t>(0) : std::nullopt;
-  return std::get<0>(at::_flash_attention_forward(q.contiguous(), k.contiguous(), v.contiguous(), bounds, bounds,
-                                                  longest, longest, 0.0, /*is_causal=*/true, false, options.scale, left,
-                                                  right));
+  return std::get<0>(at::_flash_attention_forward(q.contiguous(), k.contiguous(), v.contiguous(), bounds(offsets),
+                                                  bounds(key_offsets), longest(offsets), longest(key_offsets), 0.0,
+                                                  options.causal, false, options.scale, left, right));
 }
 
 /// One new position per sequence, float32 on the CPU: a task per sequence and KV head.
@@ -156,6 +190,10 @@ torch::Tensor decode_attention(const torch::Tensor& q,
   float* out_data = out.data_ptr<float>();
   const int64_t tasks = static_cast<int64_t>(cached.size()) * kv_heads;
   const int64_t work = 2 * group * k * cached.front().first.size(0);  // multiply-adds of a task
+  std::vector<torch::Tensor> biases;                                  // [H, 1, T] of each sequence
+  for (const auto& [keys, values] : cached) {
+    if (options.bias) biases.push_back(options.bias.ptr()->forward(1, keys.size(0)));
+  }
   at::parallel_for(0, tasks, std::max<int64_t>((64 << 10) / work, 1), [&](int64_t begin, int64_t end) {
     std::vector<float> scores;
     for (int64_t task = begin; task < end; ++task) {
@@ -165,30 +203,92 @@ torch::Tensor decode_attention(const torch::Tensor& q,
       const int64_t start = (total - length) * kv_heads * k + head * k;
       scores.resize(group * length);
       const int64_t row = (b * heads + head * group) * k;
+      const int64_t bias_stride = biases.empty() ? 0 : biases[b].stride(0);
+      const float* bias = biases.empty() ? nullptr : biases[b].data_ptr<float>() + head * group * bias_stride;
       kernels().attend(q_data + row, keys.data_ptr<float>() + start, values.data_ptr<float>() + start, kv_heads * k,
-                       length, group, k, static_cast<float>(options.scale), static_cast<float>(options.softcap),
-                       scores.data(), out_data + row);
+                       length, group, k, static_cast<float>(options.scale), static_cast<float>(options.softcap), bias,
+                       bias_stride, scores.data(), out_data + row);
     }
   });
   return out;
+}
+
+/// Queries against the keys and values [T, H_kv, k] of their own sequences, where there are queries.
+torch::Tensor attention_to(const torch::Tensor& q, const std::vector<int64_t>& offsets,
+                           const std::vector<std::pair<torch::Tensor, torch::Tensor>>& cached,
+                           const AttentionOptions& options) {
+  const size_t batch = cached.size();
+  bool single = true;  // one row per sequence
+  for (size_t b = 0; b < batch; ++b) single = single && offsets[b + 1] - offsets[b] == 1;
+  if (single && q.is_cpu() && q.scalar_type() == torch::kFloat32)
+    return decode_attention(q.contiguous(), cached, options);
+  std::vector<torch::Tensor> parts;
+  for (size_t b = 0; b < batch; ++b) {
+    if (offsets[b] == offsets[b + 1]) continue;
+    const torch::Tensor rows = q.slice(0, offsets[b], offsets[b + 1]);
+    const auto& [keys, values] = cached[b];
+    parts.push_back(options.softcap == 0 ? fused_attention(rows, keys, values, options)
+                                         : plain_attention(rows, keys, values, options));
+  }
+  return at::cat(parts);
+}
+
+/// Appends the three points of a linear to the sites.
+struct SiteAdder {
+  const std::string& path;
+  int64_t layer, hidden;
+  Sites& sites;
+
+  /// heads: into how many its output is cut, 0 = none; normed: the slot behind a per-head norm, or nullptr.
+  void add(const char* name, Role role, LinearGroup& group, int64_t index, int64_t heads,
+           ScaleSlot* normed = nullptr) const {
+    const std::string site = path + "." + name;
+    const int64_t out = group.outs()[index], width = heads > 0 ? out / heads : out;
+    sites.linears.push_back({site, role, layer, &group, index, group.in(), out});
+    sites.scales.push_back({site, role, layer, ScaleKind::kInput, &group.input_slot(index), 0, group.in(), hidden});
+    sites.scales.push_back({site, role, layer, ScaleKind::kOutput, &group.output_slot(index), heads, width, hidden});
+    if (normed != nullptr) {
+      sites.scales.push_back({site, role, layer, ScaleKind::kPostHeadNorm, normed, heads, width, hidden});
+    }
+  }
+};
+
+int64_t saved_by_deltas(std::initializer_list<const LinearGroup*> groups) {
+  int64_t numbers = 0;
+  for (const LinearGroup* group : groups) {
+    if (group->delta) numbers += group->delta->saved_per_row();
+  }
+  return numbers;
 }
 
 }  // namespace
 
 torch::Tensor ragged_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
                                const std::vector<int64_t>& offsets, const AttentionOptions& options) {
-  MOESAIC_ASSERT(offsets.back() == q.size(0) && k.sizes() == v.sizes() && q.size(1) % k.size(1) == 0);
+  return ragged_attention(q, k, v, offsets, offsets, options);
+}
+
+torch::Tensor ragged_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+                               const std::vector<int64_t>& offsets, const std::vector<int64_t>& key_offsets,
+                               const AttentionOptions& options) {
+  MOESAIC_ASSERT(offsets.back() == q.size(0) && key_offsets.back() == k.size(0) &&
+                 offsets.size() == key_offsets.size() && (!options.causal || offsets == key_offsets) &&
+                 k.sizes() == v.sizes() && q.size(1) % k.size(1) == 0);
   const bool grad = torch::GradMode::is_enabled() && (q.requires_grad() || k.requires_grad() || v.requires_grad());
-  if (options.softcap == 0 && q.is_cpu()) {
-    if (grad) return CpuFlashFunction::apply(q, k, v, offsets, options.scale, options.window);
-    return CpuFlashFunction::run(q, k, v, offsets, options.scale, options.window).out;
+  const bool bias_learns = torch::GradMode::is_enabled() && options.bias && options.bias->weight.requires_grad();
+  const bool plain = options.softcap > 0 || bias_learns;
+  if (!plain && q.is_cpu()) {
+    if (grad) return CpuFlashFunction::apply(q, k, v, offsets, key_offsets, options);
+    return CpuFlashFunction::run(q, k, v, offsets, key_offsets, options).out;
   }
-  if (options.softcap == 0 && q.element_size() == 2) return cuda_flash_attention(q, k, v, offsets, options);
+  if (!plain && !options.bias && q.element_size() == 2)
+    return cuda_flash_attention(q, k, v, offsets, key_offsets, options);
   std::vector<torch::Tensor> parts;
   for (size_t b = 0; b + 1 < offsets.size(); ++b) {
     auto rows = [&](const torch::Tensor& x) { return x.slice(0, offsets[b], offsets[b + 1]); };
-    parts.push_back(options.softcap == 0 ? fused_attention(rows(q), rows(k), rows(v), options)
-                                         : plain_attention(rows(q), rows(k), rows(v), options));
+    auto key_rows = [&](const torch::Tensor& x) { return x.slice(0, key_offsets[b], key_offsets[b + 1]); };
+    parts.push_back(plain ? plain_attention(rows(q), key_rows(k), key_rows(v), options)
+                          : fused_attention(rows(q), key_rows(k), key_rows(v), options));
   }
   return at::cat(parts);
 }
@@ -197,28 +297,15 @@ torch::Tensor cached_attention(const torch::Tensor& q, const torch::Tensor& k, c
                                const Pass& pass, const AttentionOptions& options) {
   const std::vector<int64_t>& offsets = pass.offsets;
   const int64_t batch = static_cast<int64_t>(offsets.size()) - 1;
-  bool fresh = true;   // nothing cached yet
-  bool single = true;  // one row per sequence
+  bool fresh = true;  // nothing cached yet
   std::vector<std::pair<torch::Tensor, torch::Tensor>> cached(batch);
   for (int64_t b = 0; b < batch; ++b) {
     auto rows = [&](const torch::Tensor& x) { return x.slice(0, offsets[b], offsets[b + 1]); };
     const int64_t count = offsets[b + 1] - offsets[b];
     fresh = fresh && count > 0 && pass.cache->length(b) == 0;
-    single = single && count == 1;
     if (count > 0) cached[b] = pass.cache->append(layer, b, rows(k), rows(v));
   }
-  if (fresh) return ragged_attention(q, k, v, offsets, options);
-  if (single && q.is_cpu() && q.scalar_type() == torch::kFloat32)
-    return decode_attention(q.contiguous(), cached, options);
-  std::vector<torch::Tensor> parts;
-  for (int64_t b = 0; b < batch; ++b) {
-    if (offsets[b] == offsets[b + 1]) continue;
-    const torch::Tensor rows = q.slice(0, offsets[b], offsets[b + 1]);
-    const auto& [keys, values] = cached[b];
-    parts.push_back(options.softcap == 0 ? fused_attention(rows, keys, values, options)
-                                         : plain_attention(rows, keys, values, options));
-  }
-  return at::cat(parts);
+  return fresh ? ragged_attention(q, k, v, offsets, options) : attention_to(q, offsets, cached, options);
 }
 
 SelfAttentionImpl::SelfAttentionImpl(const SelfAttentionConfig& config, int64_t layer,
@@ -229,10 +316,11 @@ SelfAttentionImpl::SelfAttentionImpl(const SelfAttentionConfig& config, int64_t 
            {config.heads * config.head_dim, config.kv_heads * config.head_dim, config.kv_heads * config.head_dim},
            config.qkv_bias, options, {config.heads, config.kv_heads, config.kv_heads}),
       o_(config.heads * config.head_dim, {config.hidden_size}, config.o_bias, options) {
-  register_module("q_proj", qkv_.members()[0]);
-  register_module("k_proj", qkv_.members()[1]);
-  register_module("v_proj", qkv_.members()[2]);
-  register_module("o_proj", o_.members()[0]);
+  register_module(config.names.q, qkv_.members()[0]);
+  register_module(config.names.k, qkv_.members()[1]);
+  register_module(config.names.v, qkv_.members()[2]);
+  register_module(config.names.o, o_.members()[0]);
+  if (config.owns_bias) register_module("relative_attention_bias", config_.options.bias);
   if (config.qk_norm) {
     q_norm_ = register_module("q_norm", RmsNorm(config.head_dim, config.norm_eps, config.norm_offset, options));
     k_norm_ = register_module("k_norm", RmsNorm(config.head_dim, config.norm_eps, config.norm_offset, options));
@@ -249,29 +337,25 @@ torch::Tensor SelfAttentionImpl::forward(const torch::Tensor& x, Pass& pass) {
     q = q_normed_slot_.apply(q_norm_->forward(q), pass);
     k = k_normed_slot_.apply(k_norm_->forward(k), pass);
   }
-  const RotaryTables& tables = config_.local_rope ? pass.rope_local : pass.rope;
-  q = apply_rope(q, tables);
-  k = apply_rope(k, tables);
-  const torch::Tensor mixed = pass.cache ? cached_attention(q, k, v, layer_, pass, config_.options)
+  if (config_.rotary) {
+    const RotaryTables& tables = config_.local_rope ? pass.rope_local : pass.rope;
+    q = apply_rope(q, tables);
+    k = apply_rope(k, tables);
+  }
+  const int64_t cache_layer = config_.cache_layer < 0 ? layer_ : config_.cache_layer;
+  const torch::Tensor mixed = pass.cache ? cached_attention(q, k, v, cache_layer, pass, config_.options)
                                          : ragged_attention(q, k, v, pass.offsets, config_.options);
   return o_.forward(mixed.reshape({rows, config_.heads * k_width}), pass);
 }
 
 void SelfAttentionImpl::add_sites(const std::string& path, Sites& sites) {
-  const int64_t d = config_.hidden_size, k = config_.head_dim;
-  auto add = [&](const char* name, Role role, LinearGroup& group, int64_t index, int64_t heads, ScaleSlot* normed) {
-    const std::string site = path + name;
-    const int64_t out = group.outs()[index], width = heads > 0 ? k : out;
-    sites.linears.push_back({site, role, layer_, &group, index, group.in(), out});
-    sites.scales.push_back({site, role, layer_, ScaleKind::kInput, &group.input_slot(index), 0, group.in(), d});
-    sites.scales.push_back({site, role, layer_, ScaleKind::kOutput, &group.output_slot(index), heads, width, d});
-    if (normed != nullptr) sites.scales.push_back({site, role, layer_, ScaleKind::kPostHeadNorm, normed, heads, k, d});
-  };
+  const SiteAdder adder{path, layer_, config_.hidden_size, sites};
   const bool norm = config_.qk_norm;
-  add(".q_proj", Role::kQuery, qkv_, 0, config_.heads, norm ? &q_normed_slot_ : nullptr);
-  add(".k_proj", Role::kKey, qkv_, 1, config_.kv_heads, norm ? &k_normed_slot_ : nullptr);
-  add(".v_proj", Role::kValue, qkv_, 2, config_.kv_heads, nullptr);
-  add(".o_proj", Role::kAttentionOut, o_, 0, 0, nullptr);
+  const AttentionNames& names = config_.names;
+  adder.add(names.q, Role::kQuery, qkv_, 0, config_.heads, norm ? &q_normed_slot_ : nullptr);
+  adder.add(names.k, Role::kKey, qkv_, 1, config_.kv_heads, norm ? &k_normed_slot_ : nullptr);
+  adder.add(names.v, Role::kValue, qkv_, 2, config_.kv_heads);
+  adder.add(names.o, Role::kAttentionOut, o_, 0, 0);
 }
 
 int64_t SelfAttentionImpl::saved_per_row(bool whole) const {
@@ -279,14 +363,73 @@ int64_t SelfAttentionImpl::saved_per_row(bool whole) const {
   // Rotated queries and keys, values, the output and its log-sum-exp.
   int64_t numbers = 2 * q + 2 * kv + config_.heads;
   if (whole || qkv_.delta) numbers += config_.hidden_size;  // the normed input
-  for (const LinearGroup* group : {&qkv_, &o_}) {
-    if (group->delta) numbers += group->delta->saved_per_row();
-  }
-  return numbers;
+  return numbers + saved_by_deltas({&qkv_, &o_});
 }
 
 void SelfAttentionImpl::quantize_int8() {
   qkv_.quantize_int8();
+  o_.quantize_int8();
+}
+
+CrossAttentionImpl::CrossAttentionImpl(const SelfAttentionConfig& config, int64_t layer,
+                                       const torch::TensorOptions& options)
+    : config_(config),
+      layer_(layer),
+      q_(config.hidden_size, {config.heads * config.head_dim}, config.qkv_bias, options, {config.heads}),
+      kv_(config.hidden_size, {config.kv_heads * config.head_dim, config.kv_heads * config.head_dim}, config.qkv_bias,
+          options, {config.kv_heads, config.kv_heads}),
+      o_(config.heads * config.head_dim, {config.hidden_size}, config.o_bias, options) {
+  register_module(config.names.q, q_.members()[0]);
+  register_module(config.names.k, kv_.members()[0]);
+  register_module(config.names.v, kv_.members()[1]);
+  register_module(config.names.o, o_.members()[0]);
+}
+
+torch::Tensor CrossAttentionImpl::forward(const torch::Tensor& x, Pass& pass) {
+  MOESAIC_ASSERT(pass.source != nullptr);
+  const Source& source = *pass.source;
+  const int64_t rows = x.size(0), batch = static_cast<int64_t>(pass.offsets.size()) - 1;
+  const torch::Tensor q = q_.forward(x, pass).view({rows, config_.heads, config_.head_dim});
+  torch::Tensor k, v;
+  if (source.states.defined()) {
+    Pass over = pass.over_source();
+    const auto parts = kv_.parts(source.states, over);
+    k = parts[0].view({source.states.size(0), config_.kv_heads, config_.head_dim});
+    v = parts[1].view({source.states.size(0), config_.kv_heads, config_.head_dim});
+  }
+  torch::Tensor mixed;
+  if (source.kept == nullptr) {
+    mixed = ragged_attention(q, k, v, pass.offsets, source.offsets, config_.options);
+  } else {
+    std::vector<std::pair<torch::Tensor, torch::Tensor>> kept;
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t begin = source.offsets[b], end = source.offsets[b + 1];
+      if (begin < end) source.kept->put(config_.cache_layer, b, k.slice(0, begin, end), v.slice(0, begin, end));
+      kept.push_back(source.kept->at(config_.cache_layer, b));
+    }
+    mixed = attention_to(q, pass.offsets, kept, config_.options);
+  }
+  return o_.forward(mixed.reshape({rows, config_.heads * config_.head_dim}), pass);
+}
+
+void CrossAttentionImpl::add_sites(const std::string& path, Sites& sites) {
+  const SiteAdder adder{path, layer_, config_.hidden_size, sites};
+  adder.add(config_.names.q, Role::kQuery, q_, 0, config_.heads);
+  adder.add(config_.names.k, Role::kKey, kv_, 0, config_.kv_heads);
+  adder.add(config_.names.v, Role::kValue, kv_, 1, config_.kv_heads);
+  adder.add(config_.names.o, Role::kAttentionOut, o_, 0, 0);
+}
+
+int64_t CrossAttentionImpl::saved_per_row(bool whole) const {
+  const int64_t q = config_.heads * config_.head_dim, kv = config_.kv_heads * config_.head_dim;
+  int64_t numbers = 2 * q + 2 * kv + config_.heads;
+  if (whole || q_.delta) numbers += config_.hidden_size;  // the normed input
+  return numbers + saved_by_deltas({&q_, &kv_, &o_});
+}
+
+void CrossAttentionImpl::quantize_int8() {
+  q_.quantize_int8();
+  kv_.quantize_int8();
   o_.quantize_int8();
 }
 

@@ -5,8 +5,8 @@
 #include <string>
 
 #include "moesaic/nn/attention.h"
-#include "moesaic/nn/block.h"
 #include "moesaic/nn/feed_forward.h"
+#include "moesaic/nn/sited_block.h"
 
 namespace moesaic::nn {
 
@@ -20,25 +20,20 @@ struct DecoderLayerConfig {
 
 /// h = h + attention(norm(h));  h = h + ffn(norm(h)). With pre_post_norms each half's output is normed too, before it
 /// is added.
-struct DecoderLayerImpl : torch::nn::Module, Block {
+struct DecoderLayerImpl : torch::nn::Module, SitedBlock {
   DecoderLayerImpl(const DecoderLayerConfig& config, int64_t layer, const torch::TensorOptions& options);
 
   torch::Tensor forward(const torch::Tensor& h, Pass& pass) override;
-  int64_t index() const override { return layer_; }
-  bool trains() const override;
   int64_t saved_bytes(int64_t rows) const override;
-  int64_t scratch_per_row() const override;
   /// Appends the sites; `path` is the module path, "model.layers.0".
   void add_sites(const std::string& path, Sites& sites);
   void quantize_int8();
 
  private:
-  int64_t layer_;
   RmsNorm input_layernorm_{nullptr}, post_attention_layernorm_{nullptr};
   RmsNorm pre_feedforward_layernorm_{nullptr}, post_feedforward_layernorm_{nullptr};
   SelfAttention self_attn_{nullptr};
   std::shared_ptr<Ffn> mlp_;
-  Sites sites_;  // its own
 };
 TORCH_MODULE(DecoderLayer);
 

@@ -8,7 +8,12 @@ namespace moesaic::nn {
 namespace {
 
 torch::Tensor activation(const torch::Tensor& x, GluKind kind) {
-  return kind == GluKind::kSilu ? at::silu(x) : at::gelu(x, "tanh");
+  switch (kind) {
+    case GluKind::kSilu: return at::silu(x);
+    case GluKind::kGeluTanh: return at::gelu(x, "tanh");
+    case GluKind::kRelu: break;
+  }
+  return at::relu(x);
 }
 
 int64_t row_grain(int64_t f) { return std::max<int64_t>((8 << 10) / f, 1); }
@@ -49,7 +54,7 @@ struct GluFunction : torch::autograd::Function<GluFunction> {
 }  // namespace
 
 torch::Tensor gated_linear_unit(const torch::Tensor& gate_up, GluKind kind) {
-  if (gate_up.is_cpu() && gate_up.scalar_type() == torch::kFloat32) {
+  if (gate_up.is_cpu() && gate_up.scalar_type() == torch::kFloat32 && kind != GluKind::kRelu) {
     if (torch::GradMode::is_enabled() && gate_up.requires_grad()) {
       return GluFunction::apply(gate_up, static_cast<int64_t>(kind));
     }
@@ -61,17 +66,19 @@ torch::Tensor gated_linear_unit(const torch::Tensor& gate_up, GluKind kind) {
 }
 
 FeedForwardImpl::FeedForwardImpl(int64_t hidden_size, int64_t intermediate_size, bool bias, GluKind kind, int64_t layer,
-                                 const torch::TensorOptions& options)
-    : kind_(kind),
+                                 const torch::TensorOptions& options, const FeedForwardNames& names)
+    : names_(names),
+      kind_(kind),
       layer_(layer),
-      gate_up_(hidden_size, {intermediate_size, intermediate_size}, bias, options),
+      gate_up_(hidden_size, std::vector<int64_t>(gated() ? 2 : 1, intermediate_size), bias, options),
       down_(intermediate_size, {hidden_size}, bias, options) {
-  register_module("gate_proj", gate_up_.members()[0]);
-  register_module("up_proj", gate_up_.members()[1]);
-  register_module("down_proj", down_.members()[0]);
+  register_module(names.gate, gate_up_.members()[0]);
+  if (gated()) register_module(names.up, gate_up_.members()[1]);
+  register_module(names.down, down_.members()[0]);
 }
 
 torch::Tensor FeedForwardImpl::branch(const torch::Tensor& x, Pass& pass) {
+  if (!gated()) return branch_slot_.apply(activation(gate_up_.forward(x, pass), kind_), pass);
   if (branch_slot_.empty()) return gated_linear_unit(gate_up_.forward(x, pass), kind_);
   const auto parts = gate_up_.parts(x, pass);
   torch::Tensor act = activation(parts[0], kind_);
@@ -87,20 +94,20 @@ torch::Tensor FeedForwardImpl::forward(const torch::Tensor& x, Pass& pass) {
 void FeedForwardImpl::add_sites(const std::string& path, Sites& sites) {
   const int64_t d = gate_up_.in(), f = down_.in();
   auto add = [&](const char* name, Role role, LinearGroup& group, int64_t index) {
-    const std::string site = path + name;
+    const std::string site = path + "." + name;
     const int64_t out = group.outs()[index];
     sites.linears.push_back({site, role, layer_, &group, index, group.in(), out});
     sites.scales.push_back({site, role, layer_, ScaleKind::kInput, &group.input_slot(index), 0, group.in(), d});
     sites.scales.push_back({site, role, layer_, ScaleKind::kOutput, &group.output_slot(index), 0, out, d});
   };
-  add(".gate_proj", Role::kGate, gate_up_, 0);
-  add(".up_proj", Role::kUp, gate_up_, 1);
-  add(".down_proj", Role::kDown, down_, 0);
-  sites.scales.push_back({path + ".down_proj", Role::kDown, layer_, ScaleKind::kFfn, &branch_slot_, 0, f, d});
+  add(names_.gate, Role::kGate, gate_up_, 0);
+  if (gated()) add(names_.up, Role::kUp, gate_up_, 1);
+  add(names_.down, Role::kDown, down_, 0);
+  sites.scales.push_back({path + "." + names_.down, Role::kDown, layer_, ScaleKind::kFfn, &branch_slot_, 0, f, d});
 }
 
 int64_t FeedForwardImpl::saved_per_row(bool whole) const {
-  int64_t numbers = 2 * down_.in();                       // gate and up
+  int64_t numbers = 2 * down_.in();  // gate and up, or what stands before and behind the activation
   if (whole || gate_up_.delta) numbers += gate_up_.in();  // the normed input
   if (whole || down_.delta) numbers += down_.in();        // the branch
   for (const LinearGroup* group : {&gate_up_, &down_}) {

@@ -1,4 +1,4 @@
-// The gated feed-forward network.
+// The feed-forward network, gated or not.
 #pragma once
 #include <torch/torch.h>
 
@@ -15,10 +15,15 @@ namespace moesaic::nn {
 /// Source: Shazeer, "GLU Variants Improve Transformer", 2020.
 torch::Tensor gated_linear_unit(const torch::Tensor& gate_up, GluKind kind);
 
-/// y = (act(x Wg) * (x Wu)) Wd.
+/// The checkpoint's names of its linears; up = nullptr: it is not gated.
+struct FeedForwardNames {
+  const char *gate = "gate_proj", *up = "up_proj", *down = "down_proj";
+};
+
+/// y = (act(x Wg) * (x Wu)) Wd; not gated: y = act(x Wg) Wd.
 struct FeedForwardImpl : torch::nn::Module, Ffn {
   FeedForwardImpl(int64_t hidden_size, int64_t intermediate_size, bool bias, GluKind kind, int64_t layer,
-                  const torch::TensorOptions& options);
+                  const torch::TensorOptions& options, const FeedForwardNames& names = {});
 
   torch::Tensor forward(const torch::Tensor& x, Pass& pass) override;
   void add_sites(const std::string& path, Sites& sites) override;
@@ -28,6 +33,9 @@ struct FeedForwardImpl : torch::nn::Module, Ffn {
  private:
   torch::Tensor branch(const torch::Tensor& x, Pass& pass);
 
+  bool gated() const { return names_.up != nullptr; }
+
+  FeedForwardNames names_;
   GluKind kind_;
   int64_t layer_;
   LinearGroup gate_up_, down_;

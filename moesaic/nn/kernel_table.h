@@ -5,7 +5,7 @@
 
 namespace moesaic::nn {
 
-enum class GluKind { kSilu, kGeluTanh };
+enum class GluKind { kSilu, kGeluTanh, kRelu };  // kRelu has no kernel here
 
 /// Every function works on the rows or columns [begin, end) it is given, so that the caller can split the work over
 /// threads. All tensors are float32 and contiguous along their last axis unless said.
@@ -62,11 +62,12 @@ struct KernelTable {
   void (*rope)(const float* x, int64_t x_stride, float* y, int64_t y_stride, const float* cos, const float* sin,
                float sign, int64_t heads, int64_t k, int64_t begin, int64_t end);
 
-  /// One query position of `group` heads that share one KV head: out = softmax(scale q K^T) V, scores soft-capped when
-  /// softcap > 0. q, out: [group, k]; keys, values: [length] rows of k, `stride` apart; scores: scratch [group,
-  /// length].
+  /// One query position of `group` heads that share one KV head: out = softmax(scale q K^T + bias) V, scores
+  /// soft-capped when softcap > 0. q, out: [group, k]; keys, values: [length] rows of k, `stride` apart; bias: [group]
+  /// rows of `length`, `bias_stride` apart, or null; scores: scratch [group, length].
   void (*attend)(const float* q, const float* keys, const float* values, int64_t stride, int64_t length, int64_t group,
-                 int64_t k, float scale, float softcap, float* scores, float* out);
+                 int64_t k, float scale, float softcap, const float* bias, int64_t bias_stride, float* scores,
+                 float* out);
 };
 
 extern const KernelTable kGenericKernels;

@@ -564,7 +564,7 @@ void rope(const float* x, int64_t x_stride, float* y, int64_t y_stride, const fl
 // Attention of one position ------------------------------------------------------------------------------------------
 
 void attend(const float* q, const float* keys, const float* values, int64_t stride, int64_t length, int64_t group,
-            int64_t k, float scale, float softcap, float* scores, float* out) {
+            int64_t k, float scale, float softcap, const float* bias, int64_t bias_stride, float* scores, float* out) {
   constexpr int64_t kAhead = 8;  // rows to prefetch ahead: they are too far apart for the processor to foresee
   auto prefetch = [&](const float* row) {
     for (int64_t i = 0; i < k; i += kLine) __builtin_prefetch(row + kAhead * stride + i);
@@ -584,6 +584,12 @@ void attend(const float* q, const float* keys, const float* values, int64_t stri
     if (softcap > 0) {
       for_pieces(length, [&](int64_t i, int64_t count) {
         store_piece(row + i, softcap * tanh(load_piece(row + i, count) / softcap), count);
+      });
+    }
+    if (bias != nullptr) {
+      const float* added = bias + h * bias_stride;
+      for_pieces(length, [&](int64_t i, int64_t count) {
+        store_piece(row + i, load_piece(row + i, count) + load_piece(added + i, count), count);
       });
     }
     Floats tops = splat(row[0]);

@@ -2,6 +2,7 @@
 
 #include "moesaic/base/check.h"
 #include "moesaic/nn/block.h"
+#include "moesaic/nn/source.h"
 
 namespace moesaic::nn {
 
@@ -35,6 +36,17 @@ Pass Pass::sibling() const {
   other.routing = routing;
   other.readings = readings;
   other.run = run;
+  return other;
+}
+
+Pass Pass::over_source() const {
+  Pass other = sibling();
+  other.place = place;
+  other.offsets = source->offsets;
+  other.segments = source->segments;
+  other.sentence = sentence;
+  other.mixture = mixture;
+  other.layer_input = source->states;
   return other;
 }
 

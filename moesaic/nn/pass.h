@@ -3,6 +3,7 @@
 #include <torch/torch.h>
 
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -10,6 +11,7 @@ namespace moesaic::nn {
 
 class Block;
 class KvCache;
+struct Source;
 
 /// B sequences laid end to end; no padding exists anywhere. N = offsets.back() rows.
 struct RaggedBatch {
@@ -69,20 +71,23 @@ struct Pass {
   std::string place;  // of the model within a composition, "augmenting.0"; "" of a single model
 
   // Filled in by the model; read by attention, caches and adapters.
-  std::vector<int64_t> offsets;  // of the ragged batch
-  torch::Tensor positions;       // [N] int64, position of each row in its sequence (remembered ones included)
-  torch::Tensor segments;        // [N] int64, sequence of each row
-  RotaryTables rope;             // of global blocks
-  RotaryTables rope_local;       // of sliding blocks with their own base, else undefined
-  KvCache* cache = nullptr;      // keys and values of earlier tokens; nullptr when training
-  torch::Tensor sentence;        // [B, d_e] float32, for router input `sentence`; undefined otherwise
-  torch::Tensor mixture;         // [B, A] float32: each row's weight of every attached adapter; undefined = all 1
-  torch::Tensor layer_input;     // [N, d], normed input of the current attention or FFN; set by the block
+  std::vector<int64_t> offsets;    // of the ragged batch
+  torch::Tensor positions;         // [N] int64, position of each row in its sequence (remembered ones included)
+  torch::Tensor segments;          // [N] int64, sequence of each row
+  RotaryTables rope;               // of global blocks
+  RotaryTables rope_local;         // of sliding blocks with their own base, else undefined
+  KvCache* cache = nullptr;        // keys and values of earlier tokens; nullptr when training
+  torch::Tensor sentence;          // [B, d_e] float32, for router input `sentence`; undefined otherwise
+  torch::Tensor mixture;           // [B, A] float32: each row's weight of every attached adapter; undefined = all 1
+  torch::Tensor layer_input;       // [N, d], normed input of the current attention or FFN; set by the block
+  std::shared_ptr<Source> source;  // what cross-attention reads; nullptr without an encoder
 
   /// `block` over h, by `run` when it is set.
   torch::Tensor forward(Block& block, const torch::Tensor& h);
   /// A pass with the same wishes, through another model.
   Pass sibling() const;
+  /// A pass of this one's wishes and sequences over the rows of its source: for what cross-attention makes of them.
+  Pass over_source() const;
   /// mixture[:, column] of every row, [N, 1] float32; undefined when there is no mixture or column is negative.
   torch::Tensor adapter_weight(int64_t column) const;
 };

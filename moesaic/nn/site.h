@@ -118,7 +118,8 @@ struct Sites {
   std::vector<WeightSite> weights;  // every parameter, and lm_head
   bool tied_head = false;           // lm_head.weight is the embedding until it is replaced itself
   bool has_qk_norm = false;
-  std::string model_type;  // "llama", "qwen2", ...: for messages
+  std::string model_type;               // "llama", "qwen2", ...: for messages
+  std::string task_type = "CAUSAL_LM";  // what PEFT calls such a model's use
 };
 
 /// What an adapter wants to know of a text.

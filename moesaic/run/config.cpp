@@ -108,7 +108,7 @@ void parse_target(const Json& json, const std::string& where, RunConfig& run) {
   }
 }
 
-/// feedforward_modules: the (IA)^3 and MoV targets that scale their input; down_proj unless it says otherwise.
+/// feedforward_modules: the (IA)^3 and MoV targets that scale their input; down_proj and wo unless it says otherwise.
 void parse_feedforward(const Json& json, const std::string& where, RunConfig& run) {
   auto& adapter = run.adapter;
   const adapters::Method* method = subject_of(run.finetuning_type).method;
@@ -123,10 +123,10 @@ void parse_feedforward(const Json& json, const std::string& where, RunConfig& ru
   } else if (scales && targets != nullptr) {
     std::vector<std::string> names;
     std::copy_if(targets->begin(), targets->end(), std::back_inserter(names),
-                 [](const std::string& name) { return name.ends_with("down_proj"); });
+                 [](const std::string& name) { return name.ends_with("down_proj") || name.ends_with("wo"); });
     adapter.feedforward = names;
   } else if (scales) {
-    adapter.feedforward = ".*down_proj";
+    adapter.feedforward = R"(.*(down_proj|\.wo))";
   }
 }
 
@@ -343,6 +343,9 @@ void each_render_key(Config& render, Visit visit) {
         KeyInfo{kData, "tokens of an example; a longer one loses the middle of its prompt first"});
   visit("target_cutoff_len", render.target_cutoff_len, KeyInfo{kData, "tokens of an answer; 0 is no limit of its own"});
   visit("train_on_prompt", render.train_on_prompt, KeyInfo{kData, "learn the prompt's tokens, too"});
+  visit("prompt_eos", render.prompt_eos,
+        KeyInfo{kData,
+                "encoder-decoders: prompts end in EOS, as transformers' tokenizers have it; T0 was trained without"});
   visit("on_bad_row", render.on_bad_row,
         KeyInfo{kData,
                 "a row that can't be read, or that the template refuses: `stop` names all of them before the first "
@@ -419,7 +422,7 @@ std::vector<RunKey> other_keys() {
        nullptr,
        {kModel,
         "(IA)³ and MoV: the names in `lora_target` that scale what they read instead of what they give, or one regular "
-        "expression; null takes those that end in `down_proj`, `[]` none"}},
+        "expression; null takes those that end in `down_proj` or `wo`, `[]` none"}},
       {"layers_to_transform", nullptr, {kModel, "list of layers; null is all"}},
       {"dataset",
        nullptr,

@@ -6,7 +6,6 @@
 
 #include "moesaic/base/check.h"
 #include "moesaic/compose/folder.h"
-#include "moesaic/models/causal_lm.h"
 #include "moesaic/models/registry.h"
 
 namespace moesaic::run {
@@ -98,7 +97,7 @@ void open_single(const std::string& path, const OpenOptions& options, Opened& op
     if (!options.needs_tokenizer && !opened.checkpoint->tokenizer_json()) return nullptr;
     return tokenizer::Tokenizer::open(*opened.checkpoint);
   });
-  const auto model = models::CausalLM::load(*opened.checkpoint, {options.dtype, options.device, options.quantize_int8});
+  const auto model = models::load_model(*opened.checkpoint, {options.dtype, options.device, options.quantize_int8});
   model->eval();
   opened.model = model;
   opened.tokenizer = tokenizer.get();
@@ -114,8 +113,8 @@ void adapt_tokenizer(const std::string& path, const std::vector<AdapterReference
     formats::adapt(files, adapter.dir, embeds);
   }
   if (files.json || files.config != opened.tokenizer->config()) {
-    opened.tokenizer =
-        std::make_shared<tokenizer::Tokenizer>(files.json ? *files.json : opened.tokenizer->json(), files.config, path);
+    opened.tokenizer = std::make_shared<tokenizer::Tokenizer>(files.json ? *files.json : opened.tokenizer->json(),
+                                                              files.config, path, opened.tokenizer->prompts_apart());
   }
   if (files.chat_templates.empty()) return;
   opened.chat_template = std::make_shared<tokenizer::ChatTemplate>(std::move(files.chat_templates), *opened.tokenizer);

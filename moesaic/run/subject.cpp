@@ -5,7 +5,6 @@
 #include "moesaic/base/seed.h"
 #include "moesaic/compose/folder.h"
 #include "moesaic/models/causal_lm.h"
-#include "moesaic/models/initialize.h"
 #include "moesaic/models/registry.h"
 #include "moesaic/run/new_model.h"
 
@@ -14,7 +13,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-int64_t numbers_of(const models::CausalLM& model) {
+int64_t numbers_of(const models::LanguageModel& model) {
   int64_t numbers = 0;
   for (const torch::Tensor& weight : model.weights()) numbers += weight.numel();
   return numbers;
@@ -34,7 +33,7 @@ void refuse_tokenizer(const RunConfig& run, const std::string& where) {
 }
 
 /// The single model that a run begins with: read, or drawn from its seed; without numbers for a plan.
-std::shared_ptr<models::CausalLM> open_base(const RunConfig& run, const Place& place, Prepared& made) {
+std::shared_ptr<models::SingleModel> open_base(const RunConfig& run, const Place& place, Prepared& made) {
   MOESAIC_CHECK(!compose::is_composition(run.model_name_or_path), UsageError,
                 "finetuning_type {}: model_name_or_path {} is a composition, expected a single model, or "
                 "finetuning_type calm",
@@ -47,15 +46,15 @@ std::shared_ptr<models::CausalLM> open_base(const RunConfig& run, const Place& p
   } else {
     made.checkpoint = models::open_checkpoint(run.model_name_or_path);
   }
-  const auto config = models::parse_decoder_config(made.checkpoint->config(), run.model_name_or_path);
   place.opened(*made.checkpoint);
-  std::shared_ptr<models::CausalLM> model;
+  std::shared_ptr<models::SingleModel> model;
   if (place.dry || random) {
-    model = std::make_shared<models::CausalLM>(
-        config, torch::dtype(place.dtype).device(place.dry ? torch::Device(torch::kMeta) : place.device));
-    if (!place.dry) models::initialize(*model, derive_seed(run.train.seed, "init"));
+    model =
+        models::make_model(made.checkpoint->config(), run.model_name_or_path,
+                           torch::dtype(place.dtype).device(place.dry ? torch::Device(torch::kMeta) : place.device));
+    if (!place.dry) model->initialize(derive_seed(run.train.seed, "init"));
   } else {
-    model = models::CausalLM::load(*made.checkpoint, {.dtype = place.dtype, .device = place.device});
+    model = models::load_model(*made.checkpoint, {.dtype = place.dtype, .device = place.device});
   }
   made.base_parameters = numbers_of(*model);
   made.model = model;

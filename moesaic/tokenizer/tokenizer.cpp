@@ -91,7 +91,7 @@ struct Tokenizer::Impl {
   std::map<std::string, std::string> special_tokens;  // "bos_token" -> "<s>"
   int64_t vocab_size = 0;
   std::vector<std::string> special_texts;
-  bool adds_bos = false;
+  bool adds_bos = false, prompts_apart = false;
   std::once_flag behind_once;
   std::unique_ptr<const Tokenizer> behind;  // for texts that go on; nullptr: this one does
 
@@ -108,9 +108,10 @@ struct Tokenizer::Impl {
   }
 };
 
-Tokenizer::Tokenizer(std::string_view tokenizer_json, const Json& config, const std::string& where)
+Tokenizer::Tokenizer(std::string_view tokenizer_json, const Json& config, const std::string& where, bool prompts_apart)
     : impl_(std::make_unique<Impl>()) {
   OwnedText error;
+  impl_->prompts_apart = prompts_apart;
   impl_->json = tokenizer_json;
   impl_->config = config;
   impl_->bridge.reset(bridge_tokenizer_new(tokenizer_json.data(), tokenizer_json.size(), error.out()));
@@ -145,7 +146,8 @@ std::shared_ptr<Tokenizer> Tokenizer::open(const formats::Checkpoint& checkpoint
       "{}: no tokenizer found, expected tokenizer.json beside the weights. Save it there with the tokenizer's "
       "save_pretrained.",
       where);
-  return std::make_shared<Tokenizer>(*json, checkpoint.tokenizer_config(), where);
+  return std::make_shared<Tokenizer>(*json, checkpoint.tokenizer_config(), where,
+                                     checkpoint.config().value("is_encoder_decoder", Json()) == true);
 }
 
 std::shared_ptr<Tokenizer> Tokenizer::train(const std::vector<std::string>& texts, int64_t vocab_size) {
@@ -184,6 +186,9 @@ std::vector<int64_t> Tokenizer::encode(std::string_view text, bool add_special_t
 }
 
 Encoding Tokenizer::encode_start(std::string_view text) const {
+  if (impl_->prompts_apart) {
+    return encode_with_offsets(text, impl_->config.value("add_eos_token", Json()) != false);
+  }
   Encoding encoding = encode_with_offsets(text, /*add_special_tokens=*/false);
   if (impl_->adds_bos && (encoding.ids.empty() || encoding.ids.front() != *bos_id())) {
     encoding.ids.insert(encoding.ids.begin(), *bos_id());
@@ -193,6 +198,7 @@ Encoding Tokenizer::encode_start(std::string_view text) const {
 }
 
 std::vector<int64_t> Tokenizer::encode_behind(std::string_view text) const {
+  if (impl_->prompts_apart) return encode(text, /*add_special_tokens=*/false);
   std::call_once(impl_->behind_once, [this] {
     const Json original = parse_json(impl_->json, "tokenizer.json");
     Json json = original;
@@ -231,6 +237,7 @@ std::optional<std::string> Tokenizer::id_to_token(int64_t id) const {
   return token.str();
 }
 
+bool Tokenizer::prompts_apart() const { return impl_->prompts_apart; }
 int64_t Tokenizer::vocab_size() const { return impl_->vocab_size; }
 std::optional<std::string> Tokenizer::bos_token() const { return impl_->special_token("bos_token"); }
 std::optional<std::string> Tokenizer::eos_token() const { return impl_->special_token("eos_token"); }

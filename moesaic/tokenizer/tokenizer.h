@@ -29,8 +29,9 @@ class Tokenizer {
  public:
   /// `tokenizer_json`: the file's text. `config`: tokenizer_config.json, which names the special tokens. As in
   /// transformers 5, what is put around a text is the post-processor of tokenizer.json; `add_bos_token` is not read.
+  /// prompts_apart: an encoder reads prompts, so that they are texts of their own; see encode_start.
   /// Throws FormatError.
-  Tokenizer(std::string_view tokenizer_json, const Json& config, const std::string& where);
+  Tokenizer(std::string_view tokenizer_json, const Json& config, const std::string& where, bool prompts_apart = false);
   /// The tokenizer of a checkpoint. Throws DataError when it has none.
   static std::shared_ptr<Tokenizer> open(const formats::Checkpoint& checkpoint);
   /// A byte-level BPE of at most `vocab_size` tokens learnt from UTF-8 texts: <bos>, <eos> and <pad> (ids 0 to 2), the
@@ -45,11 +46,16 @@ class Tokenizer {
   std::vector<int64_t> encode(std::string_view text, bool add_special_tokens) const;
   Encoding encode_with_offsets(std::string_view text, bool add_special_tokens) const;
   /// The start of a text that will go on: BOS in front if the tokenizer adds one and the text does not spell it itself,
-  /// and nothing behind.
+  /// and nothing behind. Prompts that stand apart get what the tokenizer puts around a text, as from transformers'
+  /// __call__, unless tokenizer_config.json says `add_eos_token: false`: then nothing.
   Encoding encode_start(std::string_view text) const;
   /// `text` as it goes on behind another: without the blank that SentencePiece-style tokenizers put in front of a text.
+  /// Behind a prompt that stands apart it is a text, with nothing around it.
   std::vector<int64_t> encode_behind(std::string_view text) const;
   std::string decode(const std::vector<int64_t>& ids, bool skip_special_tokens) const;
+
+  /// Whether prompts are texts of their own, which an encoder reads.
+  bool prompts_apart() const;
 
   std::optional<int64_t> token_to_id(std::string_view token) const;
   std::optional<std::string> id_to_token(int64_t id) const;

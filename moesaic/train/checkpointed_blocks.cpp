@@ -2,6 +2,8 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 
+#include "moesaic/nn/source.h"
+
 namespace moesaic::train {
 namespace {
 
@@ -23,10 +25,14 @@ struct BlockRun : torch::CustomClassHolder {
   RoutingLoss routing_loss;
   std::vector<torch::Tensor> random;
 
-  /// The block's output and the loss over its routing.
-  BlockResult run(const torch::Tensor& hidden, std::vector<nn::RoutingRecord>& records) {
+  /// The block's output and the loss over its routing. source: what cross-attention reads.
+  BlockResult run(const torch::Tensor& hidden, const torch::Tensor& source, std::vector<nn::RoutingRecord>& records) {
     const bool collects = pass.routing != nullptr;
     nn::Pass own = pass;
+    if (pass.source != nullptr) {
+      own.source = std::make_shared<nn::Source>(*pass.source);
+      own.source->states = source;
+    }
     own.routing = collects ? &records : nullptr;
     BlockResult result;
     result.hidden = block->forward(hidden, own);
@@ -40,14 +46,17 @@ struct BlockRun : torch::CustomClassHolder {
 
 class CheckpointedBlock : public torch::autograd::Function<CheckpointedBlock> {
  public:
-  /// `anchor` requires grad, so that the output does even where `hidden` does not: the block's own leaves need it.
+  /// source: the encoder's states that the block reads, or nothing, [0]. `anchor` requires grad, so that the output
+  /// does even where `hidden` does not: the block's own leaves need it.
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* context, const torch::Tensor& hidden,
-                                                const torch::Tensor& anchor, c10::intrusive_ptr<BlockRun> block_run,
+                                                const torch::Tensor& source, const torch::Tensor& anchor,
+                                                c10::intrusive_ptr<BlockRun> block_run,
                                                 std::vector<nn::RoutingRecord>* records) {
-    const BlockResult result = block_run->run(hidden, *records);
-    context->save_for_backward({hidden});
+    const BlockResult result = block_run->run(hidden, source, *records);
+    context->save_for_backward({hidden, source});
     context->saved_data["run"] = c10::IValue::make_capsule(block_run);
     context->saved_data["needs_hidden"] = hidden.requires_grad();
+    context->saved_data["needs_source"] = source.requires_grad();
     return {result.hidden, result.routing_loss};
   }
 
@@ -56,6 +65,8 @@ class CheckpointedBlock : public torch::autograd::Function<CheckpointedBlock> {
     auto block_run = c10::static_intrusive_pointer_cast<BlockRun>(context->saved_data["run"].toCapsule());
     const bool needs_hidden = context->saved_data["needs_hidden"].toBool();
     torch::Tensor hidden = context->get_saved_variables()[0].detach().requires_grad_(needs_hidden);
+    const bool needs_source = context->saved_data["needs_source"].toBool();
+    torch::Tensor source = context->get_saved_variables()[1].detach().requires_grad_(needs_source);
 
     const auto device = hidden.device();
     const auto current = random_state(device);
@@ -64,7 +75,7 @@ class CheckpointedBlock : public torch::autograd::Function<CheckpointedBlock> {
     std::vector<nn::RoutingRecord> records;
     {
       torch::AutoGradMode grad(true);
-      result = block_run->run(hidden, records);
+      result = block_run->run(hidden, source, records);
     }
     set_random_state(device, current);
 
@@ -74,7 +85,7 @@ class CheckpointedBlock : public torch::autograd::Function<CheckpointedBlock> {
       output_gradients.push_back(gradients[1]);
     }
     torch::autograd::backward(outputs, output_gradients);
-    return {hidden.grad(), {}, {}, {}};
+    return {hidden.grad(), source.grad(), {}, {}, {}};
   }
 };
 
@@ -98,7 +109,10 @@ void set_random_state(torch::Device device, const std::vector<torch::Tensor>& st
 }
 
 torch::Tensor CheckpointedBlocks::run(nn::Block& block, const torch::Tensor& hidden, nn::Pass& pass) {
-  if (!torch::GradMode::is_enabled() || !(hidden.requires_grad() || block.trains())) return block.forward(hidden, pass);
+  const bool reads = pass.source != nullptr && pass.source->states.defined();
+  const torch::Tensor source = reads ? pass.source->states : torch::empty({0}, hidden.options().requires_grad(false));
+  const bool graph = hidden.requires_grad() || source.requires_grad() || block.trains();
+  if (!torch::GradMode::is_enabled() || !graph) return block.forward(hidden, pass);
   auto run = c10::make_intrusive<BlockRun>();
   run->block = &block;
   run->pass = pass;
@@ -107,7 +121,7 @@ torch::Tensor CheckpointedBlocks::run(nn::Block& block, const torch::Tensor& hid
   run->random = random_state(hidden.device());
   std::vector<nn::RoutingRecord> records;
   const auto anchor = torch::zeros({}, hidden.options().dtype(torch::kFloat32)).requires_grad_(true);
-  const auto outputs = CheckpointedBlock::apply(hidden, anchor, run, &records);
+  const auto outputs = CheckpointedBlock::apply(hidden, source, anchor, run, &records);
   if (pass.routing != nullptr) pass.routing->insert(pass.routing->end(), records.begin(), records.end());
   loss_ = loss_.defined() ? loss_ + outputs[1] : outputs[1];
   return outputs[0];

@@ -30,6 +30,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   } catch (const Error&) {
   }
   try {
+    models::parse_seq2seq_config(json, "fuzz");
+  } catch (const Error&) {
+  }
+  try {
     adapters::parse_adapter_config(json, "fuzz");
   } catch (const Error&) {
   }

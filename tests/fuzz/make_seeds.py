@@ -115,6 +115,8 @@ def main():
         "qwen3_yarn.json": {**common, "model_type": "qwen3", "rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
         "gemma3_multimodal.json": {"model_type": "gemma3", "text_config": {**common, "model_type": "gemma3_text",
                                                            "rope_local_base_freq": 1e4, "sliding_window_pattern": 2}},
+        "t5.json": {"model_type": "t5", "vocab_size": 16, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_heads": 2, "num_layers": 2,
+                    "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "is_encoder_decoder": True},
     }
     for name, config in configs.items():
         write("config", name, json.dumps(config).encode())

@@ -7,6 +7,7 @@
 
 #include "moesaic/models/causal_lm.h"
 #include "moesaic/models/registry.h"
+#include "moesaic/models/seq2seq_lm.h"
 
 namespace moesaic::test {
 
@@ -54,6 +55,28 @@ inline std::vector<std::pair<std::string, Json>> tiny_configs() {
   };
 }
 
+/// The same for encoder-decoders, whose relative distances pass the exact buckets and the largest one.
+inline std::vector<std::pair<std::string, Json>> tiny_seq2seq_configs() {
+  auto with = [](const Json& changes) {
+    Json config{{"vocab_size", 53},
+                {"d_model", 24},
+                {"d_ff", 37},
+                {"d_kv", 10},
+                {"num_layers", 2},
+                {"num_heads", 3},
+                {"relative_attention_num_buckets", 8},
+                {"relative_attention_max_distance", 6}};
+    config.update(changes);
+    return config;
+  };
+  return {
+      {"t5", with({{"model_type", "t5"}, {"num_decoder_layers", 3}})},
+      {"t5 1.1", with({{"model_type", "t5"}, {"feed_forward_proj", "gated-gelu"}, {"tie_word_embeddings", false}})},
+      {"mt5", with({{"model_type", "mt5"}, {"decoder_start_token_id", 3}})},
+      {"umt5", with({{"model_type", "umt5"}})},
+  };
+}
+
 /// A model with random weights: matrices ~ N(0, 0.3), norms around their neutral value.
 inline std::shared_ptr<models::CausalLM> random_model(const Json& config, torch::Dtype dtype = torch::kFloat32,
                                                       uint64_t seed = 0) {
@@ -69,7 +92,20 @@ inline std::shared_ptr<models::CausalLM> random_model(const Json& config, torch:
   return model;
 }
 
-inline torch::Tensor logits_of(models::CausalLM& model, const std::vector<std::vector<int64_t>>& sequences,
+/// An encoder-decoder with random weights.
+inline std::shared_ptr<models::Seq2SeqLM> random_seq2seq(const Json& config, torch::Dtype dtype = torch::kFloat32,
+                                                         uint64_t seed = 0) {
+  torch::NoGradGuard no_grad;
+  torch::manual_seed(seed);
+  auto model = std::dynamic_pointer_cast<models::Seq2SeqLM>(models::make_model(config, "config.json", dtype));
+  for (auto& item : model->named_parameters()) {
+    const double centre = item.value().dim() == 1 ? 1.0 : 0.0;
+    item.value().copy_(torch::randn(item.value().sizes(), torch::kFloat64) * 0.3 + centre);
+  }
+  return model;
+}
+
+inline torch::Tensor logits_of(models::LanguageModel& model, const std::vector<std::vector<int64_t>>& sequences,
                                models::Memory* memory = nullptr) {
   nn::Pass pass;
   return model.head().logits(model.hidden({nn::RaggedBatch::from_sequences(sequences)}, pass, memory));
@@ -83,7 +119,8 @@ class MemoryCheckpoint : public formats::Checkpoint {
     config_ = std::move(config);
   }
   /// The weights of `model` under `config`.
-  MemoryCheckpoint(Json config, const models::CausalLM& model) : MemoryCheckpoint(std::move(config), {}) {
+  MemoryCheckpoint(Json config, const models::SingleModel& model)
+      : MemoryCheckpoint(std::move(config), std::map<std::string, torch::Tensor>()) {
     for (const auto& item : model.named_parameters()) tensors[item.key()] = item.value().detach().clone();
   }
 
@@ -104,6 +141,8 @@ class MemoryCheckpoint : public formats::Checkpoint {
   formats::ChatTemplates chat_templates() const override { return {}; }
   Json generation_config() const override { return Json::object(); }
   std::string fingerprint() const override { return "sha256:memory"; }
+
+  void config_is(Json config) { config_ = std::move(config); }
 
   std::map<std::string, torch::Tensor> tensors;
 };

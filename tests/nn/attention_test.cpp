@@ -156,5 +156,65 @@ TEST(CachedAttention, AnyChunkingEqualsFull) {
   }
 }
 
+/// Every query sees all keys of its sequence: out[n, h] = sum_j softmax_j(scale q . k_j + bias[h, n, j]) v_j.
+torch::Tensor seen_whole(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+                         const std::vector<int64_t>& offsets, const std::vector<int64_t>& key_offsets, double scale,
+                         RelativeBias bias) {
+  const int64_t group = q.size(1) / k.size(1);
+  std::vector<torch::Tensor> rows;
+  for (size_t b = 0; b + 1 < offsets.size(); ++b) {
+    const int64_t begin = key_offsets[b], end = key_offsets[b + 1];
+    for (int64_t n = offsets[b]; n < offsets[b + 1]; ++n) {
+      std::vector<torch::Tensor> heads;
+      for (int64_t h = 0; h < q.size(1); ++h) {
+        auto scores = at::mv(k.select(1, h / group).slice(0, begin, end), q[n][h]) * scale;
+        if (bias) scores = scores + bias->forward(end - begin, end - begin)[h][n - offsets[b]];
+        heads.push_back(at::mv(v.select(1, h / group).slice(0, begin, end).t(), at::softmax(scores, 0)));
+      }
+      rows.push_back(at::stack(heads));
+    }
+  }
+  return at::stack(rows);
+}
+
+TEST(RaggedAttention, KeysOfAnotherText) {
+  const std::vector<int64_t> queries{0, 3, 4}, keys{0, 2, 7};
+  const AttentionOptions options{.scale = 0.4, .causal = false};
+  expect_gradients_match([&](const auto& in) { return ragged_attention(in[0], in[1], in[2], queries, keys, options); },
+                         {leaf(torch::randn({4, 4, 3})), leaf(torch::randn({7, 2, 3})), leaf(torch::randn({7, 2, 3}))});
+  const auto q = torch::randn({4, 4, 3}), k = torch::randn({7, 2, 3}), v = torch::randn({7, 2, 3});
+  EXPECT_LT(relative_error(ragged_attention(q, k, v, queries, keys, options),
+                           seen_whole(q, k, v, queries, keys, options.scale, nullptr)),
+            1e-6);
+}
+
+TEST(RaggedAttention, ABiasThatIsFrozenAndOneThatLearns) {
+  const std::vector<int64_t> offsets{0, 5, 6, 13};
+  for (const int64_t heads : {4, 2}) {  // two query heads share a key, or each has its own
+    RelativeBias bias(8, 6, heads, /*both_ways=*/true, torch::kFloat64);
+    bias->weight.normal_();
+    const AttentionOptions options{.scale = 0.4, .causal = false, .bias = bias};
+    const std::vector<torch::Tensor> inputs{leaf(torch::randn({13, heads, 3})), leaf(torch::randn({13, 2, 3})),
+                                            leaf(torch::randn({13, 2, 3}))};
+    auto attend = [&](const auto& in) { return ragged_attention(in[0], in[1], in[2], offsets, options); };
+    expect_gradients_match(attend, inputs);
+    const auto frozen = attend(inputs);
+    EXPECT_LT(relative_error(frozen, seen_whole(inputs[0], inputs[1], inputs[2], offsets, offsets, 0.4, bias)), 1e-12);
+    frozen.square().sum().backward();
+    const torch::Tensor of_queries = inputs[0].grad().clone();
+    inputs[0].mutable_grad() = torch::Tensor();
+
+    bias->weight.requires_grad_(true);
+    const auto learning = attend(inputs);
+    EXPECT_LT(relative_error(learning, frozen), 1e-12);
+    learning.square().sum().backward();
+    EXPECT_LT(relative_error(inputs[0].grad(), of_queries), 1e-12);
+    const torch::Tensor of_bias = bias->weight.grad().clone();
+    bias->weight.mutable_grad() = torch::Tensor();
+    seen_whole(inputs[0], inputs[1], inputs[2], offsets, offsets, 0.4, bias).square().sum().backward();
+    EXPECT_LT(relative_error(of_bias, bias->weight.grad()), 1e-12);
+  }
+}
+
 }  // namespace
 }  // namespace moesaic::nn

@@ -127,11 +127,15 @@ TEST(Kernels, AttendEqualsSoftmaxOnEveryInstructionSet) {
         const int64_t group = 3, stride = 2 * k;  // two KV heads, the second is read
         const auto q = torch::randn({group, k}), keys = torch::randn({length, 2, k}),
                    values = torch::randn({length, 2, k});
+        const auto bias = torch::randn({group, length + 3});  // rows further apart than they are long
+        const bool biased = length % 2 == 0;
         auto out = torch::empty({group, k}), scratch = torch::empty({group, length});
         table->attend(q.data_ptr<float>(), keys.data_ptr<float>() + k, values.data_ptr<float>() + k, stride, length,
-                      group, k, 0.7f, softcap, scratch.data_ptr<float>(), out.data_ptr<float>());
+                      group, k, 0.7f, softcap, biased ? bias.data_ptr<float>() : nullptr, bias.stride(0),
+                      scratch.data_ptr<float>(), out.data_ptr<float>());
         auto scores = at::matmul(q.to(torch::kFloat64), keys.select(1, 1).to(torch::kFloat64).t()) * 0.7;
         if (softcap > 0) scores = at::tanh(scores / softcap) * softcap;
+        if (biased) scores = scores + bias.slice(1, 0, length);
         const auto expected = at::matmul(at::softmax(scores, -1), values.select(1, 1).to(torch::kFloat64));
         EXPECT_LT(relative_error(out, expected), kFloatTolerance) << length << " keys of " << k;
       }
@@ -145,7 +149,7 @@ TEST(Kernels, ExtremeScoresStayFinite) {
     const auto values = torch::tensor({{1.f, 2.f}, {3.f, 4.f}});
     auto out = torch::empty({1, 2}), scratch = torch::empty({2});
     table->attend(q.data_ptr<float>(), keys.data_ptr<float>(), values.data_ptr<float>(), 2, 2, 1, 2, 1.0f, 0.0f,
-                  scratch.data_ptr<float>(), out.data_ptr<float>());
+                  nullptr, 0, scratch.data_ptr<float>(), out.data_ptr<float>());
     // Scores 10^4 and -10^4: the first key takes all; the other keeps e^-87, the least the kernel's exp returns.
     EXPECT_TRUE(at::allclose(out, torch::tensor({{1.f, 2.f}}), 1e-6));
   }

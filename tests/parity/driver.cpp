@@ -5,6 +5,7 @@
 //   adapter, scale              a folder to load, or
 //   create                      {method, preset, rank, alpha, experts, seed, perturb}: a new adapter
 //   sequences, mask, sentence   the ragged batch; normalization: tokens | sequences
+//   prompts                     tokens of each prompt, for `cached`
 //   mode                        logits | adapter | full (with the gradients of the adapter's, or of every base
 //                               parameter) | cached (logits through the KV cache) | generate (max_new_tokens) | step
 //                               (one step of the trainer, with a learning rate of 0: micro_batch, moe_aux_loss_coef,
@@ -14,7 +15,6 @@
 #include "moesaic/adapters/adapter.h"
 #include "moesaic/data/example.h"
 #include "moesaic/generate/generate.h"
-#include "moesaic/models/causal_lm.h"
 #include "moesaic/models/registry.h"
 #include "moesaic/train/trainer.h"
 #include "tests/parity/answer_lines.h"
@@ -25,7 +25,7 @@ using moesaic::Json;
 using namespace moesaic;
 using Sequences = std::vector<std::vector<int64_t>>;
 
-std::shared_ptr<adapters::Adapter> attach(const Json& job, models::CausalLM& model,
+std::shared_ptr<adapters::Adapter> attach(const Json& job, models::SingleModel& model,
                                           const formats::Checkpoint& checkpoint) {
   if (job.contains("adapter")) {
     auto adapter = adapters::Adapter::open(job["adapter"].get<std::string>(), model.sites(), model.device(),
@@ -67,9 +67,10 @@ torch::Tensor row_weights(const data::Batch& batch, const std::string& normaliza
   return 1.0 / (counts.index_select(0, batch.label_sequences) * sequences).to(torch::kFloat32);
 }
 
-/// Logits of all rows when each sequence's first half is prefilled and the rest fed one token at a time, all sequences
-/// together; those that end leave the batch.
-torch::Tensor cached_logits(models::CausalLM& model, const Sequences& sequences, const torch::Tensor& sentence) {
+/// Logits of all rows when each sequence's first half (or its prompt, of `prompts` tokens) is prefilled and the rest
+/// fed one token at a time, all sequences together; those that end leave the batch.
+torch::Tensor cached_logits(models::SingleModel& model, const Sequences& sequences, const torch::Tensor& sentence,
+                            const std::vector<int64_t>& prompts) {
   std::vector<std::vector<torch::Tensor>> rows(sequences.size());
   std::vector<int64_t> live(sequences.size());
   std::iota(live.begin(), live.end(), 0);
@@ -79,7 +80,8 @@ torch::Tensor cached_logits(models::CausalLM& model, const Sequences& sequences,
   while (!live.empty()) {
     Sequences next;
     for (int64_t b : live) {
-      const size_t count = done[b] == 0 ? (sequences[b].size() + 1) / 2 : 1;
+      const size_t half = prompts.empty() ? (sequences[b].size() + 1) / 2 : prompts[b];
+      const size_t count = done[b] == 0 ? half : 1;
       next.emplace_back(sequences[b].begin() + done[b], sequences[b].begin() + done[b] + count);
       done[b] += count;
     }
@@ -135,7 +137,7 @@ class ListStream : public data::ExampleStream {
 };
 
 /// Loss, auxiliary loss and gradients of one step over all `examples`.
-formats::TensorMap train_step(const Json& job, models::CausalLM& model, adapters::Adapter& adapter,
+formats::TensorMap train_step(const Json& job, models::SingleModel& model, adapters::Adapter& adapter,
                               std::vector<data::Example> examples) {
   train::TrainConfig config;
   config.per_device_train_batch_size = job["micro_batch"];
@@ -159,9 +161,10 @@ formats::TensorMap train_step(const Json& job, models::CausalLM& model, adapters
 Json run(const Json& job) {
   const auto checkpoint = models::open_checkpoint(job["model"].get<std::string>());
   models::LoadOptions options;
-  options.dtype = job.value("dtype", "float32") == "bfloat16" ? torch::kBFloat16 : torch::kFloat32;
+  const std::string dtype = job.value("dtype", "float32");
+  options.dtype = dtype == "bfloat16" ? torch::kBFloat16 : dtype == "float16" ? torch::kHalf : torch::kFloat32;
   options.quantize_int8 = job.value("quantize", false);
-  const auto model = models::CausalLM::load(*checkpoint, options);
+  const auto model = models::load_model(*checkpoint, options);
   const auto adapter = attach(job, *model, *checkpoint);
   const Sequences sequences = job["sequences"];
   const std::string mode = job.value("mode", "logits");
@@ -176,7 +179,7 @@ Json run(const Json& job) {
   if (mode == "generate") {
     generate::SamplingOptions sampling;
     sampling.max_new_tokens = job["max_new_tokens"];
-    sampling.eos_ids = model->config().eos_ids;
+    sampling.eos_ids = model->facts().eos_ids;
     const auto tokenizer = tokenizer::Tokenizer::open(*checkpoint);
     Json answers = Json::array();
     std::vector<generate::Prompt> prompts;
@@ -195,14 +198,14 @@ Json run(const Json& job) {
     result = train_step(job, *model, *adapter, examples_of(job, sequences));
   } else if (mode == "cached") {
     torch::NoGradGuard no_grad;
-    result["logits"] = cached_logits(*model, sequences, sentence);
+    result["logits"] = cached_logits(*model, sequences, sentence, job.value("prompts", std::vector<int64_t>()));
   } else {
     if (mode == "full") {
       for (torch::Tensor& parameter : model->parameters()) parameter.set_requires_grad(true);
     }
     const torch::AutoGradMode gradients(mode != "logits");
     const data::Batch batch = data::collate(examples_of(job, sequences), model->device());
-    models::Text text{batch.tokens};
+    models::Text text{batch.tokens, batch.prompt_ends};
     text.sentence = batch.sentence;
     nn::Pass pass;
     const torch::Tensor hidden = model->hidden(text, pass);

@@ -12,7 +12,27 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import common
+
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+T5_LINEARS = ["q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"]
+KEYS, VALUES, DOWNS = ("k_proj", "k"), ("v_proj", "v"), ("down_proj", "wo")
+
+
+def parts_of(model):
+    """(layer, path, module that holds it, its name) of every attention and feed-forward network, in order."""
+    if model.config.is_encoder_decoder:
+        index = 0
+        for half in ("encoder", "decoder"):
+            for i, block in enumerate(getattr(model, half).block):
+                for j, sublayer in enumerate(block.layer):
+                    name = next(n for n in ("SelfAttention", "EncDecAttention", "DenseReluDense") if hasattr(sublayer, n))
+                    yield index, f"{half}.block.{i}.layer.{j}.{name}", sublayer, name
+                index += 1
+        return
+    for index, layer in enumerate(model.model.layers):
+        yield index, f"model.layers.{index}.self_attn", layer, "self_attn"
+        yield index, f"model.layers.{index}.mlp", layer, "mlp"
 
 
 class Mixing:
@@ -81,6 +101,10 @@ class MoLoraLinear(nn.Module):
         self.router = nn.Parameter(draw(experts, router_width) / router_width**0.5) if experts > 1 else None
         self.layer_input = None
 
+    @property
+    def weight(self):  # transformers asks a T5's wo for its number format
+        return self.base.weight
+
     def forward(self, x):
         if self.router is None:
             weights = torch.ones(*x.shape[:-1], 1)
@@ -146,50 +170,58 @@ class MovInput(nn.Module):
 
 
 class MovFfn(nn.Module):
-    """down( (act(gate x) * sum_e s_e l_e) * up x ), in place of a model's MLP."""
+    """down( (act(gate x) * sum_e s_e l_e) * up x ), in place of a model's MLP; without `up` where it has no gate."""
 
     def __init__(self, mlp, experts, router_width, mixing, draw):
         super().__init__()
         self.mlp, self.mixing = mlp, mixing
-        width = mlp.down_proj.in_features
+        if hasattr(mlp, "down_proj"):
+            self.act, self.gate, self.up, self.down = mlp.act_fn, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        else:
+            self.act, self.gate, self.up, self.down = (
+                mlp.act, getattr(mlp, "wi_0", None) or mlp.wi, getattr(mlp, "wi_1", None), mlp.wo)
+        width = self.down.in_features
         self.mov = nn.Parameter(1 + 0.3 * draw(experts, width))
         self.router = nn.Parameter(draw(experts, router_width) / router_width**0.5) if experts > 1 else None
 
     def forward(self, x):
-        act, up = self.mlp.act_fn(self.mlp.gate_proj(x)), self.mlp.up_proj(x)
+        act, up = self.act(self.gate(x)), self.up(x) if self.up is not None else torch.ones(())
         if self.router is None:
-            return self.mlp.down_proj(act * self.mov[0] * up)
+            return self.down(act * self.mov[0] * up)
         u = {"token": act, "ffn_product": act * up, "layer_input": x}.get(self.mixing.input)
         if self.mixing.input == "sentence":
             u = self.mixing.sentence.expand(*x.shape[:-1], -1)
         merged = self.mixing.merge(self.mixing.weights(self.router, u), self.mov, "bse,ef->bsf")
-        return self.mlp.down_proj(act * merged * up)
+        return self.down(act * merged * up)
 
 
 class Mixture:
     """Puts MoV or MoLoRA into a transformers model (changing it) and knows the adapter file that says the same."""
 
-    def __init__(self, model, method, experts=3, rank=2, alpha=3.0, targets=None, k_site="auto", seed=1,
-                 input_targets=("down_proj",), **mixing):
+    def __init__(self, model, method, experts=3, rank=2, alpha=None, targets=None, k_site="auto", seed=1,
+                 input_targets=DOWNS, **mixing):
         """experts: of every layer, or a list by layer; input_targets: MoV's targets that scale their input."""
-        self.model, self.method, self.rank, self.alpha = model, method, rank, alpha
-        self.layer_experts = experts if isinstance(experts, list) else [experts] * model.config.num_hidden_layers
+        self.model, self.method, self.rank = model, method, rank
+        seq2seq = model.config.is_encoder_decoder
+        self.alpha = alpha or (1.0 if seq2seq else 3.0)  # scores of T5 are not divided by sqrt(k)
+        layers = model.config.num_hidden_layers + (model.config.num_decoder_layers if seq2seq else 0)
+        self.layer_experts = experts if isinstance(experts, list) else [experts] * layers
         self.num_experts = {str(i): e for i, e in enumerate(experts)} if isinstance(experts, list) else experts
         self.input_targets = input_targets
         self.mixing = Mixing(**mixing)
-        self.targets = targets or (LINEARS if method == "molora" else ["k_proj", "v_proj", "down_proj"])
+        if targets is None:
+            known = T5_LINEARS if seq2seq else LINEARS
+            there = {n for _, _, holder, part in parts_of(model) for n, _ in getattr(holder, part).named_children()}
+            targets = [n for n in known if n in there and (method == "molora" or n in KEYS + VALUES + DOWNS)]
+        self.targets = targets
         generator = torch.Generator().manual_seed(seed)
         self.draw = lambda *shape: torch.randn(shape, generator=generator)
         self.parameters = {}
-        layers = model.model.layers
-        attention = layers[0].self_attn
-        normed_keys = hasattr(attention, "k_norm")
+        parts = list(parts_of(model))
+        normed_keys = hasattr(getattr(parts[0][2], parts[0][3]), "k_norm")
         self.k_site = ("post_qk_norm" if normed_keys else "output") if k_site == "auto" else k_site
-        for index, layer in enumerate(layers):
-            if method == "molora":
-                self._molora(index, layer)
-            else:
-                self._mov(index, layer)
+        for index, path, holder, name in parts:
+            (self._molora if method == "molora" else self._mov)(index, path, holder, name)
 
     def _router_width(self, own, hidden):
         return {"layer_input": hidden, "sentence": self.mixing.sentence_dim}.get(self.mixing.input, own)
@@ -200,58 +232,63 @@ class Mixture:
             if parameter is not None:
                 self.parameters[f"{path}.{key}"] = parameter
 
-    def _molora(self, index, layer):
-        for half, feed in (("self_attn", layer.self_attn), ("mlp", layer.mlp)):
-            wrapped = []
-            for name in [t for t in self.targets if hasattr(feed, t)]:
-                base = getattr(feed, name)
-                hidden = self.model.config.hidden_size
-                module = MoLoraLinear(base, self.layer_experts[index], self.rank, self.alpha / self.rank,
-                                      self._router_width(base.in_features, hidden), self.mixing, self.draw)
-                setattr(feed, name, module)
-                wrapped.append(module)
-                self._register(f"model.layers.{index}.{half}.{name}", module,
-                               {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "router": "router.weight"})
-            self._pass_layer_input(feed, wrapped)
+    def _molora(self, index, path, holder, part):
+        feed, wrapped = getattr(holder, part), []
+        for name in [t for t in self.targets if hasattr(feed, t)]:
+            base = getattr(feed, name)
+            hidden = self.model.config.hidden_size
+            module = MoLoraLinear(base, self.layer_experts[index], self.rank, self.alpha / self.rank,
+                                  self._router_width(base.in_features, hidden), self.mixing, self.draw)
+            setattr(feed, name, module)
+            wrapped.append(module)
+            self._register(f"{path}.{name}", module,
+                           {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "router": "router.weight"})
+        self._pass_layer_input(feed, wrapped)
 
-    def _mov(self, index, layer):
-        attention, path = layer.self_attn, f"model.layers.{index}"
-        hidden, k = self.model.config.hidden_size, attention.head_dim
-        wrapped = []
-        for name in [t for t in self.targets if t != "down_proj"]:
+    def _mov(self, index, path, holder, part):
+        feed, hidden, wrapped = getattr(holder, part), self.model.config.hidden_size, []
+        names = {"mov": "mov.weight", "router": "router.weight"}
+        down = next((t for t in self.targets if t in DOWNS and hasattr(feed, t)), None)
+        if down is not None:
+            width = getattr(feed, down).in_features
+            module = MovFfn(feed, self.layer_experts[index], self._router_width(width, hidden), self.mixing, self.draw)
+            setattr(holder, part, module)
+            self._register(f"{path}.{down}", module, names)
+            return
+        k = getattr(feed, "head_dim", None) or getattr(feed, "key_value_proj_dim", None)
+        for name in [t for t in self.targets if hasattr(feed, t)]:
+            base = getattr(feed, name)
             if name in self.input_targets:
-                base = getattr(attention, name)
                 module = MovInput(base, self.layer_experts[index], self._router_width(base.in_features, hidden),
                                   self.mixing, self.draw)
-                setattr(attention, name, module)
-                wrapped.append(module)
-                self._register(f"{path}.self_attn.{name}", module, {"mov": "mov.weight", "router": "router.weight"})
-                continue
-            heads = getattr(attention, name).out_features // k
-            point = "k_norm" if name == "k_proj" and self.k_site == "post_qk_norm" else name
-            own = k if self.mixing.head_wise else heads * k
-            module = MovHeads(getattr(attention, point), self.layer_experts[index], heads, k,
-                              self._router_width(own, hidden), self.mixing, self.draw,
-                              heads_first=point == "k_norm" and self.model.config.model_type == "gemma3_text")
-            setattr(attention, point, module)
+                setattr(feed, name, module)
+            else:
+                heads = base.out_features // k
+                point = "k_norm" if name == "k_proj" and self.k_site == "post_qk_norm" else name
+                own = k if self.mixing.head_wise else heads * k
+                module = MovHeads(getattr(feed, point), self.layer_experts[index], heads, k,
+                                  self._router_width(own, hidden), self.mixing, self.draw,
+                                  heads_first=point == "k_norm" and self.model.config.model_type == "gemma3_text")
+                setattr(feed, point, module)
             wrapped.append(module)
-            self._register(f"{path}.self_attn.{name}", module, {"mov": "mov.weight", "router": "router.weight"})
-        self._pass_layer_input(attention, wrapped)
-        if "down_proj" in self.targets:
-            width = layer.mlp.down_proj.in_features
-            layer.mlp = MovFfn(layer.mlp, self.layer_experts[index], self._router_width(width, hidden), self.mixing, self.draw)
-            self._register(f"{path}.mlp.down_proj", layer.mlp, {"mov": "mov.weight", "router": "router.weight"})
+            self._register(f"{path}.{name}", module, names)
+        self._pass_layer_input(feed, wrapped)
 
     def _pass_layer_input(self, half, wrapped):
-        def remember(_, args, kwargs):
+        def remember(attention, args, kwargs):
+            # Keys and values of cross-attention are made of the encoder's states.
+            sources = kwargs.get("key_value_states", kwargs.get("encoder_hidden_states"))
+            of_sources = [] if sources is None else [attention.k, attention.v]
             for module in wrapped:
-                module.layer_input = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+                own = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+                module.layer_input = sources if any(module is m for m in of_sources) else own
 
         half.register_forward_pre_hook(remember, with_kwargs=True)
 
     def config(self):
         """adapter_config.json."""
-        config = {"peft_type": self.method.upper(), "task_type": "CAUSAL_LM", "target_modules": self.targets,
+        task = "SEQ_2_SEQ_LM" if self.model.config.is_encoder_decoder else "CAUSAL_LM"
+        config = {"peft_type": self.method.upper(), "task_type": task, "target_modules": self.targets,
                   "moesaic": {"num_experts": self.num_experts, "k_site": self.k_site, "router": self.mixing.block()}}
         if self.method == "molora":
             return {**config, "r": self.rank, "lora_alpha": self.alpha}
@@ -270,7 +307,7 @@ class Mixture:
         rows = []
         for b, s in enumerate(ids):
             self.mixing.sentence = None if sentence is None else sentence[b]
-            rows.append(self.model(input_ids=torch.tensor([s]), use_cache=False).logits[0])
+            rows.append(common.reference_logits(self.model, [s]))
         return torch.cat(rows)
 
     def gradients(self):

@@ -1,9 +1,11 @@
 """The frozen models: logits, loss and the gradient of every weight, against transformers."""
 
+import json
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import common
 
@@ -57,7 +59,7 @@ def test_sharded_checkpoint(driver, models, tmp_path):
 # order than transformers', add up to some percent of the largest logit. So the yardstick is transformers itself: our
 # bfloat16 may be at most a fifth as far again from float32 as transformers' bfloat16 is, by root mean square: the largest
 # of some thousand roundings is chance.
-@pytest.mark.parametrize("name", common.ARCHITECTURES)
+@pytest.mark.parametrize("name", common.ARCHITECTURES + common.SEQ2SEQ)
 def test_bfloat16(name, driver, models, tmp_path):
     model, folder = models(name)
     ids = common.sequences()
@@ -71,7 +73,7 @@ def test_bfloat16(name, driver, models, tmp_path):
     assert error < 1.2 * their_error, f"ours {error:.4f}, transformers {their_error:.4f}"
 
 
-@pytest.mark.parametrize("name", common.ARCHITECTURES)
+@pytest.mark.parametrize("name", common.ARCHITECTURES + common.SEQ2SEQ)
 def test_int8(name, driver, models, tmp_path):
     """Weight-only int8. Ten times the float tolerance: a weight between two int8 steps may round either way, and a
     token computed alone (through the cache) has its activations rounded to 16 bits."""
@@ -84,5 +86,50 @@ def test_int8(name, driver, models, tmp_path):
     assert (reference - base).abs().max() > 1e-3 * base.abs().max()
     for mode in ("logits", "cached"):
         ours = driver.run(tmp_path / "out.safetensors", model=folder, quantize=True, mode=mode, sequences=ids,
-                          mask=common.masks(ids))
+                          mask=common.masks(ids), prompts=common.prompt_lengths(ids))
         common.assert_close(ours["logits"], reference, mode, relative=10 * common.RELATIVE)
+
+
+# --- encoder-decoders ------------------------------------------------------------------------------------------------
+
+def test_copies_of_the_embedding(driver, models, tmp_path):
+    """Files of transformers 4 hold the embedding three or four times, and a bias that nothing reads."""
+    model, folder = models("t5")
+    old = shutil.copytree(folder, tmp_path / "old")
+    tensors = common.load_file(old / "model.safetensors")
+    shared = tensors["shared.weight"]
+    for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = shared.clone()
+    tensors["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = torch.zeros(8, 4)
+    ids = common.sequences()
+    reference = common.reference_logits(model, ids)
+
+    def logits(tensors):
+        save_file(tensors, old / "model.safetensors")
+        return driver.run(tmp_path / "out.safetensors", model=old, sequences=ids, mask=common.masks(ids))["logits"]
+
+    common.assert_close(logits(tensors), reference, "logits")
+    del tensors["shared.weight"], tensors["lm_head.weight"], tensors["decoder.embed_tokens.weight"]
+    common.assert_close(logits(tensors), reference, "logits")
+    tensors["decoder.embed_tokens.weight"] = shared + 1
+    with pytest.raises(common.DriverError, match="decoder.embed_tokens.weight: is another matrix than encoder.embed_"):
+        logits(tensors)
+
+
+def test_umt5_is_not_scaled_when_its_file_says_so(driver, models, tmp_path):
+    """transformers 5 divides by sqrt(d) whatever the file says; umT5's own files say that nothing is tied."""
+    model, folder = models("umt5")
+    own = shutil.copytree(folder, tmp_path / "own")
+    config = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    ids = common.sequences()
+    rows = common.answer_rows(ids)
+    ours = driver.run(tmp_path / "out.safetensors", model=own, sequences=ids, mask=common.masks(ids))["logits"]
+    reference = common.reference_logits(model, ids)[rows] * model.config.d_model**0.5
+    common.assert_close(ours[rows], reference, "logits")
+
+
+def test_float16_is_refused(driver, models, tmp_path):
+    _, folder = models("t5")
+    with pytest.raises(common.DriverError, match="float16.*65504"):
+        driver.run(tmp_path / "out.safetensors", model=folder, dtype="float16", sequences=[[3, 4]], mask=[[0, 1]])

@@ -24,13 +24,18 @@ def greedy(model, prompt):
 
     Also the smallest gap between the best two logits: below it, rounding may pick another token.
     """
-    ids, gap = list(prompt), float("inf")
-    while len(ids) < len(prompt) + NEW_TOKENS and (len(ids) == len(prompt) or ids[-1] != common.TINY["eos_token_id"]):
+    answer, gap = [], float("inf")
+    while len(answer) < NEW_TOKENS and (not answer or answer[-1] != common.TINY["eos_token_id"]):
+        if model.config.is_encoder_decoder:
+            text = {"input_ids": torch.tensor([prompt]),
+                    "decoder_input_ids": torch.tensor([[model.config.decoder_start_token_id, *answer]])}
+        else:
+            text = {"input_ids": torch.tensor([[*prompt, *answer]])}
         with torch.no_grad():
-            best = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].topk(2)
+            best = model(**text, use_cache=False).logits[0, -1].topk(2)
         gap = min(gap, (best.values[0] - best.values[1]).item())
-        ids.append(best.indices[0].item())
-    return ids[len(prompt):], gap
+        answer.append(best.indices[0].item())
+    return answer, gap
 
 
 # The dynamic rope is left out: what transformers computes with a cache depends on the order of the calls.
@@ -53,6 +58,9 @@ def test_transformers_generate_agrees(driver, models):
     prompt = common.sequences(lengths=[9], seed=8)[0]
     theirs = model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)[0, len(prompt):]
     assert theirs.tolist() == greedy(model, prompt)[0]
+    model, _ = models("t5-start")
+    theirs = model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)[0, 1:]
+    assert theirs.tolist() == greedy(model, prompt)[0]
 
 
 def test_dynamic_rope_generates_as_transformers_with_its_cache(driver, models):
@@ -71,21 +79,21 @@ def test_dynamic_rope_generates_as_transformers_with_its_cache(driver, models):
 def test_cached_logits(name, driver, models, tmp_path):
     model, folder = models(name)
     ids = common.sequences()
-    ours = driver.run(tmp_path / "out.safetensors", model=folder, mode="cached", sequences=ids)
+    ours = driver.run(tmp_path / "out.safetensors", model=folder, mode="cached", sequences=ids,
+                      prompts=common.prompt_lengths(ids))
     common.assert_close(ours["logits"], common.reference_logits(model, ids), "logits")
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "t5-gated"])
 @pytest.mark.parametrize("method", ["lora", "ia3", "mov", "molora", "mov-layer-input", "molora-sentence"])
 def test_cached_logits_with_adapter(name, method, driver, models, tmp_path):
     _, folder = models(name)
     ids = common.sequences()
     sentence = None
     if method in ("lora", "ia3"):
-        config = (peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
-                  if method == "lora" else
-                  peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "v_proj", "down_proj"],
-                                 feedforward_modules=["down_proj"], init_ia3_weights=False))
+        scaled, down = (["k", "v", "wo"], "wo") if name == "t5-gated" else (["k_proj", "v_proj", "down_proj"], "down_proj")
+        config = (peft.LoraConfig(target_modules="all-linear", init_lora_weights=False) if method == "lora" else
+                  peft.IA3Config(target_modules=scaled, feedforward_modules=[down], init_ia3_weights=False))
         wrapped = peft.get_peft_model(common.make_model(name), config).eval()
         wrapped.save_pretrained(tmp_path / "adapter")
         with torch.no_grad():
@@ -100,5 +108,6 @@ def test_cached_logits_with_adapter(name, method, driver, models, tmp_path):
         with torch.no_grad():
             logits = mixture.logits(ids, sentence)
     ours = driver.run(tmp_path / "out.safetensors", model=folder, adapter=tmp_path / "adapter", mode="cached",
-                      sequences=ids, sentence=None if sentence is None else sentence.tolist())
+                      sequences=ids, prompts=common.prompt_lengths(ids),
+                      sentence=None if sentence is None else sentence.tolist())
     common.assert_close(ours["logits"], logits, "logits")

@@ -45,7 +45,7 @@ def check(name, mixture, driver, folder, tmp_path, base):
     common.assert_gradients_close(common.split_gradients(ours), mixture.gradients())
 
 
-@pytest.mark.parametrize("name", common.ARCHITECTURES)
+@pytest.mark.parametrize("name", common.ARCHITECTURES + common.SEQ2SEQ)
 @pytest.mark.parametrize("method", ["mov", "molora"])
 def test_every_family(name, method, driver, models, tmp_path):
     base, folder = models(name)
@@ -54,7 +54,7 @@ def test_every_family(name, method, driver, models, tmp_path):
 
 @pytest.mark.parametrize("method, router", [(method, router) for router in ROUTERS for method in ("mov", "molora")
                                             if router != "soft" and (method == "mov" or "across" not in router)])
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "t5-gated"])
 def test_routers(name, method, router, driver, models, tmp_path):
     base, folder = models(name)
     mixture = Mixture(common.make_model(name), method, experts=5, **ROUTERS[router])
@@ -106,14 +106,16 @@ def test_experts_by_layer(method, driver, models, tmp_path):
     check("llama", mixture, driver, folder, tmp_path, base)
 
 
-@pytest.mark.parametrize("router", ["soft", "temperature", "top2-mask", "top2-renorm", "layer-input", "sentence"])
+@pytest.mark.parametrize("name, router", [
+    *(("llama", router) for router in ["soft", "temperature", "top2-mask", "top2-renorm", "layer-input", "sentence"]),
+    *(("t5-gated", router) for router in ["soft", "layer-input", "sentence"])])
 @pytest.mark.parametrize("method", ["mov", "molora"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_router_losses_in_training(method, router, checkpointing, driver, models, tmp_path):
+def test_router_losses_in_training(name, method, router, checkpointing, driver, models, tmp_path):
     """One step of the trainer over two micro-batches of unequal sequences, their prompts not trained on: loss, balance
     and z-loss, and the gradient of every expert and router. Prompts count for the routers, padding does not exist."""
-    _, folder = models("llama")
-    mixture = Mixture(common.make_model("llama"), method, experts=5, **ROUTERS[router])
+    _, folder = models(name)
+    mixture = Mixture(common.make_model(name), method, experts=5, **ROUTERS[router])
     ids = common.sequences()
     mask = common.masks(ids)
     sentence = None
@@ -160,11 +162,12 @@ def check_one_expert(mixture, wrapped, names, driver, folder, tmp_path):
                                   {names[n]: g.flatten() for n, g in gradients.items()})
 
 
-def test_one_expert_mov_is_ia3(driver, models, tmp_path):
+@pytest.mark.parametrize("name", ["llama", "t5-gated", "t5"])
+def test_one_expert_mov_is_ia3(name, driver, models, tmp_path):
     """The same numbers as PEFT's (IA)^3 with the same vectors; gradients too."""
-    _, folder = models("llama")
-    mixture = Mixture(common.make_model("llama"), "mov", experts=1)
-    wrapped = peft.get_peft_model(common.make_model("llama"), peft.IA3Config(task_type="CAUSAL_LM"))
+    _, folder = models(name)
+    mixture = Mixture(common.make_model(name), "mov", experts=1)
+    wrapped = peft.get_peft_model(common.make_model(name), peft.IA3Config())
     names = {n: n.removeprefix("base_model.model.").replace(".ia3_l.default", ".mov.weight")
              for n, p in wrapped.named_parameters() if p.requires_grad}
     assert sorted(names.values()) == sorted(mixture.parameters)
@@ -174,11 +177,12 @@ def test_one_expert_mov_is_ia3(driver, models, tmp_path):
     check_one_expert(mixture, wrapped, names, driver, folder, tmp_path)
 
 
-def test_one_expert_molora_is_lora(driver, models, tmp_path):
-    _, folder = models("llama")
-    mixture = Mixture(common.make_model("llama"), "molora", experts=1, rank=3, alpha=7)
-    wrapped = peft.get_peft_model(common.make_model("llama"), peft.LoraConfig(
-        task_type="CAUSAL_LM", r=3, lora_alpha=7, target_modules=mixture.targets))
+@pytest.mark.parametrize("name", ["llama", "t5-gated"])
+def test_one_expert_molora_is_lora(name, driver, models, tmp_path):
+    _, folder = models(name)
+    mixture = Mixture(common.make_model(name), "molora", experts=1, rank=3, alpha=7)
+    wrapped = peft.get_peft_model(common.make_model(name), peft.LoraConfig(
+        r=3, lora_alpha=7, target_modules=mixture.targets))
     names = {n: n.removeprefix("base_model.model.").replace(".default", "")
              for n, p in wrapped.named_parameters() if p.requires_grad}
     assert sorted(names.values()) == sorted(mixture.parameters)
@@ -188,10 +192,11 @@ def test_one_expert_molora_is_lora(driver, models, tmp_path):
     check_one_expert(mixture, wrapped, names, driver, folder, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["llama", "t5-gated"])
 @pytest.mark.parametrize("method", ["mov", "molora"])
-def test_start_state_is_the_base(method, driver, models, tmp_path):
+def test_start_state_is_the_base(method, name, driver, models, tmp_path):
     """A new mixture changes nothing, and its routers have no gradient to speak of: all experts are alike."""
-    base, folder = models("llama")
+    base, folder = models(name)
     ids = common.sequences()
     ours = driver.run(tmp_path / "out.safetensors", model=folder, mode="adapter", sequences=ids,
                       mask=common.masks(ids), create={"method": method, "experts": 4, "seed": 3, "perturb": False})

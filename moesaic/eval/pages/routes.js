@@ -196,13 +196,14 @@ function tokensOf(owner) {
 
 function drawExperts() {
   const rows = text.routers[el('owner').value][el('layer').value];
-  const experts = rows[0].length;
+  const experts = rows[rows.length - 1].length;
   el('experts').replaceChildren(
     ...range(experts).map(e => make('span', {}, dot(expertColour(e, experts, 1)), 'expert ' + e))
   );
   el('expert_text').replaceChildren(
     ...tokensOf(el('owner').value).flatMap((token, t) => {
       const p = rows[t];
+      if (!p.length) return [make('span', { textContent: word(token) })];
       const best = p.indexOf(Math.max(...p));
       const sure = Math.max(0, (p[best] - 1 / experts) / (1 - 1 / experts));
       const span = make('span', { textContent: word(token) });

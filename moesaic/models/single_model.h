@@ -1,0 +1,53 @@
+// What every model of one checkpoint has, decoder or encoder-decoder.
+#pragma once
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "moesaic/formats/checkpoint.h"
+#include "moesaic/models/language_model.h"
+
+namespace moesaic::models {
+
+struct LoadOptions {
+  torch::ScalarType dtype = torch::kFloat32;  // of the frozen weights and activations
+  torch::Device device = torch::kCPU;         // where the weights go
+  bool quantize_int8 = false;                 // weight-only int8, for decoding
+  int64_t num_blocks = -1;  // the first blocks alone, without the head: the whole file is checked, this much is read
+};
+
+/// A model with weights of its own. Parameters carry the Hugging Face names; none requires grad.
+class SingleModel : public torch::nn::Module, public LanguageModel {
+ public:
+  virtual nn::Sites& sites() = 0;
+  /// Its sizes by name, for people.
+  virtual OrderedJson sizes() const = 0;
+  /// Draws all weights, those of a model made from nothing.
+  virtual void initialize(uint64_t seed) = 0;
+
+  torch::Device device() const { return facts().device; }
+  torch::ScalarType dtype() const { return facts().dtype; }
+  std::vector<Part> parts() override { return {{"", &sites()}}; }
+  std::vector<torch::Tensor> weights() const override { return parameters(); }
+
+ protected:
+  /// A WeightSite for every parameter but `others`.
+  void add_parameter_sites(const std::set<std::string>& others);
+};
+
+/// A module that is one matrix: an embedding, a head.
+struct MatrixModuleImpl : torch::nn::Module {
+  MatrixModuleImpl(int64_t rows, int64_t columns, const torch::TensorOptions& options) {
+    weight = register_parameter("weight", torch::empty({rows, columns}, options), /*requires_grad=*/false);
+  }
+  torch::Tensor weight;
+};
+TORCH_MODULE(MatrixModule);
+
+/// Reads every parameter of `module`; its name in the checkpoint is `prefix` and its own.
+void read_weights(const formats::Checkpoint& checkpoint, torch::nn::Module& module, const std::string& prefix);
+
+}  // namespace moesaic::models
