@@ -82,7 +82,8 @@ void adapt(TokenizerFiles& base, const fs::path& adapter_folder) {
   const bool checkpoint = folder.filename().string().starts_with("checkpoint-");
   if (checkpoint && !is_there(folder / kTemplate) && !is_there(folder / kConfig)) folder = folder / "..";
   if (auto own = read_chat_templates(folder); !own.empty()) base.chat_templates = std::move(own);
-  for (const auto& [key, value] : read_tokenizer_config(folder).items()) {
+  const Json own_config = read_tokenizer_config(folder);  // outlives the loop over it
+  for (const auto& [key, value] : own_config.items()) {
     const bool how = key == "add_eos_token" && value.is_boolean();  // what the adapter's prompts ended in
     if (how || (key.ends_with("_token") && value.is_string())) base.config[key] = value;
   }

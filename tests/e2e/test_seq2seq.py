@@ -135,21 +135,21 @@ def test_eval_ranks_choices(folder, reference, tmp_path):
 def test_train_resume_generate_and_show_routes(folder, method, tmp_path):
     """Every method learns to swap two words; a run that is cut and resumed is the run in one piece."""
     experts = 3 if method in ("mov", "molora") else 1
-    settings = dict(finetuning_type=method, num_experts=experts, lora_rank=4, max_steps=6, save_steps=3,
-                    gradient_checkpointing=method == "mov", learning_rate=2e-2)
+    settings = dict(finetuning_type=method, num_experts=experts, lora_rank=4, max_steps=40, save_steps=20,
+                    gradient_checkpointing=method == "mov", learning_rate=2e-2, logging_steps=1)
     whole, cut = f"{method}-whole", f"{method}-cut"
     run("train", make_run(folder, whole, **settings))
     run("train", make_run(folder, cut, **settings))
     for made in ("README.md", "adapter_config.json", "adapter_model.safetensors"):
         (folder / cut / made).unlink(missing_ok=True)
-    shutil.rmtree(folder / cut / "checkpoint-6")
+    shutil.rmtree(folder / cut / "checkpoint-40")
     run("train", folder / f"{cut}.yaml", "--resume", "auto")
     files = [(folder / name / "adapter_model.safetensors").read_bytes() for name in (whole, cut)]
     assert files[0] == files[1]
     config = json.loads((folder / whole / "adapter_config.json").read_text())
     assert config["task_type"] == "SEQ_2_SEQ_LM"
     losses = [row["loss"] for row in answers((folder / whole / "train_log.jsonl").read_text()) if "loss" in row]
-    assert losses[-1] < losses[0]
+    assert sum(losses[-10:]) < sum(losses[:10])
     [answer] = answers(run("generate", "--model", folder / "model", "--adapter", folder / whole, "-p", "red one is",
                            "--json", "--max_new_tokens", 4))
     assert answer["ids"]
@@ -210,7 +210,7 @@ def test_a_text_has_no_prompt(folder):
     path = make_run(folder, "texts")
     (folder / "texts.jsonl").write_text('{"text": "red one"}\n')
     done = tiny_run.moesaic("train", path, f"dataset={folder / 'texts.jsonl'}")
-    assert done.returncode == 3 and "texts.jsonl:1: got a text without a prompt" in done.stderr
+    assert done.returncode == 3 and "texts.jsonl line 1: got a text without a prompt" in done.stderr
 
 
 def test_float16_is_refused(folder):
