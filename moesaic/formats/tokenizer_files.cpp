@@ -89,7 +89,8 @@ void adapt(TokenizerFiles& base, const fs::path& adapter_folder, bool embeds) {
   if (auto own = read_chat_templates(folder); !own.empty()) {
     base.chat_templates = own == kNoTemplate ? ChatTemplates() : std::move(own);
   }
-  for (const auto& [key, value] : read_tokenizer_config(folder).items()) {
+  const Json own_config = read_tokenizer_config(folder);  // outlives the loop over it
+  for (const auto& [key, value] : own_config.items()) {
     const bool how = key == "add_eos_token" && value.is_boolean();  // what the adapter's prompts ended in
     if (how || (key.ends_with("_token") && value.is_string())) base.config[key] = value;
   }

@@ -78,6 +78,21 @@ std::vector<RankQuestion> some_questions() {
   return questions;
 }
 
+TEST(MakeRankQuestion, APromptThatStandsApartIsNotReadWithItsChoices) {
+  const auto words = word_tokenizer();
+  const tokenizer::Tokenizer apart(words->json(), words->config(), "words", /*prompts_apart=*/true);
+  const RankQuestion question = make_rank_question(apart, "w3 w4", {"w5", "w6 w7"}, true, /*eos=*/1);
+  EXPECT_EQ(question.prompt.ids, apart.encode("w3 w4", true));
+  auto with_eos = [&](const char* text) {
+    std::vector<int64_t> ids = apart.encode(text, false);
+    ids.push_back(1);
+    return ids;
+  };
+  EXPECT_EQ(question.choices, (std::vector{with_eos("w5"), with_eos("w6 w7")}));
+  EXPECT_EQ(question.first_scored, (std::vector<int64_t>{0, 0}));  // all of a choice is its own
+  EXPECT_EQ(question.first_of_choice, (std::vector<int64_t>{0, 0}));
+}
+
 TEST(Rank, SumsLogProbabilitiesOfTheScoredTokens) {
   auto model = tiny_model();
   const std::vector<RankQuestion> questions = some_questions();

@@ -177,12 +177,12 @@ def test_one_expert_mov_is_ia3(name, driver, models, tmp_path):
     check_one_expert(mixture, wrapped, names, driver, folder, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["llama", "t5-gated"])
-def test_one_expert_molora_is_lora(name, driver, models, tmp_path):
+@pytest.mark.parametrize("name, alpha", [("llama", 7), ("t5-gated", 2)])
+def test_one_expert_molora_is_lora(name, alpha, driver, models, tmp_path):
     _, folder = models(name)
-    mixture = Mixture(common.make_model(name), "molora", experts=1, rank=3, alpha=7)
+    mixture = Mixture(common.make_model(name), "molora", experts=1, rank=3, alpha=alpha)
     wrapped = peft.get_peft_model(common.make_model(name), peft.LoraConfig(
-        r=3, lora_alpha=7, target_modules=mixture.targets))
+        r=3, lora_alpha=alpha, target_modules=mixture.targets))
     names = {n: n.removeprefix("base_model.model.").replace(".default", "")
              for n, p in wrapped.named_parameters() if p.requires_grad}
     assert sorted(names.values()) == sorted(mixture.parameters)

