@@ -248,6 +248,9 @@ TEST(Seq2SeqLM, EverythingWrongWithAConfigIsSaidAtOnce) {
   for (const char* key : {"d_model", "gated-tanh", "max_distance", "decoder_start_token_id", "is_encoder_decoder"}) {
     EXPECT_THAT(message, HasSubstr(key));
   }
+  config.erase("is_encoder_decoder");
+  EXPECT_THAT(message_of<ConfigError>([&] { make_model(config, "config.json", torch::kMeta); }),
+              HasSubstr("'is_encoder_decoder': is missing"));
   EXPECT_THAT(message_of<ConfigError>([&] { parse_decoder_config(config, "config.json"); }),
               HasSubstr("\"t5\", an encoder-decoder, expected a decoder"));
   EXPECT_THAT(message_of<UsageError>([] { random_seq2seq(tiny_seq2seq_configs()[0].second, torch::kHalf); }),
