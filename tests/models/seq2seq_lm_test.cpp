@@ -257,6 +257,30 @@ TEST(Seq2SeqLM, EverythingWrongWithAConfigIsSaidAtOnce) {
               HasSubstr("float16"));
 }
 
+/// An adapter whose routers read what the frozen model says of a prompt.
+struct ReadsPrompts : nn::Attachment {
+  nn::Needs needs() const override { return {.sentence = nn::Needs::Sentence::kHidden, .sentence_width = 24}; }
+  void name_as(const std::string& owner, int64_t) override { owner_ = owner; }
+  void detach() override {}
+};
+
+TEST(Seq2SeqLM, APromptsVectorIsTheMeanOfTheEncodersStates) {
+  torch::NoGradGuard no_grad;
+  auto model = random_seq2seq(tiny_seq2seq_configs()[0].second);
+  model->attach("reader", std::make_shared<ReadsPrompts>());
+  Text text{nn::RaggedBatch::from_sequences(kSequences), kBorders};
+  for (size_t b = 0; b < kSequences.size(); ++b) {
+    text.prompts.emplace_back(kSequences[b].begin(), kSequences[b].begin() + kBorders[b][0]);
+  }
+  nn::Pass pass;
+  model->hidden(text, pass);
+  for (size_t b = 0; b < kSequences.size(); ++b) {
+    nn::Pass own;
+    const auto mean = model->encode(nn::RaggedBatch::from_sequences({text.prompts[b]}), own).mean(0);
+    EXPECT_LT(relative_error(pass.sentence[static_cast<int64_t>(b)], mean), 1e-5);
+  }
+}
+
 TEST(Seq2SeqLM, SitesOfEveryPart) {
   auto model = random_seq2seq(tiny_seq2seq_configs()[1].second);
   std::set<std::string> linears;
