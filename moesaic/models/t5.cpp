@@ -39,7 +39,10 @@ Seq2SeqConfig read_t5(ConfigReader& reader, const T5Defaults& defaults) {
   } else if (activation != "relu") {
     reader.error("feed_forward_proj", fmt::format("got \"{}\", expected relu, gated-gelu or gated-silu", form));
   }
-  if (!reader.flag("is_encoder_decoder", true)) {
+  // Prompts are tokenised by it too, so it is no default.
+  if (!reader.has("is_encoder_decoder")) {
+    reader.error("is_encoder_decoder", "is missing, expected true");
+  } else if (!reader.flag("is_encoder_decoder", true)) {
     reader.error("is_encoder_decoder", "got false, expected true: half of a T5 is not supported");
   }
   // Of a model's config alone; where there are weights, they decide.

@@ -98,6 +98,11 @@ struct CpuFlashFunction : torch::autograd::Function<CpuFlashFunction> {
     for (size_t b = 0; b + 1 < offsets.size(); ++b) {
       auto rows = [&](const torch::Tensor& x) { return x.slice(0, offsets[b], offsets[b + 1]); };
       auto key_rows = [&](const torch::Tensor& x) { return x.slice(0, key_offsets[b], key_offsets[b + 1]); };
+      if (offsets[b] == offsets[b + 1]) {  // no row of this sequence
+        result.sums.emplace_back();
+        if (options.bias) result.biases.emplace_back();
+        continue;
+      }
       const auto seen =
           visibility(offsets[b + 1] - offsets[b], key_offsets[b + 1] - key_offsets[b], options, result.out.options());
       const auto mask = grouped_mask(seen.mask, kv_heads);
@@ -147,6 +152,11 @@ struct CpuFlashFunction : torch::autograd::Function<CpuFlashFunction> {
     for (size_t b = 0; b < batch; ++b) {
       auto rows = [&](const torch::Tensor& x) { return x.slice(0, offsets[b], offsets[b + 1]); };
       auto key_rows = [&](const torch::Tensor& x) { return x.slice(0, key_offsets[b], key_offsets[b + 1]); };
+      if (offsets[b] == offsets[b + 1]) {
+        key_rows(dk).zero_();
+        key_rows(dv).zero_();
+        continue;
+      }
       const auto seen = biased ? Visibility{false, saved[4 + batch + b]}
                                : visibility(offsets[b + 1] - offsets[b], key_offsets[b + 1] - key_offsets[b], options,
                                             d_out.options());
@@ -287,6 +297,7 @@ torch::Tensor ragged_attention(const torch::Tensor& q, const torch::Tensor& k, c
   for (size_t b = 0; b + 1 < offsets.size(); ++b) {
     auto rows = [&](const torch::Tensor& x) { return x.slice(0, offsets[b], offsets[b + 1]); };
     auto key_rows = [&](const torch::Tensor& x) { return x.slice(0, key_offsets[b], key_offsets[b + 1]); };
+    if (offsets[b] == offsets[b + 1]) continue;
     parts.push_back(plain ? plain_attention(rows(q), key_rows(k), key_rows(v), options)
                           : fused_attention(rows(q), key_rows(k), key_rows(v), options));
   }

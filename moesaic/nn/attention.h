@@ -22,8 +22,8 @@ struct AttentionOptions {
 
 /// out[n] = sum_j softmax_j(scale q_n . k_j + bias) v_j over the positions j <= n of n's own sequence, or all of it.
 /// q: [N, H, k]; k, v: [N, H_kv, k], H a multiple of H_kv (consecutive query heads share a KV head); returns [N, H, k].
-/// Never makes an [S, S] matrix of scores unless softcap is on or a bias is learnt, and none of flags unless a sequence is
-/// longer than the window.
+/// Never makes an [S, S] matrix of scores unless softcap is on or a bias is learnt, and none of flags unless a sequence
+/// is longer than the window.
 torch::Tensor ragged_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
                                const std::vector<int64_t>& offsets, const AttentionOptions& options);
 /// The same with sequences of keys and values of their own, k, v: [N_k, H_kv, k]; not causal.

@@ -248,10 +248,37 @@ TEST(Seq2SeqLM, EverythingWrongWithAConfigIsSaidAtOnce) {
   for (const char* key : {"d_model", "gated-tanh", "max_distance", "decoder_start_token_id", "is_encoder_decoder"}) {
     EXPECT_THAT(message, HasSubstr(key));
   }
+  config.erase("is_encoder_decoder");
+  EXPECT_THAT(message_of<ConfigError>([&] { make_model(config, "config.json", torch::kMeta); }),
+              HasSubstr("'is_encoder_decoder': is missing"));
   EXPECT_THAT(message_of<ConfigError>([&] { parse_decoder_config(config, "config.json"); }),
               HasSubstr("\"t5\", an encoder-decoder, expected a decoder"));
   EXPECT_THAT(message_of<UsageError>([] { random_seq2seq(tiny_seq2seq_configs()[0].second, torch::kHalf); }),
               HasSubstr("float16"));
+}
+
+/// An adapter whose routers read what the frozen model says of a prompt.
+struct ReadsPrompts : nn::Attachment {
+  nn::Needs needs() const override { return {.sentence = nn::Needs::Sentence::kHidden, .sentence_width = 24}; }
+  void name_as(const std::string& owner, int64_t) override { owner_ = owner; }
+  void detach() override {}
+};
+
+TEST(Seq2SeqLM, APromptsVectorIsTheMeanOfTheEncodersStates) {
+  torch::NoGradGuard no_grad;
+  auto model = random_seq2seq(tiny_seq2seq_configs()[0].second);
+  model->attach("reader", std::make_shared<ReadsPrompts>());
+  Text text{nn::RaggedBatch::from_sequences(kSequences), kBorders};
+  for (size_t b = 0; b < kSequences.size(); ++b) {
+    text.prompts.emplace_back(kSequences[b].begin(), kSequences[b].begin() + kBorders[b][0]);
+  }
+  nn::Pass pass;
+  model->hidden(text, pass);
+  for (size_t b = 0; b < kSequences.size(); ++b) {
+    nn::Pass own;
+    const auto mean = model->encode(nn::RaggedBatch::from_sequences({text.prompts[b]}), own).mean(0);
+    EXPECT_LT(relative_error(pass.sentence[static_cast<int64_t>(b)], mean), 1e-5);
+  }
 }
 
 TEST(Seq2SeqLM, SitesOfEveryPart) {

@@ -59,6 +59,7 @@ inline std::vector<std::pair<std::string, Json>> tiny_configs() {
 inline std::vector<std::pair<std::string, Json>> tiny_seq2seq_configs() {
   auto with = [](const Json& changes) {
     Json config{{"vocab_size", 53},
+                {"is_encoder_decoder", true},
                 {"d_model", 24},
                 {"d_ff", 37},
                 {"d_kv", 10},

@@ -177,8 +177,8 @@ torch::Tensor seen_whole(const torch::Tensor& q, const torch::Tensor& k, const t
   return at::stack(rows);
 }
 
-TEST(RaggedAttention, KeysOfAnotherText) {
-  const std::vector<int64_t> queries{0, 3, 4}, keys{0, 2, 7};
+TEST(RaggedAttention, KeysOfAnotherTextAndNoRowsOfOne) {
+  const std::vector<int64_t> queries{0, 3, 3, 4}, keys{0, 2, 4, 7};  // the second sequence has no row
   const AttentionOptions options{.scale = 0.4, .causal = false};
   expect_gradients_match([&](const auto& in) { return ragged_attention(in[0], in[1], in[2], queries, keys, options); },
                          {leaf(torch::randn({4, 4, 3})), leaf(torch::randn({7, 2, 3})), leaf(torch::randn({7, 2, 3}))});
