@@ -25,15 +25,17 @@ formats::ModelFolder model_folder(const formats::Checkpoint& checkpoint, at::Sca
 }
 
 void merge_adapter(formats::ModelFolder& model, const std::filesystem::path& adapter_dir) {
-  const at::Tensor before = model.tensors["model.embed_tokens.weight"];
+  auto weight = [&](const char* name) {
+    const auto found = model.tensors.find(name);
+    return found == model.tensors.end() ? at::Tensor() : found->second;
+  };
+  const at::Tensor before = weight("model.embed_tokens.weight");  // encoder-decoders have none of this name
   adapters::fold(formats::read_adapter_folder(adapter_dir), adapter_dir.string(), model.tensors);
-  // A head of its own, which the adapter brought.
-  const auto head = model.tensors.find("lm_head.weight"), embedding = model.tensors.find("model.embed_tokens.weight");
-  if (head != model.tensors.end() && !at::equal(head->second, embedding->second)) {
-    model.config["tie_word_embeddings"] = false;
-  }
-  const bool embeds = !embedding->second.is_same(before);
-  if (embeds) model.config["vocab_size"] = embedding->second.size(0);
+  const at::Tensor embedding = weight("model.embed_tokens.weight"), head = weight("lm_head.weight");
+  const bool own_head = embedding.defined() && head.defined() && !at::equal(head, embedding);  // the adapter's
+  if (own_head) model.config["tie_word_embeddings"] = false;
+  const bool embeds = embedding.defined() && !embedding.is_same(before);
+  if (embeds) model.config["vocab_size"] = embedding.size(0);
   formats::adapt(model.tokenizer, adapter_dir, embeds);
 }
 

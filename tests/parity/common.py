@@ -140,7 +140,8 @@ def randomise(model, seed=0):
     """Weights large enough that every part of the model shows in the logits; norms and biases are not trivial."""
     generator = torch.Generator().manual_seed(seed)
     # T5 does not divide scores by sqrt(k): larger weights make it choose between keys, which rounding then decides.
-    scale = 0.9 if model.config.is_encoder_decoder else 1.3
+    config = getattr(model, "config", None)
+    scale = 0.9 if config is not None and config.is_encoder_decoder else 1.3
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -151,7 +152,7 @@ def randomise(model, seed=0):
             else:
                 parameter.copy_(scale * noise / parameter.shape[1] ** 0.5)
             if name.endswith("Attention.q.weight"):
-                parameter.div_(model.config.d_kv**0.5)
+                parameter.div_(config.d_kv**0.5)
 
 
 def make_model(name, folder=None, seed=0):

@@ -131,8 +131,12 @@ def test_our_adapter_in_peft(name, method, driver, models, tmp_path):
     with torch.no_grad():
         theirs = common.reference_logits(wrapped, ids)
         base = common.reference_logits(models(name)[0], ids)
+        exact = common.reference_logits(wrapped.double(), ids)
     assert (theirs - base).abs().max() > 0.05 * base.abs().max(), "the adapter has no effect"
-    common.assert_close(ours["logits"], theirs, "logits")
+    # A drawn adapter may make T5, which does not divide scores by sqrt(k), choose between keys: rounding then shows in
+    # transformers' float32, too. Sums in another order may be three times as far from float64.
+    rounding = (theirs - exact).abs().max() / exact.abs().max()
+    common.assert_close(ours["logits"], exact.float(), "logits", relative=max(common.RELATIVE, 3 * rounding.item()))
 
 
 def test_saved_again_is_the_same(driver, models, tmp_path):
