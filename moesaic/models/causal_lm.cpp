@@ -147,7 +147,7 @@ std::shared_ptr<CausalLM> CausalLM::load(const formats::Checkpoint& checkpoint, 
 void CausalLM::quantize_head() {
   head_->quantize_int8();
   if (config_.tie_word_embeddings) return;  // the embedding needs its floats
-  torch::Tensor& weight = named_modules()["lm_head"]->named_parameters()["weight"];
+  torch::Tensor weight = named_modules()["lm_head"]->named_parameters()["weight"];
   weight.set_data(torch::empty({0}, weight.options()));
 }
 

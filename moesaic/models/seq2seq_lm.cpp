@@ -219,7 +219,7 @@ std::shared_ptr<Seq2SeqLM> Seq2SeqLM::load(const formats::Checkpoint& checkpoint
     model->head_->quantize_int8();
     // A tied one's floats are the embedding.
     if (!config.tie_word_embeddings) {
-      torch::Tensor& weight = modules["lm_head"]->named_parameters()["weight"];
+      torch::Tensor weight = modules["lm_head"]->named_parameters()["weight"];
       weight.set_data(torch::empty({0}, weight.options()));
     }
   }

@@ -200,7 +200,7 @@ def test_a_lost_terminal_loses_no_work(made, stop):
     out = made / stop.name
     run = tiny_run.make_run(made, output_dir=str(out), max_steps=100000, save_steps=0)
     process = subprocess.Popen(tiny_run.command("train", run, "logging_steps=1"), stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+                               stderr=subprocess.DEVNULL, preexec_fn=lambda: signal.signal(stop, signal.SIG_DFL))
     while process.poll() is None and not ((out / "train_log.jsonl").exists() and (out / "train_log.jsonl").read_text()):
         time.sleep(0.005)
     process.send_signal(stop)
