@@ -252,7 +252,7 @@ void gemv_int8(const int16_t* x, int64_t x_stride, const float* x_scales, int64_
 
 // A tile's sums fill the registers, a panel most of the first cache.
 #ifdef __AVX512F__
-constexpr int64_t kTileRows = 12, kPanelDepth = kDepth / 2;
+constexpr int64_t kTileRows = 8, kPanelDepth = kDepth / 2;
 #else
 constexpr int64_t kTileRows = 6, kPanelDepth = kDepth;
 #endif
@@ -307,6 +307,11 @@ inline void tile_int8(const int16_t* x, int64_t x_stride, const int16_t* panel, 
 
 void gemm_int8(const int16_t* x, int64_t x_stride, const float* x_scales, int64_t rows, const int8_t* w,
                const float* scales, const float* bias, float* y, int64_t in, int64_t out, int64_t begin, int64_t end) {
+#ifdef __AVX512F__
+  constexpr int64_t kFewRows = 48;  // packing the wider panel does not pay
+  if (rows < kFewRows)
+    return kAvx2Kernels.gemm_int8(x, x_stride, x_scales, rows, w, scales, bias, y, in, out, begin, end);
+#endif
   int16_t panel[kPanelDepth * kTileColumns];
   float sums[kTileRows * kTileColumns];
   for (int64_t o = begin; o < end; o += kTileColumns) {

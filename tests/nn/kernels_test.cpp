@@ -88,7 +88,7 @@ TEST(Thin, EqualsDoubleForAnyShapeAndStride) {
 
 TEST(LinearRowsInt8, EqualsTheDequantisedProduct) {
   torch::manual_seed(1);
-  for (int64_t rows : {1, 2, 4, 5, 40}) {
+  for (int64_t rows : {1, 2, 4, 5, 40, 61}) {
     for (auto [in, out] : std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {15, 3}, {16, 4}, {37, 1030}, {9000, 6}}) {
       const auto x = torch::randn({rows, in}), b = torch::randn({out});
       const auto [q, scales] = quantize_rows_int8(torch::randn({out, in}));
