@@ -48,6 +48,10 @@ std::string lower_without_punctuation(const std::string& text) {
   return kept;
 }
 
+double same_but_punctuation(const std::string& a, const std::string& b) {
+  return lower_without_punctuation(a) == lower_without_punctuation(b) ? 1.0 : 0.0;
+}
+
 /// The last match of  -?[$0-9.,]{2,} | -?[0-9]+  read from the left; "" when there is none.
 std::string last_match(const std::string& text) {
   auto numeric = [](char c) { return std::string_view("$.,0123456789").find(c) != std::string_view::npos; };
@@ -135,9 +139,7 @@ double number_match(const std::string& answer, const std::vector<std::string>& r
 double flexible_extract(const std::string& answer, const std::vector<std::string>& references) {
   std::string match = last_match(answer);
   if (match.empty()) match = "[invalid]";
-  return best(match, references, [](const std::string& a, const std::string& b) {
-    return lower_without_punctuation(a) == lower_without_punctuation(b) ? 1.0 : 0.0;
-  });
+  return best(match, references, same_but_punctuation);
 }
 
 double remove_whitespace(const std::string& answer, const std::vector<std::string>& references) {
@@ -149,9 +151,7 @@ double remove_whitespace(const std::string& answer, const std::vector<std::strin
     at += std::max<size_t>(blank, 1);
     if (blank == 0) end = at;
   }
-  return best(std::string(rest.substr(0, end)), references, [](const std::string& a, const std::string& b) {
-    return lower_without_punctuation(a) == lower_without_punctuation(b) ? 1.0 : 0.0;
-  });
+  return best(std::string(rest.substr(0, end)), references, same_but_punctuation);
 }
 
 Mean mean_of(const std::vector<double>& values) {

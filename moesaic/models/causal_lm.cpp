@@ -140,15 +140,10 @@ std::shared_ptr<CausalLM> CausalLM::load(const formats::Checkpoint& checkpoint, 
   }
   read(*modules["model.norm"], "model.norm.");
   if (!config.tie_word_embeddings) read(*modules["lm_head"], "lm_head.");
-  if (options.quantize_int8 && options.num_blocks < 0) model->quantize_head();
+  if (options.quantize_int8 && options.num_blocks < 0) {
+    model->quantize_head(*model->head_, config.tie_word_embeddings);
+  }
   return model;
-}
-
-void CausalLM::quantize_head() {
-  head_->quantize_int8();
-  if (config_.tie_word_embeddings) return;  // the embedding needs its floats
-  torch::Tensor weight = named_modules()["lm_head"]->named_parameters()["weight"];
-  weight.set_data(torch::empty({0}, weight.options()));
 }
 
 OrderedJson CausalLM::sizes() const {

@@ -68,7 +68,6 @@ class CausalLM : public SingleModel {
 
  private:
   void add_weight_sites();
-  void quantize_head();
 
   DecoderConfig config_;
   Facts facts_;

@@ -38,12 +38,24 @@ const Family& family_of(const Json& config, const std::string& where) {
                                 fmt::join(names, ", "), near.empty() ? "" : ". Did you mean " + near + "?"));
 }
 
+/// `parser`: of a family, null where it is of the other kind.
 template <class Config>
-Config parsed(Config (*parse)(ConfigReader& reader), const Json& config, const std::string& where) {
+Config parsed(Config (*Family::*parser)(ConfigReader&), const Json& written, const std::string& where, const char* kind,
+              const char* other) {
+  const Json config = formats::normalise_config(written, where);
+  const Family& family = family_of(config, where);
+  MOESAIC_CHECK(family.*parser != nullptr, ConfigError, "{}: model_type: got \"{}\", {}, expected {}", where,
+                family.model_type, other, kind);
   ConfigReader reader(config, where);
-  Config result = parse(reader);
+  Config result = (family.*parser)(reader);
   reader.finish();
   return result;
+}
+
+constexpr const char *kDecoder = "a decoder", *kEncoderDecoder = "an encoder-decoder";
+
+bool is_decoder(const Json& written, const std::string& where) {
+  return family_of(formats::normalise_config(written, where), where).parse != nullptr;
 }
 
 }  // namespace
@@ -55,32 +67,21 @@ std::vector<std::string> known_model_types() {
 }
 
 DecoderConfig parse_decoder_config(const Json& written, const std::string& where) {
-  const Json config = formats::normalise_config(written, where);
-  const Family& family = family_of(config, where);
-  MOESAIC_CHECK(family.parse != nullptr, ConfigError,
-                "{}: model_type: got \"{}\", an encoder-decoder, expected a decoder", where, family.model_type);
-  return parsed(family.parse, config, where);
+  return parsed(&Family::parse, written, where, kDecoder, kEncoderDecoder);
 }
 
 Seq2SeqConfig parse_seq2seq_config(const Json& written, const std::string& where) {
-  const Json config = formats::normalise_config(written, where);
-  const Family& family = family_of(config, where);
-  MOESAIC_CHECK(family.parse_seq2seq != nullptr, ConfigError,
-                "{}: model_type: got \"{}\", a decoder, expected an encoder-decoder", where, family.model_type);
-  return parsed(family.parse_seq2seq, config, where);
+  return parsed(&Family::parse_seq2seq, written, where, kEncoderDecoder, kDecoder);
 }
 
 std::shared_ptr<SingleModel> load_model(const formats::Checkpoint& checkpoint, const LoadOptions& options) {
-  const std::string where = checkpoint.path().string();
-  const bool decoder = family_of(formats::normalise_config(checkpoint.config(), where), where).parse != nullptr;
-  if (decoder) return CausalLM::load(checkpoint, options);
+  if (is_decoder(checkpoint.config(), checkpoint.path().string())) return CausalLM::load(checkpoint, options);
   return Seq2SeqLM::load(checkpoint, options);
 }
 
 std::shared_ptr<SingleModel> make_model(const Json& written, const std::string& where,
                                         const torch::TensorOptions& options) {
-  const bool decoder = family_of(formats::normalise_config(written, where), where).parse != nullptr;
-  if (decoder) return std::make_shared<CausalLM>(parse_decoder_config(written, where), options);
+  if (is_decoder(written, where)) return std::make_shared<CausalLM>(parse_decoder_config(written, where), options);
   return std::make_shared<Seq2SeqLM>(parse_seq2seq_config(written, where), options);
 }
 

@@ -215,14 +215,7 @@ std::shared_ptr<Seq2SeqLM> Seq2SeqLM::load(const formats::Checkpoint& checkpoint
     read(fmt::format("{}.final_layer_norm", half));
   }
   if (!config.tie_word_embeddings) read("lm_head");
-  if (options.quantize_int8) {
-    model->head_->quantize_int8();
-    // A tied one's floats are the embedding.
-    if (!config.tie_word_embeddings) {
-      torch::Tensor weight = modules["lm_head"]->named_parameters()["weight"];
-      weight.set_data(torch::empty({0}, weight.options()));
-    }
-  }
+  if (options.quantize_int8) model->quantize_head(*model->head_, config.tie_word_embeddings);
   return model;
 }
 

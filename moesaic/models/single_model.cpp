@@ -18,6 +18,13 @@ void SingleModel::add_parameter_sites(const std::set<std::string>& others) {
   }
 }
 
+void SingleModel::quantize_head(nn::Head& head, bool tied) {
+  head.quantize_int8();
+  if (tied) return;
+  torch::Tensor weight = named_modules()["lm_head"]->named_parameters()["weight"];
+  weight.set_data(torch::empty({0}, weight.options()));
+}
+
 void read_weights(const formats::Checkpoint& checkpoint, torch::nn::Module& module, const std::string& prefix) {
   for (auto& item : module.named_parameters()) {
     torch::Tensor& parameter = item.value();

@@ -36,6 +36,8 @@ class SingleModel : public torch::nn::Module, public LanguageModel {
  protected:
   /// A WeightSite for every parameter but `others`.
   void add_parameter_sites(const std::set<std::string>& others);
+  /// Keeps the head in int8 alone. A tied one's floats stay: they are the embedding.
+  void quantize_head(nn::Head& head, bool tied);
 };
 
 /// A module that is one matrix: an embedding, a head.

@@ -14,6 +14,13 @@ TEST(Visible, ControlCharactersAreWrittenAsJsonEscapesThem) {
   EXPECT_EQ(visible("file\xe2\x80\xaegnp.exe\xe2\x81\xa9"), "file\\u202egnp.exe\\u2069");
 }
 
+TEST(Visible, RangesEndWhereTheySay) {
+  EXPECT_EQ(visible("\xe2\x80\xaa\xe2\x81\xa6"), "\\u202a\\u2066");
+  const std::string beside = "\xe2\x80\xa9\xe2\x80\xaf\xe2\x81\xa5\xe2\x81\xaa\xc2\xa0 ~";
+  EXPECT_EQ(visible(beside), beside);
+  EXPECT_EQ(visible("\x1f\xc2\x9f"), "\\u001f\\u009f");
+}
+
 TEST(Visible, TextStaysAsItIs) {
   const std::string text =
       "line\n\ttab, gr\xc3\xbc\xc3\x9f, \xe6\xbc\xa2\xe5\xad\x97 \xf0\x9f\x99\x82 \xe2\x80\xa6 \xc2\xa0.";

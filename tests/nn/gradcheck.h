@@ -34,6 +34,29 @@ inline void expect_gradients_match(const std::function<torch::Tensor(const std::
   }
 }
 
+/// Checks d/dt f(theta + t v) at 0 of all parameters theta at once (float64), v random, against
+/// (f(theta + h v) - f(theta - h v)) / 2h.
+inline void expect_slope_matches(const std::function<torch::Tensor()>& f, std::vector<torch::Tensor> parameters) {
+  constexpr double kStep = 1e-6;
+  std::vector<torch::Tensor> directions;
+  for (auto& p : parameters) {
+    p.requires_grad_(true);
+    directions.push_back(torch::randn_like(p).detach());
+  }
+  f().backward();
+  torch::NoGradGuard no_grad;
+  double slope = 0;
+  for (size_t i = 0; i < parameters.size(); ++i) slope += (parameters[i].grad() * directions[i]).sum().item<double>();
+  auto at = [&](double t) {
+    for (size_t i = 0; i < parameters.size(); ++i) parameters[i].add_(directions[i], t);
+    const double value = f().item<double>();
+    for (size_t i = 0; i < parameters.size(); ++i) parameters[i].sub_(directions[i], t);
+    return value;
+  };
+  const double expected = (at(kStep) - at(-kStep)) / (2 * kStep);
+  EXPECT_NEAR(slope, expected, 1e-6 * std::max(1.0, std::abs(expected)));
+}
+
 /// Largest |a - b| over the largest |b|.
 inline double relative_error(const torch::Tensor& a, const torch::Tensor& b) {
   const torch::Tensor x = a.detach().to(torch::kFloat64), y = b.detach().to(torch::kFloat64);
