@@ -225,10 +225,10 @@ Json results_json(const Scores& base, const std::vector<Run>& runs) {
 }
 
 int run_demo(const DemoOptions& options, const CommonOptions& common) {
+  const FolderLock lock = take_demo_folder(options.output_dir, options.model);
   say("Growing a mixture of experts inside {}\n"
       "The model stays frozen; {} MoLoRA experts of rank 4 sit beside each of its linears, with a router each.\n\n",
       std::filesystem::path(options.model).filename().string(), 8);
-  const FolderLock lock = take_demo_folder(options.output_dir, options.model);
   Demo demo(options, common);
   const Scores base = demo.evaluate("Testing the base model");
   std::vector<Run> runs{demo.train("molora", 4)};
@@ -257,7 +257,7 @@ FolderLock take_demo_folder(const std::filesystem::path& dir, const std::filesys
   check_new_folder(dir, {model});
   MOESAIC_CHECK(!std::filesystem::exists(dir / "results.json"), UsageError,
                 "--output_dir {}: got a folder with the results of an earlier demo, expected another one: nothing is "
-                "overwritten",
+                "overwritten\nhint: make demo ARGS=\"--output_dir runs/another\"",
                 dir.string());
   return FolderLock(dir);
 }
