@@ -30,6 +30,7 @@ using Runner = std::function<int()>;
 using AddVerb = Runner (*)(CLI::App& app, CommonOptions& common);
 
 Runner add_chat(CLI::App& app, CommonOptions& common);
+Runner add_compare(CLI::App& app, CommonOptions& common);
 Runner add_compose(CLI::App& app, CommonOptions& common);
 Runner add_convert(CLI::App& app, CommonOptions& common);
 Runner add_data(CLI::App& app, CommonOptions& common);

@@ -1,29 +1,15 @@
 // moesaic doctor: what a bug report needs to say about the machine.
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
-#include <sys/utsname.h>
 #include <torch/torch.h>
-#include <unistd.h>
-
-#include <thread>
 
 #include "cli/command.h"
 #include "moesaic/base/device.h"
 #include "moesaic/base/json.h"
+#include "moesaic/base/machine.h"
 
 namespace moesaic::cli {
 namespace {
-
-/// The value of the first `key : value` line of /proc/cpuinfo, or "unknown".
-std::string cpu_info(std::string_view key) {
-  std::ifstream file("/proc/cpuinfo");
-  for (std::string line; std::getline(file, line);) {
-    if (line.compare(0, key.size(), key) != 0) continue;
-    size_t colon = line.find(": ");
-    if (colon != std::string::npos) return line.substr(colon + 2);
-  }
-  return "unknown";
-}
 
 /// Seconds of one float GEMM of this size in `dtype`, best of three after a warm-up.
 double gemm_seconds(c10::ScalarType dtype, int64_t rows, int64_t width) {
@@ -46,8 +32,7 @@ Runner add_doctor(CLI::App& app, CommonOptions& common) {
   return [json, &common] {
     constexpr int64_t kRows = 512, kWidth = 1024;
     torch::NoGradGuard no_grad;
-    utsname system{};
-    uname(&system);
+    const Machine machine = this_machine();
     const double flop = 2.0 * kRows * kWidth * kWidth;
     const std::string flags = " " + cpu_info("flags") + " ";
     std::vector<std::string> features;
@@ -61,13 +46,13 @@ Runner add_doctor(CLI::App& app, CommonOptions& common) {
         {"moesaic", kVersion},
         {"libtorch", TORCH_VERSION},
         {"compiler", __VERSION__},
-        {"system", fmt::format("{} {} {}", system.sysname, system.release, system.machine)},
-        {"cpu", cpu_info("model name")},
+        {"system", machine.system},
+        {"cpu", machine.cpu},
         {"cpu_features", features},
         {"cpu_capability", at::get_cpu_capability()},
-        {"cores", std::thread::hardware_concurrency()},
+        {"cores", machine.cores},
         {"threads", at::get_num_threads()},
-        {"memory_gib", std::round(sysconf(_SC_PHYS_PAGES) * double(sysconf(_SC_PAGE_SIZE)) / (1 << 30) * 10) / 10},
+        {"memory_gib", std::round(static_cast<double>(machine.memory_bytes) / (1 << 30) * 10) / 10},
         {"mkl", at::hasMKL()},
         {"cuda_devices", cuda ? static_cast<int>(torch::cuda::device_count()) : 0},
         {"device", device.str()},

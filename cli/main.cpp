@@ -33,6 +33,7 @@ constexpr Verb kVerbs[] = {
     {"chat", "Talk with a model in the terminal", add_chat},
     {"score", "Log-probability of every token of a text", add_score},
     {"eval", "Score a model on task files: rank classification and generation", add_eval},
+    {"compare", "Runs side by side: what they differ in, what came of it; a table, a page, CSV and JSON", add_compare},
     {"routes", "What routers and connections do: experts of each task and token, or what an anchor reads", add_routes},
     {"inspect", "What is in a file or folder; what a method would train", add_inspect},
     {"data", "Look at training data: preview a run, validate a file, write the demo's skills", add_data},

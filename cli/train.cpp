@@ -27,14 +27,14 @@ std::string shell_word(const std::string& text) {
   return word + "'";
 }
 
-/// What goes on with the run, to be pasted into a shell.
-std::string resume_command(const TrainOptions& options, const CLI::App& app) {
+/// The run as a command, to be pasted into a shell.
+std::string command(const TrainOptions& options, const CLI::App& app) {
   std::string command = "moesaic train " + shell_word(options.run);
   for (const std::string& word : options.overrides) command += " " + shell_word(word);
   for (const char* flag : {"--seed", "--device", "--dtype"}) {
     if (app.count(flag) > 0) command += fmt::format(" {} {}", flag, shell_word(app.get_option(flag)->results().back()));
   }
-  return command + " --resume auto";
+  return command;
 }
 
 int train_run(const TrainOptions& options, const CLI::App& app, run::Run& run) {
@@ -46,15 +46,18 @@ int train_run(const TrainOptions& options, const CLI::App& app, run::Run& run) {
     if (!progress) progress = std::make_unique<Progress>("train", log.max_steps, log.step - 1);
     progress->update(log.step, fmt::format("loss {:.4f}, {} tokens/s", log.loss, format_count(log.tokens_per_second)));
   };
-  const train::TrainResult result = run.train(hooks);
+  const train::TrainResult result = run.train(hooks, command(options, app));
   if (progress) progress->finish();
   if (result.interrupted) {
-    say_error("stopped after step {}; go on with:\n  {}\n", result.steps, resume_command(options, app));
+    say_error("stopped after step {}; go on with:\n  {}\n", result.steps, command(options, app) + " --resume auto");
     return static_cast<int>(ExitCode::kInterrupted);
   }
+  const auto& best = result.best;
   say("done       step {}, train loss {:.4f}{}, {} in {}\n", result.steps, result.train_loss,
-      result.best_eval_loss ? fmt::format(", best eval loss {:.4f}", *result.best_eval_loss) : "",
+      best ? fmt::format(", best {} {:.4f} at step {}", best->metric, best->value, best->step) : "",
       run.config().train.output_dir.string(), format_duration(result.seconds));
+  if (const std::string why = result.stopping_reason(); !why.empty()) say("           {}\n", why);
+  say("           report: {}\n", (run.config().train.output_dir / "report.html").string());
   for (const auto& count : run.counts()) {
     say("           {}: {} examples drawn, {} skipped, {} targets\n", count.name, count.drawn, count.skipped,
         count.targets);

@@ -3,30 +3,35 @@
 #   moesaic/eval/pages/routes.html   is   moesaic::eval::kRoutesHtml, a std::string_view
 #
 # declared in moesaic/eval/pages.h: the folder of the files names the header and, without its last part, the namespace.
+# moesaic_embed_as(<target> <folder> <name> <file>): the same for a file from elsewhere, as if it were <folder>/<name>.
 # To be called behind the target's definition, from the top of the source tree.
 function(moesaic_embed target)
   foreach(_file ${ARGN})
-    set(_made "${CMAKE_BINARY_DIR}/embedded/${_file}.cpp")
-    add_custom_command(
-      OUTPUT "${_made}"
-      COMMAND "${CMAKE_COMMAND}" "-DFILE=${_file}" "-DMADE=${_made}" -P "${CMAKE_SOURCE_DIR}/cmake/Embed.cmake"
-      WORKING_DIRECTORY "${CMAKE_SOURCE_DIR}"
-      DEPENDS "${CMAKE_SOURCE_DIR}/${_file}" "${CMAKE_SOURCE_DIR}/cmake/Embed.cmake"
-      COMMENT "Embedding ${_file}"
-      VERBATIM)
-    target_sources(${target} PRIVATE "${_made}")
-    set_source_files_properties("${_made}" PROPERTIES SKIP_PRECOMPILE_HEADERS ON)
+    get_filename_component(_folder "${_file}" DIRECTORY)
+    get_filename_component(_name "${_file}" NAME)
+    moesaic_embed_as(${target} "${_folder}" "${_name}" "${CMAKE_SOURCE_DIR}/${_file}")
   endforeach()
+endfunction()
+
+function(moesaic_embed_as target folder name file)
+  set(_made "${CMAKE_BINARY_DIR}/embedded/${folder}/${name}.cpp")
+  add_custom_command(
+    OUTPUT "${_made}"
+    COMMAND "${CMAKE_COMMAND}" "-DFILE=${file}" "-DFOLDER=${folder}" "-DNAME=${name}" "-DMADE=${_made}"
+      -P "${CMAKE_SOURCE_DIR}/cmake/Embed.cmake"
+    DEPENDS "${file}" "${CMAKE_SOURCE_DIR}/cmake/Embed.cmake"
+    COMMENT "Embedding ${name}"
+    VERBATIM)
+  target_sources(${target} PRIVATE "${_made}")
+  set_source_files_properties("${_made}" PROPERTIES SKIP_PRECOMPILE_HEADERS ON)
 endfunction()
 
 # As a script: writes MADE, the constant of FILE.
 if(CMAKE_SCRIPT_MODE_FILE)
   cmake_minimum_required(VERSION 3.25)
-  get_filename_component(_folder "${FILE}" DIRECTORY)
-  get_filename_component(_above "${_folder}" DIRECTORY)
+  get_filename_component(_above "${FOLDER}" DIRECTORY)
   string(REPLACE "/" "::" _namespace "${_above}")
-  get_filename_component(_name "${FILE}" NAME)
-  string(REGEX MATCHALL "[A-Za-z0-9]+" _words "${_name}")
+  string(REGEX MATCHALL "[A-Za-z0-9]+" _words "${NAME}")
   set(_constant k)
   foreach(_word ${_words})
     string(SUBSTRING "${_word}" 0 1 _first)
@@ -38,8 +43,8 @@ if(CMAKE_SCRIPT_MODE_FILE)
   file(READ "${FILE}" _bytes HEX)
   string(REGEX REPLACE "(................................................................)" "\\1\n" _bytes "${_bytes}")
   string(REGEX REPLACE "([0-9a-f][0-9a-f])" "'\\\\x\\1'," _bytes "${_bytes}")
-  file(CONFIGURE OUTPUT "${MADE}" @ONLY CONTENT "// Made of @FILE@ by cmake/Embed.cmake.
-#include \"@_folder@.h\"
+  file(CONFIGURE OUTPUT "${MADE}" @ONLY CONTENT "// Made of ${NAME} by cmake/Embed.cmake.
+#include \"@FOLDER@.h\"
 
 namespace @_namespace@ {
 

@@ -35,11 +35,21 @@ pid_t writer_of(const std::string& name) {
 }
 
 bool is_work(const fs::path& path) {
-  static const std::array kNames{
-      "config.json",        "adapter_config.json",   "calm_config.json",   "generation_config.json",
-      "tokenizer.json",     "tokenizer_config.json", "tokenizer.model",    "trainer_state.json",
-      "run.yaml",           "train_log.jsonl",       "router_stats.jsonl", "README.md",
-      "chat_template.jinja"};
+  static const std::array kNames{"config.json",
+                                 "adapter_config.json",
+                                 "calm_config.json",
+                                 "generation_config.json",
+                                 "tokenizer.json",
+                                 "tokenizer_config.json",
+                                 "tokenizer.model",
+                                 "trainer_state.json",
+                                 "run.yaml",
+                                 "train_log.jsonl",
+                                 "router_stats.jsonl",
+                                 "README.md",
+                                 "chat_template.jinja",
+                                 "report.json",
+                                 "report.html"};
   static const std::array kEndings{".safetensors", ".gguf", ".bin", ".pt", ".pth"};
   const std::string name = path.filename().string();
   return std::find(kNames.begin(), kNames.end(), name) != kNames.end() ||

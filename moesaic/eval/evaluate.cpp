@@ -247,6 +247,10 @@ void evaluate_generated(const EvalModel& model, const Task& task, const EvalOpti
 
 }  // namespace
 
+std::vector<std::string> metric_names(const Task& task, const EvalOptions& options) {
+  return task.ranked() ? std::vector<std::string>{"acc", "acc_norm"} : metrics_of(task, options);
+}
+
 void check_metrics(const Task& task, const EvalOptions& options) {
   std::vector<std::string> known{kPassAt1};
   for (const AnswerMetric& metric : kAnswerMetrics) known.push_back(metric.name);

@@ -53,6 +53,9 @@ using ProgressCallback = std::function<void(int64_t done)>;
 /// To be called before a model is loaded; evaluate() calls it too.
 void check_metrics(const Task& task, const EvalOptions& options);
 
+/// The names of what evaluate() will measure of the task.
+std::vector<std::string> metric_names(const Task& task, const EvalOptions& options);
+
 /// How the answers to a task are generated: the options, filled up with the task's own length and stops.
 generate::SamplingOptions sampling_of(const Task& task, const EvalOptions& options);
 

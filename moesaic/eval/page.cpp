@@ -1,6 +1,7 @@
 #include "moesaic/eval/page.h"
 
 #include "moesaic/base/check.h"
+#include "moesaic/eval/pages.h"
 
 namespace moesaic::eval {
 namespace {
@@ -24,14 +25,15 @@ std::pair<std::string_view, std::string_view> around(std::string_view html, std:
 
 }  // namespace
 
-std::string page_of(std::string_view html, std::string_view css, std::string_view js, const OrderedJson& data) {
+std::string page_of(std::string_view html, std::initializer_list<std::string_view> css,
+                    std::initializer_list<std::string_view> js, const OrderedJson& data) {
   const auto [head, after_style] = around(html, "<link rel=\"stylesheet\"", ">");
   const auto [body, after_data] = around(after_style, "<script id=\"data\" type=\"application/json\">", "</script>");
   const auto [between, tail] = around(after_data, "<script src=", "</script>");
   return fmt::format(
-      "{}<style>\n{}</style>{}<script id=\"data\" type=\"application/json\">{}</script>{}<script>\n{}"
+      "{}<style>\n{}\n{}</style>{}<script id=\"data\" type=\"application/json\">{}</script>{}<script>\n{}"
       "</script>{}",
-      head, css, body, script_safe(data), between, js, tail);
+      head, kPageCss, fmt::join(css, "\n"), body, script_safe(data), between, fmt::join(js, "\n"), tail);
 }
 
 }  // namespace moesaic::eval

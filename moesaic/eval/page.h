@@ -1,5 +1,6 @@
 // Pages that draw the data put into them.
 #pragma once
+#include <initializer_list>
 #include <string>
 #include <string_view>
 
@@ -7,13 +8,14 @@
 
 namespace moesaic::eval {
 
-/// `html` with its style sheet, its script and its data in it, so that it needs nothing from outside:
+/// `html` with style sheets, scripts and its data in it, so that it needs nothing from outside:
 ///
-///   <link rel="stylesheet" href="...">                 becomes <style>css</style>
+///   <link rel="stylesheet" href="...">                 becomes <style>pages/page.css and all of css</style>
 ///   <script id="data" type="application/json"></script>   holds the JSON, safe inside of the element
-///   <script src="..."></script>                        becomes <script>js</script>
+///   <script src="..."></script>                        becomes <script>all of js</script>
 ///
 /// Each must stand in `html` once.
-std::string page_of(std::string_view html, std::string_view css, std::string_view js, const OrderedJson& data);
+std::string page_of(std::string_view html, std::initializer_list<std::string_view> css,
+                    std::initializer_list<std::string_view> js, const OrderedJson& data);
 
 }  // namespace moesaic::eval

@@ -304,6 +304,6 @@ bool is_routes_report(std::string_view text) {
   return has("<title>Moesaic: routers and connections</title>") || (has("\"routers\":") && has("\"similarity\":"));
 }
 
-std::string routes_html(const OrderedJson& routes) { return page_of(kRoutesHtml, kRoutesCss, kRoutesJs, routes); }
+std::string routes_html(const OrderedJson& routes) { return page_of(kRoutesHtml, {kRoutesCss}, {kRoutesJs}, routes); }
 
 }  // namespace moesaic::eval

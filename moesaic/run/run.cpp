@@ -1,11 +1,13 @@
 #include "moesaic/run/run.h"
 
 #include "moesaic/base/check.h"
+#include "moesaic/base/machine.h"
 #include "moesaic/base/progress.h"
 #include "moesaic/base/seed.h"
 #include "moesaic/base/version.h"
 #include "moesaic/base/yaml.h"
 #include "moesaic/eval/evaluate.h"
+#include "moesaic/generate/generate.h"
 #include "moesaic/run/open.h"
 #include "moesaic/train/checkpoint.h"
 
@@ -93,6 +95,13 @@ Run::Run(RunConfig config, bool dry)
   if (!config_.eval_tasks.empty()) tasks_ = eval::load_tasks(config_.eval_tasks, {.limit = config_.eval_limit});
   for (const eval::Task& task : tasks_) eval::check_metrics(task, {});
   train::check_config(config_.train, mixture_->epoch_size());
+  std::vector<std::string> measured = train::loss_names(eval_sets_);
+  for (const eval::Task& task : tasks_) {
+    for (const std::string& metric : eval::metric_names(task, {})) {
+      measured.push_back(fmt::format("eval/{}/{}", task.name, metric));
+    }
+  }
+  train::check_metric(config_.train, measured);
 }
 
 void Run::open_data(const formats::Checkpoint& checkpoint) {
@@ -117,13 +126,25 @@ void Run::open_data(const formats::Checkpoint& checkpoint) {
   training_ = std::move(training);
   mixture_ = std::make_unique<data::Mixture>(training_, renderer_, derive_seed(config_.train.seed, "mixture"),
                                              config_.mixture_rule);
-  if (!validation.empty()) eval_examples_ = data::load_examples(validation, *renderer_);
-  MOESAIC_CHECK(config_.train.eval_steps == 0 || !eval_examples_.empty(), UsageError,
+  for (const data::DatasetConfig& config : validation) {
+    auto set = std::find_if(eval_sets_.begin(), eval_sets_.end(),
+                            [&](const train::EvalSet& known) { return known.name == config.name; });
+    if (set == eval_sets_.end()) set = eval_sets_.insert(set, train::EvalSet{config.name, {}});
+    std::vector<data::Example> examples = data::load_examples({config}, *renderer_);
+    std::move(examples.begin(), examples.end(), std::back_inserter(set->examples));
+  }
+  MOESAIC_CHECK(config_.train.eval_steps == 0 || !eval_sets_.empty(), UsageError,
                 "eval_steps: got no evaluation data; give val_size or eval_dataset");
+  for (const train::EvalSet& set : eval_sets_) {
+    MOESAIC_CHECK(std::any_of(set.examples.begin(), set.examples.end(),
+                              [](const data::Example& example) { return example.targets() > 0; }),
+                  DataError, "{}: got {} rows for evaluation, expected some with an answer to score", set.name,
+                  set.examples.size());
+  }
 }
 
 /// {"<task>/<metric>", value} for every task: asked as training renders its data.
-std::vector<std::pair<std::string, double>> Run::task_scores() {
+train::Scores Run::task_scores() {
   const eval::EvalModel model{*prepared_.model, renderer_->tokenizer(), renderer_->chat_template()};
   eval::EvalOptions options;
   options.apply_chat_template = model.chat_template != nullptr;
@@ -131,10 +152,11 @@ std::vector<std::pair<std::string, double>> Run::task_scores() {
   options.generation.max_new_tokens = 128;
   options.generation.eos_ids = eos_ids(*prepared_.model, prepared_.checkpoint->generation_config(),
                                        &renderer_->tokenizer(), renderer_->chat_template());
-  std::vector<std::pair<std::string, double>> scores;
+  train::Scores scores;
   for (const eval::Task& task : tasks_) {
-    for (const auto& [metric, mean] : eval::evaluate(model, task, options).metrics) {
-      scores.emplace_back(task.name + "/" + metric, mean.value);
+    const eval::TaskResult result = eval::evaluate(model, task, options);
+    for (const auto& metrics : {result.metrics, result.corpus_metrics}) {
+      for (const auto& [metric, mean] : metrics) scores.emplace_back(task.name + "/" + metric, mean.value);
     }
   }
   return scores;
@@ -167,6 +189,12 @@ data::Example Run::next_example() {
   return std::move(*example);
 }
 
+int64_t Run::trainable() const {
+  int64_t count = 0;
+  for (const auto& tensor : train::optimized_tensors(*prepared_.learner, config_.train)) count += tensor.tensor.numel();
+  return count;
+}
+
 Plan Run::plan() {
   Plan plan;
   plan.add("model", fmt::format("{} ({}, {} parameters, {} on {}: {})", config_.model_name_or_path,
@@ -174,17 +202,15 @@ Plan Run::plan() {
                                 format_count(static_cast<double>(prepared_.base_parameters)), dtype_name(format_.dtype),
                                 device_.str(), format_.reason));
   for (const auto& [label, text] : prepared_.plan.lines) plan.add(label, text);
-  int64_t trainable = 0;
-  for (const auto& tensor : train::optimized_tensors(*prepared_.learner, config_.train)) {
-    trainable += tensor.tensor.numel();
-  }
   plan.add("trainable",
-           fmt::format("{} ({:.4f} % of {})", trainable,
-                       100.0 * static_cast<double>(trainable) / static_cast<double>(prepared_.base_parameters),
+           fmt::format("{} ({:.4f} % of {})", trainable(),
+                       100.0 * static_cast<double>(trainable()) / static_cast<double>(prepared_.base_parameters),
                        prepared_.base_parameters));
-  const bool unused = !eval_examples_.empty() && config_.train.eval_steps == 0;
-  plan.add("data", fmt::format("{} examples an epoch, {} for evaluation{}", mixture_->epoch_size(),
-                               eval_examples_.size(), unused ? " (never: eval_steps is 0)" : ""));
+  size_t held_out = 0;
+  for (const train::EvalSet& set : eval_sets_) held_out += set.examples.size();
+  const bool unused = held_out > 0 && config_.train.eval_steps == 0;
+  plan.add("data", fmt::format("{} examples an epoch, {} for evaluation{}", mixture_->epoch_size(), held_out,
+                               unused ? " (never: eval_steps is 0)" : ""));
   for (const auto& count : mixture_->counts()) {
     plan.add("", fmt::format("{}: {} rows, rate {:.3f}", count.name, count.rows, count.rate));
   }
@@ -246,7 +272,7 @@ void Run::write_inputs() const {
   formats::write_tokenizer_files(dir, files);
 }
 
-train::TrainResult Run::train(const train::TrainHooks& hooks) {
+train::TrainResult Run::train(const train::TrainHooks& hooks, const std::string& command) {
   MOESAIC_CHECK(!dry_, UsageError, "run: it was opened dry, expected one opened for training");
   check_rows();
   write_inputs();
@@ -257,26 +283,168 @@ train::TrainResult Run::train(const train::TrainHooks& hooks) {
         epoch > 0 &&
         (config.max_batch_tokens > 0 || config.max_steps < 0 ||
          config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps > epoch);
-    prepared_.begin(longer || (config.eval_steps > 0 && !eval_examples_.empty()));
+    prepared_.begin(longer || (config.eval_steps > 0 && !eval_sets_.empty()));
   }
+  Report report(config.output_dir, report_facts(command), config.resume_from_checkpoint != "none");
+  report.write();
+  open_samples(report);
   train::TrainHooks own = hooks;
   if (!tasks_.empty()) own.evaluate_tasks = [this] { return task_scores(); };
-  const train::TrainResult result =
-      train::train(*prepared_.model, *prepared_.learner, *mixture_, eval_examples_, config, epoch, own);
+  own.on_log = [&](const train::StepLog& log) {
+    report["max_steps"] = log.max_steps;
+    if (hooks.on_log) hooks.on_log(log);
+  };
+  own.on_row = [&](const Json& row) {
+    report["data"] = report_counts();
+    report.add(row);
+    if (hooks.on_row) hooks.on_row(row);
+  };
+  train::TrainResult result{};
+  try {
+    result = train::train(*prepared_.model, *prepared_.learner, *mixture_, eval_sets_, config, epoch, own);
+  } catch (const std::exception& error) {
+    report["status"] = "failed";
+    report["message"] = error.what();
+    try {
+      report.write();
+    } catch (const std::exception&) {  // the disk may be what failed; the first error is the one to be told
+    }
+    throw;
+  }
   if (prepared_.end) prepared_.end();
   if (!result.interrupted) write_card(result);
+  close_report(result, report);
   lock_.reset();
   return result;
+}
+
+OrderedJson Run::report_counts() const {
+  OrderedJson counts = OrderedJson::array();
+  for (const auto& count : mixture_->counts()) {
+    counts.push_back({{"name", count.name},
+                      {"rows", count.rows},
+                      {"rate", count.rate},
+                      {"drawn", count.drawn},
+                      {"skipped", count.skipped},
+                      {"targets", count.targets}});
+  }
+  return counts;
+}
+
+OrderedJson Run::report_facts(const std::string& command) const {
+  const Machine machine = this_machine();
+  return {{"moesaic", kVersion},
+          {"libtorch", TORCH_VERSION},
+          {"command", command},
+          {"machine",
+           {{"cpu", machine.cpu},
+            {"cores", machine.cores},
+            {"memory_bytes", machine.memory_bytes},
+            {"system", machine.system}}},
+          {"threads", at::get_num_threads()},
+          {"device", device_.str()},
+          {"dtype", dtype_name(format_.dtype)},
+          {"model", config_.model_name_or_path},
+          {"finetuning_type", config_.finetuning_type},
+          {"trainable", trainable()},
+          {"base_parameters", prepared_.base_parameters},
+          {"settings", config_.resolved},
+          {"steps", 0},
+          {"max_steps", config_.train.max_steps},
+          {"tokens", 0},
+          {"weights_of", nullptr},
+          {"best", nullptr},
+          {"data", report_counts()}};
+}
+
+/// Greedy answers of the model to the samples' prompts.
+std::vector<std::string> Run::sample_answers() {
+  std::vector<generate::Prompt> prompts;
+  for (const data::Example& sample : samples_) {
+    prompts.push_back({{sample.ids.begin(), sample.ids.begin() + sample.prompt_ends[0]}, sample.sentence});
+  }
+  generate::SamplingOptions options{.max_new_tokens = 48};
+  options.eos_ids = eos_ids(*prepared_.model, prepared_.checkpoint->generation_config(), &renderer_->tokenizer(),
+                            renderer_->chat_template());
+  std::vector<std::string> answers;
+  for (const auto& answer : generate::generate(*prepared_.model, renderer_->tokenizer(), prompts, options)) {
+    answers.push_back(answer.text);
+  }
+  return answers;
+}
+
+/// Chooses a few rows with a prompt, held-out ones where there are any, and asks the model as it is.
+void Run::open_samples(Report& report) {
+  constexpr size_t kSamples = 4;
+  std::vector<std::pair<std::string, data::Example>> chosen;
+  auto take = [&](const std::string& name, const data::Example& example) {
+    const bool asked = !example.prompt_ends.empty() && example.prompt_ends[0] > 0;
+    if (asked && chosen.size() < kSamples) chosen.emplace_back(name, example);
+  };
+  for (size_t row = 0; row < kSamples; ++row) {
+    for (const train::EvalSet& set : eval_sets_) {
+      if (row < set.examples.size()) take(set.name, set.examples[row]);
+    }
+  }
+  const bool held_out = !chosen.empty();
+  if (!held_out) {
+    data::Mixture first(training_, renderer_, derive_seed(config_.train.seed, "mixture"), config_.mixture_rule);
+    for (size_t row = 0; row < kSamples; ++row) {
+      if (const auto example = first.next()) take(training_[example->dataset].name, *example);
+    }
+  }
+  for (auto& [name, example] : chosen) samples_.push_back(std::move(example));
+  if (samples_.empty() || report.has_samples()) return;
+  const std::vector<std::string> answers = sample_answers();
+  report["samples_from"] = held_out ? "evaluation" : "training";
+  for (size_t i = 0; i < samples_.size(); ++i) {
+    const std::vector<int64_t>& ids = samples_[i].ids;
+    const std::vector<uint8_t>& mask = samples_[i].mask;
+    const int64_t end = samples_[i].prompt_ends[0];
+    const int64_t behind = std::find(mask.begin() + end, mask.end(), 0) - mask.begin();
+    const tokenizer::Tokenizer& tokenizer = renderer_->tokenizer();
+    report["samples"].push_back({{"data_set", chosen[i].first},
+                                 {"prompt", tokenizer.decode({ids.begin(), ids.begin() + end}, false)},
+                                 {"reference", tokenizer.decode({ids.begin() + end, ids.begin() + behind}, true)},
+                                 {"before", answers[i]},
+                                 {"after", nullptr}});
+  }
+}
+
+void Run::close_report(const train::TrainResult& result, Report& report) {
+  report["status"] = result.interrupted ? "interrupted" : result.stopped_early ? "stopped early" : "finished";
+  report["message"] = result.stopping_reason();
+  report["steps"] = result.steps;
+  report["tokens"] = result.tokens;
+  report["data"] = report_counts();
+  report["peak_memory_bytes"] = peak_resident_bytes();
+  if (result.best) {
+    report["best"] = {{"metric", result.best->metric}, {"value", result.best->value}, {"step", result.best->step}};
+  }
+  if (!result.interrupted) {
+    report["weights_of"] = result.weights_of;
+    uintmax_t bytes = 0;
+    for (const auto& entry : fs::directory_iterator(config_.train.output_dir)) {
+      if (entry.is_regular_file() && entry.path().extension() == ".safetensors") bytes += entry.file_size();
+    }
+    report["result_bytes"] = bytes;
+    const std::vector<std::string> answers = samples_.empty() ? std::vector<std::string>{} : sample_answers();
+    for (size_t i = 0; i < answers.size() && i < report["samples"].size(); ++i) {
+      report["samples"][i]["after"] = answers[i];
+    }
+  }
+  report.write();
 }
 
 void Run::write_card(const train::TrainResult& result) const {
   std::string card = fmt::format("---\nlibrary_name: moesaic\nbase_model: {}\ntags: [{}]\n---\n\n",
                                  Json(config_.model_name_or_path).dump(), config_.finetuning_type);
   card += fmt::format("# {} of {}\n\n", config_.finetuning_type, config_.model_name_or_path);
-  card +=
-      fmt::format("Trained by moesaic {} for {} steps on {} tokens in {}; mean training loss {:.4f}{}.\n\n", kVersion,
-                  result.steps, result.tokens, dtype_name(format_.dtype), result.train_loss,
-                  result.best_eval_loss ? fmt::format(", best evaluation loss {:.4f}", *result.best_eval_loss) : "");
+  card += fmt::format("Trained by moesaic {} for {} steps on {} tokens in {}; mean training loss {:.4f}{}.\n\n",
+                      kVersion, result.steps, result.tokens, dtype_name(format_.dtype), result.train_loss,
+                      result.best ? fmt::format(", best {} {:.4f} at step {}", result.best->metric, result.best->value,
+                                                result.best->step)
+                                  : "");
   card += "| data | rows | examples drawn | rate |\n|---|---|---|---|\n";
   for (const auto& count : mixture_->counts()) {
     card += fmt::format("| {} | {} | {} | {:.3f} |\n", count.name, count.rows, count.drawn, count.rate);

@@ -13,6 +13,7 @@
 #include "moesaic/data/validate.h"
 #include "moesaic/eval/task.h"
 #include "moesaic/run/plan.h"
+#include "moesaic/run/report.h"
 #include "moesaic/run/subject.h"
 #include "moesaic/train/memory.h"
 #include "moesaic/train/trainer.h"
@@ -46,8 +47,9 @@ class Run {
   Plan plan();
   /// What the run will hold at its peak; draws from the data, so nothing can be trained afterwards.
   Plan memory_plan();
-  /// Writes run.yaml and the tokenizer, trains, and writes the model card when the run was not interrupted.
-  train::TrainResult train(const train::TrainHooks& hooks = {});
+  /// Writes run.yaml and the tokenizer, trains, and writes the model card when the run was not interrupted; beside it
+  /// all the run's report. command: what the user typed, for the report.
+  train::TrainResult train(const train::TrainHooks& hooks = {}, const std::string& command = "");
 
  private:
   /// Rows are judged while weights are read; given up when the run ends before.
@@ -60,7 +62,13 @@ class Run {
   void open_data(const formats::Checkpoint& checkpoint);
   void write_inputs() const;
   void write_card(const train::TrainResult& result) const;
-  std::vector<std::pair<std::string, double>> task_scores();
+  train::Scores task_scores();
+  int64_t trainable() const;
+  OrderedJson report_facts(const std::string& command) const;
+  OrderedJson report_counts() const;
+  std::vector<std::string> sample_answers();
+  void open_samples(Report& report);
+  void close_report(const train::TrainResult& result, Report& report);
 
   RunConfig config_;
   bool dry_;
@@ -71,9 +79,10 @@ class Run {
   std::shared_ptr<const data::Renderer> renderer_;
   std::vector<data::DatasetConfig> training_;
   std::unique_ptr<data::Mixture> mixture_;
-  std::vector<data::Example> eval_examples_;
+  std::vector<train::EvalSet> eval_sets_;
   std::vector<eval::Task> tasks_;
-  Judgement judgement_;  // the last: it reads the others
+  std::vector<data::Example> samples_;  // what the report shows the model's answers to
+  Judgement judgement_;                 // the last: it reads the others
 };
 
 }  // namespace moesaic::run

@@ -34,7 +34,9 @@ bool Journal::reports_to(const std::string& target) const {
          std::find(config_.report_to.begin(), config_.report_to.end(), target) != config_.report_to.end();
 }
 
-bool Journal::logs_routing(int64_t step) const { return reports_to("jsonl") && step % config_.logging_steps == 0; }
+bool Journal::logs_routing(int64_t step) const {
+  return (reports_to("jsonl") || on_row_) && step % config_.logging_steps == 0;
+}
 
 void Journal::open(int64_t resumed) {
   if (reports_to("jsonl")) {
@@ -64,13 +66,14 @@ void Journal::write_step(const StepLog& log, int64_t examples, const moe::Routin
   history_.push_back(row);
   row["tokens"] = log.tokens;
   row["tokens_per_second"] = log.tokens_per_second;
-  if (log_) log_->write(row);
+  write_row(row);
   report_events("train/", row, log.step);
-  if (!router_log_ || routing.empty()) return;
+  if (routing.empty()) return;
   Json stats = routing.summary();
   stats["step"] = log.step;
   stats["split"] = "train";
-  router_log_->write(stats);
+  if (router_log_) router_log_->write(stats);
+  if (on_row_) on_row_(stats);
   if (const auto [load, router] = routing.largest_load(); load > 0.9 && !warned_of_collapse_) {
     spdlog::warn(
         "step {}: one expert has {:.0f} % of the weight at {}: the router collapsed; try a lower "
@@ -80,26 +83,24 @@ void Journal::write_step(const StepLog& log, int64_t examples, const moe::Routin
   }
 }
 
-void Journal::write_evaluation(int64_t step, double loss) {
-  const Json row{{"step", step}, {"eval_loss", loss}};
-  history_.push_back(row);
-  if (log_) log_->write(row);
-  report_events("eval/", row, step);
-  spdlog::info("step {}: eval loss {:.4f}", step, loss);
-}
-
-void Journal::write_task_scores(int64_t step, const std::vector<std::pair<std::string, double>>& scores) {
-  Json events = Json::object(), row{{"step", step}};
+void Journal::write_evaluation(int64_t step, int64_t weights_of, const Scores& scores) {
+  Json row{{"step", step}}, events = Json::object();
+  if (weights_of != step) row["weights_of_step"] = weights_of;
   std::string text;
   for (const auto& [name, value] : scores) {
-    events[name] = value;
-    row["eval/" + name] = value;
+    row[name] = value;
+    events[name.starts_with("eval/") ? name.substr(5) : name] = value;
     text += fmt::format(", {} {:.4f}", name, value);
   }
-  report_events("eval/", events, step);
-  spdlog::info("step {}{}", step, text);
+  spdlog::info("step {}{}{}", step, weights_of != step ? fmt::format(" (weights of step {})", weights_of) : "", text);
   history_.push_back(row);
+  write_row(row);
+  report_events("eval/", events, step);
+}
+
+void Journal::write_row(const Json& row) {
   if (log_) log_->write(row);
+  if (on_row_) on_row_(row);
 }
 
 void Journal::report_events(const std::string& prefix, const Json& row, int64_t step) {

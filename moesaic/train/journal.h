@@ -27,7 +27,9 @@ class JsonLines {
 /// Opened when the run's first step is known; writes where `report_to` says.
 class Journal {
  public:
-  Journal(const TrainConfig& config, int64_t epoch_size) : config_(config), epoch_size_(epoch_size) {}
+  /// on_row: gets every row as well, whatever `report_to` says; may be empty.
+  Journal(const TrainConfig& config, int64_t epoch_size, const std::function<void(const Json& row)>& on_row)
+      : config_(config), epoch_size_(epoch_size), on_row_(on_row) {}
 
   /// Opens the files of a run that goes on behind step `resumed`.
   void open(int64_t resumed);
@@ -37,8 +39,9 @@ class Journal {
   void add(double loss, double aux_loss);
   /// A row of the steps since the last one. examples: seen so far.
   void write_step(const StepLog& log, int64_t examples, const moe::RoutingStats& routing);
-  void write_evaluation(int64_t step, double loss);
-  void write_task_scores(int64_t step, const std::vector<std::pair<std::string, double>>& scores);
+  /// What an evaluation found: {"eval_loss", 1.2} or {"eval/rte/acc", 0.6}. `weights_of`: the step whose weights were
+  /// evaluated.
+  void write_evaluation(int64_t step, int64_t weights_of, const Scores& scores);
 
   const Json& history() const { return history_; }
   /// What a checkpoint keeps of it beside the history, and back.
@@ -48,9 +51,11 @@ class Journal {
  private:
   bool reports_to(const std::string& target) const;
   void report_events(const std::string& prefix, const Json& row, int64_t step);
+  void write_row(const Json& row);
 
   const TrainConfig& config_;
   int64_t epoch_size_;
+  const std::function<void(const Json& row)>& on_row_;
   double window_loss_ = 0, window_aux_loss_ = 0;  // sums since the last row
   int64_t window_steps_ = 0;
   Json history_ = Json::array();

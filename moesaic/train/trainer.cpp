@@ -51,6 +51,8 @@ int64_t steps_of(const TrainConfig& config, int64_t epoch_size) {
       std::ceil(static_cast<double>(epoch_size) * config.num_train_epochs / static_cast<double>(per_step)));
 }
 
+bool is_loss(const std::string& metric) { return !metric.starts_with("eval/"); }
+
 int64_t warmup_of(const TrainConfig& config, int64_t max_steps) {
   if (config.warmup_steps > 0) return config.warmup_steps;
   return static_cast<int64_t>(std::ceil(static_cast<double>(max_steps) * config.warmup_ratio));
@@ -60,11 +62,10 @@ int64_t warmup_of(const TrainConfig& config, int64_t max_steps) {
 class Run {
  public:
   Run(models::LanguageModel& model, nn::Learner& learner, data::ExampleStream& stream,
-      const std::vector<data::Example>& eval_examples, const TrainConfig& config, int64_t epoch_size,
-      const TrainHooks& hooks)
+      const std::vector<EvalSet>& eval_sets, const TrainConfig& config, int64_t epoch_size, const TrainHooks& hooks)
       : model_(model),
         learner_(learner),
-        eval_examples_(eval_examples),
+        eval_sets_(eval_sets),
         config_(config),
         epoch_size_(epoch_size),
         hooks_(hooks),
@@ -72,7 +73,7 @@ class Run {
         warmup_steps_(warmup_of(config, max_steps_)),
         reader_(stream, config),
         stepper_(model, learner, config),
-        journal_(config, epoch_size) {
+        journal_(config, epoch_size, hooks.on_row) {
     schedule_factor(config.lr_scheduler_type, 0, warmup_steps_, max_steps_);  // an unknown type is said before the work
   }
 
@@ -82,12 +83,13 @@ class Run {
     torch::manual_seed(config_.seed);
     resume();
     journal_.open(step_);
+    if (step_ == 0 && hooks_.evaluate_tasks) evaluate_tasks(0);
     const int64_t first_step = step_;
     const auto begin = Clock::now();
     double loss_sum = 0;
-    bool stopped_early = false;
+    const bool ends_with_best = config_.early_stopping_patience > 0;
     TrainResult result{};
-    while (step_ < max_steps_ && !stopped_early) {
+    while (step_ < max_steps_ && !result.stopped_early) {
       const auto step_begin = Clock::now();
       const std::vector<MicroBatch> batches = reader_.next_step();
       if (batches.empty()) break;
@@ -102,28 +104,31 @@ class Run {
       if (is_due(config_.logging_steps)) journal_.write_step(log, examples_, routing);
 
       bool improved = false;
-      if (config_.eval_steps > 0 && !eval_examples_.empty() && is_due(config_.eval_steps)) {
-        improved = evaluate();
-        stopped_early =
-            config_.early_stopping_patience > 0 && evaluations_since_best_ >= config_.early_stopping_patience;
-      }
-      const bool last = step_ == max_steps_ || stopped_early;
-      if (hooks_.evaluate_tasks && (last || (config_.task_eval_steps > 0 && step_ % config_.task_eval_steps == 0))) {
-        journal_.write_task_scores(step_, hooks_.evaluate_tasks());
-      }
+      if (config_.eval_steps > 0 && !eval_sets_.empty() && is_due(config_.eval_steps)) improved = evaluate();
+      const bool tasks_due = config_.task_eval_steps > 0 && step_ % config_.task_eval_steps == 0;
+      const bool tasks_last = step_ == max_steps_ && !(ends_with_best && is_loss(config_.metric_for_best_model));
+      if (hooks_.evaluate_tasks && (tasks_due || tasks_last)) improved = evaluate_tasks(step_) || improved;
+      result.stopped_early =
+          ends_with_best && step_ < max_steps_ && evaluations_since_best_ >= config_.early_stopping_patience;
+      const bool last = step_ == max_steps_ || result.stopped_early;
       result.interrupted = hooks_.stop && hooks_.stop() && step_ < max_steps_;
       const bool due = config_.save_steps > 0 && (step_ % config_.save_steps == 0 || last || improved);
       if (due || result.interrupted) save(improved);
       if (result.interrupted) break;
     }
-    if (stopped_early && !best_checkpoint_.empty()) learner_.load(config_.output_dir / best_checkpoint_);
+    result.weights_of = step_;
+    if (ends_with_best && best_ && !result.interrupted) {
+      take_best(step_ > first_step);
+      result.weights_of = best_->step;
+    }
     if (writes_files() && !result.interrupted) {
       learner_.save(config_.output_dir);
       write_file_atomically(config_.output_dir / "trainer_state.json", state_json().dump(2) + "\n");
     }
     result.steps = step_;
     result.train_loss = step_ > first_step ? loss_sum / static_cast<double>(step_ - first_step) : 0.0;
-    result.best_eval_loss = best_eval_loss_;
+    result.best = best_;
+    result.patience = config_.early_stopping_patience;
     result.seconds = seconds_since(begin);
     result.tokens = tokens_;
     return result;
@@ -170,17 +175,57 @@ class Run {
 
   /// True when this is the best so far.
   bool evaluate() {
-    const double loss = evaluate_loss(model_, eval_examples_, config_.per_device_train_batch_size);
-    MOESAIC_CHECK(std::isfinite(loss), DataError,
-                  "step {}: got an evaluation loss of {}, expected a finite one: the model's numbers overflow, or the "
-                  "evaluation data meets damaged weights\nhint: a lower learning_rate; earlier checkpoints are as they "
-                  "were",
-                  step_, loss);
-    journal_.write_evaluation(step_, loss);
-    const bool improved = !best_eval_loss_ || loss < *best_eval_loss_;
-    if (improved) best_eval_loss_ = loss;
-    evaluations_since_best_ = improved ? 0 : evaluations_since_best_ + 1;
-    return improved;
+    std::vector<double> losses;
+    double sum = 0, targets = 0;
+    for (const EvalSet& set : eval_sets_) {
+      const double loss = evaluate_loss(model_, set.examples, config_.per_device_train_batch_size);
+      MOESAIC_CHECK(
+          std::isfinite(loss), DataError,
+          "step {}: got an evaluation loss of {} on {}, expected a finite one: the model's numbers overflow, "
+          "or the evaluation data meets damaged weights\nhint: a lower learning_rate; earlier checkpoints are "
+          "as they were",
+          step_, loss, set.name);
+      losses.push_back(loss);
+      double count = 0;
+      for (const data::Example& example : set.examples) count += static_cast<double>(example.targets());
+      sum += loss * count;
+      targets += count;
+    }
+    losses.insert(losses.begin(), sum / targets);
+    Scores scores;
+    for (const std::string& name : loss_names(eval_sets_)) scores.emplace_back(name, losses[scores.size()]);
+    journal_.write_evaluation(step_, step_, scores);
+    return judge(scores);
+  }
+
+  /// The same for tasks, with the weights of step `weights_of`.
+  bool evaluate_tasks(int64_t weights_of) {
+    Scores scores = hooks_.evaluate_tasks();
+    for (auto& [name, value] : scores) name = "eval/" + name;
+    journal_.write_evaluation(step_, weights_of, scores);
+    scored_step_ = weights_of;
+    return weights_of == step_ && step_ > 0 && judge(scores);
+  }
+
+  /// Compares what the run is judged by, where `scores` have it, with the best so far.
+  bool judge(const Scores& scores) {
+    const std::string& metric = config_.metric_for_best_model;
+    for (const auto& [name, value] : scores) {
+      if (name != metric) continue;
+      const bool improved = !best_ || (is_loss(metric) ? value < best_->value : value > best_->value);
+      if (improved) best_ = Best{metric, value, step_};
+      evaluations_since_best_ = improved ? 0 : evaluations_since_best_ + 1;
+      return improved;
+    }
+    return false;
+  }
+
+  /// Goes back to the weights of the best evaluation; `scored`: the tasks are to be scored with them.
+  void take_best(bool scored) {
+    if (best_->step != step_) learner_.load(config_.output_dir / best_checkpoint_);
+    if (hooks_.evaluate_tasks && scored && is_loss(best_->metric) && scored_step_ != best_->step) {
+      evaluate_tasks(best_->step);
+    }
   }
 
   Json state_json() const {
@@ -191,7 +236,8 @@ class Run {
                {"eval_steps", config_.eval_steps},
                {"save_steps", config_.save_steps},
                {"train_batch_size", config_.per_device_train_batch_size},
-               {"best_metric", best_eval_loss_ ? Json(*best_eval_loss_) : Json()},
+               {"best_metric", best_ ? Json(best_->value) : Json()},
+               {"best_global_step", best_ ? Json(best_->step) : Json()},
                {"best_model_checkpoint", best_checkpoint_.empty() ? Json() : Json(best_checkpoint_)},
                {"log_history", journal_.history()}};
     if (epoch_size_ > 0) state["epoch"] = static_cast<double>(examples_) / static_cast<double>(epoch_size_);
@@ -255,8 +301,11 @@ class Run {
     step_ = get<int64_t>(checkpoint.state, "global_step", where);
     tokens_ = get<int64_t>(checkpoint.state, "num_input_tokens_seen", where);
     journal_.set_state(own, get<Json>(checkpoint.state, "log_history", where), where);
-    if (const Json best = checkpoint.state.value("best_metric", Json()); !best.is_null())
-      best_eval_loss_ = best.get<double>();
+    const Json best = checkpoint.state.value("best_metric", Json());
+    if (!best.is_null() && saved.value("metric_for_best_model", "") == config_.metric_for_best_model) {
+      best_ = Best{config_.metric_for_best_model, best.get<double>(),
+                   get<int64_t>(checkpoint.state, "best_global_step", where)};
+    }
     best_checkpoint_ = get_or<std::string>(checkpoint.state, "best_model_checkpoint", "", where);
     examples_ = get<int64_t>(own, "examples", where);
     evaluations_since_best_ = get<int64_t>(own, "evaluations_since_best", where);
@@ -265,7 +314,7 @@ class Run {
 
   models::LanguageModel& model_;
   nn::Learner& learner_;
-  const std::vector<data::Example>& eval_examples_;
+  const std::vector<EvalSet>& eval_sets_;
   const TrainConfig& config_;
   int64_t epoch_size_;
   const TrainHooks& hooks_;
@@ -275,7 +324,8 @@ class Run {
   Journal journal_;
 
   int64_t step_ = 0, tokens_ = 0, examples_ = 0;
-  std::optional<double> best_eval_loss_;
+  int64_t scored_step_ = -1;  // whose weights the tasks were scored with last
+  std::optional<Best> best_;
   std::string best_checkpoint_;  // folder name in output_dir
   int64_t evaluations_since_best_ = 0;
 };
@@ -335,10 +385,42 @@ void check_config(const TrainConfig& config, int64_t epoch_size) {
     require(target == "jsonl" || target == "tensorboard" || target == "none",
             fmt::format("report_to: got '{}', expected jsonl, tensorboard or none", target));
   }
-  require(config.early_stopping_patience == 0 ||
-              (config.eval_steps > 0 && config.save_steps > 0 && !config.output_dir.empty()),
-          "early_stopping_patience needs eval_steps, save_steps and output_dir: the best weights are a checkpoint");
+  require(config.early_stopping_patience >= 0, "early_stopping_patience must not be negative");
+  const bool by_loss = is_loss(config.metric_for_best_model);
+  require(config.early_stopping_patience == 0 || ((by_loss ? config.eval_steps : config.task_eval_steps) > 0 &&
+                                                  config.save_steps > 0 && !config.output_dir.empty()),
+          fmt::format("early_stopping_patience with metric_for_best_model {} needs {}, save_steps and output_dir: the "
+                      "best weights are a checkpoint",
+                      config.metric_for_best_model, by_loss ? "eval_steps" : "eval.steps"));
   MOESAIC_CHECK(wrong.empty(), UsageError, "run config: {}", fmt::join(wrong, "; "));
+}
+
+std::string TrainResult::stopping_reason() const {
+  if (!best || (weights_of == steps && !stopped_early)) return "";
+  const std::string holds =
+      fmt::format("the folder holds the weights of step {}, where it was {:.4f}", weights_of, best->value);
+  if (stopped_early) {
+    return fmt::format("stopped at step {}: {} has not improved in {} evaluations; {}", steps, best->metric, patience,
+                       holds);
+  }
+  return fmt::format("{} was best before the last step: {}", best->metric, holds);
+}
+
+std::vector<std::string> loss_names(const std::vector<EvalSet>& eval_sets) {
+  std::vector<std::string> names;
+  if (!eval_sets.empty()) names.emplace_back("eval_loss");
+  if (eval_sets.size() < 2) return names;
+  for (const EvalSet& set : eval_sets) names.push_back(fmt::format("eval_{}_loss", set.name));
+  return names;
+}
+
+void check_metric(const TrainConfig& config, const std::vector<std::string>& known) {
+  const std::string& metric = config.metric_for_best_model;
+  const bool asked = metric != TrainConfig{}.metric_for_best_model || config.early_stopping_patience > 0;
+  MOESAIC_CHECK(!asked || std::find(known.begin(), known.end(), metric) != known.end(), UsageError,
+                "metric_for_best_model: got '{}', expected {}", metric,
+                known.empty() ? "data to evaluate: val_size, eval_dataset or eval.tasks"
+                              : fmt::format("one of {}", fmt::join(known, ", ")));
 }
 
 void check_run(const TrainConfig& config, nn::Learner& learner) {
@@ -388,11 +470,11 @@ double evaluate_loss(models::LanguageModel& model, const std::vector<data::Examp
 }
 
 TrainResult train(models::LanguageModel& model, nn::Learner& learner, data::ExampleStream& stream,
-                  const std::vector<data::Example>& eval_examples, const TrainConfig& config, int64_t epoch_size,
+                  const std::vector<EvalSet>& eval_sets, const TrainConfig& config, int64_t epoch_size,
                   const TrainHooks& hooks) {
   check_config(config, epoch_size);
   check_run(config, learner);
-  return Run(model, learner, stream, eval_examples, config, epoch_size, hooks).execute();
+  return Run(model, learner, stream, eval_sets, config, epoch_size, hooks).execute();
 }
 
 }  // namespace moesaic::train

@@ -26,26 +26,27 @@ struct TrainConfig {
   std::string optim = "adamw";              // adamw | adafactor
   double weight_decay = 0.0;                // decoupled
   double adam_beta1 = 0.9, adam_beta2 = 0.999, adam_epsilon = 1e-8;
-  int64_t adafactor_initial_step = 0;           // updates made before the first
-  std::string lr_scheduler_type = "linear";     // constant | linear | cosine | inverse_sqrt
-  double warmup_ratio = 0.0;                    // share of the steps
-  int64_t warmup_steps = 0;                     // steps; wins over warmup_ratio
-  double max_grad_norm = 1.0;                   // 0 = off
-  int64_t max_steps = -1;                       // -1: from num_train_epochs
-  double num_train_epochs = 3;                  // when max_steps is -1
-  bool gradient_checkpointing = false;          // blocks run again in the backward pass
-  std::string loss_normalization = "tokens";    // tokens | sequences
-  double moe_aux_loss_coef = 0.0;               // of the balance loss
-  double router_z_loss_coef = 0.0;              // of the z-loss
-  int64_t logging_steps = 10;                   // steps between log lines
-  int64_t save_steps = 500;                     // steps between checkpoints; 0 = none
-  int64_t eval_steps = 0;                       // steps between evaluations; 0 = none
-  int64_t save_total_limit = 2;                 // checkpoints kept beside the best; 0 = all
-  int64_t task_eval_steps = 0;                  // steps between task evaluations; 0 = at the end only
-  int64_t early_stopping_patience = 0;          // evaluations without improvement; 0 = off
-  std::string resume_from_checkpoint = "none";  // auto | none | DIR
-  std::vector<std::string> report_to{"jsonl"};  // jsonl, tensorboard
-  uint64_t seed = 42;                           // of dropout, jitter and everything else random in training
+  int64_t adafactor_initial_step = 0;               // updates made before the first
+  std::string lr_scheduler_type = "linear";         // constant | linear | cosine | inverse_sqrt
+  double warmup_ratio = 0.0;                        // share of the steps
+  int64_t warmup_steps = 0;                         // steps; wins over warmup_ratio
+  double max_grad_norm = 1.0;                       // 0 = off
+  int64_t max_steps = -1;                           // -1: from num_train_epochs
+  double num_train_epochs = 3;                      // when max_steps is -1
+  bool gradient_checkpointing = false;              // blocks run again in the backward pass
+  std::string loss_normalization = "tokens";        // tokens | sequences
+  double moe_aux_loss_coef = 0.0;                   // of the balance loss
+  double router_z_loss_coef = 0.0;                  // of the z-loss
+  int64_t logging_steps = 10;                       // steps between log lines
+  int64_t save_steps = 500;                         // steps between checkpoints; 0 = none
+  int64_t eval_steps = 0;                           // steps between evaluations; 0 = none
+  int64_t save_total_limit = 2;                     // checkpoints kept beside the best; 0 = all
+  int64_t task_eval_steps = 0;                      // steps between task evaluations; 0 = at the end only
+  std::string metric_for_best_model = "eval_loss";  // eval_loss | eval_<data set>_loss | eval/<task>/<metric>
+  int64_t early_stopping_patience = 0;              // evaluations without improvement; 0 = off
+  std::string resume_from_checkpoint = "none";      // auto | none | DIR
+  std::vector<std::string> report_to{"jsonl"};      // jsonl, tensorboard
+  uint64_t seed = 42;                               // of dropout, jitter and everything else random in training
   bool deterministic = false;  // PyTorch's deterministic algorithms only; on the CPU runs repeat themselves either way
 };
 
@@ -60,6 +61,12 @@ struct StepLog {
   double seconds, eta;
 };
 
+/// Held-out examples of one data set.
+struct EvalSet {
+  std::string name;  // no two alike
+  std::vector<data::Example> examples;
+};
+
 /// Throws UsageError naming every size of `config` that no machine has room or time for.
 void check_sizes(const TrainConfig& config);
 /// Throws UsageError with everything about `config` that can't be run, in one message. `epoch_size` as train() takes
@@ -69,25 +76,48 @@ void check_config(const TrainConfig& config, int64_t epoch_size);
 /// trained.
 void check_run(const TrainConfig& config, nn::Learner& learner);
 
+/// Names of what was measured, and their values.
+using Scores = std::vector<std::pair<std::string, double>>;
 /// Scores tasks with the weights of this moment: {"rte/acc", 0.61}. Must not draw from the global random generators.
-using TaskEvaluation = std::function<std::vector<std::pair<std::string, double>>()>;
+using TaskEvaluation = std::function<Scores()>;
+
+/// What an evaluation of these measures: "eval_loss"; of several sets "eval_<name>_loss" each, too.
+std::vector<std::string> loss_names(const std::vector<EvalSet>& eval_sets);
+/// Throws UsageError when the run is judged by something that none of its evaluations measures. known: loss_names() and
+/// the tasks' "eval/<task>/<metric>".
+void check_metric(const TrainConfig& config, const std::vector<std::string>& known);
 
 /// What a run's surroundings hear of it, and ask of it.
 struct TrainHooks {
-  std::function<void(const StepLog&)> on_log;  // after every step
-  /// When given, called every task_eval_steps steps and after the last one; the scores go to the console,
-  /// train_log.jsonl, trainer_state.json and TensorBoard as "eval/<name>".
-  TaskEvaluation evaluate_tasks;
-  std::function<bool()> stop;  // asked after every step; true: the step is saved and the run ends `interrupted`
+  std::function<void(const StepLog&)> on_log{};  // after every step
+  /// When given, called before the first step, every task_eval_steps steps and after the last one; the scores go to the
+  /// console, train_log.jsonl, trainer_state.json and TensorBoard as "eval/<name>".
+  TaskEvaluation evaluate_tasks{};
+  std::function<bool()> stop{};  // asked after every step; true: the step is saved and the run ends `interrupted`
+  std::function<void(const Json& row)> on_row{};  // gets every row of train_log.jsonl and router_stats.jsonl
+};
+
+/// The best evaluation of a run.
+struct Best {
+  std::string metric;  // metric_for_best_model
+  double value;
+  int64_t step;
 };
 
 struct TrainResult {
   int64_t steps;
-  double train_loss;  // mean over the steps of this call
-  std::optional<double> best_eval_loss;
+  double train_loss;         // mean over the steps of this call
+  std::optional<Best> best;  // nullopt: nothing was evaluated
   bool interrupted = false;
+  bool stopped_early = false;
+  int64_t patience = 0;    // evaluations without improvement that end a run; 0 = off
+  int64_t weights_of = 0;  // the step whose weights the folder holds: with early stopping best->step, else the last
   double seconds = 0;
   int64_t tokens = 0;
+
+  /// When and why the run stopped before its last step, and whose weights the folder holds; "" where that needs no
+  /// word.
+  std::string stopping_reason() const;
 };
 
 /// Trains `learner`, a part of `model`, on `stream`.
@@ -100,9 +130,10 @@ struct TrainResult {
 /// normalised by its own targets. (A balance loss is the token-weighted mean of the micro-batches'.) The routers'
 /// losses are those of the routers that are trained, in any part of the model.
 ///
-/// `eval_examples` may be empty. `epoch_size`, examples per epoch, turns epochs into steps when max_steps is -1. An
-/// evaluation that improves is saved as a checkpoint that rotation keeps; with early stopping the run ends with the
-/// best weights, else with the last.
+/// `eval_sets` may be empty; each is scored by itself ("eval_<name>_loss") where there are several, and all together by
+/// the mean over their targets ("eval_loss"). `epoch_size`, examples per epoch, turns epochs into steps when max_steps
+/// is -1. An evaluation that improves metric_for_best_model (a loss falls, a score rises) is saved as a checkpoint that
+/// rotation keeps; with early stopping the run ends with the best weights, else with the last.
 ///
 /// Writes into output_dir: checkpoint-N/, train_log.jsonl, router_stats.jsonl, trainer_state.json, TensorBoard event
 /// files (tensorboard/) and at the end what the learner saves. A checkpoint of the last step is always made when
@@ -111,7 +142,7 @@ struct TrainResult {
 /// Throws UsageError for a config that can't be run, DataError when loss or gradient is not finite (naming step and
 /// block; nothing is saved) or when a checkpoint does not fit.
 TrainResult train(models::LanguageModel& model, nn::Learner& learner, data::ExampleStream& stream,
-                  const std::vector<data::Example>& eval_examples, const TrainConfig& config, int64_t epoch_size,
+                  const std::vector<EvalSet>& eval_sets, const TrainConfig& config, int64_t epoch_size,
                   const TrainHooks& hooks = {});
 
 /// Mean cross entropy per target over `examples`, in nats.

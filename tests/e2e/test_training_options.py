@@ -29,7 +29,7 @@ def test_tasks_are_scored_while_training(tmp_path):
                          report_to=["jsonl", "tensorboard"])
     assert (out / ADAPTER).read_bytes() == (plain / ADAPTER).read_bytes(), "scoring must not change the run"
     scores = log_rows(out, "eval/quiz/acc")
-    assert list(scores) == [3, 6, 8]
+    assert list(scores) == [0, 3, 6, 8]
     state = json.loads((out / "trainer_state.json").read_text())
     assert {row["step"]: row["eval/quiz/acc"] for row in state["log_history"] if "eval/quiz/acc" in row} == scores
     results = json.loads(tiny_run.run("eval", "--model", tmp_path / "model", "--adapter", out, "--tasks", quiz,

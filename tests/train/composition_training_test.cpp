@@ -17,7 +17,9 @@ void train_connections(const std::shared_ptr<compose::Composition>& composition,
                        const TrainConfig& config, const std::vector<data::Example>& eval_examples = {},
                        const std::function<void(const StepLog&)>& on_log = nullptr, bool train_adapters = false) {
   compose::Connections connections(composition, train_adapters);
-  train(*composition, connections, stream, eval_examples, config, 0, {on_log});
+  std::vector<EvalSet> eval_sets;
+  if (!eval_examples.empty()) eval_sets.push_back({"held_out", eval_examples});
+  train(*composition, connections, stream, eval_sets, config, 0, {.on_log = on_log});
 }
 
 /// Repeats a few sentences in the anchor's tokens; the later half of each is learnt.

@@ -96,7 +96,10 @@ struct TinyRun {
       logs.push_back(log);
       if (on_step) on_step(log);
     };
-    return train::train(*model, *adapter, stream, eval_examples, config, epoch_size, {on_log, evaluate_tasks, stop});
+    std::vector<EvalSet> eval_sets;
+    if (!eval_examples.empty()) eval_sets.push_back({"held_out", eval_examples});
+    return train::train(*model, *adapter, stream, eval_sets, config, epoch_size,
+                        {on_log, evaluate_tasks, stop, nullptr});
   }
 
   /// All trained numbers in one row.

@@ -389,16 +389,17 @@ TEST(Trainer, TaskScoresAreLogged) {
   int64_t calls = 0;
   run.train(config, stream, {}, nullptr, 0, [&] {
     ++calls;
-    return std::vector<std::pair<std::string, double>>{{"rte/acc", 0.1 * calls}, {"cb/f1", 0.5}};
+    return Scores{{"rte/acc", 0.1 * calls}, {"cb/f1", 0.5}};
   });
-  EXPECT_EQ(calls, 3);  // after steps 2, 4 and the last
+  EXPECT_EQ(calls, 4);  // before the first step, after steps 2, 4 and the last
   std::vector<std::pair<int64_t, double>> scores;
   for (const Json& row : read_lines(folder.path() / "train_log.jsonl")) {
     if (!row.contains("eval/rte/acc")) continue;
     scores.emplace_back(row["step"], row["eval/rte/acc"]);
     EXPECT_EQ(row["eval/cb/f1"], 0.5);
   }
-  EXPECT_THAT(scores, testing::ElementsAre(testing::Pair(2, 0.1), testing::Pair(4, 0.2), testing::Pair(5, 0.1 * 3)));
+  EXPECT_THAT(scores, testing::ElementsAre(testing::Pair(0, 0.1), testing::Pair(2, 0.2), testing::Pair(4, 0.1 * 3),
+                                           testing::Pair(5, 0.4)));
 }
 
 TEST(Trainer, DeterministicAlgorithmsAreOnWhileItRuns) {
@@ -453,11 +454,98 @@ TEST(Trainer, EarlyStoppingEndsWithTheBestWeights) {
   const auto held_out = examples(500, 508);
   const auto result = run.train(config, stream, held_out);
   ASSERT_LT(result.steps, 50);
-  ASSERT_TRUE(result.best_eval_loss.has_value());
-  EXPECT_NEAR(evaluate_loss(*run.model, held_out, 4), *result.best_eval_loss, 1e-6);
+  ASSERT_TRUE(result.best.has_value());
+  EXPECT_NEAR(evaluate_loss(*run.model, held_out, 4), result.best->value, 1e-6);
+  EXPECT_TRUE(result.stopped_early);
+  EXPECT_EQ(result.weights_of, result.steps - 3);
   const Json state = read_json(folder.path() / "trainer_state.json");
   EXPECT_EQ(state["best_model_checkpoint"], fmt::format("checkpoint-{}", result.steps - 3));
   EXPECT_EQ(list_checkpoints(folder.path()).size(), 2u);  // the best and the last
+}
+
+TEST(Trainer, EarlyStoppingWatchesATasksScore) {
+  TemporaryFolder folder;
+  TrainConfig config = quick_config(50);
+  config.output_dir = folder.path();
+  config.task_eval_steps = 2;
+  config.save_steps = 100;
+  config.early_stopping_patience = 2;
+  config.metric_for_best_model = "eval/rte/acc";
+  TinyRun run;
+  CountingStream stream;
+  const std::vector<double> scores{0.9, 0.3, 0.6, 0.6,
+                                   0.5};  // the first is of the untrained model and counts for nothing
+  size_t calls = 0;
+  torch::Tensor best;
+  const auto result = run.train(config, stream, {}, nullptr, 0, [&] {
+    if (calls == 2) best = run.values();
+    return Scores{{"rte/f1", 1.0}, {"rte/acc", scores.at(calls++)}};
+  });
+  EXPECT_EQ(calls, 5u);
+  EXPECT_TRUE(result.stopped_early);
+  EXPECT_EQ(result.steps, 8);
+  EXPECT_EQ(result.weights_of, 4);
+  ASSERT_TRUE(result.best.has_value());
+  EXPECT_EQ(result.best->step, 4);
+  EXPECT_EQ(result.best->value, 0.6);
+  EXPECT_TRUE(torch::equal(run.values(), best));
+  EXPECT_EQ(
+      result.stopping_reason(),
+      "stopped at step 8: eval/rte/acc has not improved in 2 evaluations; the folder holds the weights of step 4, "
+      "where it was 0.6000");
+}
+
+TEST(Trainer, TasksOfAnEarlyEndAreScoredWithTheWeightsThatAreKept) {
+  TemporaryFolder folder;
+  TrainConfig config = quick_config(50);
+  config.output_dir = folder.path();
+  config.eval_steps = 1;
+  config.save_steps = 1;
+  config.early_stopping_patience = 3;
+  config.learning_rate = 1.0;  // soon far off
+  config.lr_scheduler_type = "constant";
+  TinyRun run;
+  CountingStream stream;
+  torch::Tensor scored;
+  const auto result = run.train(config, stream, examples(500, 508), nullptr, 0, [&] {
+    scored = run.values();
+    return Scores{{"rte/acc", 0.5}};
+  });
+  EXPECT_TRUE(torch::equal(run.values(), scored));
+  const Json history = read_json(folder.path() / "trainer_state.json")["log_history"];
+  EXPECT_EQ(history.back()["weights_of_step"], result.best->step);
+  EXPECT_EQ(history.back()["step"], result.steps);
+}
+
+TEST(Trainer, EveryDataSetHasAnEvaluationLoss) {
+  TrainConfig config = quick_config(2);
+  config.eval_steps = 2;
+  TinyRun run;
+  CountingStream stream;
+  const std::vector<EvalSet> sets{{"few", examples(500, 502)}, {"many", examples(510, 520)}};
+  std::vector<Json> rows;
+  TrainHooks hooks;
+  hooks.on_row = [&](const Json& row) { rows.push_back(row); };
+  train(*run.model, *run.adapter, stream, sets, config, 0, hooks);
+  const Json& row = rows.back();
+  EXPECT_NEAR(row["eval_few_loss"], evaluate_loss(*run.model, sets[0].examples, 4), 1e-6);
+  EXPECT_NEAR(row["eval_many_loss"], evaluate_loss(*run.model, sets[1].examples, 4), 1e-6);
+  std::vector<data::Example> all = sets[0].examples;
+  all.insert(all.end(), sets[1].examples.begin(), sets[1].examples.end());
+  EXPECT_NEAR(row["eval_loss"], evaluate_loss(*run.model, all, 4), 1e-5);
+}
+
+TEST(CheckMetric, NamesWhatIsMeasured) {
+  TrainConfig config;
+  EXPECT_NO_THROW(check_metric(config, {}));  // nobody asks
+  config.metric_for_best_model = "eval/rte/acc";
+  EXPECT_NO_THROW(check_metric(config, {"eval_loss", "eval/rte/acc"}));
+  try {
+    check_metric(config, {"eval_loss", "eval/cb/acc"});
+    FAIL() << "expected a UsageError";
+  } catch (const UsageError& error) {
+    EXPECT_THAT(error.what(), HasSubstr("got 'eval/rte/acc', expected one of eval_loss, eval/cb/acc"));
+  }
 }
 
 TEST(Trainer, LogsForMachines) {
