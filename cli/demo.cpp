@@ -23,12 +23,11 @@ struct DemoOptions {
   std::string output_dir = "runs/demo";
   int64_t steps = 200;
   int64_t batch_size = 8;
-  int64_t test_rows = 25;
+  int64_t test_rows = demos::kTestRows;
   bool compare = false;
   bool json = false;
 };
 
-constexpr int64_t kTrainRowsPerSkill = 200;
 constexpr int64_t kRoutedRows = 10;  // test instances per skill behind the routing page
 
 /// Percent of unseen instances answered exactly, per skill in the order of demos::skills().
@@ -53,7 +52,7 @@ class Demo {
     model_ = models::CausalLM::load(*checkpoint_, {format.dtype, device_, false});
     say("Computing in {} on {}: {}.\n\n", dtype_name(format.dtype), device_.str(), format.reason);
     renderer_ = data::Renderer::open(*checkpoint_, {});
-    demos::write_skills(folder_ / "data", kTrainRowsPerSkill, options.test_rows, common.seed);
+    demos::write_skills(folder_ / "data", demos::kTrainRows, options.test_rows, common.seed);
     for (const demos::Skill& skill : demos::skills()) {
       tests_.push_back(data::load_examples(data::resolve_datasets(skill.name + "_test", folder_ / "data"), *renderer_));
       if (!skill.held_out) trained_.push_back(skill.name);

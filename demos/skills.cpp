@@ -275,20 +275,21 @@ std::vector<OrderedJson> generate_skill(const std::string& skill, const std::str
 }
 
 void write_skills(const std::filesystem::path& folder, int64_t train_rows, int64_t test_rows, uint64_t seed) {
-  std::filesystem::create_directories(folder);
+  std::vector<std::pair<std::string, std::string>> files;  // names and texts
   OrderedJson info = OrderedJson::object();
-  auto write = [&](const std::string& skill, const std::string& split, int64_t count, const std::string& name) {
+  auto add = [&](const std::string& skill, const std::string& split, int64_t count, const std::string& name) {
     std::string text;
     for (const OrderedJson& row : generate_skill(skill, split, count, seed)) text += row.dump() + "\n";
-    const std::string file = skill + "." + split + ".jsonl";
-    write_new_file(folder / file, text);
-    info[name] = {{"file_name", file}, {"formatting", "messages"}};
+    files.emplace_back(skill + "." + split + ".jsonl", std::move(text));
+    info[name] = {{"file_name", files.back().first}, {"formatting", "messages"}};
   };
   for (const Skill& skill : skills()) {
-    if (!skill.held_out) write(skill.name, "train", train_rows, skill.name);
-    write(skill.name, "test", test_rows, skill.name + "_test");
+    if (!skill.held_out) add(skill.name, "train", train_rows, skill.name);
+    add(skill.name, "test", test_rows, skill.name + "_test");
   }
-  write_new_file(folder / "dataset_info.json", info.dump(2) + "\n");
+  files.emplace_back("dataset_info.json", info.dump(2) + "\n");
+  std::filesystem::create_directories(folder);
+  for (const auto& [name, text] : files) write_new_file(folder / name, text);
 }
 
 }  // namespace moesaic::demos

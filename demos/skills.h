@@ -9,6 +9,9 @@
 
 namespace moesaic::demos {
 
+/// Rows of each skill in the demo.
+constexpr int64_t kTrainRows = 200, kTestRows = 25;
+
 /// A kind of question with one right, short answer.
 struct Skill {
   std::string name;
@@ -27,7 +30,7 @@ std::vector<OrderedJson> generate_skill(const std::string& skill, const std::str
                                         uint64_t seed);
 
 /// Writes <skill>.train.jsonl (trained skills) and <skill>.test.jsonl (all) into `folder`, and dataset_info.json with
-/// the names <skill> and <skill>_test. Creates the folder.
+/// the names <skill> and <skill>_test. Creates the folder; writes nothing when a skill has fewer rows.
 void write_skills(const std::filesystem::path& folder, int64_t train_rows, int64_t test_rows, uint64_t seed);
 
 }  // namespace moesaic::demos

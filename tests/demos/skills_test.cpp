@@ -146,6 +146,15 @@ TEST_F(SkillFiles, AreReadAsDatasets) {
   EXPECT_THROW(data::resolve_datasets("minimum", folder_ / "skills"), UsageError);  // held out: no train file
 }
 
+TEST_F(SkillFiles, AreThereInTheNumbersOfTheDemoOrNotAtAll) {
+  for (uint64_t seed = 0; seed < 5; ++seed) {
+    write_skills(folder_ / std::to_string(seed), kTrainRows, kTestRows, seed);
+    EXPECT_TRUE(std::filesystem::exists(folder_ / std::to_string(seed) / "dataset_info.json"));
+  }
+  EXPECT_THROW(write_skills(folder_ / "none", 400, kTestRows, 1), UsageError);
+  EXPECT_FALSE(std::filesystem::exists(folder_ / "none"));
+}
+
 TEST(Skills, Errors) {
   EXPECT_THAT([] { generate_skill("maxmum", "train", 1, 1); }, ThrowsMessage<UsageError>(HasSubstr("known: reverse")));
   EXPECT_THROW(generate_skill("maximum", "dev", 1, 1), UsageError);
