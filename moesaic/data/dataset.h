@@ -39,8 +39,12 @@ struct RenderOptions {
   std::string on_bad_row = "stop";     // stop | skip: what becomes of a row that can't be read or rendered
 };
 
-/// The chat templates of a run whose key `template` is `name`: the checkpoint's (auto), none, the checkpoint's one of
-/// that name, or a Jinja file. Throws UsageError for anything else.
+/// Throws UsageError for values that can't be.
+void check_options(const RenderOptions& options);
+void check_mixture_rule(const std::string& rule);
+
+/// The chat templates of a run whose key `template` is `name`: the checkpoint's (auto), none, one of templates.h, the
+/// checkpoint's one of that name, or a Jinja file. Throws UsageError for anything else.
 formats::ChatTemplates chat_templates(const formats::Checkpoint& checkpoint, const std::string& name);
 
 /// A row in one form, whatever the file's shape.
@@ -149,6 +153,8 @@ class Mixture : public ExampleStream {
           const std::string& mixture_rule);
   ~Mixture() override;
   std::optional<Example> next() override;
+  /// The next example of one data set, as next() will draw it when it comes to that.
+  Example next_of(size_t dataset);
   Json state() const override;
   void set_state(const Json& state) override;
   std::vector<MixtureCount> counts() const;

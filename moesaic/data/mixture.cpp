@@ -92,18 +92,23 @@ struct Mixture::Impl {
   int64_t draws = 0;
   std::vector<double> cumulative;  // of the rates
 
-  Source& pick() {
+  /// The data set of the next draw.
+  size_t pick() {
     double point = hash_unit(hash_mix(seed, static_cast<uint64_t>(draws++))) * cumulative.back();
     size_t i = static_cast<size_t>(std::upper_bound(cumulative.begin(), cumulative.end(), point) - cumulative.begin());
-    return sources[std::min(i, sources.size() - 1)];
+    return std::min(i, sources.size() - 1);
   }
 };
+
+void check_mixture_rule(const std::string& rule) {
+  MOESAIC_CHECK(rule == "proportional" || rule == "equal" || rule == "t0", UsageError,
+                "mixture_rule is '{}', expected proportional, equal or t0", rule);
+}
 
 Mixture::Mixture(std::vector<DatasetConfig> datasets, std::shared_ptr<const Renderer> renderer, uint64_t seed,
                  const std::string& mixture_rule)
     : impl_(std::make_unique<Impl>()) {
-  MOESAIC_CHECK(mixture_rule == "proportional" || mixture_rule == "equal" || mixture_rule == "t0", UsageError,
-                "mixture_rule is '{}', expected proportional, equal or t0", mixture_rule);
+  check_mixture_rule(mixture_rule);
   MOESAIC_CHECK(!datasets.empty(), UsageError, "a mixture of no data sets");
   const size_t weighted = static_cast<size_t>(
       std::count_if(datasets.begin(), datasets.end(), [](const DatasetConfig& config) { return config.weight >= 0; }));
@@ -142,8 +147,10 @@ Mixture::Mixture(std::vector<DatasetConfig> datasets, std::shared_ptr<const Rend
 
 Mixture::~Mixture() = default;
 
-std::optional<Example> Mixture::next() {
-  Source& source = impl_->pick();
+std::optional<Example> Mixture::next() { return next_of(impl_->pick()); }
+
+Example Mixture::next_of(size_t dataset) {
+  Source& source = impl_->sources.at(dataset);
   // Twice the rows hold a whole epoch, wherever in one the reading stands.
   for (int64_t tries = 0; tries < 2 * source.rows; ++tries) {
     std::optional<Example> example;
@@ -156,10 +163,10 @@ std::optional<Example> Mixture::next() {
       ++source.skipped;
       continue;
     }
-    example->dataset = &source - impl_->sources.data();
+    example->dataset = static_cast<int64_t>(dataset);
     ++source.drawn;
     source.targets += example->targets();
-    return example;
+    return std::move(*example);
   }
   throw DataError(
       fmt::format("dataset {}: none of {} rows leaves anything to train on; is cutoff_len ({}) too small, or are the "
@@ -188,16 +195,21 @@ Json Mixture::state() const {
 void Mixture::set_state(const Json& state) {
   const std::string where = "state of the data mixture";
   const Json datasets = get<Json>(state, "datasets", where);
-  MOESAIC_CHECK(get<uint64_t>(state, "seed", where) == impl_->seed && datasets.size() == impl_->sources.size(),
-                DataError, "{}: saved with another seed or another list of data sets ({}, now {})", where,
-                datasets.size(), impl_->sources.size());
+  constexpr const char* kHint =
+      "hint: a run with other data is a new one. Begin it where this one stands, in an output_dir of its own: with "
+      "adapter_name_or_path=CHECKPOINT, or model_name_or_path=CHECKPOINT for full and calm (docs/training.md)";
+  MOESAIC_CHECK(get<uint64_t>(state, "seed", where) == impl_->seed, DataError,
+                "{}: got another seed than it was saved with, which gives another order\n{}", where, kHint);
+  MOESAIC_CHECK(datasets.size() == impl_->sources.size(), DataError,
+                "{}: got {} data sets, expected the {} it was saved with\n{}", where, impl_->sources.size(),
+                datasets.size(), kHint);
   for (size_t i = 0; i < datasets.size(); ++i) {
     const Source& source = impl_->sources[i];
     auto name = get<std::string>(datasets[i], "name", where);
     auto rows = get<int64_t>(datasets[i], "rows", where);
     MOESAIC_CHECK(name == source.config.name && rows == source.rows, DataError,
-                  "{}: data set {} was {} with {} rows, now {} with {} rows", where, i, name, rows, source.config.name,
-                  source.rows);
+                  "{}: data set {} was {} with {} rows, now {} with {} rows\n{}", where, i, name, rows,
+                  source.config.name, source.rows, kHint);
     MOESAIC_CHECK(get<int64_t>(datasets[i], "position", where) >= 0, DataError, "{}: a negative position", where);
   }
   // What is not the place in the order may differ, and is said.

@@ -3,6 +3,7 @@
 #include "moesaic/base/sha256.h"
 #include "moesaic/base/text.h"
 #include "moesaic/data/dataset.h"
+#include "moesaic/data/templates.h"
 
 namespace moesaic::data {
 namespace {
@@ -43,24 +44,42 @@ void cut_prompt_middle(Example& example, int64_t prompt, int64_t keep) {
 
 }  // namespace
 
+void check_options(const RenderOptions& options) {
+  std::vector<std::string> wrong;
+  if (options.cutoff_len < 2) {
+    wrong.push_back(fmt::format("cutoff_len is {}, expected 2 or more", options.cutoff_len));
+  }
+  if (options.target_cutoff_len < 0) {
+    wrong.push_back(fmt::format("target_cutoff_len is {}, expected 0 or more", options.target_cutoff_len));
+  }
+  if (options.on_bad_row != "stop" && options.on_bad_row != "skip") {
+    wrong.push_back(fmt::format("on_bad_row: got '{}', expected stop or skip", options.on_bad_row));
+  }
+  MOESAIC_CHECK(wrong.empty(), UsageError, "{}", fmt::join(wrong, "; "));
+}
+
 formats::ChatTemplates chat_templates(const formats::Checkpoint& checkpoint, const std::string& name) {
   if (name == "none") return {};
   formats::ChatTemplates sources = checkpoint.chat_templates();
   if (name == "auto") return sources;
+  if (const auto source = template_source(name)) return {{"default", *source}};
   if (const auto named = sources.find(name); named != sources.end()) return {{"default", named->second}};
   if (std::filesystem::is_regular_file(name)) return {{"default", read_file(name)}};
-  std::vector<std::string> names;
-  for (const auto& [known, source] : sources) names.push_back(known);
-  throw UsageError(fmt::format("template is '{}', expected auto, none, a file with a Jinja template{}", name,
-                               names.empty() ? "" : fmt::format(" or one of the model's: {}", fmt::join(names, ", "))));
+  std::vector<std::string> known{"auto", "none"};
+  known.insert(known.end(), template_names().begin(), template_names().end());
+  for (const auto& [own, source] : sources) {
+    if (own != "default") known.push_back(own);
+  }
+  const std::string near = nearest_name(name, known);
+  throw UsageError(fmt::format("template is '{}', expected one of {}, or a file with a Jinja template{}{}", name,
+                               fmt::join(known, ", "), near.empty() ? "" : fmt::format(". Did you mean '{}'?", near),
+                               sources.empty() ? "" : "\nhint: auto takes the model's own"));
 }
 
 Renderer::Renderer(std::shared_ptr<const tokenizer::Tokenizer> tokenizer,
                    std::shared_ptr<const tokenizer::ChatTemplate> chat, RenderOptions options)
     : tokenizer_(std::move(tokenizer)), chat_(std::move(chat)), options_(std::move(options)) {
-  MOESAIC_CHECK(options_.cutoff_len >= 2, UsageError, "cutoff_len is {}, expected 2 or more", options_.cutoff_len);
-  MOESAIC_CHECK(options_.target_cutoff_len >= 0, UsageError, "target_cutoff_len is {}, expected 0 or more",
-                options_.target_cutoff_len);
+  check_options(options_);
   if (options_.template_name == "none") chat_ = nullptr;
   const bool apart = tokenizer_->prompts_apart();
   MOESAIC_CHECK(
@@ -82,6 +101,11 @@ std::shared_ptr<Renderer> Renderer::open(const formats::Checkpoint& checkpoint, 
   formats::ChatTemplates sources = chat_templates(checkpoint, options.template_name);
   std::shared_ptr<tokenizer::ChatTemplate> chat;
   if (!sources.empty()) chat = std::make_shared<tokenizer::ChatTemplate>(std::move(sources), *tokenizer);
+  MOESAIC_CHECK(
+      !template_source(options.template_name) || chat->end_of_turn(), UsageError,
+      "template: got {}, whose end of turn is no special token of the model's tokenizer: no answer would ever "
+      "end\nhint: alpaca, default and mistral end answers in the EOS token",
+      options.template_name);
   return std::make_shared<Renderer>(std::move(tokenizer), std::move(chat), std::move(options));
 }
 

@@ -59,6 +59,23 @@ TEST_F(MixtureTest, AnEpochHoldsEveryRowOnceInAnotherOrderEachTime) {
   EXPECT_NE(epochs[1], epochs[2]);
 }
 
+TEST_F(MixtureTest, TheNextOfADataSetIsTheFirstThatIsDrawnOfIt) {
+  const std::vector<DatasetConfig> datasets{words("a", 0, 20), words("b", 20, 3)};
+  auto drawn = mixture(datasets), asked = mixture(datasets);
+  std::map<int64_t, std::vector<int64_t>> first;
+  while (first[0].size() < 3 || first[1].size() < 3) {
+    const Example example = *drawn->next();
+    first[example.dataset].push_back(word(example));
+  }
+  for (const int64_t dataset : {1, 0}) {
+    for (int i = 0; i < 3; ++i) {
+      const Example example = asked->next_of(static_cast<size_t>(dataset));
+      EXPECT_EQ(example.dataset, dataset);
+      EXPECT_EQ(word(example), first[dataset][static_cast<size_t>(i)]);
+    }
+  }
+}
+
 TEST_F(MixtureTest, TheSeedDecidesTheOrder) {
   auto draw = [&](uint64_t seed) {
     auto stream = mixture({words("a", 0, 20), words("b", 20, 30)}, "proportional", seed);
