@@ -2,7 +2,6 @@
 #include "cli/command.h"
 #include "demos/key_files.h"
 #include "demos/skills.h"
-#include "moesaic/base/yaml.h"
 #include "moesaic/data/validate.h"
 #include "moesaic/models/registry.h"
 #include "moesaic/run/run.h"
@@ -13,10 +12,10 @@ namespace {
 struct DataOptions {
   std::string run;  // preview
   std::vector<std::string> overrides;
-  int64_t examples = 3;
+  int64_t examples = 1;
   std::string file, formatting = "auto", model;  // validate
   std::string folder;                            // skills, keys
-  int64_t train_rows = 400, test_rows = 40, key_test_rows = 200;
+  int64_t train_rows = demos::kTrainRows, test_rows = demos::kTestRows, key_test_rows = 200;
 };
 
 /// One line per token: its place, its id, `*` where it is a target, and its text.
@@ -35,17 +34,18 @@ void print_example(const data::Example& example, const tokenizer::Tokenizer& tok
 }
 
 int preview(const DataOptions& options, const CommonOptions& common, const CLI::App& app) {
-  OrderedJson config = read_yaml(options.run);
-  apply_overrides(config, options.overrides);
+  OrderedJson config = run::read_run(options.run, options.overrides);
   if (app.count("--seed") > 0) config["seed"] = common.seed;  // as train does
   run::Run run(run::parse_run_config(config, options.run), /*dry=*/true);
   for (const data::MixtureCount& count : run.counts()) {
     say("{}: {} rows, {:.2f} % of the draws\n", count.name, count.rows, 100 * count.rate);
   }
   say("\n");
-  for (int64_t i = 0; i < options.examples; ++i) {
-    const data::Example example = run.next_example();
-    print_example(example, run.renderer().tokenizer(), run.counts()[static_cast<size_t>(example.dataset)].name);
+  const std::vector<data::MixtureCount> counts = run.counts();
+  for (size_t dataset = 0; dataset < counts.size(); ++dataset) {
+    for (int64_t i = 0; i < options.examples; ++i) {
+      print_example(run.next_example(dataset), run.renderer().tokenizer(), counts[dataset].name);
+    }
   }
   return 0;
 }
@@ -54,7 +54,8 @@ int preview(const DataOptions& options, const CommonOptions& common, const CLI::
 std::vector<data::Validation> judge(const DataOptions& options) {
   constexpr size_t kProblems = 20;
   if (options.file.ends_with(".yaml") || options.file.ends_with(".yml")) {
-    return run::Run(run::parse_run_config(read_yaml(options.file), options.file), /*dry=*/true).judge_rows(kProblems);
+    return run::Run(run::parse_run_config(run::read_run(options.file), options.file), /*dry=*/true)
+        .judge_rows(kProblems);
   }
   data::DatasetConfig config;
   config.name = options.file;
@@ -82,10 +83,11 @@ int validate(const DataOptions& options) {
 Runner add_data(CLI::App& app, CommonOptions& common) {
   auto options = std::make_shared<DataOptions>();
   app.require_subcommand(1);
-  CLI::App* preview_app = app.add_subcommand("preview", "Examples of a run: text, token ids and targets side by side");
+  CLI::App* preview_app =
+      app.add_subcommand("preview", "The first examples of every data set of a run: text, token ids and targets");
   preview_app->add_option("run", options->run, "Run file (YAML)")->required();
   preview_app->add_option("overrides", options->overrides, "key=value: sets a key of the run file");
-  preview_app->add_option("-n", options->examples, "Number of examples")->capture_default_str();
+  preview_app->add_option("-n", options->examples, "Examples of each data set")->capture_default_str();
   CLI::App* validate_app = app.add_subcommand("validate", "Read every row of a file and list the damaged ones");
   validate_app->add_option("file", options->file, "Data file, folder of data files, or run file (YAML)")->required();
   validate_app->add_option("--model", options->model, "Render the rows with this model's chat template and tokenizer");

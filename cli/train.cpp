@@ -3,7 +3,6 @@
 #include "cli/command.h"
 #include "cli/interrupt.h"
 #include "moesaic/base/progress.h"
-#include "moesaic/base/yaml.h"
 #include "moesaic/run/run.h"
 
 namespace moesaic::cli {
@@ -72,8 +71,7 @@ int run_train(const TrainOptions& options, const CommonOptions& common, const CL
   }
   MOESAIC_CHECK(!options.run.empty(), UsageError, "train: the run file is missing");
   setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/0);  // for the key `deterministic`, on CUDA
-  OrderedJson config = read_yaml(options.run);
-  apply_overrides(config, options.overrides);
+  OrderedJson config = run::read_run(options.run, options.overrides);
   // The common flags win over the run file where they were given.
   if (app.count("--seed") > 0) config["seed"] = common.seed;
   if (app.count("--device") > 0) config["device"] = common.device;
@@ -84,6 +82,7 @@ int run_train(const TrainOptions& options, const CommonOptions& common, const CL
   }
   if (!options.resume.empty()) config["resume_from_checkpoint"] = options.resume;
   run::Run run(run::parse_run_config(config, options.run), options.dry_run);
+  if (options.dry_run) run.check_start();
   say(run.plan().text());
   std::fflush(stdout);
   if (!options.dry_run) return train_run(options, app, run);

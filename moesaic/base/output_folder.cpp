@@ -111,6 +111,16 @@ std::string found_work(const fs::path& dir) {
   return found.empty() ? "" : *std::min_element(found.begin(), found.end());
 }
 
+void check_writable(const fs::path& dir, const std::string& what) {
+  std::error_code error;
+  fs::path nearest = fs::absolute(dir).lexically_normal();
+  while (!fs::exists(nearest, error) && nearest.has_relative_path()) nearest = nearest.parent_path();
+  MOESAIC_CHECK(fs::is_directory(nearest, error), UsageError, "{} {}: got {}, which is a file, expected a folder", what,
+                dir.string(), nearest.string());
+  MOESAIC_CHECK(::access(nearest.c_str(), W_OK | X_OK) == 0, UsageError, "{} {}: {} can't be written: {}", what,
+                dir.string(), nearest.string(), std::strerror(errno));
+}
+
 void check_not_an_input(const fs::path& dir, const std::vector<fs::path>& inputs) {
   std::error_code error;
   for (const fs::path& input : inputs) {

@@ -15,6 +15,9 @@ void remove_dead_temporaries(const std::filesystem::path& dir);
 /// The name of something in `dir` that a model, an adapter, a composition or a run left there; "" when there is none.
 std::string found_work(const std::filesystem::path& dir);
 
+/// Throws UsageError where no folder `dir` is or can be made and written. `what` names it. Nothing is made.
+void check_writable(const std::filesystem::path& dir, const std::string& what);
+
 /// Throws UsageError where `dir` is what one of `inputs` (folders or files; "" is none) is read from, by whatever links
 /// and spellings.
 void check_not_an_input(const std::filesystem::path& dir, const std::vector<std::filesystem::path>& inputs);

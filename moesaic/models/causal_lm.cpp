@@ -129,6 +129,7 @@ std::shared_ptr<CausalLM> CausalLM::load(const formats::Checkpoint& checkpoint, 
   }
 
   auto model = std::make_shared<CausalLM>(config, torch::TensorOptions(options.device).dtype(options.dtype));
+  if (options.device.is_meta()) return model;
   auto read = [&](torch::nn::Module& module, const std::string& prefix) { read_weights(checkpoint, module, prefix); };
   const auto modules = model->named_modules();
   read(*modules["model.embed_tokens"], "model.embed_tokens.");

@@ -200,6 +200,7 @@ std::shared_ptr<Seq2SeqLM> Seq2SeqLM::load(const formats::Checkpoint& checkpoint
                       "config.json and weights of one model?");
 
   auto model = std::make_shared<Seq2SeqLM>(config, torch::TensorOptions(options.device).dtype(options.dtype));
+  if (options.device.is_meta()) return model;
   const auto modules = model->named_modules();
   auto read = [&](const std::string& name) { read_weights(checkpoint, *modules[name], name + "."); };
   const std::string stored = embedding.substr(0, embedding.rfind('.') + 1);

@@ -14,7 +14,7 @@ namespace moesaic::models {
 
 struct LoadOptions {
   torch::ScalarType dtype = torch::kFloat32;  // of the frozen weights and activations
-  torch::Device device = torch::kCPU;         // where the weights go
+  torch::Device device = torch::kCPU;         // where the weights go; kMeta: the file is checked, none is read
   bool quantize_int8 = false;                 // weight-only int8, for decoding
   int64_t num_blocks = -1;  // the first blocks alone, without the head: the whole file is checked, this much is read
 };

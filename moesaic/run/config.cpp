@@ -3,8 +3,11 @@
 #include <regex>
 
 #include "moesaic/adapters/replacements.h"
+#include "moesaic/base/device.h"
 #include "moesaic/base/yaml.h"
+#include "moesaic/data/templates.h"
 #include "moesaic/formats/adapter_folder.h"
+#include "moesaic/run/foreign_keys.h"
 #include "moesaic/run/subject.h"
 #include "moesaic/train/checkpoint.h"
 
@@ -38,20 +41,35 @@ constexpr std::pair<const char*, const char*> kAliases[] = {
     {"adam_eps", "adam_epsilon"},
     {"log_every_n_steps", "logging_steps"},
     {"enable_activation_checkpointing", "gradient_checkpointing"},
+    {"evaluation_strategy", "eval_strategy"},
+    {"early_stopping_steps", "early_stopping_patience"},
     {"router_aux_loss_coef", "moe_aux_loss_coef"},
     {"mix_strategy", "mixture_rule"},
 };
 
-OrderedJson with_aliases(OrderedJson json, const std::string& where) {
-  for (const auto& [alias, key] : kAliases) {
-    auto found = json.find(alias);
-    if (found == json.end()) continue;
-    MOESAIC_CHECK(!json.contains(key), UsageError, "{}: got both '{}' and '{}', which mean the same; give one", where,
-                  alias, key);
+/// What `alias` stands for; `alias` itself where it is none.
+std::string key_of(const std::string& alias, const std::string& where) {
+  for (const auto& [name, key] : kAliases) {
+    if (alias != name) continue;
     spdlog::info("{}: '{}' is read as '{}'", where, alias, key);
-    OrderedJson value = *found;
-    json.erase(alias);
-    json[key] = std::move(value);
+    return key;
+  }
+  return alias;
+}
+
+OrderedJson with_aliases(OrderedJson json, const std::string& where) {
+  auto rename = [&](OrderedJson& block, const std::string& alias, const std::string& key, OrderedJson value) {
+    MOESAIC_CHECK(!block.contains(key), UsageError, "{}: got both '{}' and '{}', which mean the same; give one", where,
+                  alias, key);
+    block.erase(alias);
+    block[key] = std::move(value);
+  };
+  for (const auto& [alias, key] : kAliases) {
+    if (json.contains(alias)) rename(json, alias, key_of(alias, where), OrderedJson(json[alias]));
+  }
+  if (json.contains("router") && json["router"].is_object() && json["router"].contains("renormalize")) {
+    const bool renormalize = get<bool>(json["router"], "renormalize", where + ": router");
+    rename(json["router"], "renormalize", "topk_mode", renormalize ? "renorm" : "mask");
   }
   return json;
 }
@@ -130,12 +148,8 @@ void parse_feedforward(const Json& json, const std::string& where, RunConfig& ru
   }
 }
 
-adapters::RouterConfig parse_router(Json router, const std::string& where) {
+adapters::RouterConfig parse_router(const Json& router, const std::string& where) {
   MOESAIC_CHECK(router.is_object(), UsageError, "{}: got {}, expected keys and values", where, router.dump());
-  if (auto found = router.find("renormalize"); found != router.end()) {
-    router["topk_mode"] = get<bool>(router, "renormalize", where) ? "renorm" : "mask";
-    router.erase("renormalize");
-  }
   const auto dtype = get_or<std::string>(router, "dtype", "float32", where);
   MOESAIC_CHECK(dtype == "float32", UsageError,
                 "{}: dtype: got '{}', expected float32: routers compute in float32, whatever the model's format", where,
@@ -276,7 +290,6 @@ void take_adapter_settings(const OrderedJson& user, const std::string& where, Or
   if (said.contains("router") && said["router"].is_object()) {
     const Json settled = adapters::router_config_json(parse_router(said["router"], where + ": router"));
     OrderedJson& router = said["router"];
-    if (router.contains("renormalize")) router["topk_mode"] = nullptr;
     if (router.contains("top_k")) router["type"] = nullptr;
     for (auto& [key, value] : router.items()) {
       if (settled.contains(key)) value = settled[key];
@@ -332,13 +345,19 @@ void each_adapter_key(Config& adapter, Visit visit) {
                 "by model"});
 }
 
+const std::string& templates_help() {
+  static const std::string kHelp = fmt::format(
+      "`auto`: the model's chat templates, if it has any; `none`: raw text; `{}`: LLaMA-Factory's formats of these "
+      "names; the name of one of the model's; or a Jinja file. The output folder keeps it, and whoever uses the result "
+      "asks with it",
+      fmt::join(data::template_names(), "`, `"));
+  return kHelp;
+}
+
 /// The same for data::RenderOptions.
 template <class Config, class Visit>
 void each_render_key(Config& render, Visit visit) {
-  visit("template", render.template_name,
-        KeyInfo{kData,
-                "`auto`: the model's chat templates, if it has any; `none`: raw text; the name of one of them; or a "
-                "Jinja file"});
+  visit("template", render.template_name, KeyInfo{kData, templates_help().c_str()});
   visit("cutoff_len", render.cutoff_len,
         KeyInfo{kData, "tokens of an example; a longer one loses the middle of its prompt first"});
   visit("target_cutoff_len", render.target_cutoff_len, KeyInfo{kData, "tokens of an answer; 0 is no limit of its own"});
@@ -429,11 +448,17 @@ std::vector<RunKey> other_keys() {
        {kData,
         "a name in `dataset_info.json`, a file or a folder; a list of them, or objects {name, weight, cap, split, "
         "formatting, columns, tags, val_size, templates}"}},
-      {"dataset_dir", ".", {kData, "folder of `dataset_info.json` and of relative names"}},
+      {"dataset_dir",
+       nullptr,
+       {kData,
+        "folder of `dataset_info.json` and of relative names; null is the working folder, or `data` where only that "
+        "has a `dataset_info.json`"}},
       {"eval_dataset", nullptr, {kData, "data for evaluation while training, beside that of `val_size`"}},
       {"val_size",
        run.val_size,
        {kData, "of every data set, set aside for evaluation: a share below 1, or a number of rows"}},
+      {"max_samples", nullptr, {kData, "rows of every data set and split at most, spread evenly over it; null is all"}},
+      {"stage", "sft", {kData, "`sft`; `pt` learns the texts of the data's prompt column, each an example of its own"}},
       {"mixture_rule",
        "proportional",
        {kData, "rates of data sets without weights: `proportional` to their rows, `equal`, or `t0`"}},
@@ -451,6 +476,12 @@ std::vector<RunKey> other_keys() {
        {kSteps,
         "nothing else is accepted: the frozen weights stay float. `--quantize int8` is for generation and "
         "evaluation"}},
+      {"eval_strategy",
+       nullptr,
+       {kOutput,
+        "`steps`: every `eval_steps`, or `logging_steps` where that is 0; `epoch`; `no`; null is as `eval_steps` "
+        "says"}},
+      {"save_strategy", nullptr, {kOutput, "`steps`: every `save_steps`; `epoch`; `no`; null is `steps`"}},
       {"output_dir", nullptr, {kOutput, "adapter, tokenizer, `run.yaml`, logs and `checkpoint-N` folders"}},
       {"eval.tasks",
        Json::array(),
@@ -461,14 +492,16 @@ std::vector<RunKey> other_keys() {
       {"eval.limit", run.eval_limit, {kOutput, "questions of each task; 0 is all"}},
       {"report_to",
        run.train.report_to,
-       {kOutput, "`jsonl` (train_log.jsonl, router_stats.jsonl), `tensorboard` (event files)"}},
+       {kOutput,
+        "`jsonl` (train_log.jsonl, router_stats.jsonl), `tensorboard` (event files), `none`; services (`wandb`, "
+        "`swanlab`, `mlflow`, ...) are passed over with a note: nothing is sent anywhere"}},
   };
   static const std::map<std::string, const char*> kRouterHelp{
       {"type", "`soft`: all experts; `top_k`: the k largest"},
       {"top_k", "k; a value above 0 implies `top_k`"},
       {"topk_mode",
-       "`mask`: the kept probabilities as they are; `renorm`: divided by their sum; `residual`: MoV scales by 1 + the "
-       "kept deviations"},
+       "`mask`: the kept probabilities as they are (MoV then shrinks activations to about k / E); `renorm`: divided by "
+       "their sum; `residual`: MoV scales by 1 + the kept deviations; null is `residual` for MoV, else `mask`"},
       {"input", "what the router reads: `token` (the site's own input), `sentence`, `layer_input`, `ffn_product`"},
       {"sentence_source",
        "for `sentence`: the frozen model's mean last hidden state of the prompt, or a `column` of the data"},
@@ -483,6 +516,7 @@ std::vector<RunKey> other_keys() {
   };
   Json router = adapters::router_config_json(run.adapter.router);
   router["dtype"] = "float32";
+  router["topk_mode"] = nullptr;
   for (const auto& [key, value] : router.items())
     keys.push_back({"router." + key, value, {kRouter, kRouterHelp.at(key)}});
   return keys;
@@ -547,95 +581,258 @@ std::string run_keys_markdown() {
     }
     text += "\n";
   }
-  text.pop_back();
-  return text;
+  return text + foreign_keys_markdown();
 }
+
+OrderedJson read_run(const fs::path& file, const std::vector<std::string>& overrides) {
+  OrderedJson run = read_yaml(file);
+  if (run.is_object()) run = with_aliases(std::move(run), file.string());
+  std::vector<std::string> canonical;
+  for (const std::string& text : overrides) {
+    const std::string key = text.substr(0, text.find_first_of(".="));
+    canonical.push_back(key_of(key, "'" + text + "'") + text.substr(key.size()));
+    if (!canonical.back().starts_with("router.renormalize=")) continue;
+    OrderedJson router;
+    apply_overrides(router, {canonical.back()});
+    canonical.back() = "router.topk_mode=" + with_aliases(router, text)["router"]["topk_mode"].get<std::string>();
+  }
+  apply_overrides(run, canonical);
+  return run;
+}
+
+namespace {
+
+/// What is wrong with a run, collected so that all of it is said at once.
+class Problems {
+ public:
+  explicit Problems(std::string where) : where_(std::move(where)) {}
+
+  /// Runs `read`; what it refuses of the run is noted.
+  template <class Read>
+  void attempt(Read read) {
+    try {
+      read();
+    } catch (const ConfigError& error) {
+      note(error.what());
+    } catch (const UsageError& error) {
+      note(error.what());
+    }
+  }
+  void note(std::string problem) {
+    for (const std::string& prefix : {where_ + ": ", std::string("run config: ")}) {
+      if (problem.starts_with(prefix)) problem.erase(0, prefix.size());
+    }
+    problems_.push_back(std::move(problem));
+  }
+  bool empty() const { return problems_.empty(); }
+  /// Throws UsageError when there is any: a run's keys are the user's words.
+  void settle() const {
+    if (problems_.empty()) return;
+    if (problems_.size() == 1) throw UsageError(fmt::format("{}: {}", where_, problems_[0]));
+    throw UsageError(
+        fmt::format("{}: {} things are wrong:\n  {}", where_, problems_.size(), fmt::join(problems_, "\n  ")));
+  }
+
+ private:
+  std::string where_;
+  std::vector<std::string> problems_;
+};
+
+/// "steps", "epoch", "no" or "" (none given); YAML 1.1's `no` is false.
+std::string parse_strategy(const Json& json, const char* key, const std::string& where) {
+  if (json.at(key) == false) return "no";
+  const auto strategy = get_or<std::string>(json, key, "", where);
+  MOESAIC_CHECK(strategy.empty() || strategy == "steps" || strategy == "epoch" || strategy == "no", UsageError,
+                "{}: {}: got '{}', expected steps, epoch or no", where, key, strategy);
+  return strategy;
+}
+
+/// eval_strategy, save_strategy: what they say of eval_steps and save_steps.
+void settle_strategies(const std::string& where, Json& json, RunConfig& run) {
+  train::TrainConfig& train = run.train;
+  const std::string eval = parse_strategy(json, "eval_strategy", where);
+  const std::string save = parse_strategy(json, "save_strategy", where);
+  run.eval_each_epoch = eval == "epoch";
+  run.save_each_epoch = save == "epoch";
+  if (eval == "no") train.eval_steps = 0;
+  if (eval == "steps" && train.eval_steps == 0) train.eval_steps = train.logging_steps;
+  if (save == "no") train.save_steps = 0;
+  MOESAIC_CHECK((!run.eval_each_epoch && !run.save_each_epoch) || train.max_batch_tokens == 0, UsageError,
+                "{}: eval_strategy, save_strategy: got epoch with max_batch_tokens, expected steps: how many steps an "
+                "epoch has is not known before",
+                where);
+  json["eval_steps"] = train.eval_steps;
+  json["save_steps"] = train.save_steps;
+}
+
+/// report_to, less the services that nothing is sent to.
+std::vector<std::string> parse_report_to(const Json& json, const std::string& where) {
+  static const std::set<std::string> kServices{"wandb",   "swanlab", "mlflow",  "comet_ml",  "neptune",
+                                               "trackio", "clearml", "dvclive", "codecarbon"};
+  std::vector<std::string> targets = names(json, "report_to", where), services;
+  std::erase_if(targets, [&](const std::string& target) {
+    if (kServices.contains(target)) services.push_back(target);
+    return kServices.contains(target);
+  });
+  if (services.empty()) return targets;
+  spdlog::info("{}: report_to: {}: nothing is sent anywhere; train_log.jsonl has the figures", where,
+               fmt::join(services, ", "));
+  if (targets.empty()) targets.emplace_back("jsonl");
+  return targets;
+}
+
+/// topk_mode null: residual for MoV, whose scales the other modes would shrink; else mask.
+void settle_topk_mode(const Subject* subject, const std::string& where, Json& json, adapters::AdapterConfig& adapter) {
+  const bool scales = subject != nullptr && subject->method != nullptr && !subject->method->low_rank;
+  adapters::RouterConfig& router = adapter.router;
+  if (json["router"].is_object() && json["router"]["topk_mode"].is_null()) {
+    router.topk_mode = scales && router.type == "top_k" ? "residual" : "mask";
+    json["router"]["topk_mode"] = router.topk_mode;
+  }
+  if (!scales || router.type != "top_k" || router.topk_mode != "mask" || router.top_k >= adapter.num_experts) return;
+  spdlog::warn(
+      "{}: router.topk_mode: mask with {} keeps about {:.2f} of every scale at the start ({} of {} experts), and the "
+      "activations shrink as much; residual and renorm keep their size",
+      where, adapter.method, static_cast<double>(router.top_k) / static_cast<double>(adapter.num_experts), router.top_k,
+      adapter.num_experts);
+}
+
+}  // namespace
 
 RunConfig parse_run_config(const OrderedJson& given, const std::string& where) {
   MOESAIC_CHECK(given.is_object(), UsageError, "{}: got {}, expected keys and values", where, given.type_name());
-  const OrderedJson user = with_aliases(given, where);
-  check_known_keys(user, known_keys(), where);
+  Problems problems(where);
+  OrderedJson user = given;
+  problems.attempt([&] { user = with_aliases(given, where); });
+  std::vector<std::string> refused;
+  const std::vector<std::string> passed_over = take_foreign_keys(user, refused);
+  if (!passed_over.empty()) spdlog::info("{}: passed over: {}", where, fmt::join(passed_over, ", "));
+  for (std::string& each : refused) problems.note(std::move(each));
+  problems.attempt([&] { check_known_keys(user, known_keys(), where); });
+  if (user.contains("resume_from_checkpoint") && user["resume_from_checkpoint"].is_boolean()) {
+    user["resume_from_checkpoint"] = user["resume_from_checkpoint"] == true ? "auto" : "none";
+  }
+
   OrderedJson settled = run_defaults();
   settled.merge_patch(user);
   for (const auto& [key, value] : run_defaults().items()) {
     if (!settled.contains(key)) settled[key] = value;  // an explicit null means the default
   }
-  take_adapter_settings(user, where, settled);
+  problems.attempt([&] { take_adapter_settings(user, where, settled); });
   for (const auto& [key, value] : run_defaults().items()) {
     if (!settled.contains(key)) settled[key] = value;
   }
   Json json = settled;  // for reading
 
   RunConfig run;
-  try {
-    run.model_name_or_path = get<std::string>(json, "model_name_or_path", where);
-    run.dataset = json.at("dataset");
-    MOESAIC_CHECK(!run.dataset.is_null(), UsageError, "{}: key 'dataset' is missing", where);
-    run.train.output_dir = get<std::string>(json, "output_dir", where);
-    run.init = get<std::string>(json, "init", where);
-    MOESAIC_CHECK(run.init == "pretrained" || run.init == "random", UsageError,
-                  "{}: init: got '{}', expected pretrained or random", where, run.init);
-    run.finetuning_type = get<std::string>(json, "finetuning_type", where);
-    const Subject& subject = subject_of(run.finetuning_type);
-    run.adapter_name_or_path = get_or<std::string>(json, "adapter_name_or_path", "", where);
-    parse_tokenizer(json.at("tokenizer"), where + ": tokenizer", run);
+  const Subject* subject = nullptr;
+  auto& adapter = run.adapter;
+  auto& train = run.train;
+  auto read = [&](const char* key, auto& field, const KeyInfo&) {
+    problems.attempt([&] { field = get<std::remove_reference_t<decltype(field)>>(json, key, where); });
+  };
+  auto take = [&](const char* key, auto& field) { read(key, field, KeyInfo{}); };
+  take("model_name_or_path", run.model_name_or_path);
+  run.dataset = json.at("dataset");
+  if (run.dataset.is_null()) problems.note("key 'dataset' is missing");
+  take("output_dir", train.output_dir);
+  take("init", run.init);
+  if (run.init != "pretrained" && run.init != "random") {
+    problems.note(fmt::format("init: got '{}', expected pretrained or random", run.init));
+  }
+  take("finetuning_type", run.finetuning_type);
+  problems.attempt([&] { subject = &subject_of(run.finetuning_type); });
+  problems.attempt([&] { run.adapter_name_or_path = get_or<std::string>(json, "adapter_name_or_path", "", where); });
+  problems.attempt([&] { parse_tokenizer(json.at("tokenizer"), where + ": tokenizer", run); });
 
-    auto& adapter = run.adapter;
-    adapter.method = run.finetuning_type;
-    auto read = [&](const char* key, auto& field, const KeyInfo&) {
-      field = get<std::remove_reference_t<decltype(field)>>(json, key, where);
-    };
-    each_adapter_key(adapter, read);
-    settled.at("rank_pattern").get_to(adapter.rank_pattern);  // in the file's order
-    settled.at("alpha_pattern").get_to(adapter.alpha_pattern);
-    each_render_key(run.render, read);
-    MOESAIC_CHECK(run.render.on_bad_row == "stop" || run.render.on_bad_row == "skip", UsageError,
-                  "{}: on_bad_row: got '{}', expected stop or skip", where, run.render.on_bad_row);
-    train::each_train_key(run.train, read);
-    each_composition_key(run, read);
-    adapter.layers_to_transform = get_or<std::vector<int64_t>>(json, "layers_to_transform", {}, where);
-    const bool mixture = subject.method != nullptr && subject.method->mixes;
-    if (json.at("num_experts").is_null()) json["num_experts"] = mixture ? 10 : 1;
+  adapter.method = run.finetuning_type;
+  each_adapter_key(adapter, read);
+  each_render_key(run.render, read);
+  problems.attempt([&] { data::check_options(run.render); });
+  train::each_train_key(train, read);
+  each_composition_key(run, read);
+  problems.attempt(
+      [&] { adapter.layers_to_transform = get_or<std::vector<int64_t>>(json, "layers_to_transform", {}, where); });
+  const bool mixture = subject != nullptr && subject->method != nullptr && subject->method->mixes;
+  if (json.at("num_experts").is_null()) json["num_experts"] = mixture ? 10 : 1;
+  problems.attempt([&] {
     adapters::parse_experts(json.at("num_experts"), where + ": num_experts", adapter);
-    MOESAIC_CHECK(mixture || adapter.num_experts == 1, UsageError,
+    MOESAIC_CHECK(subject == nullptr || mixture || adapter.num_experts == 1, UsageError,
                   "{}: num_experts: got {} for {}, which has one expert\nhint: finetuning_type {} mixes experts", where,
                   json["num_experts"].dump(), run.finetuning_type,
-                  subject.method != nullptr && !subject.method->low_rank ? "mov" : "molora");
-    adapter.router = parse_router(json.at("router"), where + ": router");
-    parse_target(json, where, run);
-    parse_feedforward(json, where, run);
-    if (subject.method != nullptr) adapters::validate(adapter, where);
-    run.eval_dataset = json.at("eval_dataset");
-    run.dataset_dir = get<std::string>(json, "dataset_dir", where);
-    run.val_size = get<double>(json, "val_size", where);
-    run.mixture_rule = get<std::string>(json, "mixture_rule", where);
-    run.render.sentence_column = get_or<std::string>(json, "sentence_column", "", where);
+                  subject->method != nullptr && !subject->method->low_rank ? "mov" : "molora");
+  });
+  problems.attempt([&] { adapter.router = parse_router(json.at("router"), where + ": router"); });
+  settle_topk_mode(subject, where, json, adapter);
+  problems.attempt([&] { parse_target(json, where, run); });
+  if (subject != nullptr) problems.attempt([&] { parse_feedforward(json, where, run); });
+  if (subject != nullptr && subject->method != nullptr) {
+    problems.attempt([&] { adapters::validate(adapter, where); });
+  }
+  run.eval_dataset = json.at("eval_dataset");
+  problems.attempt([&] { run.dataset_dir = get_or<std::string>(json, "dataset_dir", "", where); });
+  if (run.dataset_dir.empty()) {
+    constexpr const char* kRegistry = "dataset_info.json";
+    run.dataset_dir = !fs::exists(kRegistry) && fs::exists(fs::path("data") / kRegistry) ? "data" : ".";
+    json["dataset_dir"] = run.dataset_dir;
+  }
+  take("val_size", run.val_size);
+  problems.attempt([&] {
+    run.max_samples = get_or<int64_t>(json, "max_samples", 0, where);
+    MOESAIC_CHECK(json.at("max_samples").is_null() || run.max_samples > 0, UsageError,
+                  "{}: max_samples: got {}, expected a number from 1", where, run.max_samples);
+  });
+  problems.attempt([&] {
+    const auto stage = get<std::string>(json, "stage", where);
+    MOESAIC_CHECK(stage == "sft" || stage == "pt", UsageError,
+                  "{}: stage: got '{}', expected sft or pt: nothing is learnt of preferences here", where, stage);
+    run.pretraining = stage == "pt";
+  });
+  take("mixture_rule", run.mixture_rule);
+  problems.attempt([&] { data::check_mixture_rule(run.mixture_rule); });
+  problems.attempt([&] { run.render.sentence_column = get_or<std::string>(json, "sentence_column", "", where); });
+  problems.attempt([&] {
     if (!get<bool>(json, "packing", where)) {
       spdlog::info("{}: packing: batches are ragged, without padding, either way", where);
     }
+  });
 
-    auto& train = run.train;
-    if (train.optim == "adamw_torch") train.optim = "adamw";
-    if (train.lr_scheduler_type == "constant_with_warmup") train.lr_scheduler_type = "constant";
-    train.report_to = names(json, "report_to", where);
-    parse_eval(json.at("eval"), where + ": eval", run);
+  if (train.optim.starts_with("adamw_torch") || train.optim == "adamw_hf") train.optim = "adamw";
+  if (train.lr_scheduler_type == "constant_with_warmup") train.lr_scheduler_type = "constant";
+  problems.attempt([&] { json["report_to"] = train.report_to = parse_report_to(json, where); });
+  problems.attempt([&] { parse_eval(json.at("eval"), where + ": eval", run); });
+  problems.attempt([&] { settle_strategies(where, json, run); });
+  problems.attempt([&] {
+    train::TrainConfig at_all = train;
+    if (run.eval_each_epoch) at_all.eval_steps = 1;
+    if (run.save_each_epoch) at_all.save_steps = 1;
+    train::check_config(at_all, /*epoch_size=*/1);
+  });
 
+  problems.attempt([&] {
     MOESAIC_CHECK(!get<bool>(json, "fp16", where), UsageError,
                   "{}: fp16: got true, expected false: float16 overflows in training\nhint: bf16=true", where);
-    MOESAIC_CHECK(json.at("quantization_bit").is_null(), UsageError,
-                  "{}: quantization_bit: got {}, expected null: gradients pass through the frozen weights, which stay "
-                  "float here\nhint: --quantize int8 makes the model small for generate and eval",
-                  where, json.at("quantization_bit").dump());
-    run.device = get<std::string>(json, "device", where);
-    run.dtype = json.at("bf16").is_null() ? "auto" : get<bool>(json, "bf16", where) ? "bfloat16" : "float32";
-    MOESAIC_CHECK(std::isfinite(run.state_cache_gib) && run.state_cache_gib >= 0, UsageError,
-                  "{}: state_cache_gib must not be negative: got {}", where, run.state_cache_gib);
-    if (subject.check != nullptr) subject.check(run, where);
-  } catch (const ConfigError& error) {
-    throw UsageError(error.what());  // a run's keys are the user's words
+  });
+  if (!json.at("quantization_bit").is_null()) {
+    problems.note(fmt::format(
+        "quantization_bit: got {}, expected null: gradients pass through the frozen weights, which stay float here\n"
+        "hint: --quantize int8 makes the model small for generate and eval",
+        json.at("quantization_bit").dump()));
   }
+  take("device", run.device);
+  problems.attempt([&] { parse_device(run.device); });
+  problems.attempt([&] {
+    run.dtype = json.at("bf16").is_null() ? "auto" : get<bool>(json, "bf16", where) ? "bfloat16" : "float32";
+  });
+  if (!std::isfinite(run.state_cache_gib) || run.state_cache_gib < 0) {
+    problems.note(fmt::format("state_cache_gib must not be negative: got {}", run.state_cache_gib));
+  }
+  if (subject != nullptr && subject->check != nullptr) problems.attempt([&] { subject->check(run, where); });
+  problems.settle();
   run.resolved = json;
   for (const char* key : {"rank_pattern", "alpha_pattern"}) run.resolved[key] = settled[key];
+  settled.at("rank_pattern").get_to(adapter.rank_pattern);  // in the file's order
+  settled.at("alpha_pattern").get_to(adapter.alpha_pattern);
   return run;
 }
 

@@ -23,6 +23,10 @@ struct RunConfig {
   Json dataset, eval_dataset;              // as data::resolve_datasets takes them
   std::string dataset_dir;                 // where names of datasets are looked up
   double val_size = 0;                     // share (below 1) or number of rows held out
+  int64_t max_samples = 0;                 // rows of every data set and split at most; 0 = all
+  bool pretraining = false;                // the texts of the prompt column are learnt whole
+  bool eval_each_epoch = false;            // instead of train.eval_steps
+  bool save_each_epoch = false;            // instead of train.save_steps
   std::string mixture_rule;                // how datasets are weighed
   data::RenderOptions render;              // how rows become tokens
   std::string device, dtype;               // as parse_device, number_format
@@ -46,9 +50,13 @@ const std::vector<RunKey>& run_keys();
 /// The tables of docs/config.md.
 std::string run_keys_markdown();
 
-/// Parses a run. Aliases of other tools (base_model, lora_r, micro_batch_size, ...) are accepted with a note in the
-/// log. Throws one UsageError for all unknown keys, naming the nearest, and UsageError or ConfigError for values that
-/// can't be.
+/// A run file with `overrides` (key=value) in it; of two names of one key the override's wins. Throws what read_yaml
+/// and apply_overrides throw.
+OrderedJson read_run(const std::filesystem::path& file, const std::vector<std::string>& overrides = {});
+
+/// Parses a run. Aliases of other tools (base_model, lora_r, micro_batch_size, ...) and keys of LLaMA-Factory without a
+/// meaning here are accepted with a note in the log. Throws one UsageError with everything that is wrong: unknown keys,
+/// each with the nearest, types, values.
 RunConfig parse_run_config(const OrderedJson& json, const std::string& where);
 
 }  // namespace moesaic::run

@@ -6,6 +6,7 @@
 #include "moesaic/base/seed.h"
 #include "moesaic/base/version.h"
 #include "moesaic/base/yaml.h"
+#include "moesaic/data/templates.h"
 #include "moesaic/eval/evaluate.h"
 #include "moesaic/generate/generate.h"
 #include "moesaic/run/open.h"
@@ -43,6 +44,8 @@ void remove_result(const fs::path& dir) {
 void check_output(const RunConfig& config) {
   const train::TrainConfig& train = config.train;
   const fs::path &dir = train.output_dir, &resumed = train.resume_from_checkpoint;
+  check_writable(dir, "output_dir");
+  if (!config.state_cache_dir.empty()) check_writable(config.state_cache_dir, "state_cache_dir");
   std::vector<fs::path> inputs{config.model_name_or_path, config.adapter_name_or_path, config.tokenizer};
   if (config.init == "random" && inputs[0].filename() == "config.json") inputs[0] = inputs[0].parent_path();
   check_not_an_input(dir, inputs);
@@ -91,6 +94,7 @@ Run::Run(RunConfig config, bool dry)
     judgement_.verdict = std::async(std::launch::async, [this] { return judge_rows(kNamedRows); });
   };
   prepared_ = subject_of(config_.finetuning_type).open(config_, {device_, format_.dtype, dry, opened});
+  check_sentences();
   train::check_run(config_.train, *prepared_.learner);
   if (!config_.eval_tasks.empty()) tasks_ = eval::load_tasks(config_.eval_tasks, {.limit = config_.eval_limit});
   for (const eval::Task& task : tasks_) eval::check_metrics(task, {});
@@ -118,14 +122,15 @@ void Run::open_data(const formats::Checkpoint& checkpoint) {
   } else {
     renderer_ = data::Renderer::open(checkpoint, config_.render);
   }
-  auto datasets = data::resolve_datasets(config_.dataset, config_.dataset_dir);
-  auto [training, validation] = data::train_validation(std::move(datasets), config_.val_size, config_.train.seed);
+  auto [training, validation] = data::train_validation(resolve(config_.dataset), config_.val_size, config_.train.seed);
   if (!config_.eval_dataset.is_null()) {
-    for (auto& each : data::resolve_datasets(config_.eval_dataset, config_.dataset_dir)) validation.push_back(each);
+    for (auto& each : resolve(config_.eval_dataset)) validation.push_back(each);
   }
   training_ = std::move(training);
   mixture_ = std::make_unique<data::Mixture>(training_, renderer_, derive_seed(config_.train.seed, "mixture"),
                                              config_.mixture_rule);
+  settle_epochs();
+  warn_of_glued_text();
   for (const data::DatasetConfig& config : validation) {
     auto set = std::find_if(eval_sets_.begin(), eval_sets_.end(),
                             [&](const train::EvalSet& known) { return known.name == config.name; });
@@ -141,6 +146,70 @@ void Run::open_data(const formats::Checkpoint& checkpoint) {
                   DataError, "{}: got {} rows for evaluation, expected some with an answer to score", set.name,
                   set.examples.size());
   }
+}
+
+std::vector<data::DatasetConfig> Run::resolve(const Json& dataset) const {
+  auto configs = data::resolve_datasets(dataset, config_.dataset_dir);
+  const adapters::RouterConfig& router = config_.adapter.router;
+  const bool reads_column = config_.adapter.num_experts > 1 && router.input == "sentence" &&
+                            router.sentence_source == "column" && config_.render.sentence_column.empty();
+  for (data::DatasetConfig& config : configs) {
+    if (config_.max_samples > 0) {
+      config.cap = config.cap > 0 ? std::min(config.cap, config_.max_samples) : config_.max_samples;
+    }
+    if (config_.pretraining) {
+      config.formatting = "text";
+      std::erase_if(config.columns.get_ref<Json::object_t&>(),
+                    [](const auto& column) { return column.first != "prompt" && column.first != "sentence"; });
+    }
+    MOESAIC_CHECK(!reads_column || config.columns.contains("sentence"), UsageError,
+                  "router.sentence_source: got column, but no column of data set {} has the sentences' numbers\nhint: "
+                  "name it with sentence_column, or take sentence_source: hidden",
+                  config.name);
+  }
+  return configs;
+}
+
+/// Of models without a chat template, unless it was said that this is meant.
+void Run::warn_of_glued_text() const {
+  if (config_.render.template_name != "auto" || renderer_->chat_template() != nullptr ||
+      renderer_->tokenizer().prompts_apart()) {
+    return;
+  }
+  const bool only_texts = std::all_of(training_.begin(), training_.end(), [](const data::DatasetConfig& config) {
+    return data::RowReader::open(config)->formatting() == "text";
+  });
+  if (only_texts) return;
+  spdlog::warn(
+      "template: {} has no chat template: nothing will stand between a prompt and its answer\nhint: template=NAME with "
+      "one of {}, or template=none if this is meant",
+      config_.model_name_or_path, fmt::join(data::template_names(), ", "));
+}
+
+/// The width of the vectors that routers read from a column of the data.
+void Run::check_sentences() const {
+  const nn::Needs needs = prepared_.model->needs();
+  if (needs.sentence != nn::Needs::Sentence::kColumn) return;
+  for (data::DatasetConfig config : training_) {
+    if (!config_.render.sentence_column.empty()) config.columns["sentence"] = config_.render.sentence_column;
+    std::optional<data::Row> row;
+    try {
+      row = data::RowReader::open(config)->next();
+    } catch (const DataError&) {  // check_rows names it, with the other bad rows
+    }
+    MOESAIC_CHECK(!row || std::ssize(row->sentence) == needs.sentence_width, UsageError,
+                  "router.sentence_dim: got {}, expected {}: the numbers in column {} of data set {}",
+                  needs.sentence_width, row->sentence.size(), config.columns["sentence"].dump(), config.name);
+  }
+}
+
+/// Steps between evaluations and checkpoints that come once an epoch.
+void Run::settle_epochs() {
+  train::TrainConfig& train = config_.train;
+  const int64_t examples = train.per_device_train_batch_size * train.gradient_accumulation_steps;
+  const int64_t epoch = std::max<int64_t>(1, (mixture_->epoch_size() + examples - 1) / examples);
+  if (config_.eval_each_epoch) train.eval_steps = epoch;
+  if (config_.save_each_epoch) train.save_steps = epoch;
 }
 
 /// {"<task>/<metric>", value} for every task: asked as training renders its data.
@@ -183,10 +252,10 @@ void Run::check_rows() {
   data::settle_bad_rows(judgement_.verdict.valid() ? judgement_.verdict.get() : judge_rows(kNamedRows), config_.render);
 }
 
-data::Example Run::next_example() {
-  auto example = mixture_->next();
-  MOESAIC_CHECK(example, DataError, "the run's data has no more examples");
-  return std::move(*example);
+void Run::check_start() {
+  check_output(config_);
+  if (fs::exists(config_.train.output_dir / "run.lock")) const FolderLock free(config_.train.output_dir);
+  train::check_start(*prepared_.model, *prepared_.learner, *mixture_, config_.train, mixture_->epoch_size());
 }
 
 int64_t Run::trainable() const {

@@ -40,8 +40,12 @@ class Run {
   /// that is not dry judges them from its opening on.
   void check_rows();
 
-  /// The next example that training would draw. Throws DataError when there is none.
-  data::Example next_example();
+  /// The next example of one of counts() that training would draw. Throws DataError when there is none.
+  data::Example next_example(size_t dataset) { return mixture_->next_of(dataset); }
+
+  /// For a dry run: throws what training would before its first step, where a run that is not dry throws it when it is
+  /// opened (the output folder) or when it begins (the checkpoint it goes on with).
+  void check_start();
 
   /// What the run will do.
   Plan plan();
@@ -60,6 +64,10 @@ class Run {
   };
 
   void open_data(const formats::Checkpoint& checkpoint);
+  std::vector<data::DatasetConfig> resolve(const Json& dataset) const;
+  void warn_of_glued_text() const;
+  void check_sentences() const;
+  void settle_epochs();
   void write_inputs() const;
   void write_card(const train::TrainResult& result) const;
   train::Scores task_scores();

@@ -48,13 +48,13 @@ std::shared_ptr<models::SingleModel> open_base(const RunConfig& run, const Place
   }
   place.opened(*made.checkpoint);
   std::shared_ptr<models::SingleModel> model;
-  if (place.dry || random) {
+  const torch::Device device = place.dry ? torch::Device(torch::kMeta) : place.device;
+  if (random) {
     model =
-        models::make_model(made.checkpoint->config(), run.model_name_or_path,
-                           torch::dtype(place.dtype).device(place.dry ? torch::Device(torch::kMeta) : place.device));
+        models::make_model(made.checkpoint->config(), run.model_name_or_path, torch::dtype(place.dtype).device(device));
     if (!place.dry) model->initialize(derive_seed(run.train.seed, "init"));
   } else {
-    model = models::load_model(*made.checkpoint, {.dtype = place.dtype, .device = place.device});
+    model = models::load_model(*made.checkpoint, {.dtype = place.dtype, .device = device});
   }
   made.base_parameters = numbers_of(*model);
   made.model = model;
@@ -79,7 +79,16 @@ Prepared open_adapter(const RunConfig& run, const Place& place) {
   if (!place.dry && run.init == "pretrained") wanted.base_fingerprint = made.checkpoint->fingerprint();
   const auto adapter = adapters::Adapter::create(wanted, model->sites(), place.dry ? torch::kMeta : place.device,
                                                  derive_seed(run.train.seed, "adapter"));
-  if (!run.adapter_name_or_path.empty() && !place.dry) adapter->load(run.adapter_name_or_path);
+  if (!run.adapter_name_or_path.empty()) {
+    try {
+      adapter->load(run.adapter_name_or_path);
+    } catch (const DataError& error) {
+      throw DataError(fmt::format(
+          "adapter_name_or_path {}: it doesn't fit the run's model_name_or_path, lora_target, feedforward_modules, "
+          "layers_to_transform and router.input: {}",
+          run.adapter_name_or_path, error.what()));
+    }
+  }
   model->attach(run.finetuning_type, adapter);
   const adapters::AdapterConfig& settled = adapter->config();
   made.plan.add("method", settled.num_experts > 1 ? fmt::format("{}, {} experts, {} router on {}", settled.method,
@@ -98,6 +107,10 @@ Prepared open_adapter(const RunConfig& run, const Place& place) {
 
 void check_full(RunConfig& run, const std::string& where) {
   refuse_composition_keys(run, where);
+  MOESAIC_CHECK(run.adapter_name_or_path.empty(), UsageError,
+                "{}: adapter_name_or_path: got one for finetuning_type full, expected none\nhint: `moesaic merge` it "
+                "into its base and begin there",
+                where);
   MOESAIC_CHECK(run.dtype != "bfloat16", UsageError,
                 "{}: bf16: got true, expected false for full fine-tuning, whose weights must hold small updates",
                 where);

@@ -73,8 +73,12 @@ class Run {
         warmup_steps_(warmup_of(config, max_steps_)),
         reader_(stream, config),
         stepper_(model, learner, config),
-        journal_(config, epoch_size, hooks.on_row) {
-    schedule_factor(config.lr_scheduler_type, 0, warmup_steps_, max_steps_);  // an unknown type is said before the work
+        journal_(config, epoch_size, hooks.on_row) {}
+
+  /// What execute() does before its first step, without writing.
+  void check_start() {
+    const DeterministicAlgorithms deterministic(config_.deterministic, model_.facts().device);
+    resume();
   }
 
   TrainResult execute() {
@@ -293,10 +297,10 @@ class Run {
     stepper_.optimizer().load_state(checkpoint.tensors);
     const torch::Device device = model_.facts().device;
     const size_t expected = device.is_cpu() ? 1 : 2;
-    MOESAIC_CHECK(random.size() == expected, DataError,
+    MOESAIC_CHECK(random.size() == expected || device.is_meta(), DataError,
                   "{}: got {} random generator states, expected {}: it was made on another kind of device",
                   dir.string(), random.size(), expected);
-    set_random_state(device, random);
+    if (!device.is_meta()) set_random_state(device, random);
     reader_.set_state(get<Json>(own, "sampler", where));
     step_ = get<int64_t>(checkpoint.state, "global_step", where);
     tokens_ = get<int64_t>(checkpoint.state, "num_input_tokens_seen", where);
@@ -379,6 +383,11 @@ void check_config(const TrainConfig& config, int64_t epoch_size) {
   require(config.max_steps > 0 || config.max_batch_tokens == 0,
           "max_batch_tokens needs max_steps: how many steps an epoch has is not known before");
   require(config.warmup_ratio >= 0 && config.warmup_ratio <= 1, "warmup_ratio must lie in 0..1");
+  try {
+    schedule_factor(config.lr_scheduler_type, /*step=*/0, /*warmup_steps=*/0, /*max_steps=*/1);
+  } catch (const UsageError& error) {
+    wrong.emplace_back(error.what());
+  }
   require(config.logging_steps > 0, "logging_steps must be at least 1");
   require(config.task_eval_steps >= 0, "eval.steps must not be negative");
   for (const std::string& target : config.report_to) {
@@ -467,6 +476,15 @@ double evaluate_loss(models::LanguageModel& model, const std::vector<data::Examp
   }
   MOESAIC_CHECK(targets > 0, DataError, "evaluation: none of the {} examples has a token to score", examples.size());
   return sum / static_cast<double>(targets);
+}
+
+void check_start(models::LanguageModel& model, nn::Learner& learner, data::ExampleStream& stream,
+                 const TrainConfig& config, int64_t epoch_size) {
+  check_config(config, epoch_size);
+  check_run(config, learner);
+  const std::vector<EvalSet> none;
+  const TrainHooks hooks;
+  Run(model, learner, stream, none, config, epoch_size, hooks).check_start();
 }
 
 TrainResult train(models::LanguageModel& model, nn::Learner& learner, data::ExampleStream& stream,

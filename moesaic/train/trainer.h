@@ -145,6 +145,11 @@ TrainResult train(models::LanguageModel& model, nn::Learner& learner, data::Exam
                   const std::vector<EvalSet>& eval_sets, const TrainConfig& config, int64_t epoch_size,
                   const TrainHooks& hooks = {});
 
+/// Throws what train() would throw before its first step, for a model that may be on the meta device: takes the
+/// checkpoint that the run would go on with. Writes nothing.
+void check_start(models::LanguageModel& model, nn::Learner& learner, data::ExampleStream& stream,
+                 const TrainConfig& config, int64_t epoch_size);
+
 /// Mean cross entropy per target over `examples`, in nats.
 double evaluate_loss(models::LanguageModel& model, const std::vector<data::Example>& examples, int64_t batch_size);
 

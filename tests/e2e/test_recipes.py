@@ -1,12 +1,42 @@
-"""Every recipe is a run that starts: its keys are known and its targets match a model."""
+"""Every recipe is a run that starts, and every command that a recipe's header, README or docs give is one that works.
 
+The commands are run as they stand, block by block, by bash. What stands in for the world around them:
+- the model files that they name are folders of a tiny random model (MODELS);
+- `moesaic` and `build/moesaic` call the program with `SHORTER` behind the words of a training, so that it is short;
+- files that a reader brings or a tool of tools/study writes are tiny ones of the same names (`make_workspace`, `stand_in`);
+- in a form ("moesaic eval --model M [--limit N]") optional parts are left out, of alternatives the first is taken, and
+  the words in capitals are files of these names, or of FORM_WORDS.
+A block whose words can't be run here is in NOT_RUN with the cause.
+"""
+
+import json
+import os
 import pathlib
+import re
+import shutil
+import subprocess
 
 import pytest
+import yaml
 
-from tiny_run import ROOT, make_run, moesaic
+from tiny_run import DTYPE, PROGRAM, ROOT, WORDS, make_model, make_run, moesaic, train
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+MODELS = [".cache/models/SmolLM2-135M-Instruct.Q4_1.gguf", "another/model", "M"]
+SHORTER = "max_steps=2 save_steps=0 per_device_train_batch_size=2 gradient_accumulation_steps=1 overwrite_output_dir=true"
+FORM_WORDS = {"FILE": "rows.jsonl", "TEXT": "'red cat'", "PATH": "M", "DIR": "M"}
+FRESH_WORDS = {"OUT", "FOLDER"}  # a new folder each time
+NOT_RUN = {
+    "moesaic VERB": "no command, but the form of all",
+    "moesaic convert": "needs a checkpoint of google-deepmind/calm: tests/parity/test_calm.py makes and converts them",
+    "build/moesaic eval --model .cache/models/SmolLM2-135M-Instruct.Q4_1.gguf --tasks runs/first-mixture":
+        "names its task files by TASK and ...: docs/study is a record",
+    "build/moesaic demo calm --ablations": "half an hour: test_compose.py runs it in miniature",
+    "python tools/study": "whole studies: test_studies.py runs them",
+    "make ": "sets up and builds: this test runs what was built",
+}
 
 
 def test_there_are_recipes():
@@ -32,3 +62,176 @@ def test_a_misspelt_key_is_named_with_the_nearest(tmp_path):
     result = moesaic("train", RECIPES[0], "lerning_rate=1", "--dry-run")
     assert result.returncode == 2
     assert "lerning_rate" in result.stderr and "did you mean 'learning_rate'" in result.stderr
+
+
+def not_run(command):
+    return next((cause for start, cause in NOT_RUN.items() if command.startswith(start)), None)
+
+
+def blocks(page):
+    """The fenced blocks of a page that call the program, each as a list of commands (a heredoc is one)."""
+    for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        lines, heredoc = [], None
+        for line in block.replace("\\\n", "").splitlines():
+            if heredoc:
+                lines[-1] += "\n" + line
+                heredoc = None if line == heredoc else heredoc
+            elif line.strip():
+                lines.append(line)
+                begun = re.search(r"<<(\w+)$", line)
+                heredoc = begun and begun.group(1)
+        if any(re.match(r"(build/)?moesaic ", line) for line in lines):
+            yield lines
+
+
+def spans(text):
+    """Commands with arguments that stand in a sentence: `moesaic data skills runs/demo/data`."""
+    found = [span.split() for span in re.findall(r"`((?:build/)?moesaic [^`]+)`", text)]
+    return [" ".join(words) for words in found if len(words) > 2 + (words[1] in {"data", "demo"})]
+
+
+def plain(form, fresh):
+    """A form of docs/cli.md as a command."""
+    command = re.split(r" {3,}", form)[0]
+    while re.search(r"\[[^\[\]]*\]", command):
+        command = re.sub(r" ?\[[^\[\]]*\]", "", command)
+    command = re.sub(r"\(([^()|]*)\|[^()]*\)", r"\1", command)
+    command = re.sub(r"(\S+)\|\S+", r"\1", command)
+    for word, meaning in FORM_WORDS.items():
+        command = re.sub(rf"(?<![\w/.]){word}(?![\w/.])", meaning, command)
+    if command.startswith("moesaic routes"):
+        command = command.replace("--adapter A", "--adapter MIXTURE")
+    for word in FRESH_WORDS:
+        command = re.sub(rf"(?<![\w/.]){word}(?![\w/.])", lambda _: f"{word}{next(fresh)}", command)
+    return command
+
+
+def make_workspace(folder):
+    """A folder with all that commands name before they have written anything."""
+    make_model(folder / "model", initializer_range=0.3, num_hidden_layers=30, max_position_embeddings=4096)
+    for name in MODELS:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(folder / "model")
+    rows = "".join(json.dumps({"inputs": f"{a} {b} ", "targets": f"{b} {a}"}) + "\n" for a in WORDS for b in WORDS)
+    for name in ["rows.jsonl", "my.jsonl", "more.jsonl"]:
+        (folder / name).write_text(rows)
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    (folder / "build").mkdir()
+    for name in ["build/moesaic", "bin/moesaic"]:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"""#!/bin/bash
+echo "+ moesaic $*" >&2
+case "$1 $2" in
+  "train --keys") set -- "$@" ;;
+  train*) set -- "$@" {SHORTER} ;;
+  "demo calm") set -- "$@" --fraction 0.01 --test_rows 8 ;;
+esac
+[[ " $* " == *" --threads "* ]] || set -- "$@" --threads 1
+exec {PROGRAM} "$@"
+""")
+        (folder / name).chmod(0o755)
+    # LLaMA-Factory's registry, where its run files look for it.
+    (folder / "data").mkdir()
+    (folder / "data" / "chat.json").write_text(json.dumps(
+        [{"instruction": f"{a} is not", "input": "", "output": b} for a in WORDS for b in WORDS[:4]]))
+    (folder / "data" / "dataset_info.json").write_text(json.dumps(
+        {"identity": {"file_name": "chat.json"}, "questions": {"file_name": "chat.json"}}))
+    # What the forms of docs/cli.md name.
+    run_file = {"model_name_or_path": "M", "dataset": ["rows.jsonl"], "template": "none", "output_dir": "out",
+                "bf16": DTYPE == "bfloat16"}
+    (folder / "run.yaml").write_text(yaml.safe_dump(run_file))
+    train(folder, "A", finetuning_type="lora", num_experts=None)
+    train(folder, "MIXTURE")
+    (folder / "config.yaml").write_text("{anchor: M, augmenting: M, num_connections: 2, output_dir: composed}\n")
+    (folder / "composition.yaml").write_text("{anchor: M, augmenting: M, num_connections: 2, output_dir: COMPOSITION}\n")
+    assert moesaic("compose", "composition.yaml", cwd=folder).returncode == 0
+    choices = [{"inputs": f"{a} is", "answer_choices": WORDS[:2], "target": WORDS[0]} for a in WORDS[:3]]
+    (folder / "folder").mkdir()
+    for name in ["a.jsonl", "folder/c.jsonl"]:
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in choices))
+    (folder / "b.json").write_text(json.dumps({"Definition": ["red cat"], "Positive Examples": [], "Instances": [
+        {"id": "1", "input": "red", "output": ["cat"]}]}))
+    (folder / "file.jsonl").write_text(json.dumps({"prompt": "red cat"}) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    return make_workspace(tmp_path_factory.mktemp("workspace"))
+
+
+@pytest.fixture
+def workspace(template, tmp_path):
+    return copy(template, tmp_path / "here")
+
+
+def copy(template, folder):
+    return pathlib.Path(shutil.copytree(template, folder, symlinks=True))
+
+
+def stand_in(command, folder):
+    """Rows of their names for the data sets of a recipe that a tool of tools/study would write."""
+    named = re.search(r"train (recipes/\S+\.yaml)", command)
+    recipe = yaml.safe_load((ROOT / named.group(1)).read_text()) if named else {}
+    data = folder / recipe.get("dataset_dir", ".")
+    if data.exists():
+        return
+    data.mkdir(parents=True)
+    names = [each["name"] if isinstance(each, dict) else each for each in recipe["dataset"]]
+    info = {name: {"file_name": name} for name in names if not name.endswith(".jsonl")}
+    for name in names:
+        shutil.copy(folder / "rows.jsonl", data / name)
+    for name in info:
+        (data / name).rename(data / (name + ".jsonl"))
+        info[name] = {"file_name": name + ".jsonl", "formatting": "inputs_targets"}
+    (data / "dataset_info.json").write_text(json.dumps(info))
+
+
+def shell(commands, folder):
+    """Runs what can be run here; each command must succeed."""
+    ran = 0
+    for command in commands:
+        if not_run(command.strip()):
+            continue
+        stand_in(command, folder)
+        done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=300,
+                              env={**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"})
+        assert done.returncode == 0, f"{command}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
+        ran += "+ moesaic" in done.stderr
+    return ran
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(page))], ids=lambda page: page.stem)
+def test_the_commands_of_a_page(page, template, tmp_path):
+    ran = 0
+    forms = page.name == "cli.md"
+    fresh = iter(range(1000))
+    folder = tmp_path / "page"
+    if not forms:
+        copy(template, folder)
+    for i, block in enumerate(blocks(page)):
+        # A page tells one story; each block of forms stands for itself.
+        if forms:
+            folder = copy(template, tmp_path / str(i))
+            block = [plain(line, fresh) for line in block]
+        ran += shell(block, folder)
+    assert ran > 0 or all(not_run(line.strip()) for block in blocks(page) for line in block)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "recipes").rglob("*.yaml"))],
+                         ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_commands_in_its_sentences(page, template, tmp_path):
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".yaml":
+        text = "\n".join(line.removeprefix("#") for line in text.splitlines() if line.startswith("#"))
+    fresh = iter(range(1000))
+    commands = [plain(span, fresh) for span in spans(text) if "..." not in span]
+    if commands:
+        shell(commands, copy(template, tmp_path / "page"))
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*_smollm2.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_trains_on_the_data_its_header_makes(recipe, workspace):
+    assert shell(spans(recipe.read_text()), workspace) >= 1
+    assert shell([f"moesaic train recipes/{recipe.name}"], workspace) == 1
+    assert (workspace / "runs" / recipe.stem / "adapter_config.json").exists()

@@ -202,6 +202,76 @@ TEST_F(BegunAdapter, ARunThatGoesOnKeepsItsOwnWordsAndTakesTheRest) {
   EXPECT_EQ(run.adapter.router.top_k, 2);
 }
 
+TEST(RunConfig, EverythingWrongIsSaidAtOnce) {
+  const std::string message = refusal({{"lerning_rate", 1},
+                                       {"lora_rank", "four"},
+                                       {"router", {{"top_k", -1}, {"type", "top_k"}}},
+                                       {"cutoff_len", 1},
+                                       {"mixture_rule", "equals"},
+                                       {"lr_scheduler_type", "cosin"},
+                                       {"optim", "sgd"},
+                                       {"neftune_noise_alpha", 5},
+                                       {"save_strategy", "best"},
+                                       {"max_samples", 0},
+                                       {"model_name_or_path", nullptr}});
+  for (const char* part :
+       {"run: 10 things are wrong", "'lerning_rate' (did you mean 'learning_rate'?)", "'lora_rank' has the wrong type",
+        "router.top_k: got -1", "cutoff_len is 1", "mixture_rule is 'equals'", "did you mean 'cosine'",
+        "optim: got 'sgd'", "neftune_noise_alpha: got 5", "save_strategy: got 'best'", "max_samples: got 0",
+        "'model_name_or_path' is missing"}) {
+    EXPECT_THAT(message, HasSubstr(part));
+  }
+  EXPECT_THAT(refusal({{"lora_rank", "four"}}), testing::Not(HasSubstr("things are wrong")));
+}
+
+class RunFile : public testing::Test {
+ protected:
+  OrderedJson read(const std::string& text, const std::vector<std::string>& overrides) const {
+    write_file_atomically(folder_ / "run.yaml", "model_name_or_path: m\ndataset: d\noutput_dir: o\n" + text);
+    return read_run(folder_ / "run.yaml", overrides);
+  }
+  test::TemporaryFolder folder_;
+};
+
+TEST_F(RunFile, AnAliasGivenAsOverrideWins) {
+  EXPECT_EQ(read("learning_rate: 1.0e-3", {"lr=1e-4"})["learning_rate"], 1e-4);
+  EXPECT_EQ(read("lr: 1.0e-3", {"learning_rate=1e-4"})["learning_rate"], 1e-4);
+  EXPECT_EQ(read("lr: 1.0e-3", {"lr=1e-4", "lr=1e-5"})["learning_rate"], 1e-5);
+  const OrderedJson router = read("router: {renormalize: true, top_k: 2}", {"router.topk_mode=mask"})["router"];
+  EXPECT_EQ(router, OrderedJson({{"top_k", 2}, {"topk_mode", "mask"}}));
+  EXPECT_EQ(read("router: {topk_mode: mask}", {"router.renormalize=true"})["router"]["topk_mode"], "renorm");
+  // Two names in one file say nothing of which is meant.
+  EXPECT_THAT([&] { read("lr: 1.0e-3\nlearning_rate: 1.0e-4", {}); },
+              testing::ThrowsMessage<UsageError>(HasSubstr("got both 'lr' and 'learning_rate'")));
+}
+
+TEST(RunConfig, MovKeepsItsScalesUnderTopK) {
+  const Json top_k{{"top_k", 2}};
+  auto mode = [&](const Json& changes) { return parse(changes).adapter.router.topk_mode; };
+  EXPECT_EQ(mode({{"finetuning_type", "mov"}, {"router", top_k}}), "residual");
+  EXPECT_EQ(mode({{"finetuning_type", "mov"}, {"router", {{"top_k", 2}, {"topk_mode", "mask"}}}}), "mask");
+  EXPECT_EQ(mode({{"finetuning_type", "mov"}}), "mask");  // soft: nothing is left out
+  EXPECT_EQ(mode({{"finetuning_type", "molora"}, {"router", top_k}}), "mask");
+  EXPECT_EQ(parse({{"finetuning_type", "mov"}, {"router", top_k}}).resolved["router"]["topk_mode"], "residual");
+}
+
+TEST(RunConfig, StrategiesSetTheirSteps) {
+  EXPECT_EQ(parse({{"eval_strategy", "steps"}, {"logging_steps", 7}}).train.eval_steps, 7);
+  EXPECT_EQ(parse({{"evaluation_strategy", "steps"}, {"eval_steps", 3}}).train.eval_steps, 3);
+  EXPECT_EQ(parse({{"eval_strategy", "no"}, {"eval_steps", 3}}).train.eval_steps, 0);
+  EXPECT_EQ(parse({{"save_strategy", false}}).train.save_steps, 0);
+  EXPECT_TRUE(parse({{"eval_strategy", "epoch"}, {"early_stopping_steps", 2}}).eval_each_epoch);
+  EXPECT_THAT(refusal({{"save_strategy", "epoch"}, {"max_batch_tokens", 64}, {"max_steps", 3}}),
+              HasSubstr("how many steps an epoch has"));
+}
+
+TEST(RunConfig, ServicesOfReportToArePassedOver) {
+  EXPECT_THAT(parse({{"report_to", "wandb"}}).train.report_to, ElementsAre("jsonl"));
+  EXPECT_THAT(parse({{"report_to", {"tensorboard", "wandb"}}}).train.report_to, ElementsAre("tensorboard"));
+  EXPECT_THAT(parse({{"report_to", "none"}}).train.report_to, ElementsAre("none"));
+  EXPECT_THAT(refusal({{"report_to", "wanbd"}}), HasSubstr("report_to: got 'wanbd'"));
+}
+
 struct Mistake {
   Json changes;
   std::string message;
@@ -233,6 +303,8 @@ INSTANTIATE_TEST_SUITE_P(
                     Mistake{{{"eval", {{"limit", 3}}}}, "got no tasks"},
                     Mistake{{{"finetuning_type", "molra"}}, "Did you mean 'molora'?"},
                     Mistake{{{"finetuning_type", "full"}, {"bf16", true}}, "weights must hold small updates"},
+                    Mistake{{{"finetuning_type", "full"}, {"adapter_name_or_path", "a"}}, "begin there"},
+                    Mistake{{{"stage", "dpo"}}, "stage: got 'dpo'"},
                     Mistake{{{"train_adapters", true}}, "expected finetuning_type calm"},
                     Mistake{{{"finetuning_type", "calm"}, {"init", "random"}}, "expected pretrained and none"},
                     Mistake{{{"feedforward_modules", {"down_proj"}}}, "expected it for ia3 and mov"},
