@@ -26,7 +26,7 @@ build/moesaic:
 	cmake --preset release
 	cmake --build --preset release --target moesaic_cli
 
-bench: ## whole jobs against their peers; writes bench/RESULTS.md
+bench: ## whole jobs against their peers; writes bench/results/ and bench/RESULTS.md
 	tools/setup bench
 	cmake --preset release -DMOESAIC_BENCH=ON
 	cmake --build --preset release

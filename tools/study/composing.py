@@ -8,15 +8,20 @@ that was stopped goes on where it was.
 
 import argparse
 import dataclasses
+import datetime
 import json
 import os
 import pathlib
 import re
 import resource
 import subprocess
+import sys
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+import tables
+
 PROGRAM = pathlib.Path(os.environ.get("MOESAIC_BUILD_DIR", ROOT / "build")) / "moesaic"
 
 
@@ -140,30 +145,29 @@ class Study:
         systems[f"LoRA, rank {rank}"] = ["--model", options.anchor, "--adapter", self.out / "lora"]
         scores = {system: {task.path.stem: self.ask(system, flags, task) for task in tasks
                            if not task.only or system in task.only} for system, flags in systems.items()}
-        self.write_table(scores, tasks)
+        columns = [(task.path.stem, metric) for task in tasks for metric in task.metrics]
+        self.write_tables({"head": ["", *(f"{task}: {metric}" for task, metric in columns)],
+                           "formats": ["{}", *["{:.3g}"] * len(columns)],
+                           "rows": [[system, *(row[task][metric] if task in row else None for task, metric in columns)]
+                                    for system, row in scores.items()]})
         return scores
 
-    def write_table(self, scores, tasks):
-        """table.md: a row for each system; and what was trained, for how long."""
-        columns = [(task.path.stem, metric) for task in tasks for metric in task.metrics]
-        lines = ["| | " + " | ".join(f"{task}: {metric}" for task, metric in columns) + " |",
-                 "|---" * (len(columns) + 1) + "|"]
-        for system, row in scores.items():
-            cells = [f"{row[task][metric]:.3g}" if task in row else "" for task, metric in columns]
-            lines.append(f"| {system} | " + " | ".join(cells) + " |")
-        lines += ["", *self.times()]
-        (self.out / "table.md").write_text("\n".join(lines) + "\n")
-        print("\n".join(lines))
-
-    def times(self):
-        """What was trained and how long all took, as lines of a table."""
-        lines = ["| trained | numbers | loss | minutes | CPU minutes |", "|---|---|---|---|---|"]
-        for name, run in self.results.items():
-            if name.startswith("train "):
-                lines.append(f"| {name[6:]} | {run['trained']:,} | {run['train_loss']:.3f} | "
-                             f"{run['seconds'] / 60:.1f} | {run['cpu_seconds'] / 60:.1f} |")
+    def write_tables(self, scores):
+        """tables.json as in docs/study, and table.md: the scores; what was trained, for how long."""
+        training = {"head": ["trained", "numbers", "loss", "minutes", "CPU minutes"],
+                    "formats": ["{}", "{:,}", "{:.3f}", "{:.1f}", "{:.1f}"],
+                    "rows": [[name[6:], run["trained"], run["train_loss"], round(run["seconds"] / 60, 1),
+                              round(run["cpu_seconds"] / 60, 1)]
+                             for name, run in self.results.items() if name.startswith("train ")]}
         total = sum(run["seconds"] for run in self.results.values())
-        return [*lines, "", f"{total / 60:.1f} minutes in all, {self.options.threads} thread(s), seed {self.options.seed}."]
+        made = {"tables": ["scores", "training"], "command": " ".join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+                "date": f"{datetime.date.today():%Y-%m-%d}", "minutes": round(total / 60, 1),
+                "machine": f"{self.options.threads} thread(s) of {tables.machine()}"}
+        tables.write_json(self.out / "tables.json", {"made": [made], "tables": {"scores": scores, "training": training}})
+        text = "\n\n".join([tables.study_table(scores), tables.study_table(training),
+                            f"{total / 60:.1f} minutes in all, {self.options.threads} thread(s), seed {self.options.seed}."])
+        (self.out / "table.md").write_text(text + "\n")
+        print(text)
 
 
 def plot_bars(path, title, scores):

@@ -1,19 +1,11 @@
 """Key-value arithmetic with a real anchor (docs/study/key-arithmetic.md): SmolLM2-135M-Instruct helped by a LoRA in
 arithmetic, joined to a small model that was made from nothing and knows what 500 words are worth.
 
-Writes OUT/table.md: {augmenting model, anchor, anchor + LoRA, composition, the same with a random augmenting model} x
-{KV-SUB, NUM-MATH, KV-MATH}.
+Writes OUT/tables.json and table.md: {augmenting model, anchor, anchor + LoRA, composition, the same with a random
+augmenting model} x {KV-SUB, NUM-MATH, KV-MATH}.
 """
 
 import composing
-
-
-def table(scores, names):
-    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for system, row in scores.items():
-        cells = [f"{100 * row[name]['exact_match']:.1f} %" if name in row else "" for name in names]
-        lines.append(f"| {system} | " + " | ".join(cells) + " |")
-    return lines
 
 
 def main():
@@ -49,11 +41,11 @@ def main():
                 continue
             task = composing.Task(data / f"{path}.jsonl", ["exact_match"], 200, 16, more)
             scores[system][name] = study.ask(f"{system}, {name}", flags, task)
-    lines = table(scores, list(tasks)) + ["", *study.times()]
-    (study.out / "table.md").write_text("\n".join(lines) + "\n")
+    study.write_tables({"head": ["", *tasks], "formats": ["{}", *["{:.1f} %"] * len(tasks)],
+                        "rows": [[system, *(100 * row[name]["exact_match"] if name in row else None for name in tasks)]
+                                 for system, row in scores.items()]})
     composing.plot_bars(study.out / "plot.svg", "KV-MATH with SmolLM2 as the anchor, % right",
                         {system: 100 * row["KV-MATH"]["exact_match"] for system, row in scores.items()})
-    print("\n".join(lines))
 
 
 if __name__ == "__main__":
