@@ -16,8 +16,6 @@ bool is_set(const OrderedJson& value) { return !is_unset(value); }
 
 bool is_steps(const OrderedJson& value) { return value.is_null() || value == "steps"; }
 
-bool is_eval_loss(const OrderedJson& value) { return is_unset(value) || value == "eval_loss" || value == "loss"; }
-
 struct ForeignKey {
   const char* key;
   bool (*harmless)(const OrderedJson& value);  // nothing of what is learnt hangs on this value
@@ -77,9 +75,8 @@ constexpr ForeignKey kForeignKeys[] = {
     {"do_predict", is_unset, "`moesaic eval` and `moesaic generate` answer"},
     {"predict_with_generate", is_unset, "give eval.tasks, or ask with `moesaic eval`"},
     {"push_to_hub", is_unset, "nothing is uploaded"},
+    {"greater_is_better", is_unset, "losses fall and scores rise: leave it out"},
     {"logging_strategy", is_steps, "give logging_steps"},
-    {"load_best_model_at_end", is_unset, "give early_stopping_patience: then a run ends with its best weights"},
-    {"metric_for_best_model", is_eval_loss, kNotHere},
     {"mask_history", is_unset, "give earlier turns `weight: 0` in the data"},
     {"default_system", is_unset, "write the system turn into the data, or a template of your own"},
     {"tokenized_path", is_unset, "rows are tokenised as they are read"},

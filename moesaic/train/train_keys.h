@@ -67,7 +67,9 @@ void each_train_key(Config& train, Visit visit) {
                 "`eval/<task>/<metric>`, which is to rise",
                 true});
   visit("early_stopping_patience", train.early_stopping_patience,
-        KeyInfo{kOutput, "stop after so many evaluations without improvement; 0 is off"});
+        KeyInfo{kOutput, "stop after so many evaluations without improvement, with the best weights; 0 is off"});
+  visit("load_best_model_at_end", train.load_best_model_at_end,
+        KeyInfo{kOutput, "end with the weights of the best evaluation in any case"});
 }
 
 /// What must not differ for a resumed run to be the same run; max_steps as it was worked out.

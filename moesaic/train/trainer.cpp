@@ -91,7 +91,8 @@ class Run {
     const int64_t first_step = step_;
     const auto begin = Clock::now();
     double loss_sum = 0;
-    const bool ends_with_best = config_.early_stopping_patience > 0;
+    const bool stops_early = config_.early_stopping_patience > 0;
+    const bool ends_with_best = stops_early || config_.load_best_model_at_end;
     TrainResult result{};
     while (step_ < max_steps_ && !result.stopped_early) {
       const auto step_begin = Clock::now();
@@ -113,7 +114,7 @@ class Run {
       const bool tasks_last = step_ == max_steps_ && !(ends_with_best && is_loss(config_.metric_for_best_model));
       if (hooks_.evaluate_tasks && (tasks_due || tasks_last)) improved = evaluate_tasks(step_) || improved;
       result.stopped_early =
-          ends_with_best && step_ < max_steps_ && evaluations_since_best_ >= config_.early_stopping_patience;
+          stops_early && step_ < max_steps_ && evaluations_since_best_ >= config_.early_stopping_patience;
       const bool last = step_ == max_steps_ || result.stopped_early;
       result.interrupted = hooks_.stop && hooks_.stop() && step_ < max_steps_;
       const bool due = config_.save_steps > 0 && (step_ % config_.save_steps == 0 || last || improved);
@@ -396,10 +397,12 @@ void check_config(const TrainConfig& config, int64_t epoch_size) {
   }
   require(config.early_stopping_patience >= 0, "early_stopping_patience must not be negative");
   const bool by_loss = is_loss(config.metric_for_best_model);
-  require(config.early_stopping_patience == 0 || ((by_loss ? config.eval_steps : config.task_eval_steps) > 0 &&
-                                                  config.save_steps > 0 && !config.output_dir.empty()),
-          fmt::format("early_stopping_patience with metric_for_best_model {} needs {}, save_steps and output_dir: the "
-                      "best weights are a checkpoint",
+  const bool ends_with_best = config.early_stopping_patience > 0 || config.load_best_model_at_end;
+  require(!ends_with_best || ((by_loss ? config.eval_steps : config.task_eval_steps) > 0 && config.save_steps > 0 &&
+                              !config.output_dir.empty()),
+          fmt::format("{} with metric_for_best_model {} needs {}, save_steps and output_dir: the best weights are a "
+                      "checkpoint",
+                      config.load_best_model_at_end ? "load_best_model_at_end" : "early_stopping_patience",
                       config.metric_for_best_model, by_loss ? "eval_steps" : "eval.steps"));
   MOESAIC_CHECK(wrong.empty(), UsageError, "run config: {}", fmt::join(wrong, "; "));
 }
@@ -425,7 +428,8 @@ std::vector<std::string> loss_names(const std::vector<EvalSet>& eval_sets) {
 
 void check_metric(const TrainConfig& config, const std::vector<std::string>& known) {
   const std::string& metric = config.metric_for_best_model;
-  const bool asked = metric != TrainConfig{}.metric_for_best_model || config.early_stopping_patience > 0;
+  const bool asked = metric != TrainConfig{}.metric_for_best_model || config.early_stopping_patience > 0 ||
+                     config.load_best_model_at_end;
   MOESAIC_CHECK(!asked || std::find(known.begin(), known.end(), metric) != known.end(), UsageError,
                 "metric_for_best_model: got '{}', expected {}", metric,
                 known.empty() ? "data to evaluate: val_size, eval_dataset or eval.tasks"

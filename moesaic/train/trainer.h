@@ -44,9 +44,10 @@ struct TrainConfig {
   int64_t task_eval_steps = 0;                      // steps between task evaluations; 0 = at the end only
   std::string metric_for_best_model = "eval_loss";  // eval_loss | eval_<data set>_loss | eval/<task>/<metric>
   int64_t early_stopping_patience = 0;              // evaluations without improvement; 0 = off
-  std::string resume_from_checkpoint = "none";      // auto | none | DIR
-  std::vector<std::string> report_to{"jsonl"};      // jsonl, tensorboard
-  uint64_t seed = 42;                               // of dropout, jitter and everything else random in training
+  bool load_best_model_at_end = false;          // end with the weights of the best evaluation, as early stopping does
+  std::string resume_from_checkpoint = "none";  // auto | none | DIR
+  std::vector<std::string> report_to{"jsonl"};  // jsonl, tensorboard
+  uint64_t seed = 42;                           // of dropout, jitter and everything else random in training
   bool deterministic = false;  // PyTorch's deterministic algorithms only; on the CPU runs repeat themselves either way
 };
 
@@ -111,7 +112,7 @@ struct TrainResult {
   bool interrupted = false;
   bool stopped_early = false;
   int64_t patience = 0;    // evaluations without improvement that end a run; 0 = off
-  int64_t weights_of = 0;  // the step whose weights the folder holds: with early stopping best->step, else the last
+  int64_t weights_of = 0;  // the step whose weights the folder holds: best->step where these are wanted, else the last
   double seconds = 0;
   int64_t tokens = 0;
 
@@ -133,7 +134,8 @@ struct TrainResult {
 /// `eval_sets` may be empty; each is scored by itself ("eval_<name>_loss") where there are several, and all together by
 /// the mean over their targets ("eval_loss"). `epoch_size`, examples per epoch, turns epochs into steps when max_steps
 /// is -1. An evaluation that improves metric_for_best_model (a loss falls, a score rises) is saved as a checkpoint that
-/// rotation keeps; with early stopping the run ends with the best weights, else with the last.
+/// rotation keeps; with early stopping or load_best_model_at_end the run ends with the best weights, else with the
+/// last.
 ///
 /// Writes into output_dir: checkpoint-N/, train_log.jsonl, router_stats.jsonl, trainer_state.json, TensorBoard event
 /// files (tensorboard/) and at the end what the learner saves. A checkpoint of the last step is always made when

@@ -23,7 +23,7 @@ TEST(ForeignKeys, ValuesThatWouldLearnSomethingElseAreRefused) {
   for (const auto& [key, value] : std::vector<std::pair<const char*, OrderedJson>>{{"do_train", false},
                                                                                    {"mask_history", true},
                                                                                    {"additional_target", "lm_head"},
-                                                                                   {"load_best_model_at_end", true},
+                                                                                   {"greater_is_better", true},
                                                                                    {"logging_strategy", "epoch"}}) {
     OrderedJson run = {{key, value}};
     std::vector<std::string> refused;

@@ -517,6 +517,26 @@ TEST(Trainer, TasksOfAnEarlyEndAreScoredWithTheWeightsThatAreKept) {
   EXPECT_EQ(history.back()["step"], result.steps);
 }
 
+TEST(Trainer, TheBestWeightsMayBeTheLastWord) {
+  TemporaryFolder folder;
+  TrainConfig config = quick_config(6);
+  config.output_dir = folder.path();
+  config.eval_steps = 1;
+  config.save_steps = 1;
+  config.load_best_model_at_end = true;
+  config.learning_rate = 1.0;  // soon far off
+  config.lr_scheduler_type = "constant";
+  TinyRun run;
+  CountingStream stream;
+  const auto held_out = examples(500, 508);
+  const auto result = run.train(config, stream, held_out);
+  EXPECT_EQ(result.steps, 6);
+  EXPECT_FALSE(result.stopped_early);
+  ASSERT_LT(result.weights_of, 6);
+  EXPECT_NEAR(evaluate_loss(*run.model, held_out, 4), result.best->value, 1e-6);
+  EXPECT_THAT(result.stopping_reason(), HasSubstr("was best before the last step"));
+}
+
 TEST(Trainer, EveryDataSetHasAnEvaluationLoss) {
   TrainConfig config = quick_config(2);
   config.eval_steps = 2;
