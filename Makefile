@@ -7,6 +7,7 @@ SOURCES = $(shell git ls-files '*.cpp' '*.h')
 LINT ?= $(shell git diff --name-only --diff-filter=d HEAD -- 'moesaic/*.cpp' 'cli/*.cpp')
 
 demo: ## install what is missing, build, run the main job on a real model
+	@echo "make demo: on two cores about 20 minutes of set-up and build where there is none yet, then 10 minutes of demo"
 	tools/setup demo
 	$(MAKE) --no-print-directory build/moesaic
 	build/moesaic demo $(ARGS)

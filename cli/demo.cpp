@@ -1,19 +1,19 @@
-// `moesaic demo`: the main job on a real model, from the base's score to experts that do the skills, in one go.
+// `moesaic demo`: the main job on a real model, from the base's score to experts that do the skills, in one go, beside
+// a LoRA of the same size. What is trained are runs as `moesaic train` makes them; what is done is noted in the
+// folder's progress.json, so that the same command goes on where it was stopped.
 #include <fmt/format.h>
 
 #include "cli/command.h"
+#include "cli/interrupt.h"
 #include "demos/greedy_match.h"
 #include "demos/skills.h"
 #include "moesaic/adapters/adapter.h"
-#include "moesaic/base/count_numbers.h"
 #include "moesaic/base/device.h"
 #include "moesaic/base/progress.h"
-#include "moesaic/data/dataset.h"
+#include "moesaic/eval/metrics.h"
 #include "moesaic/eval/routes.h"
-#include "moesaic/formats/checkpoint.h"
-#include "moesaic/models/causal_lm.h"
-#include "moesaic/models/registry.h"
-#include "moesaic/train/trainer.h"
+#include "moesaic/run/open.h"
+#include "moesaic/run/run.h"
 
 namespace moesaic::cli {
 namespace {
@@ -21,7 +21,7 @@ namespace {
 struct DemoOptions {
   std::string model = ".cache/models/SmolLM2-135M-Instruct.Q4_1.gguf";
   std::string output_dir = "runs/demo";
-  int64_t steps = 200;
+  int64_t steps = 140;
   int64_t batch_size = 8;
   int64_t test_rows = demos::kTestRows;
   bool compare = false;
@@ -29,16 +29,36 @@ struct DemoOptions {
 };
 
 constexpr int64_t kRoutedRows = 10;  // test instances per skill behind the routing page
+constexpr int64_t kExperts = 8;
+constexpr int64_t kRank = 4;  // of an expert
+constexpr const char* kBase = "base";
 
-/// Percent of unseen instances answered exactly, per skill in the order of demos::skills().
-using Scores = std::vector<double>;
-
-struct Run {
+/// The demo was stopped in the middle of a training, which left a checkpoint.
+struct Stopped {
   std::string method;
-  int64_t trainable = 0;
-  double seconds = 0, loss = 0;
-  Scores scores;
+  int64_t step;
 };
+
+/// "0110" -> {0, 1, 1, 0}.
+std::vector<double> numbers_of(const std::string& answers) {
+  std::vector<double> numbers;
+  for (const char c : answers) numbers.push_back(c == '1');
+  return numbers;
+}
+
+/// Which questions of all skills of one kind are answered, in the order of the skills.
+std::vector<double> answers_of(const OrderedJson& column, bool held_out) {
+  std::string answers;
+  for (const demos::Skill& skill : demos::skills()) {
+    if (skill.held_out == held_out) answers += column["answers"][skill.name].get<std::string>();
+  }
+  return numbers_of(answers);
+}
+
+OrderedJson figure(const std::vector<double>& values) {
+  const eval::Mean mean = eval::mean_of(values);
+  return {{"value", mean.value}, {"standard_error", mean.standard_error}, {"questions", values.size()}};
+}
 
 class Demo {
  public:
@@ -47,91 +67,172 @@ class Demo {
     MOESAIC_CHECK(std::filesystem::exists(options.model), UsageError,
                   "--model {}: no such file. `make demo` fetches it; any folder with config.json or GGUF file will do.",
                   options.model);
-    checkpoint_ = models::open_checkpoint(options.model);
     const NumberFormat format = number_format(common.dtype, device_);
-    model_ = models::CausalLM::load(*checkpoint_, {format.dtype, device_, false});
-    say("Computing in {} on {}: {}.\n\n", dtype_name(format.dtype), device_.str(), format.reason);
-    renderer_ = data::Renderer::open(*checkpoint_, {});
+    dtype_ = format.dtype;
+    say("Computing in {} on {}: {}.\n\n", dtype_name(dtype_), device_.str(), format.reason);
+    begin_or_go_on();
     demos::write_skills(folder_ / "data", demos::kTrainRows, options.test_rows, common.seed);
     for (const demos::Skill& skill : demos::skills()) {
-      tests_.push_back(data::load_examples(data::resolve_datasets(skill.name + "_test", folder_ / "data"), *renderer_));
       if (!skill.held_out) trained_.push_back(skill.name);
     }
   }
 
-  Scores evaluate(const std::string& title) {
-    std::vector<data::Example> all;
-    for (const auto& examples : tests_) all.insert(all.end(), examples.begin(), examples.end());
-    Progress progress(title, static_cast<int64_t>(all.size()));
-    const std::vector<uint8_t> matches =
-        demos::greedy_matches(*model_, all, 2048, [&](int64_t done) { progress.update(done); });
-    progress.finish();
-    Scores scores;
-    auto it = matches.begin();
-    for (const auto& examples : tests_) {
-      scores.push_back(100.0 * std::accumulate(it, it + examples.size(), 0) / examples.size());
-      it += static_cast<int64_t>(examples.size());
+  void test_base() {
+    if (done_["columns"].contains(kBase)) return;
+    const run::Opened opened = run::open(options_.model, {}, {.device = device_, .dtype = dtype_});
+    done_["columns"][kBase] = {
+        {"answers", test("Testing the base model", *opened.model, *data::Renderer::open(*opened.checkpoint, {}))}};
+    note();
+  }
+
+  void add(const std::string& method, int64_t rank) {
+    if (done_["columns"].contains(method) && done_["columns"][method].contains("answers")) return;
+    run::Run run(run_file(method, rank, "auto"));
+    OrderedJson& column = done_["columns"][method];
+    column["trainable_parameters"] = trainable(run);
+    const train::TrainResult result = run_to_end(method, run);
+    column["train_seconds"] = column.value("train_seconds", 0.0) + result.seconds;
+    note();
+    if (result.interrupted) throw Stopped{method, result.steps};
+    column["answers"] = test("Testing " + method, run.model(), run.renderer());
+    if (method == "molora") write_routes(run);
+    note();
+  }
+
+  /// The rank at which LoRA trains about as many numbers as the MoLoRA that was trained.
+  int64_t lora_rank() const {
+    run::Run one(run_file("lora", 1, "none"), /*dry=*/true);
+    const int64_t per_rank = trainable(one), wanted = done_["columns"]["molora"]["trainable_parameters"];
+    return std::max<int64_t>(1, (wanted + per_rank / 2) / per_rank);
+  }
+
+  /// What results.json holds: every column's figures with their errors, and what MoLoRA is ahead of LoRA.
+  OrderedJson results() const {
+    OrderedJson results = done_;
+    for (auto& [name, column] : results["columns"].items()) {
+      for (const bool held_out : {false, true}) {
+        column[held_out ? "never_trained" : "trained"] = figure(answers_of(column, held_out));
+      }
+      OrderedJson skills;
+      for (const auto& [skill, answers] : column["answers"].items())
+        skills[skill] = figure(numbers_of(answers.get<std::string>()));
+      column["skills"] = skills;
     }
-    return scores;
+    for (const bool held_out : {false, true}) {
+      std::vector<double> ahead = answers_of(done_["columns"]["molora"], held_out);
+      const std::vector<double> other = answers_of(done_["columns"]["lora"], held_out);
+      for (size_t i = 0; i < ahead.size(); ++i) ahead[i] -= other[i];
+      results["molora_minus_lora"][held_out ? "never_trained" : "trained"] = figure(ahead);
+    }
+    return results;
   }
 
-  Run train(const std::string& method, int64_t rank) {
-    adapters::AdapterConfig config;
-    config.method = method;
-    const adapters::Method& kind = adapters::method_of(method);
-    config.num_experts = kind.mixes ? 8 : 1;
-    config.lora_rank = rank;
-    config.base_model_name_or_path = options_.model;
-    config.base_fingerprint = checkpoint_->fingerprint();
-    config.base_dtype = dtype_name(model_->dtype());
-    config = adapters::resolve_targets(config, "", model_->sites());
-    const auto adapter = adapters::Adapter::create(config, model_->sites(), device_, common_.seed);
-
-    Run run;
-    run.method = method;
-    run.trainable = count_numbers(adapter->parameters());
-    data::Mixture mixture(data::resolve_datasets(trained_, folder_ / "data"), renderer_, common_.seed, "proportional");
-    train::TrainConfig trainer;
-    trainer.output_dir = folder_ / method;
-    trainer.per_device_train_batch_size = options_.batch_size;
-    // Vectors start at one and move less per step than matrices that start at zero.
-    trainer.learning_rate = kind.low_rank ? 1e-3 : 1e-2;
-    trainer.max_steps = options_.steps;
-    trainer.save_steps = 0;
-    trainer.overwrite_output_dir = true;
-    trainer.seed = common_.seed;
-    Progress progress("Training " + method, options_.steps);
-    train::TrainHooks hooks;
-    hooks.on_log = [&](const train::StepLog& log) {
-      progress.update(log.step, fmt::format("loss {:.3f}, {:.0f} tokens/s", log.loss, log.tokens_per_second));
-    };
-    const train::TrainResult result =
-        train::train(*model_, *adapter, mixture, {}, trainer, mixture.epoch_size(), hooks);
-    progress.finish();
-    run.seconds = result.seconds;
-    run.loss = result.train_loss;
-    run.scores = evaluate("Testing " + method);
-    if (kind.mixes && kind.low_rank) write_routes();
-    return run;
+  void finish(const OrderedJson& results, const std::string& table) const {
+    write_file_atomically(folder_ / "README.md",
+                          fmt::format("# A demo of moesaic on {}\n\n```\n{}```\n\n`results.json` has every answer. "
+                                      "`molora` and `lora` are runs as `moesaic train` leaves them, each with its "
+                                      "`run.yaml`; `routes.html` shows which expert does what.\n",
+                                      options_.model, table));
+    write_file_atomically(folder_ / "results.json", results.dump(1) + "\n");
+    std::filesystem::remove(folder_ / "progress.json");
   }
-
-  /// The rank at which LoRA trains about as many numbers as MoLoRA with 8 experts of rank 4.
-  int64_t lora_rank_for(int64_t trainable) {
-    int64_t per_rank = 0;
-    for (const nn::LinearSite& site : model_->sites().linears) per_rank += site.in + site.out;
-    return std::max<int64_t>(1, (trainable + per_rank / 2) / per_rank);
-  }
-
-  const std::filesystem::path& folder() const { return folder_; }
 
  private:
-  /// routes.json and routes.html: what the attached adapter's routers do on the test instances, as `moesaic routes`.
-  void write_routes() {
-    const tokenizer::Tokenizer& tokenizer = renderer_->tokenizer();
-    const auto chat = tokenizer::ChatTemplate::open(*checkpoint_, tokenizer);
-    const eval::EvalModel model{*model_, tokenizer, chat.get()};
+  /// Reads what an earlier call of the same demo has done.
+  void begin_or_go_on() {
+    OrderedJson settings{
+        {"model", options_.model},         {"steps", options_.steps}, {"batch_size", options_.batch_size},
+        {"test_rows", options_.test_rows}, {"seed", common_.seed},    {"dtype", dtype_name(dtype_)}};
+    const std::filesystem::path file = folder_ / "progress.json";
+    done_ = {{"settings", settings}, {"columns", OrderedJson::object()}};
+    if (!std::filesystem::exists(file)) return note();
+    const OrderedJson found = parse_ordered_json(read_file(file), file.string());
+    MOESAIC_CHECK(found.contains("settings") && found.contains("columns") && found["settings"] == settings, UsageError,
+                  "--output_dir {}: got a folder with an unfinished demo of other settings ({}), expected the same ({})"
+                  "\nhint: repeat its command, or make demo ARGS=\"--output_dir runs/another\"",
+                  folder_.string(), found.value("settings", OrderedJson()).dump(), settings.dump());
+    done_ = found;
+    say("Going on with the demo that was stopped in {}.\n", folder_.string());
+  }
+
+  void note() const { write_file_atomically(folder_ / "progress.json", done_.dump(1) + "\n"); }
+
+  run::RunConfig run_file(const std::string& method, int64_t rank, const std::string& resume) const {
+    const adapters::Method& kind = adapters::method_of(method);
+    OrderedJson file{{"model_name_or_path", options_.model},
+                     {"dataset_dir", (folder_ / "data").string()},
+                     {"dataset", trained_},
+                     {"finetuning_type", method},
+                     {"lora_target", "all-linear"},
+                     {"per_device_train_batch_size", options_.batch_size},
+                     {"max_steps", options_.steps},
+                     // Vectors start at one and move less per step than matrices that start at zero.
+                     {"learning_rate", kind.low_rank ? 1e-3 : 1e-2},
+                     {"save_steps", 20},
+                     {"save_total_limit", 1},
+                     {"resume_from_checkpoint", resume},
+                     {"output_dir", (folder_ / method).string()},
+                     {"device", common_.device},
+                     {"bf16", dtype_ == torch::kBFloat16},
+                     {"seed", common_.seed}};
+    if (kind.mixes) file["num_experts"] = kExperts;
+    if (kind.low_rank) {
+      file["lora_rank"] = rank;
+      file["lora_alpha"] = 4 * rank;  // the same scale for every rank
+    } else {
+      file.erase("lora_target");
+    }
+    return run::parse_run_config(file, "the demo's " + method);
+  }
+
+  static int64_t trainable(run::Run& run) {
+    int64_t numbers = 0;
+    for (const auto& tensor : train::optimized_tensors(run.learner(), run.config().train)) {
+      numbers += tensor.tensor.numel();
+    }
+    return numbers;
+  }
+
+  static train::TrainResult run_to_end(const std::string& method, run::Run& run) {
+    std::unique_ptr<Progress> progress;
+    const CatchSignals signals({SIGINT, SIGTERM, SIGHUP, SIGUSR1}, /*once=*/true);
+    train::TrainHooks hooks;
+    hooks.stop = [&] { return signals.caught(); };
+    hooks.on_log = [&](const train::StepLog& log) {
+      if (!progress) progress = std::make_unique<Progress>("Training " + method, log.max_steps, log.step - 1);
+      progress->update(log.step, fmt::format("loss {:.3f}, {:.0f} tokens/s", log.loss, log.tokens_per_second));
+    };
+    return run.train(hooks);
+  }
+
+  /// Per skill a character for each test question: '1' where greedy decoding answers it exactly.
+  OrderedJson test(const std::string& title, models::LanguageModel& model, const data::Renderer& renderer) const {
+    std::vector<data::Example> all;
+    for (const demos::Skill& skill : demos::skills()) {
+      for (data::Example& example :
+           data::load_examples(data::resolve_datasets(skill.name + "_test", folder_ / "data"), renderer)) {
+        all.push_back(std::move(example));
+      }
+    }
+    Progress progress(title, static_cast<int64_t>(all.size()));
+    const std::vector<uint8_t> matches =
+        demos::greedy_matches(model, all, 2048, [&](int64_t done) { progress.update(done); });
+    progress.finish();
+    OrderedJson answers;
+    auto it = matches.begin();
+    for (const demos::Skill& skill : demos::skills()) {
+      std::string text;
+      for (int64_t row = 0; row < options_.test_rows; ++row) text += *it++ ? '1' : '0';
+      answers[skill.name] = text;
+    }
+    return answers;
+  }
+
+  /// routes.json and routes.html: what the trained adapter's routers do on test instances, as `moesaic routes`.
+  void write_routes(run::Run& run) const {
+    const eval::EvalModel model{run.model(), run.renderer().tokenizer(), run.renderer().chat_template()};
     eval::EvalOptions options;
-    options.apply_chat_template = chat != nullptr;
+    options.apply_chat_template = model.chat_template != nullptr;
     std::vector<std::string> files;
     for (const demos::Skill& skill : demos::skills())
       files.push_back((folder_ / "data" / (skill.name + ".test.jsonl")).string());
@@ -142,8 +243,10 @@ class Demo {
       progress.update(static_cast<int64_t>(routings.size()));
     }
     progress.finish();
-    const eval::TextRoutes text = eval::route_text(model, tests_.front().front().ids);
-    const OrderedJson routes = eval::routes_json(options_.model, *model_, routings, &text);
+    const auto first = data::load_examples(
+        data::resolve_datasets(demos::skills().front().name + "_test", folder_ / "data"), run.renderer());
+    const eval::TextRoutes text = eval::route_text(model, first.front().ids);
+    const OrderedJson routes = eval::routes_json(options_.model, run.model(), routings, &text);
     write_file_atomically(folder_ / "routes.json",
                           routes.dump(1, ' ', false, OrderedJson::error_handler_t::replace) + "\n");
     write_file_atomically(folder_ / "routes.html", eval::routes_html(routes));
@@ -153,95 +256,90 @@ class Demo {
   CommonOptions common_;
   std::filesystem::path folder_;
   c10::Device device_;
-  std::shared_ptr<formats::Checkpoint> checkpoint_;
-  std::shared_ptr<models::CausalLM> model_;
-  std::shared_ptr<data::Renderer> renderer_;
-  std::vector<std::vector<data::Example>> tests_;  // per skill
+  torch::ScalarType dtype_;
+  OrderedJson done_;  // {"settings", "columns": {"base" or method: {"answers", "train_seconds", ...}}}
   std::vector<std::string> trained_;
 };
 
-double mean_of(const Scores& scores, bool held_out) {
-  double sum = 0;
-  int64_t count = 0;
-  for (size_t i = 0; i < scores.size(); ++i) {
-    if (demos::skills()[i].held_out != held_out) continue;
-    sum += scores[i];
-    ++count;
-  }
-  return sum / std::max<int64_t>(count, 1);
+/// "67 ± 2.5 %".
+std::string percent(const OrderedJson& figure) {
+  return fmt::format("{:.0f} ± {:.1f} %", 100 * figure["value"].get<double>(),
+                     100 * figure["standard_error"].get<double>());
 }
 
-void print_table(const Scores& base, const std::vector<Run>& runs) {
-  auto line = [&](const std::string& name, const std::string& before, const std::vector<std::string>& after) {
-    say("  {:<24}{:>8}", name, before);
-    for (const std::string& cell : after) say("{:>10}", cell);
-    say("\n");
+std::string difference(const OrderedJson& results, const std::string& kind, const std::string& name) {
+  const OrderedJson& found = results["molora_minus_lora"][kind];
+  const double points = 100 * found["value"].get<double>(), error = 100 * found["standard_error"].get<double>();
+  const bool clear = std::abs(points) > 1.96 * error;
+  return fmt::format("MoLoRA - LoRA, {}: {:+.1f} points, 95 % interval {:+.1f} to {:+.1f}: {}.\n", name, points,
+                     points - 1.96 * error, points + 1.96 * error,
+                     !clear       ? "the difference lies within the error"
+                     : points > 0 ? "MoLoRA is ahead"
+                                  : "LoRA is ahead");
+}
+
+std::string table(const OrderedJson& results) {
+  const OrderedJson& columns = results["columns"];
+  const int64_t questions = results["settings"]["test_rows"];
+  std::string text = fmt::format(
+      "Answers that are exactly right, on instances never seen in training; {} questions per skill, ± one standard "
+      "error:\n\n  {:<22}",
+      questions, "skill");
+  for (const auto& [name, column] : columns.items()) text += fmt::format("{:>15}", name);
+  text += "\n";
+  auto row = [&](const std::string& name, const std::function<std::string(const OrderedJson&)>& of) {
+    text += fmt::format("  {:<22}", name);
+    for (const auto& [_, column] : columns.items()) text += fmt::format("{:>15}", of(column));
+    text += "\n";
   };
-  auto percent = [](double value) { return fmt::format("{:.0f} %", value); };
-  auto row = [&](const std::string& name, const std::function<double(const Scores&)>& of) {
-    std::vector<std::string> after;
-    for (const Run& run : runs) after.push_back(percent(of(run.scores)));
-    line(name, percent(of(base)), after);
-  };
-  std::vector<std::string> methods, trainable, seconds;
-  for (const Run& run : runs) {
-    methods.push_back(run.method);
-    trainable.push_back(format_count(static_cast<double>(run.trainable)));
-    seconds.push_back(format_duration(run.seconds));
-  }
-  say("\nAnswers that are exactly right, on instances never seen in training:\n\n");
-  line("skill", "base", methods);
-  for (bool held_out : {false, true}) {
-    if (held_out) say("  never trained, of related kind:\n");
-    for (size_t i = 0; i < base.size(); ++i) {
-      if (demos::skills()[i].held_out == held_out) {
-        row((held_out ? "  " : "") + demos::skills()[i].name, [i](const Scores& scores) { return scores[i]; });
-      }
+  for (const bool held_out : {false, true}) {
+    if (held_out) text += "  never trained, of related kind:\n";
+    for (const demos::Skill& skill : demos::skills()) {
+      if (skill.held_out != held_out) continue;
+      row((held_out ? "  " : "") + skill.name,
+          [&](const OrderedJson& column) { return percent(column["skills"][skill.name]); });
     }
   }
-  row("mean, trained skills", [](const Scores& scores) { return mean_of(scores, false); });
-  row("mean, never trained", [](const Scores& scores) { return mean_of(scores, true); });
-  line("trained numbers", "0", trainable);
-  line("training time", "-", seconds);
-}
-
-Json results_json(const Scores& base, const std::vector<Run>& runs) {
-  auto scores = [](const Scores& values) {
-    Json json;
-    for (size_t i = 0; i < values.size(); ++i) json["skills"][demos::skills()[i].name] = values[i] / 100;
-    json["mean_trained"] = mean_of(values, false) / 100;
-    json["mean_held_out"] = mean_of(values, true) / 100;
-    return json;
-  };
-  Json json{{"base", scores(base)}};
-  for (const Run& run : runs) {
-    json[run.method] = scores(run.scores);
-    json[run.method]["trainable_parameters"] = run.trainable;
-    json[run.method]["train_seconds"] = run.seconds;
-    json[run.method]["train_loss"] = run.loss;
-  }
-  return json;
+  row("all trained skills", [](const OrderedJson& column) { return percent(column["trained"]); });
+  row("all never trained", [](const OrderedJson& column) { return percent(column["never_trained"]); });
+  row("trained numbers",
+      [](const OrderedJson& column) { return std::to_string(column.value("trainable_parameters", 0)); });
+  row("training time", [](const OrderedJson& column) {
+    return column.contains("train_seconds") ? format_duration(column["train_seconds"].get<double>()) : "-";
+  });
+  text += "\n" + difference(results, "trained", "trained skills");
+  text += difference(results, "never_trained", "never trained");
+  return text;
 }
 
 int run_demo(const DemoOptions& options, const CommonOptions& common) {
   const FolderLock lock = take_demo_folder(options.output_dir, options.model);
   say("Growing a mixture of experts inside {}\n"
-      "The model stays frozen; {} MoLoRA experts of rank 4 sit beside each of its linears, with a router each.\n\n",
-      std::filesystem::path(options.model).filename().string(), 8);
+      "The model stays frozen; {} MoLoRA experts of rank {} sit beside each of its linears, with a router each.\n"
+      "A LoRA of the same size is trained beside it, on the same data, {} steps each. With the defaults this takes\n"
+      "about 10 minutes on two cores; Ctrl-C stops it, and the same command goes on.\n\n",
+      std::filesystem::path(options.model).filename().string(), kExperts, kRank, options.steps);
   Demo demo(options, common);
-  const Scores base = demo.evaluate("Testing the base model");
-  std::vector<Run> runs{demo.train("molora", 4)};
-  if (options.compare) {
-    runs.push_back(demo.train("lora", demo.lora_rank_for(runs[0].trainable)));
-    runs.push_back(demo.train("ia3", 1));
-    runs.push_back(demo.train("mov", 1));
+  try {
+    demo.test_base();
+    demo.add("molora", kRank);
+    demo.add("lora", demo.lora_rank());
+    if (options.compare) {
+      demo.add("ia3", 1);
+      demo.add("mov", 1);
+    }
+  } catch (const Stopped& stopped) {
+    say_error("stopped after step {} of {}; the same command goes on\n", stopped.step, stopped.method);
+    return static_cast<int>(ExitCode::kInterrupted);
   }
-  print_table(base, runs);
-
-  const Json results = results_json(base, runs);
-  write_file_atomically(demo.folder() / "results.json", results.dump(2) + "\n");
-  if (options.json) say("{}\n", results.dump(2));
-  say("\nWritten: {0}/results.json, the adapter in {0}/molora, and which expert does what in {0}/routes.html\n\n"
+  const OrderedJson results = demo.results();
+  const std::string shown = table(results);
+  demo.finish(results, shown);
+  say("\n{}", shown);
+  if (options.json) say("{}\n", results.dump(1));
+  say("\nWritten: {0}/README.md (this table) and results.json, the runs {0}/molora and {0}/lora, and which expert "
+      "does\n"
+      "what in {0}/routes.html\n\n"
       "Next:\n"
       "  build/moesaic chat --model {1} --adapter {0}/molora\n"
       "  build/moesaic inspect {0}/molora\n"
@@ -265,14 +363,16 @@ Runner add_demo(CLI::App& app, CommonOptions& common) {
   auto options = std::make_shared<DemoOptions>();
   app.add_option("--model", options->model, "Base model: GGUF file or Hugging Face folder")->capture_default_str();
   app.add_option("--output_dir", options->output_dir, "Where data, adapters and results go")->capture_default_str();
-  app.add_option("--steps", options->steps, "Training steps")->capture_default_str()->check(CLI::PositiveNumber);
+  app.add_option("--steps", options->steps, "Training steps of each")
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
   app.add_option("--batch_size", options->batch_size, "Examples per step")
       ->capture_default_str()
       ->check(CLI::PositiveNumber);
   app.add_option("--test_rows", options->test_rows, "Test instances per skill")
       ->capture_default_str()
-      ->check(CLI::PositiveNumber);
-  app.add_flag("--compare", options->compare, "Also train LoRA of the same size, (IA)^3 and MoV");
+      ->check(CLI::Range(int64_t{2}, int64_t{1'000'000}));
+  app.add_flag("--compare", options->compare, "Also train (IA)^3 and MoV");
   app.add_flag("--json", options->json, "Also print the results as JSON");
   CLI::App* calm = app.add_subcommand("calm", "Compose two small models made from nothing, by cross-attention");
   calm->fallthrough();  // the common flags may follow

@@ -51,11 +51,18 @@ std::vector<demos::KeyRow> run_experiment(demos::KeyExperiment& experiment, bool
   return rows;
 }
 
+/// Of a share `right` of `questions`: sample deviation / sqrt(questions).
+double standard_error(double right, int64_t questions) {
+  return questions > 1 ? std::sqrt(right * (1 - right) / static_cast<double>(questions - 1)) : 0;
+}
+
 Json results_json(const std::vector<demos::KeyRow>& rows, const CalmDemoOptions& options, uint64_t seed) {
   Json json{{"seed", seed}, {"test_rows", options.test_rows}, {"fraction", options.fraction}};
   for (const demos::KeyRow& row : rows) {
-    for (size_t i = 0; i < std::size(demos::kKeyTasks); ++i)
+    for (size_t i = 0; i < std::size(demos::kKeyTasks); ++i) {
       json["table"][row.name][demos::kKeyTasks[i].first] = row.scores[i];
+      json["standard_error"][row.name][demos::kKeyTasks[i].first] = standard_error(row.scores[i], options.test_rows);
+    }
     json["trained_parameters"][row.name] = row.trained;
     json["train_seconds"][row.name] = row.seconds;
   }
@@ -63,13 +70,16 @@ Json results_json(const std::vector<demos::KeyRow>& rows, const CalmDemoOptions&
 }
 
 void print_table(const std::vector<demos::KeyRow>& rows, int64_t questions) {
-  say("\nRight answers to {} questions each, on keys the connections were never trained with:\n\n  {:<26}", questions,
-      "");
-  for (const auto& [name, task] : demos::kKeyTasks) say("{:>10}", name);
+  say("\nRight answers to {} questions each, ± one standard error, on keys the connections were never trained with:\n\n"
+      "  {:<26}",
+      questions, "");
+  for (const auto& [name, task] : demos::kKeyTasks) say("{:>15}", name);
   say("{:>12}{:>10}\n", "trained", "time");
   for (const demos::KeyRow& row : rows) {
     say("  {:<26}", row.name);
-    for (const double score : row.scores) say("{:>8.1f} %", 100 * score);
+    for (const double score : row.scores) {
+      say("{:>15}", fmt::format("{:.1f} ± {:.1f} %", 100 * score, 100 * standard_error(score, questions)));
+    }
     say("{:>12}{:>10}\n", row.trained, format_duration(row.seconds));
   }
 }

@@ -10,7 +10,7 @@
 namespace moesaic::demos {
 
 /// Rows of each skill in the demo.
-constexpr int64_t kTrainRows = 200, kTestRows = 25;
+constexpr int64_t kTrainRows = 200, kTestRows = 40;
 
 /// A kind of question with one right, short answer.
 struct Skill {

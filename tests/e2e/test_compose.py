@@ -227,7 +227,9 @@ def test_the_experiment_in_miniature(tmp_path):
     """`moesaic demo calm` for a few steps: every stage runs and the table has its shape."""
     out = run("demo", "calm", "--fraction", 0.01, "--test_rows", 8, "--ablations", "--json", "--output_dir", tmp_path,
               "--seed", 3)
-    table = json.loads(out)["table"]  # nothing but JSON on standard output
+    results = json.loads(out)  # nothing but JSON on standard output
+    table, errors = results["table"], results["standard_error"]
+    assert {name: row.keys() for name, row in errors.items()} == {name: row.keys() for name, row in table.items()}
     assert set(table) >= {"augmenting", "anchor", "composition"}
     assert all(set(row) == {"KV-SUB", "NUM-MATH", "KV-MATH"} for row in table.values())
     assert (tmp_path / "results.json").exists()
