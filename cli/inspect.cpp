@@ -296,8 +296,10 @@ Runner add_inspect(CLI::App& app, CommonOptions&) {
   app.add_flag("--json", options->json, "Print as JSON");
   const char* group = "What a method would train (a config.json is enough)";
   app.add_option("--model", options->model, "Folder with config.json, or a .gguf file")->group(group);
-  app.add_option("--method", options->method, "lora, ia3, mov, molora or full")
-      ->check(CLI::IsMember({"lora", "ia3", "mov", "molora", "full"}))
+  std::vector<std::string> methods = adapters::method_names();
+  methods.emplace_back("full");
+  app.add_option("--method", options->method, fmt::format("{}", fmt::join(methods, ", ")))
+      ->check(CLI::IsMember(methods))
       ->group(group);
   app.add_option("--num_experts", options->adapter.num_experts, "Experts per site")
       ->capture_default_str()

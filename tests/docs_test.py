@@ -1,4 +1,4 @@
-"""The documentation names what the code has: run keys, verbs, and files that exist."""
+"""The documentation names what the code has: run keys, verbs, files that exist, and what stands in their lines."""
 
 import os
 import pathlib
@@ -37,6 +37,16 @@ def missing_files(page):
             yield f"{page}: names {path}, which does not exist"
 
 
+def moved_lines(page):
+    """Links like [`struct Sites`](../moesaic/nn/site.h#L115): what they show stands in that line."""
+    for text, path, line in re.findall(r"\[`([^`]+)`\]\(([^)#]+)#L(\d+)\)", read(page)):
+        file = ((ROOT / page).parent / path).resolve()
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        found = [number for number, content in enumerate(lines, 1) if text in content]
+        if int(line) not in found:
+            yield f"{page}: {path}#L{line} should have `{text}`, which stands in {found[:3] or 'none'} of its lines"
+
+
 def main():
     problems = []
     if not read("docs/config.md").endswith(run_keys()):
@@ -44,6 +54,7 @@ def main():
     problems += difference("docs/cli.md", set(re.findall(r"^## moesaic (\w+)", read("docs/cli.md"), re.MULTILINE)), verbs())
     for page in ["README.md", "CONTRIBUTING.md", "ARCHITECTURE.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]:
         problems += missing_files(page)
+        problems += moved_lines(page)
     print("\n".join(problems) or "the documentation fits the code")
     return 1 if problems else 0
 

@@ -143,12 +143,13 @@ struct FoldedLinear {
 
 /// What a method is: one row per method, in its own file; the table is in registry.cpp.
 struct Method {
-  const char* name;       // finetuning_type: "molora"
-  const char* peft_type;  // adapter_config.json: "MOLORA"
-  const char* summary;    // for help texts
-  bool mixes;             // has several experts and a router
-  const char* expert;     // the method each expert alone is: "lora"; of one that does not mix itself
-  bool low_rank;          // has ranks, else vectors
+  const char* name;                  // finetuning_type: "molora"
+  const char* peft_type;             // adapter_config.json: "MOLORA"
+  const char* summary;               // for help texts
+  bool mixes;                        // has several experts and a router
+  const char* expert;                // the method each expert alone is: "lora"; of one that does not mix itself
+  bool low_rank;                     // has ranks, else vectors
+  std::vector<const char*> tensors;  // what its tensors' names in a file end in, behind the site's: ".lora_A.weight"
   std::vector<nn::Role> reference, all_linear;  // roles that the target presets name
   std::shared_ptr<Adapter> (*make)(AdapterConfig config, nn::Sites& sites, const torch::Device& device, uint64_t seed,
                                    bool trainable, double effect);
@@ -163,6 +164,8 @@ const Method& method_of(const std::string& name);
 /// Throws ConfigError with the known types; `where` names the file.
 const Method& method_of_peft_type(const std::string& peft_type, const std::string& where);
 std::vector<std::string> method_names();
+/// The linear, embedding or head that a tensor of a method belongs to; "" for a router's and for any other tensor.
+std::string module_of(const std::string& tensor);
 /// Folds an adapter with one expert per site into a model's tensors (names and layouts of Hugging Face), in float32:
 ///
 ///   LoRA      W' = W + (alpha / r) B A;  of an embedding [V, d] its transpose

@@ -162,6 +162,8 @@ std::pair<std::string, torch::Tensor> expert_tensor(const AdapterConfig& config,
 }
 
 using enum nn::Role;
+const std::vector<const char*> kTensors{".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector",
+                                        ".lora_embedding_A", ".lora_embedding_B"};
 const std::vector<nn::Role> kReference{kQuery, kKey, kValue, kAttentionOut, kGate, kDown};
 const std::vector<nn::Role> kAllLinear{kQuery, kKey, kValue, kAttentionOut, kGate, kDown, kUp};
 
@@ -173,6 +175,7 @@ const Method kLora{.name = "lora",
                    .mixes = false,
                    .expert = "lora",
                    .low_rank = true,
+                   .tensors = kTensors,
                    .reference = kReference,
                    .all_linear = kAllLinear,
                    .make = make,
@@ -184,6 +187,7 @@ const Method kMoLora{.name = "molora",
                      .mixes = true,
                      .expert = "lora",
                      .low_rank = true,
+                     .tensors = kTensors,
                      .reference = kReference,
                      .all_linear = kAllLinear,
                      .make = make,

@@ -55,6 +55,15 @@ std::vector<std::string> method_names() {
   return names;
 }
 
+std::string module_of(const std::string& tensor) {
+  for (const Method* method : kMethods) {
+    for (const std::string_view end : method->tensors) {
+      if (tensor.ends_with(end)) return tensor.substr(0, tensor.size() - end.size());
+    }
+  }
+  return "";
+}
+
 const Method& method_of(const std::string& name) {
   for (const Method* method : kMethods) {
     if (name == method->name) return *method;

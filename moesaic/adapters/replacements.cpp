@@ -127,14 +127,6 @@ std::vector<Replacement> take_replacements(const AdapterConfig& config, formats:
   return taken;
 }
 
-std::string module_of(const std::string& tensor) {
-  for (const char* suffix : {".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".lora_embedding_A",
-                             ".lora_embedding_B", ".ia3_l", ".mov.weight"}) {
-    if (tensor.ends_with(suffix)) return tensor.substr(0, tensor.size() - std::string_view(suffix).size());
-  }
-  return "";
-}
-
 bool acts_whole(const std::string& tensor) {
   const std::string module = module_of(tensor);
   if (module.empty()) return !tensor.ends_with(".router.weight");

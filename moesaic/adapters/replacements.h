@@ -28,9 +28,6 @@ struct Replacement {
 std::vector<Replacement> take_replacements(const AdapterConfig& config, formats::TensorMap& tensors, bool tied,
                                            const formats::Declarations& base);
 
-/// The linear, embedding or head that a tensor of a method belongs to; "" for any other tensor.
-std::string module_of(const std::string& tensor);
-
 /// Whether a tensor of an adapter's file is a weight of the model, or belongs to a pair of embedding or head.
 bool acts_whole(const std::string& tensor);
 

@@ -12,7 +12,7 @@ namespace {
 void name_sites(const formats::TensorMap& tensors, adapters::AdapterConfig& config) {
   std::set<std::string> sites;
   for (const auto& [name, tensor] : tensors) {
-    sites.insert(name.substr(0, std::min(name.find(".lora_"), name.find(".ia3_l"))));
+    if (const std::string site = adapters::module_of(name); !site.empty()) sites.insert(site);
   }
   std::vector<std::string> names, feedforward;
   for (const std::string& site : sites) {

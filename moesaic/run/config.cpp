@@ -225,8 +225,7 @@ AdapterKeys adapter_keys(const fs::path& dir) {
   if (!config.spelling.empty() || modules(config.exclude).size() > 0) {
     std::set<std::string> sites;
     for (const auto& [name, tensor] : folder.tensors) {
-      const size_t end = std::min({name.find(".lora_"), name.find(".ia3_l"), name.find(".mov.")});
-      if (end != std::string::npos) sites.insert(name.substr(0, end));
+      if (const std::string site = adapters::module_of(name); !site.empty()) sites.insert(site);
     }
     values["lora_target"] = sites;
     for (const std::string& site : sites) {

@@ -17,7 +17,7 @@ AdapterConfig config_of(const std::string& method, const nn::Sites& sites) {
   AdapterConfig config;
   config.method = method;
   config.lora_rank = 2;
-  config.num_experts = method == "molora" || method == "mov" ? 3 : 1;
+  config.num_experts = method_of(method).mixes ? 3 : 1;
   return resolve_targets(config, "", sites);
 }
 
@@ -37,7 +37,12 @@ std::string message_of(const std::function<void()>& action) {
   return "nothing was thrown";
 }
 
-class EveryMethod : public ::testing::TestWithParam<const char*> {};
+/// Something that a scale of `site` may read: [5, H, k] or [5, f].
+torch::Tensor activation(const nn::ScaleSite& site) {
+  return site.heads > 0 ? torch::randn({5, site.heads, site.width}) : torch::randn({5, site.width});
+}
+
+class EveryMethod : public ::testing::TestWithParam<std::string> {};
 
 TEST_P(EveryMethod, SavedAndLoadedIsTheSameFunction) {
   ToySites toy;
@@ -54,7 +59,7 @@ TEST_P(EveryMethod, SavedAndLoadedIsTheSameFunction) {
       torch::manual_seed(4);
       result.push_back(site.kind == nn::ScaleKind::kFfn
                            ? site.slot->adapters[0]->forward_ffn(torch::randn({5, 20}), torch::ones({5, 20}), pass)
-                           : site.slot->adapters[0]->forward(torch::randn({5, site.heads, site.width}), pass));
+                           : site.slot->adapters[0]->forward(activation(site), pass));
     }
     return result;
   };
@@ -82,7 +87,7 @@ TEST_P(EveryMethod, StartsAsTheBase) {
   EXPECT_TRUE(toy.groups[0].forward(x, pass).allclose(base, 1e-5, 1e-6));
   for (const nn::ScaleSite& site : toy.sites.scales) {
     if (site.slot->empty() || site.kind == nn::ScaleKind::kFfn) continue;
-    const auto y = torch::randn({5, site.heads, site.width});
+    const auto y = activation(site);
     EXPECT_TRUE(site.slot->adapters[0]->forward(y, pass).allclose(y, 1e-5, 1e-6));
   }
 }
@@ -107,7 +112,8 @@ TEST_P(EveryMethod, SeedAloneDecidesTheStart) {
     EXPECT_TRUE(tensor.equal(second.at(key))) << key;
     differs |= !tensor.equal(other.at(key));
   }
-  EXPECT_EQ(differs, std::string(GetParam()) != "ia3") << "only (IA)^3 has nothing random";
+  const Method& method = method_of(GetParam());
+  EXPECT_EQ(differs, method.mixes || method.low_rank) << "vectors alone have nothing random";
 }
 
 TEST_P(EveryMethod, EverythingWrongWithAFileIsListedAtOnce) {
@@ -124,7 +130,8 @@ TEST_P(EveryMethod, EverythingWrongWithAFileIsListedAtOnce) {
   EXPECT_THAT(message, HasSubstr(misshaped + ": got [1, 2, 3, 4]"));
 }
 
-INSTANTIATE_TEST_SUITE_P(Adapters, EveryMethod, ::testing::Values("lora", "ia3", "mov", "molora"));
+INSTANTIATE_TEST_SUITE_P(Adapters, EveryMethod, ::testing::ValuesIn(method_names()),
+                         [](const auto& info) { return info.param; });
 
 TEST(FileLayout, LoraIsPeftsAndMoLoraHasAnExpertAxis) {
   ToySites toy;

@@ -113,7 +113,7 @@ def test_dry_run_counts_and_estimates(straight):
     assert not (folder / "dry").exists()
 
 
-@pytest.mark.parametrize("method", ["lora", "ia3", "mov", "full"])
+@pytest.mark.parametrize("method", [*tiny_run.METHODS, "full"])
 def test_every_method_trains(straight, method):
     folder, _ = straight
     out = folder / method

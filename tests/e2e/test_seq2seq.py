@@ -132,10 +132,10 @@ def test_eval_ranks_choices(folder, reference, tmp_path):
             assert scores == pytest.approx(theirs, abs=1e-4)
 
 
-@pytest.mark.parametrize("method", ["lora", "ia3", "mov", "molora"])
+@pytest.mark.parametrize("method", tiny_run.METHODS)
 def test_train_resume_generate_and_show_routes(folder, method, tmp_path):
     """Every method learns to swap two words; a run that is cut and resumed is the run in one piece."""
-    experts = 3 if method in ("mov", "molora") else 1
+    experts = 3 if "mixture" in tiny_run.METHODS[method] else 1
     settings = dict(finetuning_type=method, num_experts=experts, lora_rank=4, max_steps=40, save_steps=20,
                     gradient_checkpointing=method == "mov", learning_rate=2e-2, logging_steps=1)
     whole, cut = f"{method}-whole", f"{method}-cut"

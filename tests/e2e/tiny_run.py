@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 
 import pytest
@@ -16,6 +17,9 @@ PROGRAM = pathlib.Path(os.environ.get("MOESAIC_BUILD_DIR", ROOT / "build")) / "m
 # The number format of whatever asks the hardware otherwise: a run of the tests with bfloat16 is a CTest entry of its own.
 DTYPE = os.environ.get("MOESAIC_TEST_DTYPE", "float32")
 float32_only = pytest.mark.skipif(DTYPE != "float32", reason="compares with float32 references, or trains all weights")
+# {method: what it is}, every method that an adapter may have, from the page that tests/docs_test.py holds to the program.
+METHODS = dict(re.findall(r"`(\w+)` \(([^)]*)\)", re.search(
+    r"^\| `finetuning_type` .*", (ROOT / "docs" / "config.md").read_text(encoding="utf-8"), re.MULTILINE)[0]))
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "is", "not"]
 
 
