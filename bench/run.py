@@ -250,8 +250,8 @@ def life(command, threads):
 def start_rows(threads, repeats, quick, log):
     log("start to first token")
     model, prompt = str(prepare.huggingface_folder()), json.dumps(prepare.prompt(16))
-    ours = [str(BUILD / "moesaic"), "generate", "--threads", str(threads), "--raw", "-p", "The capital of France is",
-            "--max_new_tokens", "1", "--model"]
+    ours = [str(BUILD / "moesaic"), "generate", "--threads", str(threads), "--dtype", "float32", "--raw",
+            "-p", "The capital of France is", "--max_new_tokens", "1", "--model"]
     script = [PYTHON, str(ROOT / "bench" / "first_token.py")]
     commands = {
         "ours": [*ours, model],

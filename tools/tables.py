@@ -79,7 +79,8 @@ def bench_cells(row):
     spread = "" if row.get("low") is None else f"{row['low']:.2f} to {row['high']:.2f}"
     by_cpu, must = ("" if row.get(key) is None else shape.format(row[key])
                     for key, shape in [("cpu_ratio", "{:.2f}"), ("must", "{:g}")])
-    return [row["job"], row["what"], show(row["ours"]), show(row["peer"]), f"**{row['ratio']:.2f}**", spread, by_cpu, must]
+    return [row["job"], row["what"], show(row["ours"]), show(row["peer"]), f"**{row['ratio']:.2f}**", spread, by_cpu,
+            must]
 
 
 def bench_page(sections):

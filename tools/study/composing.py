@@ -160,12 +160,14 @@ class Study:
                               round(run["cpu_seconds"] / 60, 1)]
                              for name, run in self.results.items() if name.startswith("train ")]}
         total = sum(run["seconds"] for run in self.results.values())
-        made = {"tables": ["scores", "training"], "command": " ".join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        command = " ".join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])
+        made = {"tables": ["scores", "training"], "command": command,
                 "date": f"{datetime.date.today():%Y-%m-%d}", "minutes": round(total / 60, 1),
                 "machine": f"{self.options.threads} thread(s) of {tables.machine()}"}
-        tables.write_json(self.out / "tables.json", {"made": [made], "tables": {"scores": scores, "training": training}})
-        text = "\n\n".join([tables.study_table(scores), tables.study_table(training),
-                            f"{total / 60:.1f} minutes in all, {self.options.threads} thread(s), seed {self.options.seed}."])
+        found = {"scores": scores, "training": training}
+        tables.write_json(self.out / "tables.json", {"made": [made], "tables": found})
+        in_all = f"{total / 60:.1f} minutes in all, {self.options.threads} thread(s), seed {self.options.seed}."
+        text = "\n\n".join([*map(tables.study_table, found.values()), in_all])
         (self.out / "table.md").write_text(text + "\n")
         print(text)
 
