@@ -456,7 +456,11 @@ std::vector<RunKey> other_keys() {
       {"val_size",
        run.val_size,
        {kData, "of every data set, set aside for evaluation: a share below 1, or a number of rows"}},
-      {"max_samples", nullptr, {kData, "rows of every data set and split at most, spread evenly over it; null is all"}},
+      {"max_samples",
+       nullptr,
+       {kData,
+        "rows of every data set at most, those that `val_size` holds out among them, spread evenly over it; null is "
+        "all"}},
       {"stage", "sft", {kData, "`sft`; `pt` learns the texts of the data's prompt column, each an example of its own"}},
       {"mixture_rule",
        "proportional",

@@ -123,6 +123,14 @@ void Run::open_data(const formats::Checkpoint& checkpoint) {
     renderer_ = data::Renderer::open(checkpoint, config_.render);
   }
   auto [training, validation] = data::train_validation(resolve(config_.dataset), config_.val_size, config_.train.seed);
+  for (size_t i = 0; config_.max_samples > 0 && i < validation.size();
+       ++i) {  // the rows that are held out are of these
+    const auto share = static_cast<int64_t>(config_.val_size < 1
+                                                ? std::llround(config_.val_size * static_cast<double>(training[i].cap))
+                                                : config_.val_size);
+    validation[i].cap = std::clamp<int64_t>(share, 1, std::max<int64_t>(1, training[i].cap - 1));
+    training[i].cap = std::max<int64_t>(1, training[i].cap - validation[i].cap);
+  }
   if (!config_.eval_dataset.is_null()) {
     for (auto& each : resolve(config_.eval_dataset)) validation.push_back(each);
   }

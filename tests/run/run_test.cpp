@@ -168,9 +168,10 @@ TEST_F(TrainingRun, EpochsBecomeSteps) {
                         {"save_strategy", "epoch"},
                         {"val_size", 2},
                         {"per_device_train_batch_size", 2},
-                        {"max_samples", 5}}),
+                        {"max_samples", 7}}),
                 /*dry=*/true);
-  EXPECT_EQ(made.config().train.eval_steps, 3);  // 5 of 6 rows, 2 at a time
+  EXPECT_EQ(made.counts()[0].rows, 5);           // 2 of the 7 are held out
+  EXPECT_EQ(made.config().train.eval_steps, 3);  // 2 at a time
   EXPECT_EQ(made.config().train.save_steps, 3);
 }
 
