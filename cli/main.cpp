@@ -161,6 +161,7 @@ int main(int argc, char** argv) {
   moesaic::cli::open_closed_streams();
   moesaic::cli::obey_group_limit();
   moesaic::cli::let_writes_fail();
+  moesaic::cli::bound_product_caches();
   try {
     return moesaic::cli::run(argc, argv);
   } catch (const moesaic::Error& error) {

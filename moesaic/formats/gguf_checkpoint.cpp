@@ -133,11 +133,19 @@ class GgufCheckpoint : public Checkpoint {
                   fmt::join(destination.sizes(), "x"));
     const at::NoGradGuard no_grad;
     if (destination.is_cpu() && destination.scalar_type() == at::kFloat && destination.is_contiguous()) {
-      read_float(name, stored, destination.data_ptr<float>());
+      read_float(name, stored, 0, rows_of(stored), destination.data_ptr<float>());
     } else {
-      at::Tensor loaded = at::empty(stored.shape, at::kFloat);
-      read_float(name, stored, loaded.data_ptr<float>());
-      destination.copy_(loaded);
+      // In other formats by parts: the whole in float32 beside it would be most of what a load takes.
+      constexpr int64_t kPart = int64_t{1} << 20;  // elements
+      const int64_t rows = rows_of(stored), columns = stored.shape.back();
+      const int64_t most = std::max<int64_t>(1, kPart / columns);
+      at::Tensor part = at::empty({std::min(most, rows), columns}, at::kFloat);
+      for (int64_t begin = 0; begin < rows; begin += most) {
+        const int64_t count = std::min(most, rows - begin);
+        read_float(name, stored, begin, begin + count, part.data_ptr<float>());
+        const at::Tensor values = part.narrow(0, 0, count);
+        destination.dim() == 1 ? destination.copy_(values[0]) : destination.narrow(0, begin, count).copy_(values);
+      }
     }
     file_.bytes().release(stored.bytes);
   }
@@ -195,12 +203,14 @@ class GgufCheckpoint : public Checkpoint {
 
   /// Dequantises row by row into `out`, in the order of the Hugging Face model.
   /// Row 2 i + s of a stored llama head (i < k/2, s < 2) is row s k/2 + i of the model's.
-  void read_float(const std::string& name, const GgufTensor& stored, float* out) const {
+  /// A vector is one row.
+  static int64_t rows_of(const GgufTensor& stored) { return stored.shape.size() == 1 ? 1 : stored.shape[0]; }
+
+  /// The rows first .. last-1 of a tensor, in the order of Hugging Face's.
+  void read_float(const std::string& name, const GgufTensor& stored, int64_t first, int64_t last, float* out) const {
     const bool vector = stored.shape.size() == 1;
     const int64_t heads = heads_of(name), columns = stored.shape.back();
-    int64_t elements = 1;
-    for (const int64_t size : stored.shape) elements *= size;
-    const int64_t rows = elements / columns, row_bytes = static_cast<int64_t>(stored.bytes.size()) / rows;
+    const int64_t row_bytes = static_cast<int64_t>(stored.bytes.size()) / rows_of(stored);
     const auto* blocks = reinterpret_cast<const uint8_t*>(stored.bytes.data());
     const auto stored_row = [half = heads > 0 ? stored.shape[0] / heads / 2 : 0](int64_t row) {
       const int64_t head = row / (2 * half), within = row % (2 * half);
@@ -212,14 +222,16 @@ class GgufCheckpoint : public Checkpoint {
       for (int64_t i = 0; i < columns; ++i) out[i] = values[stored_row(i)];
     } else {
       constexpr int64_t kGrain = 1 << 16;  // elements
-      at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / columns), [&](int64_t begin, int64_t end) {
+      at::parallel_for(first, last, std::max<int64_t>(1, kGrain / columns), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
           const int64_t from = heads > 0 ? stored_row(row) : row;
-          dequantize(stored.type, blocks + from * row_bytes, columns, out + row * columns);
+          dequantize(stored.type, blocks + from * row_bytes, columns, out + (row - first) * columns);
         }
       });
     }
-    if (offset_norm(name)) std::transform(out, out + elements, out, [](float value) { return value - 1.0f; });
+    if (offset_norm(name)) {
+      std::transform(out, out + (last - first) * columns, out, [](float value) { return value - 1.0f; });
+    }
   }
 
   void map_tensors() {

@@ -137,7 +137,9 @@ std::shared_ptr<CausalLM> CausalLM::load(const formats::Checkpoint& checkpoint, 
     const std::string name = fmt::format("model.layers.{}", i);
     auto& layer = static_cast<nn::DecoderLayerImpl&>(*modules[name]);
     read(layer, name + ".");
-    if (options.quantize_int8) layer.quantize_int8();  // layer by layer: only one is held twice
+    if (!options.quantize_int8) continue;
+    layer.quantize_int8();  // layer by layer: only one is held twice
+    give_back_freed();
   }
   read(*modules["model.norm"], "model.norm.");
   if (!config.tie_word_embeddings) read(*modules["lm_head"], "lm_head.");

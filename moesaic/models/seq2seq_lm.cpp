@@ -211,7 +211,9 @@ std::shared_ptr<Seq2SeqLM> Seq2SeqLM::load(const formats::Checkpoint& checkpoint
       const std::string name = fmt::format("{}.block.{}", half, i);
       read(name);
       // Block by block: only one is held twice.
-      if (options.quantize_int8) static_cast<nn::Seq2SeqBlockImpl&>(*modules[name]).quantize_int8();
+      if (!options.quantize_int8) continue;
+      static_cast<nn::Seq2SeqBlockImpl&>(*modules[name]).quantize_int8();
+      give_back_freed();
     }
     read(fmt::format("{}.final_layer_norm", half));
   }

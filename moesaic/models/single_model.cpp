@@ -1,5 +1,7 @@
 #include "moesaic/models/single_model.h"
 
+#include <malloc.h>
+
 namespace moesaic::models {
 
 void SingleModel::add_parameter_sites(const std::set<std::string>& others) {
@@ -16,6 +18,12 @@ void SingleModel::add_parameter_sites(const std::set<std::string>& others) {
                                },
                                [weight] { return weight; }});
   }
+}
+
+void SingleModel::give_back_freed() {
+#if defined(__GLIBC__)
+  malloc_trim(0);
+#endif
 }
 
 void SingleModel::quantize_head(nn::Head& head, bool tied) {

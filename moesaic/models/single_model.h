@@ -36,6 +36,8 @@ class SingleModel : public torch::nn::Module, public LanguageModel {
  protected:
   /// A WeightSite for every parameter but `others`.
   void add_parameter_sites(const std::set<std::string>& others);
+  /// Gives memory that was freed back to the system: a heap keeps what lies between things still in use.
+  static void give_back_freed();
   /// Keeps the head in int8 alone. A tied one's floats stay: they are the embedding.
   void quantize_head(nn::Head& head, bool tied);
 };

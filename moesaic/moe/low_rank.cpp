@@ -27,6 +27,18 @@ struct JointWeights {
   bool trains;                         // a leaf requires a gradient
 };
 
+constexpr int64_t kWideRows = 64;  // of a half-precision x on the CPU that are float32 at once
+
+/// body(x's rows begin .. begin + count in float32, begin, count) over all of x.
+template <class Body>
+void for_wide_rows(const torch::Tensor& x, Body body) {
+  const int64_t most = x.is_cpu() ? kWideRows : x.size(0);
+  for (int64_t begin = 0; begin < x.size(0); begin += most) {
+    const int64_t count = std::min(most, x.size(0) - begin);
+    body(x.narrow(0, begin, count).to(torch::kFloat32), begin, count);
+  }
+}
+
 /// x [N, in] -> U = x A^T [N, sum E*r], L = fp32(x) W_r^T [N, sum E] and, with a matrix, y = x W^T + b [N, O].
 /// With a float32 x, U and L are one GEMM. Saves x only.
 struct JointLinear : torch::autograd::Function<JointLinear> {
@@ -40,9 +52,14 @@ struct JointLinear : torch::autograd::Function<JointLinear> {
       logits = c.narrow(1, joint->rank_rows, router_rows);
     } else {
       u = at::linear(x, joint->down.narrow(0, 0, joint->rank_rows).to(x.scalar_type()));
-      logits = router_rows == 0
-                   ? torch::empty({x.size(0), 0}, joint->down.options())
-                   : at::linear(x.to(joint->down.scalar_type()), joint->down.narrow(0, joint->rank_rows, router_rows));
+      logits = torch::empty({x.size(0), router_rows}, joint->down.options());
+      if (router_rows > 0) {
+        const torch::Tensor routers = joint->down.narrow(0, joint->rank_rows, router_rows).t();
+        for_wide_rows(x, [&](const torch::Tensor& wide, int64_t begin, int64_t count) {
+          torch::Tensor rows = logits.narrow(0, begin, count);
+          at::mm_out(rows, wide, routers);
+        });
+      }
     }
     ctx->save_for_backward({x});
     ctx->saved_data["down"] = joint->down;
@@ -82,8 +99,14 @@ struct JointLinear : torch::autograd::Function<JointLinear> {
       if (trains) gdown = at::mm(gu.t(), x).to(down.scalar_type());
       if (gx.defined()) gx.addmm_(gu, down.narrow(0, 0, rank_rows).to(x.scalar_type()));
       if (router_rows > 0) {
-        if (trains) gdown = torch::cat({gdown, at::mm(grads[1].t(), x.to(down.scalar_type()))}, 0);
-        if (gx.defined()) gx.add_(at::mm(grads[1], down.narrow(0, rank_rows, router_rows)).to(x.scalar_type()));
+        const torch::Tensor routers = down.narrow(0, rank_rows, router_rows);
+        torch::Tensor grouters = torch::zeros_like(routers);
+        for_wide_rows(x, [&](const torch::Tensor& wide, int64_t begin, int64_t count) {
+          const torch::Tensor gl = grads[1].narrow(0, begin, count);
+          if (trains) grouters.addmm_(gl.t(), wide);
+          if (gx.defined()) gx.narrow(0, begin, count).add_(at::mm(gl, routers).to(x.scalar_type()));
+        });
+        if (trains) gdown = torch::cat({gdown, grouters}, 0);
       }
     }
     variable_list result{gx, torch::Tensor()};
@@ -144,7 +167,8 @@ struct AddUp : torch::autograd::Function<AddUp> {
   }
 };
 
-/// The CPU kernel of `gate_ranks`, forward and backward, over rows. Sites with one expert pass U through.
+/// The CPU kernel of `gate_ranks`, forward and backward, over rows; computes in float32. Sites with one expert pass U
+/// through.
 struct GateLayout {
   std::vector<int64_t> experts, ranks;
   std::vector<double> temperatures;
@@ -188,23 +212,24 @@ void gate_forward(const torch::Tensor& u, const torch::Tensor& logits, const Gat
 struct GateRanks : torch::autograd::Function<GateRanks> {
   static torch::Tensor forward(AutogradContext* ctx, const torch::Tensor& u, const torch::Tensor& logits,
                                const GateLayout* layout) {
-    torch::Tensor g = torch::empty({u.size(0), u.size(1)}, u.options());
+    const torch::Tensor wide = u.to(torch::kFloat32);
+    torch::Tensor g = torch::empty({u.size(0), u.size(1)}, wide.options());
     torch::Tensor s = torch::empty({logits.size(0), logits.size(1)}, logits.options());
-    gate_forward(u, logits, *layout, g, s);
+    gate_forward(wide, logits, *layout, g, s);
     ctx->save_for_backward({u, s});
     ctx->saved_data["experts"] = layout->experts;
     ctx->saved_data["ranks"] = layout->ranks;
     ctx->saved_data["temperatures"] = layout->temperatures;
-    return g;
+    return g.to(u.scalar_type());
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const torch::Tensor& u = saved[0];
+    const torch::Tensor u = saved[0].to(torch::kFloat32);
     const torch::Tensor& s = saved[1];
     const GateLayout layout{ctx->saved_data["experts"].toIntVector(), ctx->saved_data["ranks"].toIntVector(),
                             ctx->saved_data["temperatures"].toDoubleVector()};
-    const torch::Tensor gg = grads[0].contiguous();
+    const torch::Tensor gg = grads[0].to(torch::kFloat32).contiguous();
     torch::Tensor gu = torch::empty({u.size(0), u.size(1)}, u.options());
     torch::Tensor gl = torch::empty_like(s);
     const float* u_data = u.data_ptr<float>();
@@ -244,7 +269,7 @@ struct GateRanks : torch::autograd::Function<GateRanks> {
         }
       }
     });
-    return {gu, gl, torch::Tensor()};
+    return {gu.to(saved[0].scalar_type()), gl, torch::Tensor()};
   }
 };
 
@@ -315,7 +340,8 @@ torch::Tensor LowRankGroup::gate(const torch::Tensor& x, const torch::Tensor& u,
     plain &= !e->router.defined() || e->router.options.plain();
   }
   if (!routed && !weighed) return u;
-  if (plain && !weighed && pass.routing == nullptr && u.device().is_cpu() && u.scalar_type() == torch::kFloat32) {
+  if (plain && !weighed && pass.routing == nullptr && u.device().is_cpu() &&
+      (u.scalar_type() == torch::kFloat32 || u.scalar_type() == torch::kBFloat16)) {
     std::vector<int64_t> experts, ranks;
     std::vector<double> temperatures;
     for (const auto& e : experts_) {

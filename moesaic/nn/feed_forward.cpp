@@ -1,7 +1,6 @@
 #include "moesaic/nn/feed_forward.h"
 
-#include <ATen/Parallel.h>
-
+#include "moesaic/nn/half_rows.h"
 #include "moesaic/nn/split.h"
 
 namespace moesaic::nn {
@@ -18,16 +17,60 @@ torch::Tensor activation(const torch::Tensor& x, GluKind kind) {
 
 int64_t row_grain(int64_t f) { return std::max<int64_t>((8 << 10) / f, 1); }
 
+/// act(gate) * up; in bfloat16 act(gate) is rounded first, as by one operator behind the other.
 torch::Tensor fused_forward(const torch::Tensor& gate_up, GluKind kind) {
   const int64_t rows = gate_up.size(0), f = gate_up.size(1) / 2;
   torch::Tensor y = at::empty({rows, f}, gate_up.options().requires_grad(false));
-  const float* source = gate_up.data_ptr<float>();
-  float* target = y.data_ptr<float>();
-  at::parallel_for(0, rows, row_grain(f),
-                   [&](int64_t begin, int64_t end) { kernels().glu(source, target, f, kind, begin, end); });
+  if (gate_up.scalar_type() == torch::kFloat32) {
+    const float* source = gate_up.data_ptr<float>();
+    float* target = y.data_ptr<float>();
+    at::parallel_for(0, rows, row_grain(f),
+                     [&](int64_t begin, int64_t end) { kernels().glu(source, target, f, kind, begin, end); });
+    return y;
+  }
+  const auto* source = gate_up.data_ptr<at::BFloat16>();
+  auto* target = y.data_ptr<at::BFloat16>();
+  at::parallel_for(0, rows, row_grain(f), [&](int64_t begin, int64_t end) {
+    std::vector<float> in(2 * f, 1.0f), act(f);  // up is one
+    for (int64_t row = begin; row < end; ++row) {
+      const at::BFloat16* up = source + row * 2 * f + f;
+      at::BFloat16* y_row = target + row * f;
+      widen(source + row * 2 * f, in.data(), f);
+      kernels().glu(in.data(), act.data(), f, kind, 0, 1);
+      narrow(act.data(), y_row, f);
+      for (int64_t i = 0; i < f; ++i) y_row[i] = at::BFloat16(static_cast<float>(y_row[i]) * static_cast<float>(up[i]));
+    }
+  });
   return y;
 }
 
+/// The gradient of contiguous rows of gate_up.
+torch::Tensor rows_backward(const torch::Tensor& dy, const torch::Tensor& gate_up, GluKind kind) {
+  const int64_t rows = gate_up.size(0), f = gate_up.size(1) / 2;
+  torch::Tensor d_gate_up = at::empty_like(gate_up);
+  if (gate_up.scalar_type() == torch::kFloat32) {
+    const float *dy_data = dy.data_ptr<float>(), *source = gate_up.data_ptr<float>();
+    float* target = d_gate_up.data_ptr<float>();
+    at::parallel_for(0, rows, row_grain(f), [&](int64_t begin, int64_t end) {
+      kernels().glu_backward(dy_data, source, target, f, kind, begin, end);
+    });
+    return d_gate_up;
+  }
+  const auto *dy_data = dy.data_ptr<at::BFloat16>(), *source = gate_up.data_ptr<at::BFloat16>();
+  auto* target = d_gate_up.data_ptr<at::BFloat16>();
+  at::parallel_for(0, rows, row_grain(f), [&](int64_t begin, int64_t end) {
+    std::vector<float> dy_row(f), in(2 * f), out(2 * f);
+    for (int64_t row = begin; row < end; ++row) {
+      widen(dy_data + row * f, dy_row.data(), f);
+      widen(source + row * 2 * f, in.data(), 2 * f);
+      kernels().glu_backward(dy_row.data(), in.data(), out.data(), f, kind, 0, 1);
+      narrow(out.data(), target + row * 2 * f, 2 * f);
+    }
+  });
+  return d_gate_up;
+}
+
+/// Saves gate_up alone; the activation is computed again.
 struct GluFunction : torch::autograd::Function<GluFunction> {
   static torch::Tensor forward(torch::autograd::AutogradContext* ctx, const torch::Tensor& input, int64_t kind) {
     const torch::Tensor gate_up = input.contiguous();
@@ -38,23 +81,15 @@ struct GluFunction : torch::autograd::Function<GluFunction> {
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
     const torch::Tensor gate_up = ctx->get_saved_variables()[0], dy = grads[0].contiguous();
-    const auto kind = static_cast<GluKind>(ctx->saved_data["kind"].toInt());
-    const int64_t rows = gate_up.size(0), f = gate_up.size(1) / 2;
-    torch::Tensor d_gate_up = at::empty_like(gate_up);
-    const float* dy_data = dy.data_ptr<float>();
-    const float* source = gate_up.data_ptr<float>();
-    float* target = d_gate_up.data_ptr<float>();
-    at::parallel_for(0, rows, row_grain(f), [&](int64_t begin, int64_t end) {
-      kernels().glu_backward(dy_data, source, target, f, kind, begin, end);
-    });
-    return {d_gate_up, {}};
+    return {rows_backward(dy, gate_up, static_cast<GluKind>(ctx->saved_data["kind"].toInt())), {}};
   }
 };
 
 }  // namespace
 
 torch::Tensor gated_linear_unit(const torch::Tensor& gate_up, GluKind kind) {
-  if (gate_up.is_cpu() && gate_up.scalar_type() == torch::kFloat32 && kind != GluKind::kRelu) {
+  const auto dtype = gate_up.scalar_type();
+  if (gate_up.is_cpu() && (dtype == torch::kFloat32 || dtype == torch::kBFloat16) && kind != GluKind::kRelu) {
     if (torch::GradMode::is_enabled() && gate_up.requires_grad()) {
       return GluFunction::apply(gate_up, static_cast<int64_t>(kind));
     }

@@ -8,9 +8,10 @@
 namespace moesaic::nn {
 namespace {
 
-constexpr int64_t kGemvRows = 4;          // more rows: MKL's GEMM is faster
-constexpr int64_t kGemvGrain = 32 << 10;  // weights per task; less is not worth waking a thread
-constexpr int64_t kGemmColumns = 64;      // output columns per task of an int8 GEMM
+constexpr int64_t kGemvRows = 4;             // more rows: MKL's GEMM is faster
+constexpr int64_t kGemvGrain = 32 << 10;     // weights per task; less is not worth waking a thread
+constexpr int64_t kQuantizedPart = 1 << 20;  // weights that are float32 at once while they are quantised
+constexpr int64_t kGemmColumns = 64;         // output columns per task of an int8 GEMM
 
 bool wants_gradient(const torch::Tensor& x, const torch::Tensor& weight) {
   return torch::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad());
@@ -179,15 +180,19 @@ torch::Tensor linear_rows_int8(const torch::Tensor& x, const torch::Tensor& quan
 
 std::pair<torch::Tensor, torch::Tensor> quantize_rows_int8(const torch::Tensor& weight) {
   torch::NoGradGuard no_grad;
-  const torch::Tensor wide = weight.to(torch::kCPU, torch::kFloat32).contiguous();
-  const int64_t out = wide.size(0), in = wide.size(1);
+  const int64_t out = weight.size(0), in = weight.size(1);
   torch::Tensor quantized = torch::empty({out, in}, torch::kInt8), scales = torch::empty({out}, torch::kFloat32);
-  const float* source = wide.data_ptr<float>();
   int8_t* target = quantized.data_ptr<int8_t>();
   float* scale_data = scales.data_ptr<float>();
-  at::parallel_for(0, out, std::max<int64_t>(kGemvGrain / in, 1), [&](int64_t begin, int64_t end) {
-    kernels().quantize_int8(source, target, scale_data, in, begin, end);
-  });
+  const int64_t part = std::max<int64_t>(kQuantizedPart / in, 1);
+  for (int64_t first = 0; first < out; first += part) {
+    const int64_t rows = std::min(part, out - first);
+    const torch::Tensor wide = weight.narrow(0, first, rows).to(torch::kCPU, torch::kFloat32).contiguous();
+    const float* source = wide.data_ptr<float>();
+    at::parallel_for(0, rows, std::max<int64_t>(kGemvGrain / in, 1), [&](int64_t begin, int64_t end) {
+      kernels().quantize_int8(source, target + first * in, scale_data + first, in, begin, end);
+    });
+  }
   return {quantized.to(weight.device()), scales.to(weight.device())};
 }
 

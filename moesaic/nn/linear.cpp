@@ -18,8 +18,10 @@ LinearGroup::LinearGroup(int64_t in, std::vector<int64_t> outs, bool bias, const
   weight_ = torch::empty({total, in}, options);
   if (bias) bias_ = torch::empty({total}, options);
   int64_t row = 0;
+  // Autograd's views would keep the whole matrix when its numbers are taken from them.
+  auto rows = [&](const torch::Tensor& whole, int64_t out) { return whole.narrow(0, row, out).variable_data(); };
   for (int64_t out : outs_) {
-    members_.emplace_back(Linear(weight_.narrow(0, row, out), bias ? bias_.narrow(0, row, out) : torch::Tensor()));
+    members_.emplace_back(Linear(rows(weight_, out), bias ? rows(bias_, out) : torch::Tensor()));
     row += out;
   }
   matrix_ = dense_matrix(weight_);

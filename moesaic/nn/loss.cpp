@@ -59,7 +59,8 @@ LossAndGradients compute(const torch::Tensor& hidden, const torch::Tensor& weigh
     z.scatter_add_(1, label, torch::full({count, 1}, -1.0, options));
     if (softcap > 0) z.mul_(tanh.square_().neg_().add_(1));
     const auto w = scale.narrow(0, begin, count).unsqueeze(1);
-    const auto dz = z.to(hidden.scalar_type());
+    // In half precision the logits' buffer takes their gradient.
+    const auto dz = z.scalar_type() == hidden.scalar_type() ? z : buffer.narrow(0, 0, count).copy_(z);
     if (want_hidden) {
       auto out = result.hidden_gradient.narrow(0, begin, count);
       at::mm_out(out, dz, weight);

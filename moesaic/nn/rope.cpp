@@ -1,8 +1,7 @@
 #include "moesaic/nn/rope.h"
 
-#include <ATen/Parallel.h>
-
 #include "moesaic/base/check.h"
+#include "moesaic/nn/half_rows.h"
 #include "moesaic/nn/kernel_table.h"
 
 namespace moesaic::nn {
@@ -58,7 +57,7 @@ double yarn_attention_factor(const RopeConfig& config) {
   return magnitude(1.0);
 }
 
-/// The rotation without autograd. float32 on the CPU runs fused.
+/// The rotation without autograd. float32 and bfloat16 on the CPU run fused.
 torch::Tensor rotate(const torch::Tensor& x, const torch::Tensor& cos, const torch::Tensor& sin, double sign) {
   const int64_t rows = x.size(0), heads = x.size(1), k = x.size(2);
   if (x.is_cpu() && x.scalar_type() == torch::kFloat32) {
@@ -73,6 +72,24 @@ torch::Tensor rotate(const torch::Tensor& x, const torch::Tensor& cos, const tor
     at::parallel_for(0, rows, std::max<int64_t>((16 << 10) / (heads * k), 1), [&](int64_t begin, int64_t end) {
       kernels().rope(source_data, stride, y_data, heads * k, cos_data, sin_data, static_cast<float>(sign), heads, k,
                      begin, end);
+    });
+    return y;
+  }
+  if (x.is_cpu() && x.scalar_type() == torch::kBFloat16) {
+    const int64_t width = heads * k;
+    const torch::Tensor source = x.contiguous();
+    torch::Tensor y = at::empty(x.sizes(), x.options().requires_grad(false));
+    const auto* source_data = source.data_ptr<at::BFloat16>();
+    const float *cos_data = cos.data_ptr<float>(), *sin_data = sin.data_ptr<float>();
+    auto* y_data = y.data_ptr<at::BFloat16>();
+    at::parallel_for(0, rows, std::max<int64_t>((16 << 10) / width, 1), [&](int64_t begin, int64_t end) {
+      std::vector<float> in(width), out(width);
+      for (int64_t row = begin; row < end; ++row) {
+        widen(source_data + row * width, in.data(), width);
+        kernels().rope(in.data(), width, out.data(), width, cos_data + row * k / 2, sin_data + row * k / 2,
+                       static_cast<float>(sign), heads, k, 0, 1);
+        narrow(out.data(), y_data + row * width, width);
+      }
     });
     return y;
   }

@@ -285,6 +285,10 @@ class Run {
     const Json saved = get<Json>(own, "config", where);
     const Json wanted = identity(config_, max_steps_);
     for (const auto& [key, value] : wanted.items()) {
+      MOESAIC_CHECK(key != "optim" || saved.value("optim", value) == value, UsageError,
+                    "optim: got {}, expected {} as in {}: the state of one optimiser means nothing to another\nhint: a "
+                    "new run that begins with the checkpoint (docs/training.md)",
+                    value.dump(), saved.value("optim", value).dump(), dir.string());
       if (saved.contains(key) && saved.at(key) != value) {
         spdlog::warn("{}: was made with {} {}, this run has {}: it goes on with {}", dir.string(), key,
                      saved.at(key).dump(), value.dump(), value.dump());

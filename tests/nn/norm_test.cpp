@@ -58,6 +58,24 @@ TEST(RmsNorm, GradientCheckInDouble) {
                          {leaf(torch::randn({3, 6})), leaf(torch::randn({6}))});
 }
 
+/// Against float64 on the same rounded numbers: the gradient is computed in float32 and rounded once, to 2^-9. More
+/// rows than are widened at once.
+TEST(RmsNorm, Bfloat16GradientIsThatOfTheFormula) {
+  torch::manual_seed(3);
+  for (const double offset : {0.0, 1.0}) {
+    const auto x = torch::randn({700, 48}).to(torch::kBFloat16).requires_grad_(true);
+    const auto w = torch::randn({48}).to(torch::kBFloat16), dy = torch::randn({700, 48}).to(torch::kBFloat16);
+    const auto x64 = leaf(x.detach());
+    const auto y = rms_norm(x, w, 1e-5, offset), expected = formula(x64, w.to(torch::kFloat64), 1e-5, offset);
+    EXPECT_TRUE(torch::equal(y, rms_norm(x.detach(), w, 1e-5, offset)));
+    EXPECT_LT(relative_error(y, expected), 0.01);  // rounded twice
+    y.backward(dy);
+    expected.backward(dy.to(torch::kFloat64));
+    EXPECT_EQ(x.grad().scalar_type(), torch::kBFloat16);
+    EXPECT_LT(relative_error(x.grad(), x64.grad()), 0.003);
+  }
+}
+
 TEST(RmsNorm, Bfloat16KeepsFloatStatistics) {
   // Squares of 300 values near 100 sum to 3e6; in bfloat16 the sum would stall long before.
   const auto x = torch::full({1, 300}, 100.f).to(torch::kBFloat16);
