@@ -33,12 +33,6 @@ constexpr int64_t kExperts = 8;
 constexpr int64_t kRank = 4;  // of an expert
 constexpr const char* kBase = "base";
 
-/// The demo was stopped in the middle of a training, which left a checkpoint.
-struct Stopped {
-  std::string method;
-  int64_t step;
-};
-
 /// "0110" -> {0, 1, 1, 0}.
 std::vector<double> numbers_of(const std::string& answers) {
   std::vector<double> numbers;
@@ -77,25 +71,39 @@ class Demo {
     }
   }
 
-  void test_base() {
-    if (done_["columns"].contains(kBase)) return;
-    const run::Opened opened = run::open(options_.model, {}, {.device = device_, .dtype = dtype_});
-    done_["columns"][kBase] = {
-        {"answers", test("Testing the base model", *opened.model, *data::Renderer::open(*opened.checkpoint, {}))}};
-    note();
-  }
-
-  void add(const std::string& method, int64_t rank) {
-    if (done_["columns"].contains(method) && done_["columns"][method].contains("answers")) return;
-    run::Run run(run_file(method, rank, "auto"));
+  /// Trains a column of the table. False when a signal stopped it: a checkpoint is left then.
+  bool train(const std::string& method, int64_t rank) {
     OrderedJson& column = done_["columns"][method];
+    if (column.contains("steps") && column["steps"] == options_.steps) return true;
+    run::Run run(run_file(method, rank, "auto"));
+    std::unique_ptr<Progress> progress;
+    const CatchSignals signals({SIGINT, SIGTERM, SIGHUP, SIGUSR1}, /*once=*/true);
+    train::TrainHooks hooks;
+    hooks.stop = [&] { return signals.caught(); };
+    hooks.on_log = [&](const train::StepLog& log) {
+      if (!progress) progress = std::make_unique<Progress>("Training " + method, log.max_steps, log.step - 1);
+      progress->update(log.step, fmt::format("loss {:.3f}, {:.0f} tokens/s", log.loss, log.tokens_per_second));
+    };
     column["trainable_parameters"] = trainable(run);
-    const train::TrainResult result = run_to_end(method, run);
+    const train::TrainResult result = run.train(hooks);
+    progress.reset();
+    column["steps"] = result.steps;
     column["train_seconds"] = column.value("train_seconds", 0.0) + result.seconds;
     note();
-    if (result.interrupted) throw Stopped{method, result.steps};
-    column["answers"] = test("Testing " + method, run.model(), run.renderer());
-    if (method == "molora") write_routes(run);
+    if (result.interrupted) say_error("stopped after step {} of {}; the same command goes on\n", result.steps, method);
+    return !result.interrupted;
+  }
+
+  /// Asks the base, or what a method made of it.
+  void test(const std::string& name) {
+    OrderedJson& column = done_["columns"][name];
+    if (column.contains("answers")) return;
+    std::vector<run::AdapterReference> adapters;
+    if (name != kBase) adapters.push_back({name, folder_ / name});
+    const run::Opened opened = run::open(options_.model, adapters, {.device = device_, .dtype = dtype_});
+    const auto renderer = data::Renderer::open(*opened.checkpoint, {});
+    column["answers"] = answers("Testing " + name, *opened.model, *renderer);
+    if (name == "molora") write_routes(opened, *renderer);
     note();
   }
 
@@ -193,20 +201,8 @@ class Demo {
     return numbers;
   }
 
-  static train::TrainResult run_to_end(const std::string& method, run::Run& run) {
-    std::unique_ptr<Progress> progress;
-    const CatchSignals signals({SIGINT, SIGTERM, SIGHUP, SIGUSR1}, /*once=*/true);
-    train::TrainHooks hooks;
-    hooks.stop = [&] { return signals.caught(); };
-    hooks.on_log = [&](const train::StepLog& log) {
-      if (!progress) progress = std::make_unique<Progress>("Training " + method, log.max_steps, log.step - 1);
-      progress->update(log.step, fmt::format("loss {:.3f}, {:.0f} tokens/s", log.loss, log.tokens_per_second));
-    };
-    return run.train(hooks);
-  }
-
   /// Per skill a character for each test question: '1' where greedy decoding answers it exactly.
-  OrderedJson test(const std::string& title, models::LanguageModel& model, const data::Renderer& renderer) const {
+  OrderedJson answers(const std::string& title, models::LanguageModel& model, const data::Renderer& renderer) const {
     std::vector<data::Example> all;
     for (const demos::Skill& skill : demos::skills()) {
       for (data::Example& example :
@@ -218,19 +214,19 @@ class Demo {
     const std::vector<uint8_t> matches =
         demos::greedy_matches(model, all, 2048, [&](int64_t done) { progress.update(done); });
     progress.finish();
-    OrderedJson answers;
+    OrderedJson right;
     auto it = matches.begin();
     for (const demos::Skill& skill : demos::skills()) {
       std::string text;
       for (int64_t row = 0; row < options_.test_rows; ++row) text += *it++ ? '1' : '0';
-      answers[skill.name] = text;
+      right[skill.name] = text;
     }
-    return answers;
+    return right;
   }
 
   /// routes.json and routes.html: what the trained adapter's routers do on test instances, as `moesaic routes`.
-  void write_routes(run::Run& run) const {
-    const eval::EvalModel model{run.model(), run.renderer().tokenizer(), run.renderer().chat_template()};
+  void write_routes(const run::Opened& opened, const data::Renderer& renderer) const {
+    const eval::EvalModel model{*opened.model, *opened.tokenizer, opened.chat_template.get()};
     eval::EvalOptions options;
     options.apply_chat_template = model.chat_template != nullptr;
     std::vector<std::string> files;
@@ -243,10 +239,10 @@ class Demo {
       progress.update(static_cast<int64_t>(routings.size()));
     }
     progress.finish();
-    const auto first = data::load_examples(
-        data::resolve_datasets(demos::skills().front().name + "_test", folder_ / "data"), run.renderer());
+    const auto first =
+        data::load_examples(data::resolve_datasets(demos::skills().front().name + "_test", folder_ / "data"), renderer);
     const eval::TextRoutes text = eval::route_text(model, first.front().ids);
-    const OrderedJson routes = eval::routes_json(options_.model, run.model(), routings, &text);
+    const OrderedJson routes = eval::routes_json(options_.model, *opened.model, routings, &text);
     write_file_atomically(folder_ / "routes.json",
                           routes.dump(1, ' ', false, OrderedJson::error_handler_t::replace) + "\n");
     write_file_atomically(folder_ / "routes.html", eval::routes_html(routes));
@@ -303,7 +299,7 @@ std::string table(const OrderedJson& results) {
   row("all trained skills", [](const OrderedJson& column) { return percent(column["trained"]); });
   row("all never trained", [](const OrderedJson& column) { return percent(column["never_trained"]); });
   row("trained numbers",
-      [](const OrderedJson& column) { return std::to_string(column.value("trainable_parameters", 0)); });
+      [](const OrderedJson& column) { return std::to_string(column.value("trainable_parameters", int64_t{0})); });
   row("training time", [](const OrderedJson& column) {
     return column.contains("train_seconds") ? format_duration(column["train_seconds"].get<double>()) : "-";
   });
@@ -320,26 +316,22 @@ int run_demo(const DemoOptions& options, const CommonOptions& common) {
       "about 10 minutes on two cores; Ctrl-C stops it, and the same command goes on.\n\n",
       std::filesystem::path(options.model).filename().string(), kExperts, kRank, options.steps);
   Demo demo(options, common);
-  try {
-    demo.test_base();
-    demo.add("molora", kRank);
-    demo.add("lora", demo.lora_rank());
-    if (options.compare) {
-      demo.add("ia3", 1);
-      demo.add("mov", 1);
+  demo.test(kBase);
+  std::vector<std::string> methods{"molora", "lora"};
+  if (options.compare) methods.insert(methods.end(), {"ia3", "mov"});
+  for (const std::string& method : methods) {
+    if (!demo.train(method, method == "lora" ? demo.lora_rank() : kRank)) {
+      return static_cast<int>(ExitCode::kInterrupted);
     }
-  } catch (const Stopped& stopped) {
-    say_error("stopped after step {} of {}; the same command goes on\n", stopped.step, stopped.method);
-    return static_cast<int>(ExitCode::kInterrupted);
+    demo.test(method);
   }
   const OrderedJson results = demo.results();
   const std::string shown = table(results);
   demo.finish(results, shown);
   say("\n{}", shown);
   if (options.json) say("{}\n", results.dump(1));
-  say("\nWritten: {0}/README.md (this table) and results.json, the runs {0}/molora and {0}/lora, and which expert "
-      "does\n"
-      "what in {0}/routes.html\n\n"
+  say("\nWritten: {0}/README.md (this table), {0}/results.json, the runs {0}/molora and {0}/lora,\n"
+      "and which expert does what in {0}/routes.html\n\n"
       "Next:\n"
       "  build/moesaic chat --model {1} --adapter {0}/molora\n"
       "  build/moesaic inspect {0}/molora\n"
