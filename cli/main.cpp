@@ -10,6 +10,7 @@
 #include "cli/streams.h"
 #include "cli/threads.h"
 #include "moesaic/base/device.h"
+#include "moesaic/base/file_errors.h"
 #include "moesaic/base/file_memory.h"
 #include "moesaic/base/json.h"
 #include "moesaic/base/log.h"
@@ -176,6 +177,8 @@ int main(int argc, char** argv) {
     return fail(ExitCode::kInternal, fmt::format("{}\nThis is a defect of moesaic, not of your input: please report it "
                                                  "with the command and the output of `moesaic doctor`.",
                                                  error.what()));
+  } catch (const std::filesystem::filesystem_error& error) {
+    return fail(ExitCode::kData, moesaic::message_of(error));
   } catch (const std::system_error& error) {  // no right to write, a file in a folder's place, a full disk
     const bool memory = error.code() == std::errc::not_enough_memory ||
                         error.code() == std::errc::resource_unavailable_try_again;  // no more threads, either

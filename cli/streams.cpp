@@ -5,9 +5,9 @@
 
 #include <cerrno>
 #include <csignal>
-#include <cstring>
 
 #include "moesaic/base/check.h"
+#include "moesaic/base/file_errors.h"
 
 namespace moesaic::cli {
 
@@ -29,7 +29,7 @@ void check_printed() {
   errno = 0;
   const bool written = std::fflush(stdout) == 0 && std::ferror(stdout) == 0;
   MOESAIC_CHECK(written, DataError, "standard output can't be written{}{}", errno != 0 ? ": " : "",
-                errno != 0 ? std::strerror(errno) : "");
+                errno != 0 ? refusal(errno) : "");
 }
 
 }  // namespace moesaic::cli

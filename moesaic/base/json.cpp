@@ -9,9 +9,9 @@
 #include <array>
 #include <cctype>
 #include <cerrno>
-#include <cstring>
 #include <numeric>
 
+#include "moesaic/base/file_errors.h"
 #include "moesaic/base/output_folder.h"
 
 namespace moesaic {
@@ -46,6 +46,10 @@ AnyJson parse(std::string_view text, const std::string& where) {
     return AnyJson::parse(text);
   } catch (const nlohmann::json::exception& error) {
     // "[json.exception.parse_error.101] parse error at line 1, column 3: ..." without the bracket.
+    const std::string_view said = error.what();
+    const bool cut = said.find("unexpected end of input") != std::string_view::npos ||
+                     said.find("missing closing quote") != std::string_view::npos;
+    MOESAIC_CHECK(!cut, FormatError, "{}: not valid JSON: {}", where, ends_early(text.size()));
     std::string message = error.what();
     if (auto end = message.find("] "); end != std::string::npos) message.erase(0, end + 2);
     if (message.size() > 300) message = message.substr(0, 300) + "...";
@@ -111,8 +115,11 @@ size_t edit_distance(std::string_view a, std::string_view b) {
   return cost[a.size()][b.size()];
 }
 
-std::string lower_with_underscores(std::string_view text) {
-  std::string out(text);
+/// A name as typos see it: small letters, one kind of dash, and none of a flag in front.
+std::string letters_of(std::string_view name) {
+  constexpr size_t kLongest = 200;
+  name.remove_prefix(std::min(name.find_first_not_of('-'), name.size()));
+  std::string out(name.substr(0, kLongest));
   for (char& c : out) c = c == '-' ? '_' : static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
   return out;
 }
@@ -135,10 +142,9 @@ Json read_json(const std::filesystem::path& path, size_t max_bytes) {
 std::string read_file(const std::filesystem::path& path, size_t max_bytes) {
   // A pipe that nobody writes to is empty, not waited for.
   FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
-  MOESAIC_CHECK(file.get() >= 0, DataError, "{}: cannot be read: {}", path.string(), std::strerror(errno));
+  MOESAIC_CHECK(file.get() >= 0, DataError, "{}: cannot be read: {}", path.string(), refusal(errno));
   struct stat status{};
-  MOESAIC_CHECK(::fstat(file.get(), &status) == 0, DataError, "{}: cannot be read: {}", path.string(),
-                std::strerror(errno));
+  MOESAIC_CHECK(::fstat(file.get(), &status) == 0, DataError, "{}: cannot be read: {}", path.string(), refusal(errno));
   MOESAIC_CHECK(!S_ISDIR(status.st_mode), DataError, "{}: is a folder, expected a file", path.string());
   std::string bytes;
   if (S_ISREG(status.st_mode)) {
@@ -155,7 +161,7 @@ std::string read_file(const std::filesystem::path& path, size_t max_bytes) {
       ::poll(&ready, 1, -1);
       continue;
     }
-    MOESAIC_CHECK(got >= 0, DataError, "{}: cannot be read: {}", path.string(), std::strerror(errno));
+    MOESAIC_CHECK(got >= 0, DataError, "{}: cannot be read: {}", path.string(), refusal(errno));
     if (got == 0) return bytes;
     bytes.append(buffer.data(), static_cast<size_t>(got));
     MOESAIC_CHECK(bytes.size() <= max_bytes, FormatError, "{}: larger than the {} bytes allowed here", path.string(),
@@ -168,7 +174,7 @@ void write_file_atomically(const std::filesystem::path& path, std::string_view b
   auto fail = [&](const char* what) {
     int reason = errno;
     ::unlink(temporary.c_str());
-    throw DataError(fmt::format("{}: cannot {}: {}", path.string(), what, std::strerror(reason)));
+    throw DataError(fmt::format("{}: cannot {}: {}", path.string(), what, refusal(reason)));
   };
   FileDescriptor file(::open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644));
   if (file.get() < 0) fail("be created");
@@ -187,22 +193,23 @@ void write_file_atomically(const std::filesystem::path& path, std::string_view b
 }
 
 std::string nearest_name(std::string_view name, const std::vector<std::string>& candidates) {
-  std::string wanted = lower_with_underscores(name.substr(0, 200));
-  size_t allowed = wanted.size() <= 3 ? 1 : std::max<size_t>(2, wanted.size() / 3);
+  constexpr size_t kPart = 3;  // letters of a name that may stand for it
+  const std::string wanted = letters_of(name);
+  size_t allowed = std::max<size_t>(1, wanted.size() / 4);
   std::string best;
   for (const std::string& candidate : candidates) {
-    size_t distance = edit_distance(wanted, lower_with_underscores(candidate.substr(0, 200)));
+    const std::string letters = letters_of(candidate);
+    const bool begun = wanted.size() >= kPart && letters.starts_with(wanted);
+    const size_t distance = std::min(edit_distance(wanted, letters), begun ? size_t{1} : std::string::npos);
     if (distance <= allowed) {
       best = candidate;
       if (distance == 0) break;
       allowed = distance - 1;
     }
   }
-  if (!best.empty() || wanted.size() < 3) return best;
-  auto contains = [&](const std::string& candidate) {
-    return lower_with_underscores(candidate).find(wanted) != std::string::npos;
-  };
-  auto it = std::find_if(candidates.begin(), candidates.end(), contains);
+  if (!best.empty() || wanted.size() < kPart) return best;
+  auto contains = [&](const std::string& candidate) { return letters_of(candidate).find(wanted) != std::string::npos; };
+  const auto it = std::find_if(candidates.begin(), candidates.end(), contains);
   return it == candidates.end() ? "" : *it;
 }
 

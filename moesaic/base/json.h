@@ -68,7 +68,8 @@ T get(const Json& json, const char* key, const std::string& where) {
   return get_or<T>(json, key, T{}, where);
 }
 
-/// The candidate nearest to `name` by edit distance, or "" when none is near. For "did you mean" hints.
+/// The candidate that begins with `name` or that it is a typo of (one edit, or one in four letters), else the first
+/// that has it inside; "" when there is none. For "did you mean" hints.
 std::string nearest_name(std::string_view name, const std::vector<std::string>& candidates);
 
 }  // namespace moesaic

@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "moesaic/base/check.h"
+#include "moesaic/base/file_errors.h"
 #include "moesaic/base/json.h"
 
 namespace moesaic {
@@ -161,12 +162,12 @@ FolderLock::FolderLock(const fs::path& dir) : dir_(dir), file_(dir / "run.lock")
   fs::create_directories(dir);
   while (true) {
     descriptor_ = ::open(file_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0644);
-    MOESAIC_CHECK(descriptor_ >= 0, DataError, "{}: can't be made: {}", file_.string(), std::strerror(errno));
+    MOESAIC_CHECK(descriptor_ >= 0, DataError, "{}: can't be made: {}", file_.string(), refusal(errno));
     if (::flock(descriptor_, LOCK_EX | LOCK_NB) != 0) {
       const int reason = errno;
       const std::string holder = head_of(descriptor_);
       ::close(std::exchange(descriptor_, -1));
-      MOESAIC_CHECK(reason == EWOULDBLOCK, DataError, "{}: can't be locked: {}", file_.string(), std::strerror(reason));
+      MOESAIC_CHECK(reason == EWOULDBLOCK, DataError, "{}: can't be locked: {}", file_.string(), refusal(reason));
       throw UsageError(fmt::format("output_dir {}: a run is at work there ({}); nothing was touched", dir.string(),
                                    holder.empty() ? "it has just begun" : holder));
     }

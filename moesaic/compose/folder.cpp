@@ -2,6 +2,7 @@
 
 #include "moesaic/base/check.h"
 #include "moesaic/base/device.h"
+#include "moesaic/base/file_errors.h"
 #include "moesaic/base/sha256.h"
 #include "moesaic/formats/claim.h"
 #include "moesaic/models/initialize.h"
@@ -212,7 +213,7 @@ void save_composition(const Composition& composition, const fs::path& dir) {
   MOESAIC_CHECK(!fs::exists(dir / "config.json", error), UsageError,
                 "{}: got a folder that holds a model, expected another for the composition", dir.string());
   fs::create_directories(dir, error);
-  MOESAIC_CHECK(!error, DataError, "{}: the folder can't be made: {}", dir.string(), error.message());
+  MOESAIC_CHECK(!error, DataError, "{}: the folder can't be made: {}", dir.string(), refusal(error.value()));
   const CompositionConfig& config = composition.config();
   Json json{{"type", "calm"},
             {"version", 1},

@@ -1,6 +1,7 @@
 #include "moesaic/compose/state_cache.h"
 
 #include "moesaic/base/check.h"
+#include "moesaic/base/file_errors.h"
 #include "moesaic/base/sha256.h"
 #include "moesaic/formats/safetensors.h"
 
@@ -22,7 +23,7 @@ StateCache::StateCache(int64_t max_bytes, fs::path folder) : max_bytes_(max_byte
   std::error_code error;
   fs::create_directories(folder_, error);
   MOESAIC_CHECK(!error && fs::is_directory(folder_), DataError, "{}: the folder for frozen states can't be made: {}",
-                folder_.string(), error ? error.message() : "a file is in its place");
+                folder_.string(), error ? refusal(error.value()) : "a file is in its place");
   for (const auto& entry : fs::directory_iterator(folder_)) {
     if (entry.path().extension() != ".safetensors") continue;
     const auto size = static_cast<int64_t>(entry.file_size());

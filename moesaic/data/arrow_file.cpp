@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "moesaic/base/file_errors.h"
 #include "moesaic/data/record_file.h"
 
 namespace moesaic::data {
@@ -132,17 +133,35 @@ bool names_are_text(const arrow::FieldVector& fields, int depth = 0) {
                                   });
 }
 
+/// Whether a file begins as Parquet's and Arrow's do and doesn't end so: both repeat their mark at the end.
+bool is_cut(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  for (const std::string_view mark : {"PAR1", "ARROW1"}) {
+    std::string begin(mark.size(), '\0'), end = begin;
+    file.clear();
+    file.seekg(0).read(begin.data(), std::ssize(begin));
+    file.seekg(-std::ssize(end), std::ios::end).read(end.data(), std::ssize(end));
+    if (begin == mark) return end != mark;
+  }
+  return false;
+}
+
 /// Turns Arrow's errors and exceptions into a FormatError with the file's name.
 template <class Function>
 auto guarded(const std::string& path, Function&& function) {
+  auto refuse = [&](const std::string& reason) {
+    throw FormatError(
+        fmt::format("{}: {}", path, is_cut(path) ? ends_early(std::filesystem::file_size(path)) : reason));
+  };
   try {
     auto result = function();
-    MOESAIC_CHECK(result.ok(), FormatError, "{}: {}", path, result.status().message());
+    if (!result.ok()) refuse(result.status().message());
     return std::move(result).ValueUnsafe();
   } catch (const Error&) {
     throw;
   } catch (const std::exception& error) {
-    throw FormatError(fmt::format("{}: {}", path, error.what()));
+    refuse(error.what());
+    throw;
   }
 }
 

@@ -14,6 +14,7 @@
 #include <mutex>
 #include <optional>
 
+#include "moesaic/base/file_errors.h"
 #include "moesaic/data/record_file.h"
 
 namespace moesaic::data {
@@ -162,7 +163,7 @@ class TemporaryFile {
  public:
   TemporaryFile() : path_((std::filesystem::temp_directory_path() / "moesaic-XXXXXX").string()) {
     const int descriptor = ::mkstemp(path_.data());
-    MOESAIC_CHECK(descriptor >= 0, DataError, "{}: can't be made: {}", path_, std::strerror(errno));
+    MOESAIC_CHECK(descriptor >= 0, DataError, "{}: can't be made: {}", path_, refusal(errno));
     ::close(descriptor);
   }
   ~TemporaryFile() { ::unlink(path_.c_str()); }
@@ -200,7 +201,9 @@ std::shared_ptr<const TemporaryFile> decompressed(const std::filesystem::path& p
   const auto made = std::make_shared<const TemporaryFile>();
   const arrow::Status status =
       decompress(path.string(), gzip ? arrow::Compression::GZIP : arrow::Compression::ZSTD, made->path());
-  MOESAIC_CHECK(status.ok(), DataError, "{}: can't be decompressed: {}", path.string(), status.message());
+  const bool cut = status.message().find("Truncated") != std::string::npos;
+  MOESAIC_CHECK(status.ok(), DataError, "{}: can't be decompressed: {}", path.string(),
+                cut ? ends_early(std::filesystem::file_size(path)) : status.message());
   known[key] = made;
   return made;
 }
@@ -359,7 +362,8 @@ class TextFile : public RecordFile {
     MOESAIC_CHECK(size <= int64_t{256} << 20, DataError, "{}: got one JSON object of {} bytes, {}", path_, size, hint);
     std::string text = read_bytes(offset, size);
     size_t close = text.find_last_of('}');
-    MOESAIC_CHECK(close != std::string::npos, FormatError, "{}: cut short: the object never ends", path_);
+    MOESAIC_CHECK(close != std::string::npos, FormatError, "{}: cut short: the object never ends: {}", path_,
+                  ends_early(size));
     text[close] = ']';
     std::optional<Span> instances;
     Splitter splitter(Kind::kJsonArray, 0, line);
@@ -397,8 +401,9 @@ class TextFile : public RecordFile {
     splitter_.feed(bytes, on_record);
     check_record_size(splitter_);
     if (bytes.empty()) {
-      MOESAIC_CHECK(splitter_.finish(on_record), FormatError, "{} line {}: cut short: the file ends inside {}", path_,
-                    splitter_.open_line(), kind_ == Kind::kCsv ? "a quoted field" : "the array of rows");
+      MOESAIC_CHECK(splitter_.finish(on_record), FormatError, "{} line {}: cut short: the file ends inside {}: {}",
+                    path_, splitter_.open_line(), kind_ == Kind::kCsv ? "a quoted field" : "the array of rows",
+                    ends_early(std::filesystem::file_size(path_)));
       done_ = true;
     } else if (splitter_.ended()) {
       // A task object has further members behind its array.

@@ -6,17 +6,17 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstring>
 #include <system_error>
 
 #include "moesaic/base/check.h"
+#include "moesaic/base/file_errors.h"
 
 namespace moesaic::formats {
 
 Bytes Bytes::map(const std::filesystem::path& path) {
   const std::string where = path.string();
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe without a writer would wait
-  MOESAIC_CHECK(fd >= 0, DataError, "{}: can't be opened: {}", where, std::strerror(errno));
+  MOESAIC_CHECK(fd >= 0, DataError, "{}: can't be opened: {}", where, refusal(errno));
   struct stat status{};
   const bool regular = ::fstat(fd, &status) == 0 && S_ISREG(status.st_mode);
   const auto size = regular ? static_cast<size_t>(status.st_size) : 0;
@@ -24,7 +24,7 @@ Bytes Bytes::map(const std::filesystem::path& path) {
   const int map_error = errno;
   ::close(fd);
   MOESAIC_CHECK(regular, DataError, "{}: is not a regular file", where);
-  MOESAIC_CHECK(size > 0, FormatError, "{}: the file is empty", where);
+  MOESAIC_CHECK(size > 0, FormatError, "{}: {}", where, ends_early(0));
   if (address == MAP_FAILED) throw std::system_error(map_error, std::generic_category(), where + ": can't be mapped");
   ::madvise(address, size, MADV_WILLNEED);
 

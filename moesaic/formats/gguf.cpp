@@ -6,6 +6,7 @@
 #include <set>
 
 #include "moesaic/base/check.h"
+#include "moesaic/base/file_errors.h"
 
 namespace moesaic::formats {
 namespace {
@@ -104,9 +105,8 @@ class Reader {
   size_t left() const { return bytes_.size - offset_; }
 
   const uint8_t* take(uint64_t size, const char* what) {
-    MOESAIC_CHECK(size <= left(), FormatError,
-                  "{}: {} at byte {} needs {} bytes, but only {} are left: the file is truncated", bytes_.where, what,
-                  offset_, size, left());
+    MOESAIC_CHECK(size <= left(), FormatError, "{}: {} at byte {} needs {} bytes, but only {} are left: {}",
+                  bytes_.where, what, offset_, size, left(), ends_early(bytes_.size));
     const uint8_t* data = bytes_.data + offset_;
     offset_ += size;
     return data;
@@ -119,9 +119,8 @@ class Reader {
 
   std::string_view string(const char* what, uint64_t max_bytes) {
     const auto size = number<uint64_t>(what);
-    MOESAIC_CHECK(size <= max_bytes && size <= left(), FormatError,
-                  "{}: {} at byte {} says it has {} bytes, expected at most {}", bytes_.where, what, offset_, size,
-                  std::min<uint64_t>(max_bytes, left()));
+    MOESAIC_CHECK(size <= max_bytes, FormatError, "{}: {} at byte {} says it has {} bytes, expected at most {}",
+                  bytes_.where, what, offset_, size, max_bytes);
     return {reinterpret_cast<const char*>(take(size, what)), size};
   }
 
@@ -132,8 +131,8 @@ class Reader {
   }
   uint64_t check_count(uint64_t value, const char* what, uint64_t min_bytes) const {
     MOESAIC_CHECK(value <= left() / min_bytes, FormatError,
-                  "{}: says it has {} {}, but the {} bytes left hold at most {}", bytes_.where, value, what, left(),
-                  left() / min_bytes);
+                  "{}: says it has {} {}, but the {} bytes left hold at most {}: that is a lie, or {}", bytes_.where,
+                  value, what, left(), left() / min_bytes, ends_early(bytes_.size));
     return value;
   }
 
@@ -209,7 +208,9 @@ struct TensorRow {
 };
 
 /// Locates a row's data. Returns an error text, empty when it is fine.
-std::string locate(const TensorRow& row, std::string_view data, uint64_t alignment, GgufTensor& tensor) {
+/// `beyond`: bytes that the file lacks of it.
+std::string locate(const TensorRow& row, std::string_view data, uint64_t alignment, GgufTensor& tensor,
+                   uint64_t& beyond) {
   const GgmlTypeInfo* info = find_type(row.type);
   if (info == nullptr) {
     std::vector<const char*> known;
@@ -231,6 +232,7 @@ std::string locate(const TensorRow& row, std::string_view data, uint64_t alignme
   }
   if (row.offset % alignment != 0) return fmt::format("has the offset {}, not a multiple of {}", row.offset, alignment);
   if (row.offset > data.size() || bytes > data.size() - row.offset) {
+    if (!__builtin_add_overflow(row.offset, bytes, &beyond)) beyond -= data.size();
     return fmt::format("needs data bytes {} to {} + {}, but the file has {}: it is truncated or its offsets lie",
                        row.offset, row.offset, bytes, data.size());
   }
@@ -292,15 +294,21 @@ GgufFile::GgufFile(Bytes bytes) : bytes_(std::move(bytes)) {
   const size_t data_begin = std::min((reader.offset() + alignment - 1) / alignment * alignment, bytes_.size);
   const std::string_view data = bytes_.text(data_begin, bytes_.size - data_begin);
   std::vector<std::string> errors;
+  uint64_t missing = 0;
   for (const auto& row : rows) {
     GgufTensor tensor;
-    if (const std::string error = locate(row, data, alignment, tensor); error.empty()) {
+    uint64_t beyond = 0;
+    const std::string error = locate(row, data, alignment, tensor, beyond);
+    if (error.empty()) {
       tensors_.push_back(std::move(tensor));
-    } else if (errors.size() < kMaxListedErrors) {
-      errors.push_back(fmt::format("tensor '{}' {}", row.name, error));
+      continue;
     }
+    const bool said = beyond > 0 && missing > 0;  // of a file that ends early, one tensor is enough
+    missing = std::max(missing, beyond);
+    if (!said && errors.size() < kMaxListedErrors) errors.push_back(fmt::format("tensor '{}' {}", row.name, error));
   }
-  MOESAIC_CHECK(errors.empty(), FormatError, "{}:\n  {}", where, fmt::join(errors, "\n  "));
+  MOESAIC_CHECK(errors.empty(), FormatError, "{}:\n  {}{}", where, fmt::join(errors, "\n  "),
+                missing > 0 ? "\n" + ends_early(bytes_.size, missing) : "");
 
   std::vector<const GgufTensor*> by_offset;
   for (const auto& tensor : tensors_) by_offset.push_back(&tensor);

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include "moesaic/base/file_errors.h"
 #include "moesaic/formats/config.h"
 #include "moesaic/formats/finite.h"
 
@@ -71,7 +72,7 @@ void write_model_folder(const fs::path& dir, const ModelFolder& model) {
   check_finite(tensors, model.dtype, where);
   std::error_code error;
   fs::create_directories(dir, error);
-  MOESAIC_CHECK(!error, DataError, "{}: the folder can't be made: {}", where, error.message());
+  MOESAIC_CHECK(!error, DataError, "{}: the folder can't be made: {}", where, refusal(error.value()));
 
   size_t total = 0;
   const auto shards = plan_shards(tensors, model.dtype, model.max_shard_bytes, total);

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <unordered_map>
 
+#include "moesaic/base/file_errors.h"
 #include "moesaic/base/json.h"
 #include "moesaic/base/output_folder.h"
 #include "moesaic/formats/finite.h"
@@ -54,6 +55,7 @@ struct Entry {
   at::ScalarType dtype = at::kFloat;
   std::vector<int64_t> shape;
   size_t begin = 0, end = 0;
+  size_t beyond = 0;  // bytes that the file lacks
 };
 
 /// Parses one header entry. Returns an error text, empty when it is fine.
@@ -85,6 +87,7 @@ std::string parse_entry(const Json& json, size_t data_size, Entry& entry) {
   if (!two) return "has no data_offsets [begin, end]";
   const auto begin = (*offsets)[0].get<uint64_t>(), end = (*offsets)[1].get<uint64_t>();
   if (begin > end || end > data_size) {
+    if (begin <= end && end - begin == bytes) entry.beyond = end - data_size;
     return fmt::format("has data_offsets [{}, {}] outside of the file's {} data bytes", begin, end, data_size);
   }
   if (end - begin != bytes) {
@@ -117,21 +120,22 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : Safetensor
 SafetensorsFile::SafetensorsFile(Bytes bytes) {
   auto impl = std::make_shared<Impl>();
   const std::string& where = bytes.where;
-  MOESAIC_CHECK(bytes.size >= 10, FormatError, "{}: got {} bytes, too short for a safetensors file", where, bytes.size);
+  MOESAIC_CHECK(bytes.size >= 10, FormatError, "{}: got {} bytes, too short for a safetensors file: {}", where,
+                bytes.size, ends_early(bytes.size));
   const uint64_t header_size = read_u64_le(bytes.data);
   MOESAIC_CHECK(bytes.text(0, 7) != "version", FormatError,
                 "{}: is a Git LFS pointer, not the file itself. Fetch it with 'git lfs pull'.", where);
   MOESAIC_CHECK(header_size <= kMaxHeaderBytes, FormatError,
                 "{}: got a header of {} bytes, expected at most {}. Is this a safetensors file?", where, header_size,
                 kMaxHeaderBytes);
-  MOESAIC_CHECK(header_size <= bytes.size - 8, FormatError,
-                "{}: the header says {} bytes, but only {} follow: the file is truncated", where, header_size,
-                bytes.size - 8);
+  MOESAIC_CHECK(header_size <= bytes.size - 8, FormatError, "{}: the header says {} bytes, but only {} follow: {}",
+                where, header_size, bytes.size - 8, ends_early(bytes.size, header_size - (bytes.size - 8)));
   const Json header = parse_json(bytes.text(8, header_size), where + " (header)");
   MOESAIC_CHECK(header.is_object(), FormatError, "{}: the header is not a JSON object", where);
 
   const size_t data_size = bytes.size - 8 - header_size;
   std::vector<std::string> errors;
+  size_t missing = 0;
   for (const auto& [name, value] : header.items()) {
     if (name == "__metadata__") {
       MOESAIC_CHECK(value.is_object(), FormatError, "{}: __metadata__ is not an object", where);
@@ -143,13 +147,17 @@ SafetensorsFile::SafetensorsFile(Bytes bytes) {
     }
     Entry entry;
     if (const std::string error = parse_entry(value, data_size, entry); !error.empty()) {
-      if (errors.size() < kMaxListedErrors) errors.push_back(fmt::format("tensor '{}' {}", name.substr(0, 200), error));
+      const bool said = entry.beyond > 0 && missing > 0;  // of a file that ends early, one tensor is enough
+      missing = std::max(missing, entry.beyond);
+      if (said || errors.size() >= kMaxListedErrors) continue;
+      errors.push_back(fmt::format("tensor '{}' {}", name.substr(0, 200), error));
       continue;
     }
     impl->names.push_back(name);
     impl->entries.emplace(name, std::move(entry));
   }
-  MOESAIC_CHECK(errors.empty(), FormatError, "{}:\n  {}", where, fmt::join(errors, "\n  "));
+  MOESAIC_CHECK(errors.empty(), FormatError, "{}:\n  {}{}", where, fmt::join(errors, "\n  "),
+                missing > 0 ? "\n" + ends_early(bytes.size, missing) : "");
 
   std::vector<const std::string*> by_offset;
   for (const auto& name : impl->names) by_offset.push_back(&name);
@@ -240,7 +248,7 @@ class TemporaryFile {
 
  private:
   void check(bool fine, const char* what) const {
-    MOESAIC_CHECK(fine, DataError, "{}: {}: {}", temporary_, what, std::strerror(errno));
+    MOESAIC_CHECK(fine, DataError, "{}: {}: {}", temporary_, what, refusal(errno));
   }
 
   std::filesystem::path path_;

@@ -7,6 +7,7 @@
 #include <deque>
 
 #include "moesaic/base/check.h"
+#include "moesaic/base/file_errors.h"
 
 namespace moesaic::formats {
 namespace {
@@ -31,8 +32,8 @@ struct Reader {
   }
   void check(size_t offset, size_t length) const {
     MOESAIC_CHECK(offset <= bytes.size && length <= bytes.size - offset, FormatError,
-                  "{}: {} bytes at {} lie outside of the file's {}: it is truncated or damaged", bytes.where, length,
-                  offset, bytes.size);
+                  "{}: {} bytes at {} lie outside of the file's {}: it is damaged, or {}", bytes.where, length, offset,
+                  bytes.size, ends_early(bytes.size));
   }
 };
 
@@ -48,7 +49,7 @@ std::map<std::string, std::string_view> zip_entries(const Bytes& bytes) {
   size_t end = bytes.size < kEndBytes ? 0 : bytes.size - kEndBytes;
   const size_t first = end > 65535 ? end - 65535 : 0;
   while (end > first && file.number<uint32_t>(end) != 0x06054b50) --end;
-  MOESAIC_CHECK(end > first, FormatError, "{}: the archive has no end record: the file is truncated", bytes.where);
+  MOESAIC_CHECK(end > first, FormatError, "{}: the archive has no end record: {}", bytes.where, ends_early(bytes.size));
   uint64_t count = file.number<uint16_t>(end + 10), at = file.number<uint32_t>(end + 16);
   if (end >= 20 && file.number<uint32_t>(end - 20) == 0x07064b50) {  // zip64
     const auto end64 = file.number<uint64_t>(end - 20 + 8);

@@ -5,6 +5,7 @@
 #include <map>
 #include <mutex>
 
+#include "moesaic/base/file_errors.h"
 #include "moesaic/formats/checkpoint.h"
 #include "moesaic/tokenizer/bridge_call.h"
 
@@ -115,8 +116,12 @@ Tokenizer::Tokenizer(std::string_view tokenizer_json, const Json& config, const 
   impl_->json = tokenizer_json;
   impl_->config = config;
   impl_->bridge.reset(bridge_tokenizer_new(tokenizer_json.data(), tokenizer_json.size(), error.out()));
-  MOESAIC_CHECK(impl_->bridge, FormatError, "{}: tokenizer.json is not usable: {}", where, error.reason());
-
+  if (!impl_->bridge) {
+    const std::string reason = error.reason();
+    const bool cut = reason.find("EOF while parsing") != std::string::npos;
+    throw FormatError(
+        fmt::format("{}: tokenizer.json is not usable: {}", where, cut ? ends_early(tokenizer_json.size()) : reason));
+  }
   for (const char* name : kSpecialTokenNames) {
     auto it = config.find(name);
     if (it == config.end() || it->is_null()) continue;

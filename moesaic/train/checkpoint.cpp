@@ -5,6 +5,7 @@
 
 #include <charconv>
 
+#include "moesaic/base/file_errors.h"
 #include "moesaic/base/output_folder.h"
 #include "moesaic/base/sha256.h"
 
@@ -20,10 +21,10 @@ constexpr std::string_view kDiscarded = ".discarded-";    // being deleted
 
 void sync_path(const fs::path& path) {
   const int descriptor = ::open(path.c_str(), O_RDONLY);
-  MOESAIC_CHECK(descriptor >= 0, DataError, "{}: can't be opened: {}", path.string(), std::strerror(errno));
+  MOESAIC_CHECK(descriptor >= 0, DataError, "{}: can't be opened: {}", path.string(), refusal(errno));
   const int result = ::fsync(descriptor);
   ::close(descriptor);
-  MOESAIC_CHECK(result == 0, DataError, "{}: can't be written to disk: {}", path.string(), std::strerror(errno));
+  MOESAIC_CHECK(result == 0, DataError, "{}: can't be written to disk: {}", path.string(), refusal(errno));
 }
 
 /// Deletes a folder so that a crash never leaves part of it under its name.

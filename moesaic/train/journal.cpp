@@ -1,9 +1,9 @@
 #include "moesaic/train/journal.h"
 
 #include <cerrno>
-#include <cstring>
 
 #include "moesaic/base/check.h"
+#include "moesaic/base/file_errors.h"
 
 namespace moesaic::train {
 
@@ -26,7 +26,7 @@ JsonLines::JsonLines(const fs::path& path, int64_t resumed_step) : path_(path) {
 void JsonLines::write(const Json& row) {
   errno = 0;
   file_ << row.dump() << std::endl;
-  MOESAIC_CHECK(file_, DataError, "{}: can't be written: {}", path_.string(), std::strerror(errno));
+  MOESAIC_CHECK(file_, DataError, "{}: can't be written: {}", path_.string(), refusal(errno));
 }
 
 bool Journal::reports_to(const std::string& target) const {

@@ -9,9 +9,11 @@ namespace moesaic::train {
 
 double schedule_factor(const std::string& type, int64_t step, int64_t warmup_steps, int64_t max_steps) {
   static const std::vector<std::string> kTypes{"constant", "linear", "cosine", "inverse_sqrt"};
-  MOESAIC_CHECK(std::find(kTypes.begin(), kTypes.end(), type) != kTypes.end(), UsageError,
-                "lr_scheduler_type: got '{}', expected one of {}; did you mean '{}'?", type, fmt::join(kTypes, ", "),
-                nearest_name(type, kTypes));
+  if (std::find(kTypes.begin(), kTypes.end(), type) == kTypes.end()) {
+    const std::string near = nearest_name(type, kTypes);
+    throw UsageError(fmt::format("lr_scheduler_type: got '{}', expected one of {}{}", type, fmt::join(kTypes, ", "),
+                                 near.empty() ? "" : fmt::format("; did you mean '{}'?", near)));
+  }
   if (step < warmup_steps) return static_cast<double>(step) / static_cast<double>(warmup_steps);
   if (type == "constant") return 1.0;
   if (type == "inverse_sqrt") {

@@ -124,7 +124,29 @@ TEST(NearestName, FindsTyposAndPartsOnly) {
   EXPECT_EQ(nearest_name("sede", names), "seed");
   EXPECT_EQ(nearest_name("down", names), "down_proj");
   EXPECT_EQ(nearest_name("temperature", names), "");
+  EXPECT_EQ(nearest_name("lerning_rats", names), "learning_rate");  // two edits of twelve letters
   EXPECT_EQ(nearest_name("", {}), "");
+}
+
+TEST(NearestName, IsNotFarFetched) {
+  const std::vector<std::string> verbs{"train", "merge", "export", "generate", "score"};
+  EXPECT_EQ(nearest_name("serve", verbs), "");
+  EXPECT_EQ(nearest_name("import", verbs), "");
+  EXPECT_EQ(nearest_name("trian", verbs), "train");
+  const std::vector<std::string> flags{"--help", "--top_k", "--top_p", "--temperature"};
+  EXPECT_EQ(nearest_name("--temp", flags), "--temperature");
+  EXPECT_EQ(nearest_name("--hlep", flags), "--help");
+  EXPECT_EQ(nearest_name("--x", flags), "");
+}
+
+TEST(Json, TextThatEndsEarlyIsCalledSo) {
+  for (const char* text : {"", "{\"a\": [1, 2", "{\"a\": \"b"}) {
+    EXPECT_THAT([&] { parse_json(text, "x.json"); }, testing::ThrowsMessage<FormatError>(testing::HasSubstr(fmt::format(
+                                                         "truncated: {} bytes are there", std::strlen(text)))))
+        << text;
+  }
+  EXPECT_THAT([] { parse_json("{\"a\": nope}", "x.json"); },
+              testing::ThrowsMessage<FormatError>(testing::Not(testing::HasSubstr("truncated"))));
 }
 
 }  // namespace

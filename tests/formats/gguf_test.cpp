@@ -168,7 +168,7 @@ std::vector<Damaged> damaged_files() {
   add("unknown quantisation", with_tensor({16}, 9999, data), {"type 9999", "Q4_1", "Q6_K"});
   add("unsupported quantisation IQ2_XXS", with_tensor({256}, 16, data), {"type 16 (IQ2_XXS)"});
   add("half a block", with_tensor({16, 2}, 2, data), {"16 elements", "Q4_0 packs 32"});
-  add("more data than the file", with_tensor({1000}, 0, data), {"4000", "truncated"});
+  add("more data than the file", with_tensor({1000}, 0, data), {"4000", "3936 are missing"});
   add("offset past the end", with_tensor({4}, 0, data, 64), {"truncated or its offsets lie"});
   add("offset of 2^64-32", with_tensor({4}, 0, data, UINT64_MAX - 31), {"truncated or its offsets lie"});
   add("unaligned offset", with_tensor({4}, 0, data, 4), {"offset 4", "multiple of 32"});

@@ -149,7 +149,9 @@ std::vector<Damaged> damaged_files() {
   return {
       {"empty header", safetensors_bytes("", ""), {"too short"}},
       {"short", "12345", {"5 bytes"}},
-      {"header longer than the file", raw<uint64_t>(1000) + "{\"a\":1}  ", {"1000", "truncated"}},
+      {"header longer than the file",
+       raw<uint64_t>(1000) + "{\"a\":1}  ",
+       {"1000", "truncated: 17 bytes are there, 991 are missing"}},
       {"header of 2^63 bytes", raw<uint64_t>(uint64_t{1} << 63) + "{}        ", {"at most 100000000"}},
       {"header of 2^64-1 bytes", raw<uint64_t>(UINT64_MAX) + "{}        ", {"at most 100000000"}},
       {"git lfs pointer", "version https://git-lfs.github.com/spec/v1\noid sha256:00", {"Git LFS"}},
@@ -181,7 +183,7 @@ std::vector<Damaged> damaged_files() {
        {"outside"}},
       {"a hole", one_tensor(R"({"dtype":"F32","shape":[2],"data_offsets":[4,12]})", 12), {"hole"}},
       {"data after the last tensor", one_tensor(good, 12), {"end at data byte 8", "12"}},
-      {"truncated data", one_tensor(good, 7), {"outside of the file's 7 data bytes"}},
+      {"truncated data", one_tensor(good, 7), {"outside of the file's 7 data bytes", "1 are missing"}},
       {"overlap",
        safetensors_bytes(R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},)"
                          R"("b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}})",

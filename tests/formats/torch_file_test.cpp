@@ -159,6 +159,7 @@ TEST(TorchFile, DamagedArchivesAreRefused) {
   for (size_t length = 1; length < whole.size(); ++length) {
     EXPECT_THROW(parse(whole.substr(0, length)), FormatError) << length;
   }
+  EXPECT_ERROR(parse(whole.substr(0, whole.size() - 50)), FormatError, "truncated", "download");
   EXPECT_ERROR(parse(zip({{"m/data/0", kSix}})), FormatError, "no data.pkl");
   EXPECT_ERROR(parse(zip({{"m/data.pkl", "."}}, /*method=*/8)), FormatError, "compressed");
   EXPECT_ERROR(parse(zip({{"m/data.pkl", "."}, {"m/byteorder", "big"}})), FormatError, "big-endian");
