@@ -26,7 +26,7 @@ int run_chat(Options options, const CommonOptions& common) {
   spdlog::info("computing in {}", loaded.computes_in());
   MOESAIC_CHECK(loaded.chat_template, UsageError,
                 "{}: this model has no chat template, so it can't chat. `moesaic generate` continues a text.",
-                options.model.model);
+                loaded.from.model);
   options.sampling.eos_ids = loaded.eos_ids();
   options.sampling.seed = common.seed;
   const bool terminal = isatty(STDIN_FILENO) && isatty(STDOUT_FILENO);

@@ -29,6 +29,9 @@ using Runner = std::function<int()>;
 /// the user's values once the runner is called; a verb may set other defaults in it here.
 using AddVerb = Runner (*)(CLI::App& app, CommonOptions& common);
 
+/// `option`, of a list, takes one value each time it is given, and leaves what stands behind it alone.
+CLI::Option* repeated(CLI::Option* option);
+
 Runner add_chat(CLI::App& app, CommonOptions& common);
 Runner add_compare(CLI::App& app, CommonOptions& common);
 Runner add_compose(CLI::App& app, CommonOptions& common);

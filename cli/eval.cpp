@@ -12,6 +12,7 @@ struct Options {
   std::vector<std::string> tasks;
   eval::TaskOptions task;
   eval::EvalOptions eval;
+  AskOptions ask;
   std::string batch_size = "auto", output_path;
   bool log_samples = false, json = false;
 };
@@ -34,6 +35,7 @@ int run_verb(Options options, const CommonOptions& common) {
   for (const eval::Task& task : tasks) eval::check_metrics(task, options.eval);
   const Loaded loaded = load(options.model, common);
   spdlog::info("computing in {}", loaded.computes_in());
+  const std::string asked = loaded.settle_asking(options.ask, options.eval);
   const eval::EvalModel model = loaded.for_evaluation();
   options.eval.generation.eos_ids = loaded.eos_ids();
   options.eval.generation.seed = common.seed;
@@ -50,15 +52,20 @@ int run_verb(Options options, const CommonOptions& common) {
 
   eval::RunInfo info;
   info.version = kVersion;
-  info.model = options.model.model;
+  info.model = loaded.name();
   info.model_args = {
-      {"model", options.model.model}, {"adapters", options.model.adapters}, {"dtype", dtype_name(loaded.format.dtype)}};
+      {"model", loaded.from.model}, {"adapters", Json::array()}, {"dtype", dtype_name(loaded.format.dtype)}};
+  for (const run::AdapterReference& adapter : loaded.from.adapters) {
+    info.model_args["adapters"].push_back(
+        {{"name", adapter.name}, {"path", adapter.dir.string()}, {"scale", adapter.scale}});
+  }
   if (options.model.quantize != "none") info.model_args["quantize"] = options.model.quantize;
   info.batch_size = options.batch_size;
   info.device = loaded.model->facts().device.str();
   info.limit = options.task.limit;
   info.num_fewshot = options.task.num_fewshot;
   info.seed = common.seed;
+  info.asked = asked;
   if (options.eval.apply_chat_template) info.chat_template = loaded.chat_template->source();
   info.seconds = seconds;
   const OrderedJson json = eval::results_json(results, tasks, options.eval, info);
@@ -81,7 +88,7 @@ Runner add_eval(CLI::App& app, CommonOptions& common) {
   options->eval.generation.max_new_tokens = 0;  // the task's own
   common.dtype = "float32";                     // an accuracy does not depend on the machine
   add_model_options(app, options->model);
-  add_task_options(app, options->tasks, options->task, options->eval);
+  add_task_options(app, options->tasks, options->task, options->ask);
   app.add_option("--batch_size", options->batch_size, "Questions side by side, or auto")->capture_default_str();
   app.add_option("--num_fewshot", options->task.num_fewshot,
                  "Solved examples in the prompt (Super-NaturalInstructions, MBPP)")
@@ -89,24 +96,21 @@ Runner add_eval(CLI::App& app, CommonOptions& common) {
       ->check(CLI::Range(0, 100));
   app.add_flag("--generate", options->task.generate, "Let the model write even where the answers are a closed set");
   app.add_flag("--score_eos", options->eval.score_eos, "Score the EOS token behind each choice too, as T0 does");
-  app.add_option("--target_delimiter", options->eval.target_delimiter,
-                 "Between prompt and choice, without chat template")
-      ->capture_default_str();
   app.add_option(
          "--max_gen_toks", options->eval.generation.max_new_tokens,
          "Tokens of a generated answer at most; 0 = the task's own: 128, arithmetic and MBPP 256, HumanEval 1024")
       ->capture_default_str()
       ->check(CLI::NonNegativeNumber);
-  app.add_option("--until", options->eval.generation.stop, "Text that ends a generated answer; may be repeated")
-      ->expected(1)
-      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
-  app.add_option("--metrics", options->eval.metrics,
-                 "Metrics of generated answers, comma-separated: exact_match, f1, rougeL, number, flexible-extract, "
-                 "remove_whitespace, pass@1, bleu, chrf, chrf1, codexglue_bleu; default: the task's own")
+  repeated(
+      app.add_option("--until", options->eval.generation.stop, "Text that ends a generated answer; may be repeated"));
+  repeated(app.add_option(
+               "--metrics", options->eval.metrics,
+               "Metrics of generated answers, comma-separated: exact_match, f1, rougeL, number, flexible-extract, "
+               "remove_whitespace, pass@1, bleu, chrf, chrf1, codexglue_bleu; default: the task's own"))
       ->delimiter(',');
   app.add_flag("--confirm_run_unsafe_code", options->eval.run_code,
                "Agree that pass@1 runs programs the model wrote, shut off from network, files and processes");
-  app.add_option("--output_path", options->output_path, "Folder for results_*.json");
+  app.add_option("--output_path", options->output_path, "Folder for results_*.json and, of routers, routing_*.json");
   app.add_flag("--log_samples", options->log_samples, "Write every question and answer beside the results");
   app.add_flag("--json", options->json, "Print the results as JSON instead of a table");
   return [options, &common] { return run_verb(*options, common); };

@@ -1,5 +1,5 @@
 // moesaic export: models and adapters in the forms other tools load.
-#include "cli/command.h"
+#include "cli/options.h"
 #include "moesaic/base/device.h"
 #include "moesaic/base/output_folder.h"
 #include "moesaic/export/merge.h"
@@ -12,26 +12,33 @@ namespace {
 namespace fs = std::filesystem;
 
 struct ExportOptions {
-  std::string model, adapter, out;
+  std::string model;
+  std::vector<std::string> adapters, paths;  // paths: [MODEL_OR_ADAPTER] OUT
   std::string format = "hf";
 };
 
 int run_export(const ExportOptions& options, const CommonOptions& common) {
-  check_new_folder(options.out, {options.model, options.adapter});
+  const std::string& out = options.paths.back();
+  const std::string named = options.paths.size() > 1 ? options.paths[0] : "";
   if (options.format == "peft") {
-    MOESAIC_CHECK(!options.adapter.empty(), UsageError, "--format peft: got no --adapter, expected the one to write");
-    for (const auto& dir : exporting::export_peft(options.adapter, options.out)) say("{}\n", dir.string());
+    std::vector<std::string> adapters = options.adapters;
+    if (!named.empty()) adapters.insert(adapters.begin(), named);
+    MOESAIC_CHECK(adapters.size() == 1, UsageError, "--format peft: got {} adapters, expected the one to write",
+                  adapters.size());
+    check_new_folder(out, {options.model, adapters[0]});
+    for (const auto& dir : exporting::export_peft(adapters[0], out)) say("{}\n", dir.string());
     return 0;
   }
-  MOESAIC_CHECK(!options.model.empty(), UsageError, "--format hf: got no --model, expected the one to write");
-  const auto checkpoint = models::open_checkpoint(options.model);
+  const auto [model, adapter] = single_adapter(run::resolve_model(named, options.model, options.adapters));
+  check_new_folder(out, {model, adapter});
+  const auto checkpoint = models::open_checkpoint(model);
   auto folder =
       exporting::model_folder(*checkpoint, common.dtype == "auto" ? exporting::stored_dtype(*checkpoint)
                                                                   : number_format(common.dtype, torch::kCPU).dtype);
-  if (!options.adapter.empty()) exporting::merge_adapter(folder, options.adapter);
-  formats::write_model_folder(options.out, folder);
-  say("{}: {} tensors, {}{}\n", options.out, folder.tensors.size(), dtype_name(folder.dtype),
-      fs::path(options.model).extension() == ".gguf" ? " (dequantised)" : "");
+  if (!adapter.empty()) exporting::merge_adapter(folder, adapter);
+  formats::write_model_folder(out, folder);
+  say("{}: {} tensors, {}{}\n", out, folder.tensors.size(), dtype_name(folder.dtype),
+      fs::path(model).extension() == ".gguf" ? " (dequantised)" : "");
   return 0;
 }
 
@@ -39,12 +46,16 @@ int run_export(const ExportOptions& options, const CommonOptions& common) {
 
 Runner add_export(CLI::App& app, CommonOptions& common) {
   auto options = std::make_shared<ExportOptions>();
-  app.add_option("--model", options->model, "Model to write: a folder with config.json, or a .gguf file");
-  app.add_option("--adapter", options->adapter, "Adapter: merged into the model (hf), or written itself (peft)");
+  app.add_option("--model", options->model,
+                 "Model to write: a folder with config.json, or a .gguf file; the adapter's base if it is left out");
+  repeated(
+      app.add_option("--adapter", options->adapters, "Adapter: merged into the model (hf), or written itself (peft)"));
   app.add_option("--format", options->format, "hf: a Hugging Face folder; peft: PEFT adapter folders, one per expert")
       ->capture_default_str()
       ->check(CLI::IsMember({"hf", "peft"}));
-  app.add_option("out", options->out, "Folder to write")->required();
+  app.add_option("paths", options->paths, "[MODEL_OR_ADAPTER] OUT: what to write, and the folder for it")
+      ->required()
+      ->expected(1, 2);
   return [options, &common] { return run_export(*options, common); };
 }
 

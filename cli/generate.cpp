@@ -167,9 +167,7 @@ int run_generate(Options options, const CommonOptions& common) {
 Runner add_generate(CLI::App& app, CommonOptions& common) {
   auto options = std::make_shared<Options>();
   add_model_options(app, options->model);
-  app.add_option("-p,--prompt", options->prompts, "The prompt; may be repeated")
-      ->expected(1)
-      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  repeated(app.add_option("-p,--prompt", options->prompts, "The prompt; may be repeated"));
   app.add_option("--prompts", options->file,
                  "File of prompts: .jsonl with \"prompt\" or \"messages\" and, where they are wanted, \"tools\" and "
                  "\"adapters\": {name: weight}; or text, one a line");

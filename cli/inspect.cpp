@@ -8,6 +8,7 @@
 #include "moesaic/compose/folder.h"
 #include "moesaic/formats/adapter_folder.h"
 #include "moesaic/models/registry.h"
+#include "moesaic/run/open.h"
 
 namespace moesaic::cli {
 namespace fs = std::filesystem;
@@ -85,6 +86,12 @@ OrderedJson inspect_adapter(const fs::path& path, bool list) {
       },
       config.feedforward);
   report["base_model"] = config.base_model_name_or_path;
+  try {
+    report["base_model_found"] = run::base_of(path).string();
+  } catch (const UsageError& error) {
+    report["base_model_found"] = nullptr;
+    spdlog::warn("{}", error.what());
+  }
   report["base_fingerprint"] = config.base_fingerprint;
   std::vector<std::string> names;
   for (const auto& [name, tensor] : folder.tensors) names.push_back(name);
@@ -225,9 +232,7 @@ OrderedJson inspect_composition(const fs::path& path, bool list) {
 OrderedJson inspect_path(const fs::path& path, bool list) {
   MOESAIC_CHECK(fs::exists(path), UsageError, "inspect {}: no such file or folder", path.string());
   if (path.extension() == ".safetensors") return inspect_safetensors(path, list);
-  if (fs::is_directory(path) && (fs::exists(path / "adapter_config.json") || fs::exists(path / "default"))) {
-    return inspect_adapter(path, list);
-  }
+  if (formats::is_adapter(path)) return inspect_adapter(path, list);
   if (compose::is_composition(path)) return inspect_composition(path, list);
   return inspect_model(path, list);
 }

@@ -1,6 +1,6 @@
 // moesaic merge: an adapter with one expert becomes part of its base model.
 #include "moesaic/export/merge.h"
-#include "cli/command.h"
+#include "cli/options.h"
 #include "moesaic/adapters/adapter.h"
 #include "moesaic/base/device.h"
 #include "moesaic/base/output_folder.h"
@@ -12,8 +12,9 @@ namespace {
 namespace fs = std::filesystem;
 
 struct MergeOptions {
-  std::string model, adapter, out;
-  std::string onto;  // original | dequantized; "" = original unless the base is quantised
+  std::string model;
+  std::vector<std::string> adapters, paths;  // paths: [ADAPTER] OUT
+  std::string onto;                          // original | dequantized; "" = original unless the base is quantised
 };
 
 /// Logits of a fixed short sequence, float32.
@@ -26,28 +27,32 @@ torch::Tensor probe_logits(models::LanguageModel& model) {
 }
 
 int run_merge(const MergeOptions& options, const CommonOptions& common) {
-  const auto checkpoint = models::open_checkpoint(options.model);
-  const bool quantized = fs::path(options.model).extension() == ".gguf";
+  const std::string& out = options.paths.back();
+  const auto [model, adapter_dir] = single_adapter(
+      run::resolve_model(options.paths.size() > 1 ? options.paths[0] : "", options.model, options.adapters));
+  MOESAIC_CHECK(!adapter_dir.empty(), UsageError, "merge: got no adapter, expected the one to fold into {}", model);
+  const auto checkpoint = models::open_checkpoint(model);
+  const bool quantized = fs::path(model).extension() == ".gguf";
   MOESAIC_CHECK(!(quantized && options.onto == "original"), UsageError,
                 "--onto: got original for {}, whose weights are quantised: merged weights don't fit back into them\n"
                 "hint: --onto dequantized writes them as {}",
-                options.model, common.dtype == "auto" ? "float32" : common.dtype);
-  check_new_folder(options.out, {options.model, options.adapter});
+                model, common.dtype == "auto" ? "float32" : common.dtype);
+  check_new_folder(out, {model, adapter_dir});
   const auto dtype =
       common.dtype != "auto" ? number_format(common.dtype, torch::kCPU).dtype : exporting::stored_dtype(*checkpoint);
 
   auto folder = exporting::model_folder(*checkpoint, dtype);
-  exporting::merge_adapter(folder, options.adapter);
-  formats::write_model_folder(options.out, folder);
+  exporting::merge_adapter(folder, adapter_dir);
+  formats::write_model_folder(out, folder);
 
   // The proof: the merged model against the base with the adapter beside it.
   auto base = models::load_model(*checkpoint);
-  const auto adapter = adapters::Adapter::open(options.adapter, base->sites(), torch::kCPU, checkpoint->fingerprint());
-  auto merged = models::load_model(*models::open_checkpoint(options.out));
+  const auto adapter = adapters::Adapter::open(adapter_dir, base->sites(), torch::kCPU, checkpoint->fingerprint());
+  auto merged = models::load_model(*models::open_checkpoint(out));
   const auto expected = probe_logits(*base), got = probe_logits(*merged);
   const double drift = (expected - got).abs().max().item<double>();
-  say("{}: {} merged into {} weights, {}\n", options.out, adapter->config().method,
-      quantized ? "dequantised" : "the original", dtype_name(dtype));
+  say("{}: {} merged into {} weights, {}\n", out, adapter->config().method, quantized ? "dequantised" : "the original",
+      dtype_name(dtype));
   say("largest logit difference from base + adapter: {:.2g} (logits up to {:.3g})\n", drift,
       expected.abs().max().item<double>());
   return 0;
@@ -57,11 +62,14 @@ int run_merge(const MergeOptions& options, const CommonOptions& common) {
 
 Runner add_merge(CLI::App& app, CommonOptions& common) {
   auto options = std::make_shared<MergeOptions>();
-  app.add_option("--model", options->model, "Base model: a folder with config.json, or a .gguf file")->required();
-  app.add_option("--adapter", options->adapter, "Adapter folder (LoRA or (IA)^3, or one expert)")->required();
+  app.add_option("--model", options->model,
+                 "Base model: a folder with config.json, or a .gguf file; the adapter's own if it is left out");
+  repeated(app.add_option("--adapter", options->adapters, "Adapter folder (LoRA or (IA)^3, or one expert)"));
   app.add_option("--onto", options->onto, "original, or dequantized for a quantised base (what is written is not)")
       ->check(CLI::IsMember({"original", "dequantized"}));
-  app.add_option("out", options->out, "Folder to write")->required();
+  app.add_option("paths", options->paths, "[ADAPTER] OUT: the adapter's folder, and the one to write")
+      ->required()
+      ->expected(1, 2);
   return [options, &common] { return run_merge(*options, common); };
 }
 

@@ -1,12 +1,18 @@
 #include "cli/options.h"
 
 namespace moesaic::cli {
+
+CLI::Option* repeated(CLI::Option* option) {
+  return option->expected(1)->allow_extra_args(false)->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+}
+
 void add_model_options(CLI::App& app, ModelOptions& options) {
-  app.add_option("--model", options.model, "Model: a folder with config.json, a .gguf file, or a composition's folder")
-      ->required();
-  app.add_option("--adapter", options.adapters, "Adapter folder, [NAME=]DIR[:scale]; may be repeated")
-      ->expected(1)
-      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  app.add_option("model_or_adapter", options.named,
+                 "Adapter folder, which knows its base; or a model or composition, as --model takes it");
+  app.add_option("--model", options.model,
+                 "Model: a folder with config.json, a .gguf file, or a composition's folder; an adapter's own base if "
+                 "it is left out");
+  repeated(app.add_option("--adapter", options.adapters, "Adapter folder, [NAME=]DIR[:scale]; may be repeated"));
   app.add_option("--quantize", options.quantize, "none or int8 (weight-only, of the frozen model)")
       ->capture_default_str()
       ->check(CLI::IsMember({"none", "int8"}));
@@ -33,36 +39,79 @@ void add_sampling_options(CLI::App& app, generate::SamplingOptions& options) {
   app.add_option("--repetition_penalty", options.repetition_penalty, "Above 1 makes tokens already seen less likely")
       ->capture_default_str()
       ->group(group);
-  app.add_option("--stop", options.stop, "Text that ends an answer and is cut from it; may be repeated")
-      ->expected(1)
-      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
+  repeated(app.add_option("--stop", options.stop, "Text that ends an answer and is cut from it; may be repeated"))
       ->group(group);
 }
 
-void add_task_options(CLI::App& app, std::vector<std::string>& tasks, eval::TaskOptions& task,
-                      eval::EvalOptions& options) {
-  app.add_option("--tasks", tasks, "Task files or folders, comma-separated or repeated")->required()->delimiter(',');
+void add_task_options(CLI::App& app, std::vector<std::string>& tasks, eval::TaskOptions& task, AskOptions& ask) {
+  repeated(app.add_option("--tasks", tasks, "Task files or folders, comma-separated or repeated"))
+      ->required()
+      ->delimiter(',');
   app.add_option("--limit", task.limit, "Questions per task at most; 0 = all")
       ->capture_default_str()
       ->check(CLI::NonNegativeNumber);
-  app.add_flag("--apply_chat_template", options.apply_chat_template, "Ask through the model's chat template");
+  app.add_flag_function(
+      "--apply_chat_template,!--no-apply_chat_template", [&ask](int64_t times) { ask.apply_chat_template = times > 0; },
+      "Ask through the model's chat template, or not; default: as the adapter was trained, without one not");
+  app.add_option("--target_delimiter", ask.target_delimiter,
+                 "Between prompt and answer, without chat template; default: none for an adapter trained without one, "
+                 "else a blank");
 }
 
 std::string Loaded::computes_in() const {
   return fmt::format("{} on {} ({})", dtype_name(format.dtype), model->facts().device.str(), format.reason);
 }
 
+std::string Loaded::name() const {
+  std::vector<std::string> names;
+  for (const run::AdapterReference& adapter : from.adapters) {
+    const std::filesystem::path dir = adapter.dir.lexically_normal();
+    const std::string folder = (dir.has_filename() ? dir : dir.parent_path()).string();
+    names.push_back(adapter.scale == 1.0 ? folder : fmt::format("{}:{}", folder, adapter.scale));
+  }
+  return names.empty() ? from.model : fmt::format("{}", fmt::join(names, "+"));
+}
+
+std::string Loaded::settle_asking(const AskOptions& said, eval::EvalOptions& options) const {
+  if (!from.adapters.empty()) eval::ask_as_trained(for_evaluation(), options);
+  if (said.apply_chat_template && *said.apply_chat_template != options.apply_chat_template) {
+    options.apply_chat_template = *said.apply_chat_template;
+    options.target_delimiter = eval::EvalOptions().target_delimiter;
+  }
+  if (said.target_delimiter) options.target_delimiter = *said.target_delimiter;
+  const bool by_flag = said.apply_chat_template || (said.target_delimiter && !options.apply_chat_template);
+  const std::string asked = fmt::format(
+      "{}, {}",
+      options.apply_chat_template
+          ? "through the chat template"
+          : fmt::format("in plain text with {} before the answer",
+                        Json(options.target_delimiter).dump(-1, ' ', false, Json::error_handler_t::replace)),
+      by_flag                 ? "as the flags say"
+      : from.adapters.empty() ? "the default"
+                              : "as the adapter was trained");
+  spdlog::info("asking {}", asked);
+  return asked;
+}
+
+std::pair<std::string, std::string> single_adapter(const run::ModelReference& reference) {
+  MOESAIC_CHECK(reference.adapters.size() <= 1, UsageError, "got {} adapters, expected one", reference.adapters.size());
+  if (reference.adapters.empty()) return {reference.model, ""};
+  const run::AdapterReference& adapter = reference.adapters[0];
+  MOESAIC_CHECK(adapter.scale == 1.0, UsageError, "{}: got the scale {}, expected none: an adapter is folded as it is",
+                adapter.dir.string(), adapter.scale);
+  return {reference.model, adapter.dir.string()};
+}
+
 Loaded load(const ModelOptions& options, const CommonOptions& common, bool needs_tokenizer) {
-  std::vector<run::AdapterReference> adapters;
-  for (const std::string& flag : options.adapters) adapters.push_back(run::parse_adapter_reference(flag));
+  run::ModelReference from = run::resolve_model(options.named, options.model, options.adapters);
   const c10::Device device = parse_device(common.device);
   const NumberFormat format = number_format(common.dtype, device);
-  return {run::open(options.model, adapters,
-                    {.device = device,
-                     .dtype = format.dtype,
-                     .quantize_int8 = options.quantize == "int8",
-                     .needs_tokenizer = needs_tokenizer}),
-          format};
+  run::Opened opened = run::open(from.model, from.adapters,
+                                 {.device = device,
+                                  .dtype = format.dtype,
+                                  .quantize_int8 = options.quantize == "int8",
+                                  .needs_tokenizer = needs_tokenizer});
+  return {std::move(opened), std::move(from), format};
 }
 
 }  // namespace moesaic::cli

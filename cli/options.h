@@ -8,28 +8,44 @@
 
 namespace moesaic::cli {
 
-/// The flags that name a model.
+/// The words that name a model.
 struct ModelOptions {
+  std::string named;                  // an adapter's folder, which knows its base; or what --model takes
   std::string model;                  // folder with config.json, a .gguf file, or a composition's folder
   std::vector<std::string> adapters;  // [NAME=]DIR[:scale]
   std::string quantize = "none";      // none | int8
 };
 void add_model_options(CLI::App& app, ModelOptions& options);
 
-/// What these flags name, ready to run.
+/// How questions are put, where the user says so.
+struct AskOptions {
+  std::optional<bool> apply_chat_template;
+  std::optional<std::string> target_delimiter;
+};
+
+/// What these words name, ready to run.
 struct Loaded : run::Opened {
+  run::ModelReference from;
   NumberFormat format;
 
   /// The same as eval/ wants it.
   eval::EvalModel for_evaluation() const { return {*model, *tokenizer, chat_template.get()}; }
   /// "float32 on cpu (asked for)".
   std::string computes_in() const;
+  /// "runs/mo", "runs/a+runs/b:0.5"; the model's where there is no adapter.
+  std::string name() const;
+  /// Settles how questions are put: as the user says, else as an adapter was trained, else as `options` stand. Says so
+  /// in the log, and returns it.
+  std::string settle_asking(const AskOptions& said, eval::EvalOptions& options) const;
 };
 Loaded load(const ModelOptions& options, const CommonOptions& common, bool needs_tokenizer = true);
 
-/// --tasks, --limit and --apply_chat_template.
-void add_task_options(CLI::App& app, std::vector<std::string>& tasks, eval::TaskOptions& task,
-                      eval::EvalOptions& options);
+/// The model and the one adapter, "" for none, of a verb that writes them as one model. Throws UsageError for more, and
+/// for a scale.
+std::pair<std::string, std::string> single_adapter(const run::ModelReference& reference);
+
+/// --tasks, --limit and how questions are put.
+void add_task_options(CLI::App& app, std::vector<std::string>& tasks, eval::TaskOptions& task, AskOptions& ask);
 
 /// The flags that say how tokens are chosen.
 void add_sampling_options(CLI::App& app, generate::SamplingOptions& options);

@@ -1,5 +1,5 @@
 // moesaic routes: which experts are used for which task, layer and token, and what the connections of a composition
-// read; as JSON and one HTML page.
+// read; as JSON, one HTML page and a table.
 #include "moesaic/eval/routes.h"
 
 #include "cli/options.h"
@@ -13,6 +13,7 @@ struct Options {
   std::vector<std::string> tasks;
   eval::TaskOptions task{.limit = 50};
   eval::EvalOptions eval;
+  AskOptions ask;
   std::string text, output = "routes";
 };
 
@@ -33,11 +34,11 @@ void check_report(const std::filesystem::path& path) {
                 path.string());
 }
 
-int run_routes(const Options& options, const CommonOptions& common) {
+int run_routes(Options options, const CommonOptions& common) {
   MOESAIC_CHECK(!options.tasks.empty() || !options.text.empty(), UsageError,
                 "routes: --tasks is missing; give tasks, a --text, or both");
   const std::filesystem::path base = options.output;
-  for (const char* ending : {".json", ".html"}) check_report(base.string() + ending);
+  for (const char* ending : {".json", ".html", ".csv"}) check_report(base.string() + ending);
   std::vector<eval::Task> tasks;
   if (!options.tasks.empty()) tasks = eval::load_tasks(options.tasks, options.task);
   const Loaded loaded = load(options.model, common);
@@ -46,6 +47,7 @@ int run_routes(const Options& options, const CommonOptions& common) {
                 "routes: no router and no connection here: --adapter is missing or has one expert per site; expected a "
                 "mov or molora of several experts, or a composition as --model");
   spdlog::info("computing in {}", loaded.computes_in());
+  const std::string asked = loaded.settle_asking(options.ask, options.eval);
   std::vector<eval::TaskRoutes> results;
   for (const eval::Task& task : tasks) {
     Progress progress(task.name, static_cast<int64_t>(task.items.size()));
@@ -53,15 +55,17 @@ int run_routes(const Options& options, const CommonOptions& common) {
   }
   std::optional<eval::TextRoutes> text;
   if (!options.text.empty()) text = eval::route_text(model, text_ids(options, model));
-  OrderedJson json = eval::routes_json(options.model.model, *loaded.model, results, text ? &*text : nullptr);
+  OrderedJson json = eval::routes_json(loaded.from.model, *loaded.model, results, text ? &*text : nullptr);
   json["dtype"] = dtype_name(loaded.format.dtype);
+  json["asked"] = asked;
 
   if (base.has_parent_path()) std::filesystem::create_directories(base.parent_path());
   write_file_atomically(base.string() + ".json",
                         json.dump(1, ' ', false, OrderedJson::error_handler_t::replace) + "\n");
   write_file_atomically(base.string() + ".html", eval::routes_html(json));
+  write_file_atomically(base.string() + ".csv", eval::routes_csv(json));
   if (!results.empty()) say("{}\n", eval::routes_table(json));
-  say("Written: {0}.json and {0}.html\n", base.string());
+  say("Written: {0}.json, {0}.html and {0}.csv\n", base.string());
   return 0;
 }
 
@@ -71,10 +75,11 @@ Runner add_routes(CLI::App& app, CommonOptions& common) {
   auto options = std::make_shared<Options>();
   common.dtype = "float32";  // a figure does not depend on the machine
   add_model_options(app, options->model);
-  add_task_options(app, options->tasks, options->task, options->eval);
+  add_task_options(app, options->tasks, options->task, options->ask);
   app.get_option("--tasks")->required(false);  // a text is enough
   app.add_option("--text", options->text, "A text to show token by token");
-  app.add_option("-o,--output", options->output, "Where to write: PATH.json and PATH.html")->capture_default_str();
+  app.add_option("-o,--output", options->output, "Where to write: PATH.json, PATH.html and PATH.csv")
+      ->capture_default_str();
   return [options, &common] { return run_routes(*options, common); };
 }
 

@@ -70,7 +70,7 @@ Runner add_score(CLI::App& app, CommonOptions& common) {
   common.dtype = "float32";  // a score does not depend on the machine
   add_model_options(app, options->model);
   app.add_option("--text", options->text, "Text, tokenised with the tokenizer's special tokens (BOS and the like)");
-  app.add_option("--ids", options->ids, "Token ids, comma-separated")->delimiter(',');
+  repeated(app.add_option("--ids", options->ids, "Token ids, comma-separated"))->delimiter(',');
   app.add_option("--file", options->file, "File of text");
   app.add_option("--target", options->target, "Score this text behind --text or --file, and not these themselves");
   app.add_flag("--score_eos", options->score_eos, "Score the EOS token behind --target too");

@@ -251,6 +251,11 @@ std::vector<std::string> metric_names(const Task& task, const EvalOptions& optio
   return task.ranked() ? std::vector<std::string>{"acc", "acc_norm"} : metrics_of(task, options);
 }
 
+void ask_as_trained(const EvalModel& model, EvalOptions& options) {
+  options.apply_chat_template = model.chat_template != nullptr;
+  if (!options.apply_chat_template) options.target_delimiter = "";
+}
+
 void check_metrics(const Task& task, const EvalOptions& options) {
   std::vector<std::string> known{kPassAt1};
   for (const AnswerMetric& metric : kAnswerMetrics) known.push_back(metric.name);

@@ -46,6 +46,10 @@ struct TaskResult {
   double seconds = 0;
 };
 
+/// Asks as a run renders its training data: through the chat template where there is one, else with nothing between
+/// prompt and answer.
+void ask_as_trained(const EvalModel& model, EvalOptions& options);
+
 /// Called with the number of questions done.
 using ProgressCallback = std::function<void(int64_t done)>;
 

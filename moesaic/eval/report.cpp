@@ -2,6 +2,7 @@
 
 #include <ctime>
 
+#include "moesaic/base/file_errors.h"
 #include "moesaic/base/sha256.h"
 
 namespace moesaic::eval {
@@ -16,7 +17,7 @@ std::string sanitized(const std::string& path) {
     if (c == '/') {
       result += "__";
     } else {
-      result += std::isalnum(static_cast<unsigned char>(c)) || c == '.' || c == '-' || c == '_' ? c : '_';
+      result += std::isalnum(static_cast<unsigned char>(c)) || c == '.' || c == '-' || c == '_' || c == '+' ? c : '_';
     }
   }
   return result.empty() ? "model" : result;
@@ -113,6 +114,7 @@ OrderedJson results_json(const std::vector<TaskResult>& results, const std::vect
                         {"limit", info.limit > 0 ? OrderedJson(info.limit) : OrderedJson(nullptr)},
                         {"bootstrap_iters", options.bootstrap_iters},
                         {"gen_kwargs", nullptr},
+                        {"asked", info.asked},
                         {"random_seed", info.seed},
                         {"numpy_seed", info.seed},
                         {"torch_seed", info.seed},
@@ -135,16 +137,23 @@ OrderedJson results_json(const std::vector<TaskResult>& results, const std::vect
   return json;
 }
 
-fs::path write_results(const fs::path& dir, const OrderedJson& results, const std::vector<TaskResult>& tasks,
+fs::path write_results(const fs::path& dir, OrderedJson results, const std::vector<TaskResult>& tasks,
                        const RunInfo& info, bool samples) {
   const fs::path folder = dir / sanitized(info.model);
   std::error_code error;
   fs::create_directories(folder, error);
   MOESAIC_CHECK(!error, DataError, "--output_path {}: can't make the folder {}: {}", dir.string(), folder.string(),
-                error.message());
+                refusal(error.value()));
   const std::string time = file_time();
   const fs::path path = folder / fmt::format("results_{}.json", time);
-  write_file_atomically(path, results.dump(2, ' ', false, OrderedJson::error_handler_t::replace) + "\n");
+  auto write = [](const fs::path& file, const OrderedJson& json) {
+    write_file_atomically(file, json.dump(2, ' ', false, OrderedJson::error_handler_t::replace) + "\n");
+  };
+  if (results.contains("routing")) {
+    write(folder / fmt::format("routing_{}.json", time), results["routing"]);
+    results.erase("routing");
+  }
+  write(path, results);
   if (samples) {
     for (const TaskResult& task : tasks) {
       std::string lines;

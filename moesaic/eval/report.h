@@ -7,12 +7,13 @@ namespace moesaic::eval {
 /// What stands beside the scores.
 struct RunInfo {
   std::string version{};  // of this program
-  std::string model{};    // as given by the user; adapters behind it
+  std::string model{};    // what was evaluated: the adapters, or the model; results are named after it
   Json model_args = Json::object();
   std::string batch_size = "auto";
   std::string device{};
   int64_t limit = 0, num_fewshot = 0;
   uint64_t seed = 0;
+  std::string asked{};          // how questions were put, and why so
   std::string chat_template{};  // its source, when it was applied
   double seconds = 0;
 };
@@ -23,9 +24,9 @@ struct RunInfo {
 OrderedJson results_json(const std::vector<TaskResult>& results, const std::vector<Task>& tasks,
                          const EvalOptions& options, const RunInfo& info);
 
-/// Writes <dir>/<model with / as __>/results_<time>.json and, with `samples`, samples_<task>_<time>.jsonl beside it.
-/// Returns the results file.
-std::filesystem::path write_results(const std::filesystem::path& dir, const OrderedJson& results,
+/// Writes <dir>/<model with / as __>/results_<time>.json, `routing` apart as routing_<time>.json, and, with `samples`,
+/// samples_<task>_<time>.jsonl beside it. Returns the results file.
+std::filesystem::path write_results(const std::filesystem::path& dir, OrderedJson results,
                                     const std::vector<TaskResult>& tasks, const RunInfo& info, bool samples);
 
 /// One line per task and metric.

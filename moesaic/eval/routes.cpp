@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kBatchTokens = 4096;
 constexpr int64_t kMaxWeights = 4'000'000;
+constexpr const char* kCsvHead = "task,adapter,site,layer,expert,mean_prob,prob_std,top1_share,rows\n";
 
 double rounded(double value) { return std::round(value * 1e4) / 1e4; }
 
@@ -299,9 +300,33 @@ std::string routes_table(const OrderedJson& routes) {
   return text;
 }
 
+std::string routes_csv(const OrderedJson& routes) {
+  auto quoted = [](const std::string& text) {
+    if (text.find_first_of(",\"\r\n") == std::string::npos) return text;
+    std::string field;
+    for (const char c : text) field += c == '"' ? "\"\"" : std::string(1, c);
+    return "\"" + field + "\"";
+  };
+  std::string csv = kCsvHead;
+  for (const auto& [name, task] : routes["tasks"].items()) {
+    for (const auto& [owner, sites] : task["routers"].items()) {
+      for (const auto& [site, figures] : sites.items()) {
+        for (size_t e = 0; e < figures["mean_prob"].size(); ++e) {
+          csv += fmt::format("{},{},{},{},{},{},{},{},{}\n", quoted(name), quoted(owner), quoted(site),
+                             figures["layer"].get<int64_t>(), e, figures["mean_prob"][e].get<double>(),
+                             figures["prob_std"][e].get<double>(), figures["top1_share"][e].get<double>(),
+                             figures["rows"].get<int64_t>());
+        }
+      }
+    }
+  }
+  return csv;
+}
+
 bool is_routes_report(std::string_view text) {
   const auto has = [&](std::string_view part) { return text.find(part) != std::string_view::npos; };
-  return has("<title>Moesaic: routers and connections</title>") || (has("\"routers\":") && has("\"similarity\":"));
+  return text.starts_with(kCsvHead) || has("<title>Moesaic: routers and connections</title>") ||
+         (has("\"routers\":") && has("\"similarity\":"));
 }
 
 std::string routes_html(const OrderedJson& routes) { return page_of(kRoutesHtml, {kRoutesCss}, {kRoutesJs}, routes); }

@@ -1,5 +1,5 @@
 // What routers and connections do: which experts every task and token uses, how alike tasks are by it, how much every
-// connection of a composition adds and what it reads; as JSON, as a table and as one HTML page.
+// connection of a composition adds and what it reads; as JSON, as tables and as one HTML page.
 #pragma once
 #include <map>
 #include <string>
@@ -69,9 +69,12 @@ OrderedJson routes_json(const std::string& name, const models::LanguageModel& mo
 /// The tasks of routes_json() for a terminal: means over sites, and what each connection does.
 std::string routes_table(const OrderedJson& routes);
 
+/// What tasks use of experts as CSV: a row per task, adapter, site and expert.
+std::string routes_csv(const OrderedJson& routes);
+
 /// A page that shows routes_json(). Needs nothing from outside.
 std::string routes_html(const OrderedJson& routes);
-/// Whether `text` is what a file of routes_json() or routes_html() holds.
+/// Whether `text` is what a file of routes_json(), routes_html() or routes_csv() holds.
 bool is_routes_report(std::string_view text);
 
 }  // namespace moesaic::eval

@@ -1,5 +1,6 @@
 #include "moesaic/formats/adapter_folder.h"
 
+#include "moesaic/base/file_errors.h"
 #include "moesaic/formats/config.h"
 
 namespace moesaic::formats {
@@ -32,12 +33,24 @@ fs::path find_adapter(const fs::path& dir) {
   throw DataError(fmt::format("{}: has no {}.{}", dir.string(), kConfigName, hint));
 }
 
+OrderedJson parse_config(std::string_view text, const std::string& where) {
+  OrderedJson config = parse_ordered_json(text, where + "/" + kConfigName);
+  MOESAIC_CHECK(config.is_object(), FormatError, "{}/{}: is not a JSON object", where, kConfigName);
+  return config;
+}
+
 }  // namespace
+
+bool is_adapter(const fs::path& dir) { return is_there(dir / kConfigName) || is_there(dir / "default" / kConfigName); }
+
+OrderedJson read_adapter_config(const fs::path& dir) {
+  const fs::path found = find_adapter(dir);
+  return parse_config(read_file(found / kConfigName), found.string());
+}
 
 AdapterFolder parse_adapter(std::string_view config_text, Bytes tensors, const std::string& where) {
   AdapterFolder adapter;
-  adapter.config = parse_ordered_json(config_text, where + "/" + kConfigName);
-  MOESAIC_CHECK(adapter.config.is_object(), FormatError, "{}/{}: is not a JSON object", where, kConfigName);
+  adapter.config = parse_config(config_text, where);
   const SafetensorsFile file(std::move(tensors));
   std::vector<std::string> unprefixed;
   int64_t foreign = 0;
@@ -83,7 +96,7 @@ AdapterFolder read_adapter_folder(const fs::path& dir) {
 void write_adapter_folder(const fs::path& dir, const AdapterFolder& adapter) {
   std::error_code error;
   fs::create_directories(dir, error);
-  MOESAIC_CHECK(!error, DataError, "{}: the folder can't be made: {}", dir.string(), error.message());
+  MOESAIC_CHECK(!error, DataError, "{}: the folder can't be made: {}", dir.string(), refusal(error.value()));
   TensorMap prefixed;
   for (const auto& [name, tensor] : adapter.tensors) {
     prefixed.emplace(std::string(kPrefix) + spelled(adapter.spelling, name), tensor);

@@ -15,6 +15,12 @@ struct AdapterFolder {
   std::string spelling;  // multi_modal_spelling() of the names in the files; `tensors` have the language model's
 };
 
+/// Whether `dir`, or its `default` sub-folder, has an adapter_config.json.
+bool is_adapter(const std::filesystem::path& dir);
+
+/// adapter_config.json of a folder (or of its `default` sub-folder). Throws DataError / FormatError.
+OrderedJson read_adapter_config(const std::filesystem::path& dir);
+
 /// Reads a folder (or its `default` sub-folder). An adapter_model.bin alone is refused with the command that converts
 /// it. Throws DataError / FormatError.
 AdapterFolder read_adapter_folder(const std::filesystem::path& dir);

@@ -5,7 +5,9 @@
 #include <set>
 
 #include "moesaic/base/check.h"
+#include "moesaic/base/yaml.h"
 #include "moesaic/compose/folder.h"
+#include "moesaic/formats/adapter_folder.h"
 #include "moesaic/models/registry.h"
 
 namespace moesaic::run {
@@ -42,6 +44,80 @@ AdapterReference parse_adapter_reference(const std::string& text) {
     adapter.name = (dir.has_filename() ? dir : dir.parent_path()).filename().string();
   }
   return adapter;
+}
+
+namespace {
+
+/// The folder in which the run was started that left `adapter` where its run.yaml says; "" when that isn't known.
+fs::path started_in(const fs::path& adapter) {
+  auto plain = [](const fs::path& path) {
+    const fs::path normal = path.lexically_normal();
+    return normal.has_filename() ? normal : normal.parent_path();
+  };
+  fs::path folder = plain(fs::absolute(adapter));
+  if (!formats::is_there(folder / "run.yaml")) folder = folder.parent_path();  // of a checkpoint
+  if (!formats::is_there(folder / "run.yaml")) return "";
+  const OrderedJson keys = read_yaml(folder / "run.yaml");
+  fs::path output = plain(get_or<std::string>(Json(keys), "output_dir", "", (folder / "run.yaml").string()));
+  if (output.empty() || output.is_absolute()) return "";
+  for (; !output.empty() && output != "."; output = output.parent_path()) {
+    if (output.filename() != folder.filename()) return "";  // moved since
+    folder = folder.parent_path();
+  }
+  return folder;
+}
+
+/// The model that all `adapters` were trained on.
+std::string common_base(const std::vector<AdapterReference>& adapters) {
+  const fs::path base = base_of(adapters[0].dir);
+  for (const AdapterReference& adapter : adapters) {
+    const fs::path other = base_of(adapter.dir);
+    std::error_code error;
+    MOESAIC_CHECK(fs::equivalent(base, other, error), UsageError,
+                  "got adapters of different bases, expected one: that of {} is {}, that of {} is {}\nhint: --model "
+                  "names the one to take",
+                  adapters[0].dir.string(), base.string(), adapter.dir.string(), other.string());
+  }
+  return base.string();
+}
+
+}  // namespace
+
+fs::path base_of(const fs::path& adapter) {
+  const auto name = get_or<std::string>(Json(formats::read_adapter_config(adapter)), "base_model_name_or_path", "",
+                                        (adapter / "adapter_config.json").string());
+  MOESAIC_CHECK(!name.empty(), UsageError,
+                "{}: its adapter_config.json names no base_model_name_or_path, expected the model it was trained on\n"
+                "hint: name it with --model",
+                adapter.string());
+  std::vector<std::string> places{name};
+  if (fs::path(name).is_relative()) {
+    const fs::path start = started_in(adapter);
+    std::error_code error;
+    if (!start.empty() && !fs::equivalent(start, ".", error)) places.insert(places.begin(), (start / name).string());
+    places.push_back((adapter / name).lexically_normal().string());
+  }
+  const auto place = std::find_if(places.begin(), places.end(), formats::is_there);
+  MOESAIC_CHECK(place != places.end(), UsageError,
+                "{}: its base model {} is not there: looked for {}\nhint: name it with --model", adapter.string(), name,
+                fmt::join(places, ", "));
+  return *place;
+}
+
+ModelReference resolve_model(const std::string& named, const std::string& model,
+                             const std::vector<std::string>& adapters) {
+  ModelReference found{model, {}};
+  if (!named.empty() && formats::is_adapter(named)) {
+    found.adapters.push_back(parse_adapter_reference(named));
+  } else if (!named.empty()) {
+    MOESAIC_CHECK(model.empty(), UsageError, "got two models, {} and --model {}, expected one", named, model);
+    found.model = named;
+  }
+  for (const std::string& adapter : adapters) found.adapters.push_back(parse_adapter_reference(adapter));
+  MOESAIC_CHECK(!found.model.empty() || !found.adapters.empty(), UsageError,
+                "--model is required, or an adapter's folder, which knows its base; got neither");
+  if (found.model.empty()) found.model = common_base(found.adapters);
+  return found;
 }
 
 namespace {
@@ -125,7 +201,8 @@ void adapt_tokenizer(const std::string& path, const std::vector<AdapterReference
 Opened open(const std::string& path, const std::vector<AdapterReference>& adapters, const OpenOptions& options) {
   MOESAIC_CHECK(
       fs::exists(path), UsageError,
-      "--model {}: no such file or folder. Expected a folder with config.json and *.safetensors, or a .gguf file.",
+      "--model {}: no such file or folder. Expected a folder with config.json and *.safetensors, a .gguf file, or the "
+      "folder of a composition or of an adapter.",
       path);
   Opened opened;
   const bool composed = compose::is_composition(path);

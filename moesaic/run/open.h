@@ -24,6 +24,22 @@ struct AdapterReference {
 /// or the scale is no number.
 AdapterReference parse_adapter_reference(const std::string& text);
 
+/// Where the base model stands that an adapter's folder names in its adapter_config.json. A relative path is looked for
+/// where the run that left the adapter was started, then here, then beside the adapter. Throws UsageError naming all
+/// places when it is in none.
+std::filesystem::path base_of(const std::filesystem::path& adapter);
+
+/// What a user names: a model, and the adapters beside it.
+struct ModelReference {
+  std::string model;
+  std::vector<AdapterReference> adapters;
+};
+/// `named` is an adapter's folder, a model or a composition; `model` and `adapters` are --model and --adapter; each may
+/// be empty. Without a model, it is the adapters' base. Throws UsageError for none, two, or adapters of different
+/// bases.
+ModelReference resolve_model(const std::string& named, const std::string& model,
+                             const std::vector<std::string>& adapters);
+
 struct OpenOptions {
   torch::Device device = torch::kCPU;         // where it computes
   torch::ScalarType dtype = torch::kFloat32;  // of frozen weights and activations

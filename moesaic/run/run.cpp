@@ -224,8 +224,7 @@ void Run::settle_epochs() {
 train::Scores Run::task_scores() {
   const eval::EvalModel model{*prepared_.model, renderer_->tokenizer(), renderer_->chat_template()};
   eval::EvalOptions options;
-  options.apply_chat_template = model.chat_template != nullptr;
-  options.target_delimiter = "";  // as in training, where nothing stands between prompt and answer
+  eval::ask_as_trained(model, options);
   options.generation.max_new_tokens = 128;
   options.generation.eos_ids = eos_ids(*prepared_.model, prepared_.checkpoint->generation_config(),
                                        &renderer_->tokenizer(), renderer_->chat_template());
@@ -527,7 +526,7 @@ void Run::write_card(const train::TrainResult& result) const {
     card += fmt::format("| {} | {} | {} | {:.3f} |\n", count.name, count.rows, count.drawn, count.rate);
   }
   card += fmt::format("\nEvery setting stands in `run.yaml`. Use it with\n\n    moesaic generate {} -p \"...\"\n",
-                      prepared_.usage);
+                      config_.train.output_dir.string());
   write_file_atomically(config_.train.output_dir / "README.md", card);
 }
 

@@ -98,7 +98,6 @@ Prepared open_adapter(const RunConfig& run, const Place& place) {
   std::vector<std::string> hits;
   for (const auto& [pattern, count] : adapter->matches()) hits.push_back(fmt::format("{} {}", pattern, count));
   made.plan.add("sites", fmt::format("{}", fmt::join(hits, ", ")));
-  made.usage = fmt::format("--model {} --adapter {}", run.model_name_or_path, run.train.output_dir.string());
   made.learner = adapter;
   return made;
 }
@@ -126,7 +125,6 @@ Prepared open_full(const RunConfig& run, const Place& place) {
   folder.tokenizer = made.checkpoint->tokenizer_files();
   folder.tokenizer.chat_templates = data::chat_templates(*made.checkpoint, run.render.template_name);
   folder.generation_config = made.checkpoint->generation_config();
-  made.usage = fmt::format("--model {}", run.train.output_dir.string());
   made.learner = std::make_shared<models::AllWeights>(model, std::move(folder));
   return made;
 }
@@ -155,7 +153,6 @@ Prepared open_calm(const RunConfig& run, const Place& place) {
   made.keeps_tokenizer = false;  // the folder names the models, which bring their own
   made.learner = std::make_shared<compose::Connections>(composition, run.train_adapters);
   made.base_parameters = numbers_of(composition->anchor());
-  made.usage = fmt::format("--model {}", run.train.output_dir.string());
   made.model = composition;
   std::vector<std::string> paths;
   for (const auto& member : composition->augmenting()) paths.push_back(member.checkpoint->path().string());

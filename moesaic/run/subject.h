@@ -21,7 +21,6 @@ struct Prepared {
   std::shared_ptr<nn::Learner> learner;
   int64_t base_parameters = 0;  // of the model that is adapted
   bool keeps_tokenizer = true;  // the output folder holds the tokenizer
-  std::string usage;            // the flags that name the result: "--model M --adapter OUT"
   Plan plan;                    // what it is: {"method", "molora, 8 experts, ..."}
 
   // What only some subjects do; empty otherwise.

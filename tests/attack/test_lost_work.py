@@ -39,7 +39,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("attack")
     tiny_run.train(folder, "lora", finetuning_type="lora", num_experts=None, max_steps=2)
     tiny_run.train(folder, "molora", max_steps=2)
-    (folder / "task.jsonl").write_text('{"query": "red", "choices": ["one", "two"], "gold": 0}\n' * 3)
+    (folder / "task.jsonl").write_text('{"query": "red ", "choices": ["one", "two"], "gold": 0}\n' * 3)
     return folder
 
 
@@ -140,13 +140,14 @@ def test_a_run_file_is_not_replaced_by_the_runs_own(made, tmp_path):
 def test_reports_data_and_demos_replace_nothing_but_their_own(made, tmp_path):
     copied(made, tmp_path, "model", "molora")
     (tmp_path / "config.html").write_text("mine")
+    (tmp_path / "table.csv").write_text("mine")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "dataset_info.json").write_text("{}")
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "results.json").write_text("{}")
     before = contents(tmp_path)
     routes = ["routes", "--model", tmp_path / "model", "--adapter", tmp_path / "molora", "--tasks", made / "task.jsonl"]
-    for out in ["model/config", "config"]:
+    for out in ["model/config", "config", "table"]:
         assert "nothing is overwritten" in refused(*routes, "-o", tmp_path / out)
     refused("data", "skills", tmp_path / "data", "--train_rows", "1", "--test_rows", "1")
     refused("data", "keys", tmp_path / "data", "--test_rows", "1")

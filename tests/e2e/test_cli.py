@@ -1,5 +1,6 @@
 """The program as its users meet it: every verb that runs a model, on tiny random models, right and wrong inputs."""
 
+import csv
 import json
 import os
 import pathlib
@@ -87,7 +88,10 @@ def test_version_and_help():
     ([], "Usage"),
     (["genrate"], "unknown command 'genrate'. Did you mean 'generate'?"),
     (["generate", "--modle", "x", "-p", "hi"], "unknown flag '--modle'. Did you mean '--model'?"),
+    (["generate", "--temp", "1", "-p", "x"], "unknown flag '--temp'. Did you mean '--temperature'?"),
+    (["serve"], "unknown command 'serve'. See"),
     (["generate", "-p", "hi"], "--model is required"),
+    (["generate", "{f}/model", "--model", "{f}/lora", "-p", "hi"], "got two models"),
     (["generate", "--model", "{f}/model"], "give either -p TEXT or --prompts FILE"),
     (["generate", "--model", "{f}/nothing", "-p", "hi"], "nothing: no such file or folder"),
     (["generate", "--model", "{f}/model", "-p", "hi", "--top_p", "2", "--temperature", "-1"], "top_p: got 2"),
@@ -417,7 +421,7 @@ def mixture(tmp_path_factory):
 def test_routes(mixture, tmp_path):
     model, adapter = mixture
     for name, text in [("colours", "red green blue"), ("pets", "cat dog is not")]:
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"inputs": text, "answer_choices": ["one", "two"], "target": "two"}) + "\n")
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"inputs": text + " ", "answer_choices": ["one", "two"], "target": "two"}) + "\n")
     done = run("routes", "--model", model, "--adapter", adapter, "--tasks", f"{tmp_path}/colours.jsonl,{tmp_path}/pets.jsonl",
                "--text", "red dog is </script> blue", "-o", tmp_path / "out" / "routes")
     assert "colours" in done.stdout
@@ -432,6 +436,14 @@ def test_routes(mixture, tmp_path):
     assert cosine[0][0] == 1 and cosine[0][1] == cosine[1][0] <= 1
     text = routes["text"]
     assert all(len(rows) == len(text["tokens"]) for rows in text["routers"][owner].values())
+    with open(tmp_path / "out" / "routes.csv", newline="") as table:
+        rows = list(csv.DictReader(table))
+    assert len(rows) == sum(len(site["mean_prob"]) for task in routes["tasks"].values() for site in task["routers"][owner].values())
+    for row in rows:
+        site = routes["tasks"][row["task"]]["routers"][row["adapter"]][row["site"]]
+        expert = int(row["expert"])
+        assert (float(row["mean_prob"]), float(row["top1_share"])) == (site["mean_prob"][expert], site["top1_share"][expert])
+        assert (int(row["layer"]), int(row["rows"])) == (site["layer"], site["rows"])
     page = (tmp_path / "out" / "routes.html").read_text()
     assert not re.search(r"(src|href)\s*=|@import|url\(", page), "the page must need nothing from outside"
     embedded = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL).group(1)

@@ -13,6 +13,7 @@ namespace moesaic::run {
 namespace {
 
 namespace fs = std::filesystem;
+using testing::AllOf;
 using testing::ElementsAre;
 using testing::HasSubstr;
 using testing::ThrowsMessage;
@@ -56,6 +57,53 @@ TEST_F(OpenTest, AdapterReferences) {
         << scale;
   }
   EXPECT_THAT([&] { parse_adapter_reference(path("none")); }, ThrowsMessage<UsageError>(HasSubstr("is no folder")));
+}
+
+TEST_F(OpenTest, AnAdapterKnowsItsBase) {
+  auto trained_on = [&](const std::string& dir, const std::string& base) {
+    fs::create_directories(path(dir));
+    write_file_atomically(path(dir) + "/adapter_config.json", Json{{"base_model_name_or_path", base}}.dump());
+  };
+  trained_on("whole", path("model"));
+  EXPECT_EQ(base_of(path("whole")), path("model"));
+  trained_on("beside", "../model");
+  EXPECT_EQ(base_of(path("beside")), path("model"));
+  // Of a run: from where it was started, its checkpoints, too; not when its folder was moved.
+  trained_on("work/runs/mo/checkpoint-5", "m");
+  trained_on("work/runs/mo", "m");
+  fs::create_directory_symlink(path("model"), path("work/m"));
+  write_file_atomically(path("work/runs/mo/run.yaml"), "output_dir: runs/mo/\n");
+  EXPECT_EQ(base_of(path("work/runs/mo")), path("work/m"));
+  EXPECT_EQ(base_of(path("work/runs/mo/checkpoint-5/")), path("work/m"));
+  fs::rename(path("work/runs/mo"), path("work/runs/moved"));
+  EXPECT_THAT([&] { base_of(path("work/runs/moved")); },
+              ThrowsMessage<UsageError>(AllOf(HasSubstr("base model m is not there: looked for m, "),
+                                              HasSubstr("work/runs/moved/m"), HasSubstr("--model"))));
+  trained_on("nameless", "");
+  EXPECT_THAT([&] { base_of(path("nameless")); },
+              ThrowsMessage<UsageError>(HasSubstr("names no base_model_name_or_path")));
+}
+
+TEST_F(OpenTest, WhatAUserNames) {
+  auto trained_on = [&](const std::string& dir, const std::string& base) {
+    fs::create_directories(path(dir));
+    write_file_atomically(path(dir) + "/adapter_config.json", Json{{"base_model_name_or_path", path(base)}}.dump());
+    return path(dir);
+  };
+  const std::string a = trained_on("a", "model"), b = trained_on("b", "aug/../model"), c = trained_on("c", "aug");
+  const ModelReference alone = resolve_model(a, "", {});
+  EXPECT_EQ(alone.model, path("model"));
+  ASSERT_EQ(alone.adapters.size(), 1u);
+  EXPECT_EQ(alone.adapters[0].name, "a");
+  EXPECT_EQ(resolve_model(a, path("aug"), {}).model, path("aug"));  // --model wins
+  EXPECT_EQ(resolve_model("", "", {"x=" + a + ":0.5", b}).model, path("model"));
+  EXPECT_EQ(resolve_model(a, "", {b}).adapters.size(), 2u);
+  EXPECT_EQ(resolve_model(path("model"), "", {c}).model, path("model"));
+  EXPECT_TRUE(resolve_model(path("model"), "", {}).adapters.empty());
+  EXPECT_THAT([&] { resolve_model(a, "", {c}); }, ThrowsMessage<UsageError>(HasSubstr("adapters of different bases")));
+  EXPECT_THAT([&] { resolve_model(path("model"), path("aug"), {}); },
+              ThrowsMessage<UsageError>(HasSubstr("got two models")));
+  EXPECT_THAT([&] { resolve_model("", "", {}); }, ThrowsMessage<UsageError>(HasSubstr("--model is required")));
 }
 
 TEST_F(OpenTest, AModelAndItsAdapters) {
