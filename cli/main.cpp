@@ -37,6 +37,7 @@ constexpr Verb kVerbs[] = {
     {"compare", "Runs side by side: what they differ in, what came of it; a table, a page, CSV and JSON", add_compare},
     {"routes", "What routers and connections do: experts of each task and token, or what an anchor reads", add_routes},
     {"inspect", "What is in a file or folder; what a method would train", add_inspect},
+    {"models", "The models, adapters and compositions at hand, and whether they fit this machine", add_models},
     {"data", "Look at training data: preview a run, validate a file, write the demo's skills", add_data},
     {"demo", "The main job on a real model: train a MoLoRA on small skills, before and after", add_demo},
     {"doctor", "What this machine offers: devices, threads, number formats, versions", add_doctor},

@@ -123,6 +123,16 @@ void obey_group_limit() {
   setrlimit(RLIMIT_DATA, &limit);
 }
 
+uint64_t memory_of_machine() {
+  uint64_t bytes = static_cast<uint64_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
+  for (const auto resource : {RLIMIT_DATA, RLIMIT_AS}) {  // a control group's limit is one of these, by now
+    rlimit limit{};
+    if (getrlimit(resource, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY)
+      bytes = std::min<uint64_t>(bytes, limit.rlim_cur);
+  }
+  return bytes;
+}
+
 ExitsAreMemory::ExitsAreMemory() {
   on_exit(on_exit_of_a_library, nullptr);
   g_running = true;

