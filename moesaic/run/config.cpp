@@ -760,6 +760,9 @@ RunConfig parse_run_config(const OrderedJson& given, const std::string& where) {
   if (json.at("num_experts").is_null()) json["num_experts"] = mixture ? 10 : 1;
   problems.attempt([&] {
     adapters::parse_experts(json.at("num_experts"), where + ": num_experts", adapter);
+    MOESAIC_CHECK(subject == nullptr || subject->method != nullptr || adapter.num_experts == 1, UsageError,
+                  "{}: num_experts: got {} for {}, which has no experts\nhint: leave the key out, or num_experts=null",
+                  where, json["num_experts"].dump(), run.finetuning_type);
     MOESAIC_CHECK(subject == nullptr || mixture || adapter.num_experts == 1, UsageError,
                   "{}: num_experts: got {} for {}, which has one expert\nhint: finetuning_type {} mixes experts", where,
                   json["num_experts"].dump(), run.finetuning_type,

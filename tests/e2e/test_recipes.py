@@ -58,6 +58,25 @@ def test_recipe_finds_its_sites(recipe, tmp_path):
     assert not pathlib.Path(tmp_path / "unused").exists(), "a dry run writes nothing"
 
 
+def test_two_models_are_joined_and_trained(tmp_path):
+    folder = make_run(tmp_path).parent
+    recipes = ROOT / "recipes" / "two_models"
+    joined = moesaic("compose", recipes / "compose.yaml", f"anchor={folder / 'model'}", f"augmenting={folder / 'model'}",
+                     f"output_dir={tmp_path / 'joined'}")
+    assert joined.returncode == 0, joined.stderr
+    own = [f"model_name_or_path={tmp_path / 'joined'}", f"dataset={folder / 'rows.jsonl'}", "template=none"]
+    done = moesaic("train", recipes / "composition.yaml", *own, f"output_dir={tmp_path / 'out'}", "--dry-run")
+    assert done.returncode == 0 and "method     calm" in done.stdout, done.stderr
+    # A recipe of experts says how it becomes one without.
+    molora = moesaic("train", ROOT / "recipes" / "molora_smollm2.yaml", *own, "finetuning_type=calm", "--dry-run",
+                     f"output_dir={tmp_path / 'out'}")
+    assert molora.returncode == 2 and "calm, which has no experts" in molora.stderr
+    assert "num_experts=null" in molora.stderr and "molora mixes" not in molora.stderr
+    done = moesaic("train", ROOT / "recipes" / "molora_smollm2.yaml", *own, "finetuning_type=calm", "num_experts=null",
+                   f"output_dir={tmp_path / 'out'}", "--dry-run")
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_misspelt_key_is_named_with_the_nearest(tmp_path):
     result = moesaic("train", RECIPES[0], "lerning_rate=1", "--dry-run")
     assert result.returncode == 2
