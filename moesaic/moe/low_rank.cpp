@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 
 #include "moesaic/base/check.h"
+#include "moesaic/moe/wide_rows.h"
 #include "moesaic/nn/kernels.h"
 
 namespace moesaic::moe {
@@ -27,18 +28,6 @@ struct JointWeights {
   bool trains;                         // a leaf requires a gradient
 };
 
-constexpr int64_t kWideRows = 64;  // of a half-precision x on the CPU that are float32 at once
-
-/// body(x's rows begin .. begin + count in float32, begin, count) over all of x.
-template <class Body>
-void for_wide_rows(const torch::Tensor& x, Body body) {
-  const int64_t most = x.is_cpu() ? kWideRows : x.size(0);
-  for (int64_t begin = 0; begin < x.size(0); begin += most) {
-    const int64_t count = std::min(most, x.size(0) - begin);
-    body(x.narrow(0, begin, count).to(torch::kFloat32), begin, count);
-  }
-}
-
 /// x [N, in] -> U = x A^T [N, sum E*r], L = fp32(x) W_r^T [N, sum E] and, with a matrix, y = x W^T + b [N, O].
 /// With a float32 x, U and L are one GEMM. Saves x only.
 struct JointLinear : torch::autograd::Function<JointLinear> {
@@ -55,9 +44,9 @@ struct JointLinear : torch::autograd::Function<JointLinear> {
       logits = torch::empty({x.size(0), router_rows}, joint->down.options());
       if (router_rows > 0) {
         const torch::Tensor routers = joint->down.narrow(0, joint->rank_rows, router_rows).t();
-        for_wide_rows(x, [&](const torch::Tensor& wide, int64_t begin, int64_t count) {
+        for_wide_rows(x, [&](int64_t begin, int64_t count) {
           torch::Tensor rows = logits.narrow(0, begin, count);
-          at::mm_out(rows, wide, routers);
+          at::mm_out(rows, wide_rows(x, begin, count), routers);
         });
       }
     }
@@ -101,9 +90,9 @@ struct JointLinear : torch::autograd::Function<JointLinear> {
       if (router_rows > 0) {
         const torch::Tensor routers = down.narrow(0, rank_rows, router_rows);
         torch::Tensor grouters = torch::zeros_like(routers);
-        for_wide_rows(x, [&](const torch::Tensor& wide, int64_t begin, int64_t count) {
+        for_wide_rows(x, [&](int64_t begin, int64_t count) {
           const torch::Tensor gl = grads[1].narrow(0, begin, count);
-          if (trains) grouters.addmm_(gl.t(), wide);
+          if (trains) grouters.addmm_(gl.t(), wide_rows(x, begin, count));
           if (gx.defined()) gx.narrow(0, begin, count).add_(at::mm(gl, routers).to(x.scalar_type()));
         });
         if (trains) gdown = torch::cat({gdown, grouters}, 0);

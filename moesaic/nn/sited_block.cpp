@@ -18,7 +18,11 @@ int64_t SitedBlock::scratch_per_row() const {
     widest = site.in;
     hidden = site.out;
   }
-  return 3 * widest + 3 * hidden;
+  // A scaled branch is taken apart: its gradient, that of the scale, the scale itself and the two halves' gradients.
+  const bool scaled = std::any_of(sites_.scales.begin(), sites_.scales.end(), [](const ScaleSite& site) {
+    return site.kind == ScaleKind::kFfn && !site.slot->adapters.empty();
+  });
+  return (scaled ? 8 : 3) * widest + 3 * hidden;
 }
 
 int64_t SitedBlock::saved_by_scales() const {
