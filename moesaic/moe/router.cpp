@@ -1,8 +1,41 @@
 #include "moesaic/moe/router.h"
 
 #include "moesaic/base/check.h"
+#include "moesaic/moe/wide_rows.h"
 
 namespace moesaic::moe {
+namespace {
+
+/// fp32(u) W^T of a half-precision u [..., d]. Saves u as it is: no wide copy of it.
+struct WideLinear : torch::autograd::Function<WideLinear> {
+  static torch::Tensor forward(torch::autograd::AutogradContext* ctx, const torch::Tensor& u,
+                               const torch::Tensor& weight) {
+    std::vector<int64_t> shape = u.sizes().vec();
+    shape.back() = weight.size(0);
+    torch::Tensor out = at::empty(shape, weight.options().requires_grad(false));
+    for_wide_rows(u, [&](int64_t begin, int64_t count) {
+      out.narrow(0, begin, count).copy_(at::linear(wide_rows(u, begin, count), weight));
+    });
+    ctx->save_for_backward({u, weight});
+    return out;
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const torch::Tensor &u = saved[0], &weight = saved[1];
+    torch::Tensor gu = ctx->needs_input_grad(0) ? at::empty(u.sizes(), u.options()) : torch::Tensor();
+    torch::Tensor gweight = at::zeros_like(weight);
+    for_wide_rows(u, [&](int64_t begin, int64_t count) {
+      const torch::Tensor g = grads[0].narrow(0, begin, count);
+      gweight.addmm_(g.reshape({-1, g.size(-1)}).t(), wide_rows(u, begin, count).reshape({-1, u.size(-1)}));
+      if (gu.defined()) gu.narrow(0, begin, count).copy_(at::matmul(g, weight));
+    });
+    return {gu, gweight};
+  }
+};
+
+}  // namespace
 
 torch::Tensor topk_weights(const torch::Tensor& probs, int64_t k, TopkMode mode) {
   if (k == 0 || k >= probs.size(-1)) return probs;
@@ -13,11 +46,13 @@ torch::Tensor topk_weights(const torch::Tensor& probs, int64_t k, TopkMode mode)
 }
 
 torch::Tensor Router::logits(const torch::Tensor& u, const nn::Pass& pass) const {
-  torch::Tensor input = u.to(weight.scalar_type());
+  torch::Tensor product;
   if (options.jitter > 0 && pass.training) {
-    input = input * torch::empty_like(input).uniform_(1.0 - options.jitter, 1.0 + options.jitter);
+    const torch::Tensor input = u.to(weight.scalar_type());
+    product = at::linear(input * torch::empty_like(input).uniform_(1.0 - options.jitter, 1.0 + options.jitter), weight);
+  } else {
+    product = u.element_size() == 2 ? WideLinear::apply(u, weight) : at::linear(u.to(weight.scalar_type()), weight);
   }
-  const torch::Tensor product = at::linear(input, weight);
   return options.temperature == 1.0 ? product : product / options.temperature;
 }
 

@@ -52,6 +52,48 @@ TEST_F(ScaleTest, MovOnHeadsEqualsTheNaiveForm) {
   EXPECT_EQ(routing[0].probs.sizes(), (std::vector<int64_t>{21, 4}));
 }
 
+/// Against float32 on the same rounded numbers: what is rounded is y' and the gradients of y, to 2^-9 (twice where `up`
+/// follows), and those of the vectors and the router are sums in float32. More rows than are widened at once.
+TEST_F(ScaleTest, Bfloat16ComputesInFloat32) {
+  constexpr double kRounded = 0.01;
+  auto distance = [](const torch::Tensor& a, const torch::Tensor& b) {
+    return ((a.to(torch::kFloat32) - b).abs().max() / b.abs().max()).item<double>();
+  };
+  for (const bool mixes : {true, false}) {
+    for (const int64_t top_k : {0, 2}) {
+      const auto vectors = random(mixes ? at::IntArrayRef{4, 3, 8} : at::IntArrayRef{1, 3, 8});
+      const auto flat = random(mixes ? at::IntArrayRef{4, 16} : at::IntArrayRef{1, 16});
+      const auto head_router = random({4, 8}, 0.5), flat_router = random({4, 16}, 0.5);
+      RouterOptions options;
+      options.top_k = top_k;
+      options.topk_mode = TopkMode::kRenorm;
+      ScaleExperts heads(vectors, mixes ? Router{head_router, options, "o", "k", 0} : Router{}, 1.0);
+      ScaleExperts ffn(flat, mixes ? Router{flat_router, options, "o", "f", 0} : Router{}, 1.0);
+      const auto half = torch::kBFloat16;
+      const auto y = leaf(torch::randn({130, 3, 8}).to(half)), act = leaf(torch::randn({130, 16}).to(half)),
+                 up = leaf(torch::randn({130, 16}).to(half));
+      const auto y32 = leaf(y.to(torch::kFloat32)), act32 = leaf(act.to(torch::kFloat32)),
+                 up32 = leaf(up.to(torch::kFloat32));
+      const auto got = heads.forward(y, pass), want = heads.forward(y32, pass);
+      const auto got_ffn = ffn.forward_ffn(act, up, pass), want_ffn = ffn.forward_ffn(act32, up32, pass);
+      EXPECT_EQ(got.scalar_type(), half);
+      EXPECT_LT(distance(got, want.detach()), kRounded);
+      EXPECT_LT(distance(got_ffn, want_ffn.detach()), kRounded);
+      std::vector<torch::Tensor> shared{vectors}, shared_ffn{flat};
+      if (mixes) shared.push_back(head_router), shared_ffn.push_back(flat_router);
+      auto compare = [&](const torch::Tensor& halves, const torch::Tensor& wide, std::vector<torch::Tensor> of_half,
+                         std::vector<torch::Tensor> of_wide, const std::vector<torch::Tensor>& both) {
+        of_half.insert(of_half.end(), both.begin(), both.end());
+        of_wide.insert(of_wide.end(), both.begin(), both.end());
+        const auto a = gradients(halves.to(torch::kFloat32), of_half), b = gradients(wide, of_wide);
+        for (size_t i = 0; i < a.size(); ++i) EXPECT_LT(distance(a[i], b[i]), kRounded) << "gradient of leaf " << i;
+      };
+      compare(got, want, {y}, {y32}, shared);
+      compare(got_ffn, want_ffn, {act, up}, {act32, up32}, shared_ffn);
+    }
+  }
+}
+
 TEST_F(ScaleTest, MovOnTheFfnRoutesByTheActivatedBranchAlone) {
   const auto act = random({9, 16}), up = random({9, 16});
   const auto router = random({5, 16}, 0.5), vectors = random({5, 16});
