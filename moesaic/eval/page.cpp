@@ -32,8 +32,8 @@ std::string page_of(std::string_view html, std::initializer_list<std::string_vie
   const auto [between, tail] = around(after_data, "<script src=", "</script>");
   return fmt::format(
       "{}<style>\n{}\n{}</style>{}<script id=\"data\" type=\"application/json\">{}</script>{}<script>\n{}"
-      "</script>{}",
-      head, kPageCss, fmt::join(css, "\n"), body, script_safe(data), between, fmt::join(js, "\n"), tail);
+      "\n{}</script>{}",
+      head, kPageCss, fmt::join(css, "\n"), body, script_safe(data), between, kPageJs, fmt::join(js, "\n"), tail);
 }
 
 }  // namespace moesaic::eval

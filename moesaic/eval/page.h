@@ -12,7 +12,7 @@ namespace moesaic::eval {
 ///
 ///   <link rel="stylesheet" href="...">                 becomes <style>pages/page.css and all of css</style>
 ///   <script id="data" type="application/json"></script>   holds the JSON, safe inside of the element
-///   <script src="..."></script>                        becomes <script>all of js</script>
+///   <script src="..."></script>                        becomes <script>pages/page.js and all of js</script>
 ///
 /// Each must stand in `html` once.
 std::string page_of(std::string_view html, std::initializer_list<std::string_view> css,

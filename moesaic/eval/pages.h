@@ -4,7 +4,7 @@
 
 namespace moesaic::eval {
 
-extern const std::string_view kPageCss;                       // of all pages
+extern const std::string_view kPageCss, kPageJs;              // of all pages
 extern const std::string_view kUplotCss, kUplotJs, kPlotsJs;  // of pages with curves
 extern const std::string_view kRoutesHtml, kRoutesCss, kRoutesJs;
 

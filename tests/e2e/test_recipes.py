@@ -24,7 +24,8 @@ from tiny_run import DTYPE, PROGRAM, ROOT, WORDS, make_model, make_run, moesaic,
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
-MODELS = [".cache/models/SmolLM2-135M-Instruct.Q4_1.gguf", "another/model", "M"]
+MODELS = [".cache/models/SmolLM2-135M-Instruct.Q4_1.gguf",
+          ".cache/models/Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf", "M"]
 SHORTER = "max_steps=2 save_steps=0 per_device_train_batch_size=2 gradient_accumulation_steps=1 overwrite_output_dir=true"
 FORM_WORDS = {"FILE": "rows.jsonl", "TEXT": "'red cat'", "PATH": "M", "DIR": "M"}
 FRESH_WORDS = {"OUT", "FOLDER"}  # a new folder each time
@@ -36,6 +37,9 @@ NOT_RUN = {
     "build/moesaic demo calm --ablations": "half an hour: test_compose.py runs it in miniature",
     "python tools/study": "whole studies: test_studies.py runs them",
     "make ": "sets up and builds: this test runs what was built",
+    "ninja ": "builds",
+    "tools/models ": "fetches models: tests/e2e/test_after_training.py runs it on packages of its own",
+    ".venv/bin/python tests/docs_test.py": "a test of its own",
 }
 
 
@@ -119,7 +123,7 @@ def plain(form, fresh):
     for word, meaning in FORM_WORDS.items():
         command = re.sub(rf"(?<![\w/.]){word}(?![\w/.])", meaning, command)
     if command.startswith("moesaic routes"):
-        command = command.replace("--adapter A", "--adapter MIXTURE")
+        command = command.replace("ADAPTER", "MIXTURE")
     for word in FRESH_WORDS:
         command = re.sub(rf"(?<![\w/.]){word}(?![\w/.])", lambda _: f"{word}{next(fresh)}", command)
     return command
@@ -128,6 +132,7 @@ def plain(form, fresh):
 def make_workspace(folder):
     """A folder with all that commands name before they have written anything."""
     make_model(folder / "model", initializer_range=0.3, num_hidden_layers=30, max_position_embeddings=4096)
+    (folder / "model" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
     for name in MODELS:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(folder / "model")
@@ -161,6 +166,9 @@ exec {PROGRAM} "$@"
     (folder / "run.yaml").write_text(yaml.safe_dump(run_file))
     train(folder, "A", finetuning_type="lora", num_experts=None)
     train(folder, "MIXTURE")
+    train(folder, "ADAPTER", finetuning_type="lora", num_experts=None, template="auto")
+    for name, run in [("mo", "ADAPTER"), ("lora", "A")]:
+        shutil.copytree(folder / run, folder / "runs" / name)
     (folder / "config.yaml").write_text("{anchor: M, augmenting: M, num_connections: 2, output_dir: composed}\n")
     (folder / "composition.yaml").write_text("{anchor: M, augmenting: M, num_connections: 2, output_dir: COMPOSITION}\n")
     assert moesaic("compose", "composition.yaml", cwd=folder).returncode == 0

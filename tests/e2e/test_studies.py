@@ -53,7 +53,7 @@ def test_key_arithmetic_runs_from_data_to_table(tmp_path):
                           env={**os.environ, "MOESAIC_BUILD_DIR": str(PROGRAM.parent)})
     assert done.returncode == 0, done.stderr[-3000:]
     table = (out / "table.md").read_text()
-    assert "| | KV-SUB | NUM-MATH | KV-MATH | KV-SUB, held-in | KV-MATH, held-in |" in table
+    assert "|  | KV-SUB | NUM-MATH | KV-MATH | KV-SUB, held-in | KV-MATH, held-in |" in table
     for system in ["augmenting model", "anchor", "anchor + LoRA", "composition", "random augmenting model"]:
         assert f"| {system} |" in table
     # Two questions each: nothing trained for two steps answers them.

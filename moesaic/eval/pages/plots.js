@@ -1,13 +1,4 @@
 // Curves over steps, drawn by uPlot in the page's colours; what pages with curves share.
-'use strict';
-const dark = matchMedia('(prefers-color-scheme: dark)');
-const el = id => document.getElementById(id);
-const make = (tag, props, ...kids) => {
-  const e = Object.assign(document.createElement(tag), props || {});
-  e.append(...kids);
-  return e;
-};
-const variable = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const lineColour = (i, n) =>
   `hsl(${((i * 360) / Math.max(n, 1) + 210) % 360} ${i % 2 ? 55 : 70}% ${dark.matches ? 64 : 42}%)`;
 const figure = value =>

@@ -1,16 +1,7 @@
 // Draws routes_json(): what routers decide and what connections read.
-'use strict';
-const data = JSON.parse(document.getElementById('data').textContent);
 const tasks = Object.keys(data.tasks);
 const text = data.text;
-const dark = matchMedia('(prefers-color-scheme: dark)');
 
-const el = id => document.getElementById(id);
-const make = (tag, props, ...kids) => {
-  const e = Object.assign(document.createElement(tag), props || {});
-  e.append(...kids);
-  return e;
-};
 const svg = (tag, attributes, ...kids) => {
   const e = document.createElementNS('http://www.w3.org/2000/svg', tag);
   for (const key in attributes) e.setAttribute(key, attributes[key]);
@@ -37,7 +28,6 @@ const paint = (e, x) => {
   e.style.background = css(colour);
   e.style.color = inkOn(colour);
 };
-const variable = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const rampBar = () => {
   const bar = make('i', { className: 'ramp' });
   bar.style.background = `linear-gradient(90deg, ${ramp().map(css).join(',')})`;

@@ -1,5 +1,4 @@
 // Draws what `moesaic compare` found.
-const data = JSON.parse(el('data').textContent);
 const groups = data.comparison;
 
 const asText = value => (value === null ? '' : typeof value === 'string' ? value : JSON.stringify(value));

@@ -1,5 +1,4 @@
 // Draws report.json: one run.
-const data = JSON.parse(el('data').textContent);
 const log = data.log;
 const points = key => log.filter(row => typeof row[key] === 'number').map(row => [row.step, row[key]]);
 const name = path => path.replace(/\/+$/, '').split('/').pop();
