@@ -333,10 +333,10 @@ int run_demo(const DemoOptions& options, const CommonOptions& common) {
   say("\nWritten: {0}/README.md (this table), {0}/results.json, the runs {0}/molora and {0}/lora,\n"
       "and which expert does what in {0}/routes.html\n\n"
       "Next:\n"
-      "  build/moesaic chat --model {1} --adapter {0}/molora\n"
-      "  build/moesaic inspect {0}/molora\n"
+      "  build/moesaic chat {0}/molora\n"
+      "  build/moesaic compare {0}/molora {0}/lora\n"
       "  build/moesaic train recipes/molora_smollm2.yaml dataset_dir={0}/data output_dir=runs/mine max_steps=20\n",
-      options.output_dir, options.model);
+      options.output_dir);
   return 0;
 }
 

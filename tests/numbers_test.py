@@ -89,7 +89,7 @@ def demo_times():
 DECODE, PREFILL = "greedy decode at batch 1, ", "prefill of 256 tokens and one token, "
 # First cell of a row of README's table -> the figures of its second cell, in order.
 MEASURED = {
-    "`moesaic demo` on 2 cores of an Intel Xeon with AMX, builds beside it": demo_times,
+    "`moesaic demo` on 2 cores of an Intel Xeon with AMX": demo_times,
     "its 9 trained skills, answered exactly": lambda: demo_skills("all trained skills", "trained skills"),
     "2 related skills that were never trained": lambda: demo_skills("all never trained", "never trained"),
     "LoRA training step, 8x256 tokens, 2 threads, against PEFT":
