@@ -191,6 +191,7 @@ Run generation(const Json& job) {
 }  // namespace
 
 int main() {
+  cli::ask_for_huge_pages();  // as the program does
   std::string line;
   std::getline(std::cin, line);
   Json job = Json::parse(line);

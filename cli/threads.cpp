@@ -104,4 +104,6 @@ void bound_product_caches() {
   setenv("LRU_CACHE_CAPACITY", "8", /*overwrite=*/0);
 }
 
+void ask_for_huge_pages() { setenv("THP_MEM_ALLOC_ENABLE", "1", /*overwrite=*/0); }
+
 }  // namespace moesaic::cli

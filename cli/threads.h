@@ -25,4 +25,8 @@ class SpinWatch {
 /// (ONEDNN_PRIMITIVE_CACHE_CAPACITY, LRU_CACHE_CAPACITY) stays.
 void bound_product_caches();
 
+/// Large tensors in huge pages where the system gives them to those who ask (transparent_hugepage: madvise): a token's
+/// way through all weights misses fewer address translations. Before the first tensor; THP_MEM_ALLOC_ENABLE=0 says no.
+void ask_for_huge_pages();
+
 }  // namespace moesaic::cli

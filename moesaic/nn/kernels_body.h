@@ -112,11 +112,13 @@ inline void store_piece(float* p, Floats v, int64_t count) {
 /// than several side by side.
 template <int M, class W>
 inline void dot_row(const float* x, const W* w, int64_t in, const float* bias, float* y, int64_t out) {
-  constexpr int kChains = 4;
+  constexpr int64_t kChains = 4, kStep = kChains * kLanes;
+  constexpr int64_t kAhead = 2048 / sizeof(W), kLine = 64 / sizeof(W);  // of what is fetched before it is wanted
   Floats acc[M][kChains] = {};
   int64_t i = 0;
-  for (; i + kChains * kLanes <= in; i += kChains * kLanes) {
-    for (int c = 0; c < kChains; ++c) {
+  for (; i + kStep <= in; i += kStep) {
+    for (int64_t line = 0; line < kStep; line += kLine) __builtin_prefetch(w + i + kAhead + line);
+    for (int64_t c = 0; c < kChains; ++c) {
       const Floats ws = load(w + i + c * kLanes);
       for (int m = 0; m < M; ++m) acc[m][c] += load(x + m * in + i + c * kLanes) * ws;
     }
