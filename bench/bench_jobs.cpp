@@ -191,11 +191,11 @@ Run generation(const Json& job) {
 }  // namespace
 
 int main() {
-  cli::ask_for_huge_pages();  // as the program does
   std::string line;
   std::getline(std::cin, line);
   Json job = Json::parse(line);
   at::set_num_threads(job["threads"]);
+  if (job["kind"] == "generate" || job["kind"] == "calm_generate") cli::ask_for_huge_pages();  // as the program does
   const cli::SpinWatch watch;
   const std::map<std::string, Run (*)(const Json&)> kinds{{"training", training},
                                                           {"generate", generation},

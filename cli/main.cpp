@@ -164,7 +164,6 @@ int main(int argc, char** argv) {
   moesaic::cli::obey_group_limit();
   moesaic::cli::let_writes_fail();
   moesaic::cli::bound_product_caches();
-  moesaic::cli::ask_for_huge_pages();
   try {
     return moesaic::cli::run(argc, argv);
   } catch (const moesaic::Error& error) {

@@ -1,5 +1,7 @@
 #include "cli/options.h"
 
+#include "cli/threads.h"
+
 namespace moesaic::cli {
 
 CLI::Option* repeated(CLI::Option* option) {
@@ -103,6 +105,7 @@ std::pair<std::string, std::string> single_adapter(const run::ModelReference& re
 }
 
 Loaded load(const ModelOptions& options, const CommonOptions& common, bool needs_tokenizer) {
+  ask_for_huge_pages();
   run::ModelReference from = run::resolve_model(options.named, options.model, options.adapters);
   const c10::Device device = parse_device(common.device);
   const NumberFormat format = number_format(common.dtype, device);

@@ -26,7 +26,8 @@ class SpinWatch {
 void bound_product_caches();
 
 /// Large tensors in huge pages where the system gives them to those who ask (transparent_hugepage: madvise): a token's
-/// way through all weights misses fewer address translations. Before the first tensor; THP_MEM_ALLOC_ENABLE=0 says no.
+/// way through all weights misses fewer address translations. Before the first tensor, and not for training, whose
+/// activations would be rounded up to whole ones. THP_MEM_ALLOC_ENABLE=0 says no.
 void ask_for_huge_pages();
 
 }  // namespace moesaic::cli
