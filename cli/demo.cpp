@@ -84,7 +84,7 @@ class Demo {
       if (!progress) progress = std::make_unique<Progress>("Training " + method, log.max_steps, log.step - 1);
       progress->update(log.step, fmt::format("loss {:.3f}, {:.0f} tokens/s", log.loss, log.tokens_per_second));
     };
-    column["trainable_parameters"] = trainable(run);
+    column["trainable_parameters"] = run.trainable();
     const train::TrainResult result = run.train(hooks);
     progress.reset();
     column["steps"] = result.steps;
@@ -109,8 +109,8 @@ class Demo {
 
   /// The rank at which LoRA trains about as many numbers as the MoLoRA that was trained.
   int64_t lora_rank() const {
-    run::Run one(run_file("lora", 1, "none"), /*dry=*/true);
-    const int64_t per_rank = trainable(one), wanted = done_["columns"]["molora"]["trainable_parameters"];
+    const run::Run one(run_file("lora", 1, "none"), /*dry=*/true);
+    const int64_t per_rank = one.trainable(), wanted = done_["columns"]["molora"]["trainable_parameters"];
     return std::max<int64_t>(1, (wanted + per_rank / 2) / per_rank);
   }
 
@@ -193,14 +193,6 @@ class Demo {
     return run::parse_run_config(file, "the demo's " + method);
   }
 
-  static int64_t trainable(run::Run& run) {
-    int64_t numbers = 0;
-    for (const auto& tensor : train::optimized_tensors(run.learner(), run.config().train)) {
-      numbers += tensor.tensor.numel();
-    }
-    return numbers;
-  }
-
   /// Per skill a character for each test question: '1' where greedy decoding answers it exactly.
   OrderedJson answers(const std::string& title, models::LanguageModel& model, const data::Renderer& renderer) const {
     std::vector<data::Example> all;
@@ -228,7 +220,7 @@ class Demo {
   void write_routes(const run::Opened& opened, const data::Renderer& renderer) const {
     const eval::EvalModel model{*opened.model, *opened.tokenizer, opened.chat_template.get()};
     eval::EvalOptions options;
-    options.apply_chat_template = model.chat_template != nullptr;
+    eval::ask_as_trained(model, options);
     std::vector<std::string> files;
     for (const demos::Skill& skill : demos::skills())
       files.push_back((folder_ / "data" / (skill.name + ".test.jsonl")).string());

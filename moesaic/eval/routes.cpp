@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "moesaic/base/check.h"
+#include "moesaic/base/csv.h"
 #include "moesaic/eval/page.h"
 #include "moesaic/eval/pages.h"
 #include "moesaic/models/finite.h"
@@ -301,18 +302,12 @@ std::string routes_table(const OrderedJson& routes) {
 }
 
 std::string routes_csv(const OrderedJson& routes) {
-  auto quoted = [](const std::string& text) {
-    if (text.find_first_of(",\"\r\n") == std::string::npos) return text;
-    std::string field;
-    for (const char c : text) field += c == '"' ? "\"\"" : std::string(1, c);
-    return "\"" + field + "\"";
-  };
   std::string csv = kCsvHead;
   for (const auto& [name, task] : routes["tasks"].items()) {
     for (const auto& [owner, sites] : task["routers"].items()) {
       for (const auto& [site, figures] : sites.items()) {
         for (size_t e = 0; e < figures["mean_prob"].size(); ++e) {
-          csv += fmt::format("{},{},{},{},{},{},{},{},{}\n", quoted(name), quoted(owner), quoted(site),
+          csv += fmt::format("{},{},{},{},{},{},{},{},{}\n", csv_cell(name), csv_cell(owner), csv_cell(site),
                              figures["layer"].get<int64_t>(), e, figures["mean_prob"][e].get<double>(),
                              figures["prob_std"][e].get<double>(), figures["top1_share"][e].get<double>(),
                              figures["rows"].get<int64_t>());

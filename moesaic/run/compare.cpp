@@ -1,6 +1,7 @@
 #include "moesaic/run/compare.h"
 
 #include "moesaic/base/check.h"
+#include "moesaic/base/csv.h"
 #include "moesaic/eval/page.h"
 #include "moesaic/eval/pages.h"
 #include "moesaic/run/pages.h"
@@ -145,13 +146,6 @@ size_t columns(const std::string& text) {
 
 std::string padded(const std::string& text, size_t width) {
   return text + std::string(width - std::min(width, columns(text)), ' ');
-}
-
-std::string csv_cell(const std::string& text) {
-  if (text.find_first_of(",\"\r\n") == std::string::npos) return text;
-  std::string quoted = "\"";
-  for (const char c : text) quoted += c == '"' ? "\"\"" : std::string(1, c);
-  return quoted + "\"";
 }
 
 std::string runs_of(const OrderedJson& group) {

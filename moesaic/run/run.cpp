@@ -123,13 +123,13 @@ void Run::open_data(const formats::Checkpoint& checkpoint) {
     renderer_ = data::Renderer::open(checkpoint, config_.render);
   }
   auto [training, validation] = data::train_validation(resolve(config_.dataset), config_.val_size, config_.train.seed);
-  for (size_t i = 0; config_.max_samples > 0 && i < validation.size();
-       ++i) {  // the rows that are held out are of these
-    const auto share = static_cast<int64_t>(config_.val_size < 1
-                                                ? std::llround(config_.val_size * static_cast<double>(training[i].cap))
-                                                : config_.val_size);
-    validation[i].cap = std::clamp<int64_t>(share, 1, std::max<int64_t>(1, training[i].cap - 1));
-    training[i].cap = std::max<int64_t>(1, training[i].cap - validation[i].cap);
+  if (config_.max_samples > 0) {  // the rows that are held out are of these
+    for (size_t i = 0; i < validation.size(); ++i) {
+      int64_t& cap = training[i].cap;
+      const double share = config_.val_size < 1 ? config_.val_size * static_cast<double>(cap) : config_.val_size;
+      validation[i].cap = std::clamp<int64_t>(std::llround(share), 1, std::max<int64_t>(1, cap - 1));
+      cap = std::max<int64_t>(1, cap - validation[i].cap);
+    }
   }
   if (!config_.eval_dataset.is_null()) {
     for (auto& each : resolve(config_.eval_dataset)) validation.push_back(each);
@@ -220,14 +220,18 @@ void Run::settle_epochs() {
   if (config_.save_each_epoch) train.save_steps = epoch;
 }
 
+std::vector<int64_t> Run::answer_ends() const {
+  return eos_ids(*prepared_.model, prepared_.checkpoint->generation_config(), &renderer_->tokenizer(),
+                 renderer_->chat_template());
+}
+
 /// {"<task>/<metric>", value} for every task: asked as training renders its data.
 train::Scores Run::task_scores() {
   const eval::EvalModel model{*prepared_.model, renderer_->tokenizer(), renderer_->chat_template()};
   eval::EvalOptions options;
   eval::ask_as_trained(model, options);
   options.generation.max_new_tokens = 128;
-  options.generation.eos_ids = eos_ids(*prepared_.model, prepared_.checkpoint->generation_config(),
-                                       &renderer_->tokenizer(), renderer_->chat_template());
+  options.generation.eos_ids = answer_ends();
   train::Scores scores;
   for (const eval::Task& task : tasks_) {
     const eval::TaskResult result = eval::evaluate(model, task, options);
@@ -278,9 +282,10 @@ Plan Run::plan() {
                                 format_count(static_cast<double>(prepared_.base_parameters)), dtype_name(format_.dtype),
                                 device_.str(), format_.reason));
   for (const auto& [label, text] : prepared_.plan.lines) plan.add(label, text);
+  const int64_t numbers = trainable();
   plan.add("trainable",
-           fmt::format("{} ({:.4f} % of {})", trainable(),
-                       100.0 * static_cast<double>(trainable()) / static_cast<double>(prepared_.base_parameters),
+           fmt::format("{} ({:.4f} % of {})", numbers,
+                       100.0 * static_cast<double>(numbers) / static_cast<double>(prepared_.base_parameters),
                        prepared_.base_parameters));
   size_t held_out = 0;
   for (const train::EvalSet& set : eval_sets_) held_out += set.examples.size();
@@ -440,8 +445,7 @@ std::vector<std::string> Run::sample_answers() {
     prompts.push_back({{sample.ids.begin(), sample.ids.begin() + sample.prompt_ends[0]}, sample.sentence});
   }
   generate::SamplingOptions options{.max_new_tokens = 48};
-  options.eos_ids = eos_ids(*prepared_.model, prepared_.checkpoint->generation_config(), &renderer_->tokenizer(),
-                            renderer_->chat_template());
+  options.eos_ids = answer_ends();
   std::vector<std::string> answers;
   for (const auto& answer : generate::generate(*prepared_.model, renderer_->tokenizer(), prompts, options)) {
     answers.push_back(answer.text);
@@ -464,10 +468,11 @@ void Run::open_samples(Report& report) {
   }
   const bool held_out = !chosen.empty();
   if (!held_out) {
-    data::Mixture first(training_, renderer_, derive_seed(config_.train.seed, "mixture"), config_.mixture_rule);
+    const Json begin = mixture_->state();
     for (size_t row = 0; row < kSamples; ++row) {
-      if (const auto example = first.next()) take(training_[example->dataset].name, *example);
+      if (const auto example = mixture_->next()) take(training_[example->dataset].name, *example);
     }
+    mixture_->set_state(begin);
   }
   for (auto& [name, example] : chosen) samples_.push_back(std::move(example));
   if (samples_.empty() || report.has_samples()) return;

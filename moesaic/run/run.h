@@ -47,6 +47,8 @@ class Run {
   /// opened (the output folder) or when it begins (the checkpoint it goes on with).
   void check_start();
 
+  /// Numbers that the run trains.
+  int64_t trainable() const;
   /// What the run will do.
   Plan plan();
   /// What the run will hold at its peak; draws from the data, so nothing can be trained afterwards.
@@ -71,9 +73,9 @@ class Run {
   void write_inputs() const;
   void write_card(const train::TrainResult& result) const;
   train::Scores task_scores();
-  int64_t trainable() const;
   OrderedJson report_facts(const std::string& command) const;
   OrderedJson report_counts() const;
+  std::vector<int64_t> answer_ends() const;
   std::vector<std::string> sample_answers();
   void open_samples(Report& report);
   void close_report(const train::TrainResult& result, Report& report);
