@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -105,6 +106,17 @@ def test_a_run_that_goes_on_tells_all_of_it(tmp_path):
     assert told["started"] == stopped["started"] and told["samples"][0]["before"] == stopped["samples"][0]["before"]
     steps = lambda rows: [(row["step"], row["loss"]) for row in rows]
     assert steps(told["log"]) == steps(report(whole)["log"])
+
+
+def test_steps_that_are_run_again_are_told_once(tmp_path):
+    changes = dict(save_steps=4, save_total_limit=0, logging_steps=2)
+    out = tiny_run.train(tmp_path, "out", **changes)
+    whole = report(out)
+    shutil.rmtree(out / "checkpoint-8")  # as of a process that was killed behind its last log line
+    tiny_run.run("train", tmp_path / "out.yaml", "--resume", "auto")
+    rows = lambda told: [(row["step"], row["loss"]) for row in told["log"]]
+    assert rows(report(out)) == rows(whole)
+    assert report(out)["routing"] == whole["routing"]
 
 
 def test_a_failed_run_says_why(tmp_path):
