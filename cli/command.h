@@ -47,6 +47,7 @@ Runner add_merge(CLI::App& app, CommonOptions& common);
 Runner add_models(CLI::App& app, CommonOptions& common);
 Runner add_routes(CLI::App& app, CommonOptions& common);
 Runner add_score(CLI::App& app, CommonOptions& common);
+Runner add_study(CLI::App& app, CommonOptions& common);
 Runner add_train(CLI::App& app, CommonOptions& common);
 
 /// For a demo: the folder is new, empty, or that of a demo which didn't come to its end.

@@ -12,20 +12,11 @@ struct Options {
 };
 
 int run_compare(const Options& options) {
-  const std::filesystem::path base = options.output;
-  for (const char* ending : {".json", ".csv", ".html"}) {
-    const std::filesystem::path path = base.string() + ending;
-    MOESAIC_CHECK(!std::filesystem::exists(path) || run::is_comparison(read_file(path)), UsageError,
-                  "--output {}: got a file that `compare` did not write, expected none: nothing is overwritten",
-                  path.string());
-  }
+  MOESAIC_CHECK(options.runs.size() > 1, UsageError, "compare: got one run, expected at least two folders of runs");
+  run::check_comparison_files(options.output);
   const OrderedJson comparison = run::compare_runs({options.runs.begin(), options.runs.end()});
-  if (base.has_parent_path()) std::filesystem::create_directories(base.parent_path());
-  write_file_atomically(base.string() + ".json",
-                        comparison.dump(1, ' ', false, OrderedJson::error_handler_t::replace) + "\n");
-  write_file_atomically(base.string() + ".csv", run::comparison_csv(comparison));
-  write_file_atomically(base.string() + ".html", run::comparison_html(comparison));
-  say("{0}\nWritten: {1}.html, {1}.csv and {1}.json\n", run::comparison_table(comparison), base.string());
+  run::write_comparison(options.output, comparison);
+  say("{0}\nWritten: {1}.html, {1}.csv and {1}.json\n", run::comparison_table(comparison), options.output);
   return 0;
 }
 

@@ -35,6 +35,7 @@ constexpr Verb kVerbs[] = {
     {"score", "Log-probability of every token of a text", add_score},
     {"eval", "Score a model on task files: rank classification and generation", add_eval},
     {"compare", "Runs side by side: what they differ in, what came of it; a table, a page, CSV and JSON", add_compare},
+    {"study", "Methods x settings x seeds: every run of a grid, rates chosen first, and one report of all", add_study},
     {"routes", "What routers and connections do: experts of each task and token, or what an anchor reads", add_routes},
     {"inspect", "What is in a file or folder; what a method would train", add_inspect},
     {"models", "The models, adapters and compositions at hand, and whether they fit this machine", add_models},

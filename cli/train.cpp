@@ -13,6 +13,7 @@ struct TrainOptions {
   std::vector<std::string> overrides;  // key=value
   std::string resume;                  // auto | none | DIR; "" = the run's own key
   bool dry_run = false, keys = false;
+  std::string accelerator;  // --for
 };
 
 /// `text` as one word of a shell's command.
@@ -70,6 +71,10 @@ int run_train(const TrainOptions& options, const CommonOptions& common, const CL
     return 0;
   }
   MOESAIC_CHECK(!options.run.empty(), UsageError, "train: the run file is missing");
+  MOESAIC_CHECK(options.accelerator.empty() || options.dry_run, UsageError,
+                "--for {}: got no --dry-run, expected it: nothing is trained on a processor that is only planned for",
+                options.accelerator);
+  const train::Accelerator* planned = options.accelerator.empty() ? nullptr : &train::accelerator(options.accelerator);
   setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/0);  // for the key `deterministic`, on CUDA
   OrderedJson config = run::read_run(options.run, options.overrides);
   // The common flags win over the run file where they were given.
@@ -81,13 +86,14 @@ int run_train(const TrainOptions& options, const CommonOptions& common, const CL
                          : OrderedJson(number_format(common.dtype, torch::kCPU).dtype == torch::kBFloat16);
   }
   if (!options.resume.empty()) config["resume_from_checkpoint"] = options.resume;
+  if (planned != nullptr && config.value("bf16", OrderedJson()).is_null()) config["bf16"] = true;
   run::Run run(run::parse_run_config(config, options.run), options.dry_run);
   if (options.dry_run) run.check_start();
   say(run.plan().text());
   std::fflush(stdout);
   if (!options.dry_run) return train_run(options, app, run);
   run.check_rows();
-  say(run.memory_plan().text());
+  say(run.needs_plan(planned).text());
   return 0;
 }
 
@@ -99,6 +105,8 @@ Runner add_train(CLI::App& app, CommonOptions& common) {
   app.add_option("overrides", options->overrides, "key=value: sets a key of the run file");
   app.add_option("--resume", options->resume, "auto, none or a checkpoint folder; replaces resume_from_checkpoint");
   app.add_flag("--dry-run", options->dry_run, "Say what would be trained and the memory it needs, then stop");
+  app.add_option("--for", options->accelerator,
+                 "With --dry-run: the memory and time on this GPU (h100, a100, rtx4090, ...), by its data sheet");
   app.add_flag("--keys", options->keys, "Print every key of a run file with its default, as Markdown tables");
   return [options, &app, &common] { return run_train(*options, common, app); };
 }

@@ -157,4 +157,38 @@ double routing_similarity(const RoutingStats& a, const RoutingStats& b) {
   return square_a * square_b > 0 ? dot / std::sqrt(square_a * square_b) : 0.0;
 }
 
+double task_information(const std::vector<RoutingStats>& tasks) {
+  if (tasks.size() < 2) return std::nan("");
+  double sum = 0;
+  int64_t routers = 0;
+  for (const auto& [owner, sites] : tasks[0].owners()) {
+    for (const auto& [name, site] : sites) {
+      const int64_t experts = site.experts();
+      std::vector<const SiteRouting*> same;
+      for (const RoutingStats& task : tasks) {
+        const auto of_owner = task.owners().find(owner);
+        if (of_owner == task.owners().end() || !of_owner->second.contains(name)) break;
+        same.push_back(&of_owner->second.at(name));
+        MOESAIC_CHECK(same.back()->experts() == experts, DataError,
+                      "routing statistics of {} at {}: got {} and {} experts, expected equal numbers", owner, name,
+                      experts, same.back()->experts());
+      }
+      if (same.size() < tasks.size() || experts < 2) continue;
+      double divergence = 0;
+      for (int64_t e = 0; e < experts; ++e) {
+        double mean = 0;
+        for (const SiteRouting* task : same) mean += task->mean_prob(e) / static_cast<double>(same.size());
+        for (const SiteRouting* task : same) {
+          const double p = task->mean_prob(e);
+          if (p > 0) divergence += p * std::log(p / mean);
+        }
+      }
+      sum += divergence / static_cast<double>(same.size()) /
+             std::log(static_cast<double>(std::min<int64_t>(experts, std::ssize(same))));
+      ++routers;
+    }
+  }
+  return routers > 0 ? sum / static_cast<double>(routers) : std::nan("");
+}
+
 }  // namespace moesaic::moe

@@ -61,6 +61,14 @@ class RoutingStats {
 /// Throws DataError when a common one has different numbers of experts.
 double routing_similarity(const RoutingStats& a, const RoutingStats& b);
 
+/// How much a router's expert tells of the task, 0 to 1, the mean over the routers that all tasks have:
+///
+///   (1/T) sum_t KL(p_t || p) / ln min(E, T)     p_t [E]: the mean probabilities of task t; p: their mean over tasks
+///
+/// 0: all tasks use the experts alike; 1: every task has its own. NaN for fewer than two tasks or no common router.
+/// Throws DataError when a common one has different numbers of experts.
+double task_information(const std::vector<RoutingStats>& tasks);
+
 /// `value` to 6 digits behind the point: what figures in JSON have.
 double rounded(double value);
 

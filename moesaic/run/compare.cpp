@@ -14,25 +14,20 @@ namespace fs = std::filesystem;
 namespace {
 
 constexpr const char* kTitle = "<title>Moesaic: runs compared</title>";
+constexpr const char* kEntropyShare = "router_entropy_share";  // of the last steps, over all routers
 constexpr std::string_view kCsvHead = "name,runs,";
 
 /// A run as its report tells of it.
 struct RunReport {
   fs::path dir;
+  std::string group;  // its group's name; "" = of the folders
   Json report;
   std::map<std::string, Json> settings;  // "router.top_k": 2; without what does not make it another run
 
-  /// The last row of the log that has `key` and is of the weights that the folder holds; null: there is none.
-  Json value(const std::string& key) const {
-    const Json held = report.value("weights_of", Json());
-    const Json& log = report.at("log");
-    Json last;
-    for (const Json& row : log) {
-      if (!row.contains(key) || row.value("step", 0) == 0) continue;
-      const Json of = row.value("weights_of_step", row.at("step"));
-      if (held.is_null() || of == held || last.is_null()) last = row.at(key);
-    }
-    return last;
+  Json figure(const std::string& name, const Means& means) const {
+    const Json& routing = report.at("routing");
+    if (name == kEntropyShare) return routing.empty() ? Json() : routing.back().value("entropy_share", Json());
+    return report.contains(name) ? report.at(name) : reported_figure(report, name, means);
   }
 };
 
@@ -47,8 +42,8 @@ void flatten(const Json& json, const std::string& prefix, std::map<std::string, 
   }
 }
 
-RunReport read_run(const fs::path& dir) {
-  RunReport run{dir, read_report(dir), {}};
+RunReport read_run(const fs::path& dir, const std::string& group) {
+  RunReport run{dir, group, read_report(dir), {}};
   flatten(run.report.at("settings"), "", run.settings);
   return run;
 }
@@ -58,8 +53,9 @@ std::string name_of(const fs::path& dir) {
   return (whole.has_filename() ? whole : whole.parent_path()).filename().string();
 }
 
-/// What the names of the runs begin with in common; of one run its name.
+/// The name that the runs were given, else what their folders' names begin with in common; of one run its folder's.
 std::string name_of(const std::vector<const RunReport*>& runs) {
+  if (!runs[0]->group.empty()) return runs[0]->group;
   std::string name = name_of(runs[0]->dir);
   for (const RunReport* run : runs) {
     const std::string other = name_of(run->dir);
@@ -101,8 +97,10 @@ OrderedJson curve(const std::vector<const RunReport*>& runs, const std::string& 
 }
 
 /// The measured keys of the logs, losses first: "eval_loss", "eval/rte/acc".
-std::vector<std::string> measured(const std::vector<RunReport>& runs) {
-  std::vector<std::string> keys{"eval_loss"};
+std::vector<std::string> measured(const std::vector<RunReport>& runs, const Means& means) {
+  std::vector<std::string> keys;
+  for (const auto& [name, patterns] : means) keys.push_back(name);
+  keys.emplace_back("eval_loss");
   for (const char* kind : {"eval_", "eval/"}) {
     std::set<std::string> found;
     for (const RunReport& run : runs) {
@@ -156,13 +154,29 @@ std::string runs_of(const OrderedJson& group) {
   return fmt::format("{}", fmt::join(parts, ", "));
 }
 
+/// What all runs measured alike before their first step, as a group; null where there is nothing.
+OrderedJson before_training(const std::vector<RunReport>& runs, const std::vector<std::string>& names,
+                            const Means& means) {
+  OrderedJson row{{"name", "before training"},         {"runs", OrderedJson::array()},
+                  {"seeds", OrderedJson::array()},     {"status", OrderedJson::object()},
+                  {"settings", OrderedJson::object()}, {"figures", OrderedJson::object()},
+                  {"curves", OrderedJson::object()}};
+  for (const std::string& name : names) {
+    std::set<double> values;
+    for (const RunReport& run : runs) {
+      const Json value = reported_figure(run.report, name, means, /*before=*/true);
+      if (value.is_number()) values.insert(value.get<double>());
+    }
+    if (values.size() == 1) row["figures"][name] = figure({*values.begin()});
+  }
+  return row["figures"].empty() ? OrderedJson() : row;
+}
+
 }  // namespace
 
-OrderedJson compare_runs(const std::vector<fs::path>& dirs) {
-  MOESAIC_CHECK(dirs.size() > 1, UsageError, "compare: got {} run{}, expected at least two folders of runs",
-                dirs.size(), dirs.size() == 1 ? "" : "s");
+OrderedJson compare_runs(const std::vector<fs::path>& dirs, const Means& means, const std::vector<std::string>& names) {
   std::vector<RunReport> runs;
-  for (const fs::path& dir : dirs) runs.push_back(read_run(dir));
+  for (size_t i = 0; i < dirs.size(); ++i) runs.push_back(read_run(dirs[i], names.empty() ? "" : names[i]));
 
   std::vector<std::vector<const RunReport*>> groups;
   for (const RunReport& run : runs) {
@@ -189,14 +203,19 @@ OrderedJson compare_runs(const std::vector<fs::path>& dirs) {
     if (values.size() > 1) keys.push_back(key);
   }
 
-  const std::vector<std::string> logged = measured(runs);
+  const std::vector<std::string> logged = measured(runs, means);
   std::vector<std::string> figures = logged;
-  for (const char* fact :
-       {"trainable", "steps", "tokens", "seconds", "tokens_per_second", "peak_memory_bytes", "result_bytes"}) {
+  for (const char* fact : {kEntropyShare, "trainable", "steps", "tokens", "seconds", "tokens_per_second",
+                           "peak_memory_bytes", "result_bytes"}) {
     figures.emplace_back(fact);
   }
   OrderedJson result{{"comparison", OrderedJson::array()}, {"keys", keys}, {"figures", OrderedJson::array()}};
   std::set<std::string> present;
+  if (OrderedJson row = before_training(runs, logged, means); !row.is_null()) {
+    for (const std::string& key : keys) row["settings"][key] = nullptr;
+    for (const auto& [name, value] : row["figures"].items()) present.insert(name);
+    result["comparison"].push_back(row);
+  }
   for (const auto& group : groups) {
     OrderedJson row{
         {"name", name_of(group)},          {"runs", OrderedJson::array()},      {"seeds", OrderedJson::array()},
@@ -215,7 +234,7 @@ OrderedJson compare_runs(const std::vector<fs::path>& dirs) {
     for (const std::string& name : figures) {
       std::vector<double> values;
       for (const RunReport* run : group) {
-        const Json value = run->report.contains(name) ? run->report[name] : run->value(name);
+        const Json value = run->figure(name, means);
         if (value.is_number()) values.push_back(value.get<double>());
       }
       if (values.empty()) continue;
@@ -295,9 +314,32 @@ std::string comparison_html(const OrderedJson& comparison) {
   return eval::page_of(kCompareHtml, {eval::kUplotCss}, {eval::kUplotJs, eval::kPlotsJs, kCompareJs}, comparison);
 }
 
+namespace {
+
+constexpr const char* kEndings[] = {".json", ".csv", ".html"};
+
+/// Whether `text` is one of the three files.
 bool is_comparison(std::string_view text) {
   return text.starts_with(kCsvHead) || text.find(kTitle) != std::string_view::npos ||
          text.substr(0, 40).find("\"comparison\":") != std::string_view::npos;
+}
+
+}  // namespace
+
+void check_comparison_files(const fs::path& path) {
+  for (const char* ending : kEndings) {
+    const fs::path file = path.string() + ending;
+    MOESAIC_CHECK(!fs::exists(file) || is_comparison(read_file(file)), UsageError,
+                  "{}: got a file that holds no comparison, expected none: nothing is overwritten", file.string());
+  }
+}
+
+void write_comparison(const fs::path& path, const OrderedJson& comparison) {
+  check_comparison_files(path);
+  if (path.has_parent_path()) fs::create_directories(path.parent_path());
+  const std::string json = comparison.dump(1, ' ', false, OrderedJson::error_handler_t::replace) + "\n";
+  const std::string files[] = {json, comparison_csv(comparison), comparison_html(comparison)};
+  for (size_t i = 0; i < std::size(files); ++i) write_file_atomically(path.string() + kEndings[i], files[i]);
 }
 
 }  // namespace moesaic::run

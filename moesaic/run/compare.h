@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "moesaic/base/json.h"
+#include "moesaic/run/report.h"
 
 namespace moesaic::run {
 
@@ -16,16 +17,20 @@ namespace moesaic::run {
 ///                    "curves": {name: {"points", "low", "high": [[step, value]]}}}],
 ///    "keys": [settings that differ], "figures": [names, in the order of a table]}
 ///
-/// Figures are of the weights that the folder holds. Throws UsageError for fewer than two runs, or a folder without a
-/// report.
-OrderedJson compare_runs(const std::vector<std::filesystem::path>& dirs);
+/// Figures are of the weights that the folder holds. What all of them measured alike before their first step is
+/// the first group, "before training", without runs. Throws UsageError for fewer than two runs, or a folder without
+/// a report. `names` are those of the runs' groups; empty: what the folders' names have in common.
+OrderedJson compare_runs(const std::vector<std::filesystem::path>& dirs, const Means& means = {},
+                         const std::vector<std::string>& names = {});
 
 /// For a terminal: a line per setting and figure, a column per group.
 std::string comparison_table(const OrderedJson& comparison);
 /// A row per group: name, runs, the settings, and mean, std and n of every figure. RFC 4180.
 std::string comparison_csv(const OrderedJson& comparison);
 std::string comparison_html(const OrderedJson& comparison);
-/// Whether `text` is one of the three files, which may be replaced by a newer one.
-bool is_comparison(std::string_view text);
+
+/// The three files of a comparison, PATH.json, .csv and .html. Throws UsageError where something else stands.
+void check_comparison_files(const std::filesystem::path& path);
+void write_comparison(const std::filesystem::path& path, const OrderedJson& comparison);
 
 }  // namespace moesaic::run

@@ -166,15 +166,18 @@ std::vector<std::string> names(const Json& json, const char* key, const std::str
   return get_or<std::vector<std::string>>(json, key, {}, where);
 }
 
-/// eval: {tasks, steps, limit}: task files to score while training.
+/// eval: {tasks, steps, limit, max_gen_toks}: task files to score while training.
 void parse_eval(const Json& json, const std::string& where, RunConfig& run) {
   MOESAIC_CHECK(json.is_object(), UsageError, "{}: got {}, expected keys and values", where, json.dump());
   run.eval_tasks = names(json, "tasks", where);
   run.train.task_eval_steps = get_or<int64_t>(json, "steps", 0, where);
   run.eval_limit = get_or<int64_t>(json, "limit", 0, where);
+  run.eval_max_gen_toks = get_or<int64_t>(json, "max_gen_toks", run.eval_max_gen_toks, where);
   MOESAIC_CHECK(run.train.task_eval_steps >= 0 && run.eval_limit >= 0, UsageError,
                 "{}: got steps {} and limit {}, expected numbers from 0", where, run.train.task_eval_steps,
                 run.eval_limit);
+  MOESAIC_CHECK(run.eval_max_gen_toks > 0, UsageError, "{}: got max_gen_toks {}, expected 1 or more", where,
+                run.eval_max_gen_toks);
   MOESAIC_CHECK(!run.eval_tasks.empty() || (run.train.task_eval_steps == 0 && run.eval_limit == 0), UsageError,
                 "{}: got no tasks, expected files to score every {} steps", where, run.train.task_eval_steps);
 }
@@ -493,6 +496,7 @@ std::vector<RunKey> other_keys() {
         "the scores are `eval/<task>/<metric>` on the console, in train_log.jsonl and in TensorBoard"}},
       {"eval.steps", run.train.task_eval_steps, {kOutput, "steps between these evaluations; 0 is at the end only"}},
       {"eval.limit", run.eval_limit, {kOutput, "questions of each task; 0 is all"}},
+      {"eval.max_gen_toks", run.eval_max_gen_toks, {kOutput, "tokens of an answer that is generated, at most"}},
       {"report_to",
        run.train.report_to,
        {kOutput,

@@ -36,6 +36,7 @@ struct RunConfig {
   std::string state_cache_dir;             // "" = kept in memory; else a folder, which outlives the run
   std::vector<std::string> eval_tasks;     // task files scored while training, train.task_eval_steps apart
   int64_t eval_limit = 0;                  // questions of each; 0 = all
+  int64_t eval_max_gen_toks = 128;         // of an answer to them
   OrderedJson resolved;                    // every key with its value: what run.yaml of the output folder holds
 };
 

@@ -1,5 +1,7 @@
 #include "moesaic/run/report.h"
 
+#include <fnmatch.h>
+
 #include "moesaic/base/check.h"
 #include "moesaic/eval/page.h"
 #include "moesaic/eval/pages.h"
@@ -69,6 +71,35 @@ void Report::write() {
   write_file_atomically(dir_ / "report.html", eval::page_of(kReportHtml, {eval::kUplotCss},
                                                             {eval::kUplotJs, eval::kPlotsJs, kReportJs}, report_));
   written_ = Clock::now();
+}
+
+Json reported_figure(const Json& report, const std::string& key, const Means& means, bool before) {
+  if (const auto mean = means.find(key); mean != means.end()) {
+    std::set<std::string> keys;
+    for (const Json& row : report.at("log")) {
+      for (const auto& [name, value] : row.items()) {
+        if (!name.starts_with("eval") || !value.is_number()) continue;
+        for (const std::string& pattern : mean->second) {
+          if (fnmatch(pattern.c_str(), name.c_str(), 0) == 0) keys.insert(name);
+        }
+      }
+    }
+    double sum = 0;
+    for (const std::string& name : keys) {
+      const Json value = reported_figure(report, name, {}, before);
+      if (!value.is_number()) return nullptr;
+      sum += value.get<double>();
+    }
+    return keys.empty() ? Json() : Json(sum / static_cast<double>(keys.size()));
+  }
+  const Json held = report.value("weights_of", Json());
+  Json last;
+  for (const Json& row : report.at("log")) {
+    if (!row.contains(key) || (row.value("step", 0) == 0) != before) continue;
+    const Json of = row.value("weights_of_step", row.at("step"));
+    if (before || held.is_null() || of == held || last.is_null()) last = row.at(key);
+  }
+  return last;
 }
 
 Json read_report(const fs::path& dir) {

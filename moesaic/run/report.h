@@ -2,13 +2,17 @@
 #pragma once
 #include <chrono>
 #include <filesystem>
+#include <map>
 #include <string>
+#include <vector>
 
 #include "moesaic/base/json.h"
 
 namespace moesaic::run {
 
 constexpr const char* kReportFile = "report.json";
+/// The score, among those of tasks, of how much routers tell tasks apart (moe::task_information).
+constexpr const char* kTaskInformation = "routing/task_information";
 
 /// Everything that is told of a run. report.json:
 ///
@@ -42,6 +46,12 @@ class Report {
   double earlier_seconds_ = 0;  // of the processes before
   Clock::time_point begin_ = Clock::now(), written_{};
 };
+
+/// Figures that are means of others: name to patterns of scores, "eval/*/acc", where * stands for any characters.
+using Means = std::map<std::string, std::vector<std::string>>;
+/// What a report's log says of `key`, or of one of `means`: of the weights that the folder holds, or of those before
+/// the first step. Null: nothing.
+Json reported_figure(const Json& report, const std::string& key, const Means& means = {}, bool before = false);
 
 /// A run's report.json. Throws UsageError when `dir` has none, DataError when it is none.
 Json read_report(const std::filesystem::path& dir);

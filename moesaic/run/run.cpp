@@ -146,8 +146,9 @@ void Run::open_data(const formats::Checkpoint& checkpoint) {
     std::vector<data::Example> examples = data::load_examples({config}, *renderer_);
     std::move(examples.begin(), examples.end(), std::back_inserter(set->examples));
   }
-  MOESAIC_CHECK(config_.train.eval_steps == 0 || !eval_sets_.empty(), UsageError,
-                "eval_steps: got no evaluation data; give val_size or eval_dataset");
+  MOESAIC_CHECK((config_.train.eval_steps == 0 && !config_.train.eval_on_start) || !eval_sets_.empty(), UsageError,
+                "{}: got no evaluation data; give val_size or eval_dataset",
+                config_.train.eval_steps > 0 ? "eval_steps" : "eval_on_start");
   for (const train::EvalSet& set : eval_sets_) {
     MOESAIC_CHECK(std::any_of(set.examples.begin(), set.examples.end(),
                               [](const data::Example& example) { return example.targets() > 0; }),
@@ -230,15 +231,19 @@ train::Scores Run::task_scores() {
   const eval::EvalModel model{*prepared_.model, renderer_->tokenizer(), renderer_->chat_template()};
   eval::EvalOptions options;
   eval::ask_as_trained(model, options);
-  options.generation.max_new_tokens = 128;
+  options.generation.max_new_tokens = config_.eval_max_gen_toks;
   options.generation.eos_ids = answer_ends();
   train::Scores scores;
+  std::vector<moe::RoutingStats> routing;
   for (const eval::Task& task : tasks_) {
-    const eval::TaskResult result = eval::evaluate(model, task, options);
+    eval::TaskResult result = eval::evaluate(model, task, options);
     for (const auto& metrics : {result.metrics, result.corpus_metrics}) {
       for (const auto& [metric, mean] : metrics) scores.emplace_back(task.name + "/" + metric, mean.value);
     }
+    routing.push_back(std::move(result.routing));
   }
+  const double information = moe::task_information(routing);
+  if (std::isfinite(information)) scores.emplace_back(kTaskInformation, information);
   return scores;
 }
 
@@ -299,11 +304,12 @@ Plan Run::plan() {
 }
 
 /// The largest of the run's first micro-batches stands for all.
-Plan Run::memory_plan() {
+Plan Run::needs_plan(const train::Accelerator* on) {
   constexpr int64_t kSampled = 32;
   constexpr double kMib = 1 << 20;
   const train::TrainConfig& config = config_.train;
   int64_t most_tokens = 0, most_targets = 0;
+  train::MicroBatchShape mean{0, 0, 0, 0};
   for (int64_t i = 0; i < kSampled; ++i) {
     int64_t tokens = 0, targets = 0;
     for (int64_t n = 0; config.max_batch_tokens > 0 || n < config.per_device_train_batch_size; ++n) {
@@ -313,12 +319,18 @@ Plan Run::memory_plan() {
       if (config.max_batch_tokens > 0 && n > 0 && tokens + length > config.max_batch_tokens) break;
       tokens += length;
       targets += example->targets();
+      const int64_t prompt = example->prompt_ends.empty() ? 0 : example->prompt_ends.front();
+      mean.examples += 1.0 / kSampled;
+      mean.prompt_tokens += static_cast<double>(prompt) / kSampled;
+      mean.answer_tokens += static_cast<double>(length - prompt) / kSampled;
+      mean.targets += static_cast<double>(example->targets()) / kSampled;
     }
     most_tokens = std::max(most_tokens, tokens);
     most_targets = std::max(most_targets, targets);
   }
   train::MemoryEstimate estimate =
-      train::estimate_memory(*prepared_.model, *prepared_.learner, config, most_tokens, most_targets, device_);
+      train::estimate_memory(*prepared_.model, *prepared_.learner, config, most_tokens, most_targets,
+                             on != nullptr ? torch::Device(torch::kCUDA) : device_);
   if (prepared_.more_memory) {
     const auto more = prepared_.more_memory(most_tokens);
     estimate.parts.insert(estimate.parts.end(), more.begin(), more.end());
@@ -330,6 +342,26 @@ Plan Run::memory_plan() {
   for (const auto& [name, bytes] : estimate.parts) {
     plan.add("", fmt::format("{:<18}{:>8.1f} MiB", name, static_cast<double>(bytes) / kMib));
   }
+  if (on == nullptr) return plan;
+  const train::Cost cost =
+      train::micro_batch_cost(*prepared_.model, *prepared_.learner, mean, config.gradient_checkpointing);
+  const double parts = static_cast<double>(config.gradient_accumulation_steps), kTera = 1e12, kGiga = 1e9;
+  const double seconds = parts * cost.seconds(*on, format_.dtype);
+  const int64_t steps = train::steps_of(config, mixture_->epoch_size());
+  plan.add("time",
+           fmt::format("{} steps of {:.0f} tokens in {:.0f} examples, {:.3g} TFLOP each: {:.2g} s a step and {} "
+                       "in all on one {}",
+                       steps, parts * (mean.prompt_tokens + mean.answer_tokens), parts * mean.examples,
+                       parts * cost.operations / kTera, seconds, format_duration(seconds * static_cast<double>(steps)),
+                       on->name));
+  plan.add("", fmt::format("assumed: {:.0f} % of its {:.3g} TFLOP/s in {}, or {:.0f} % of its {:.0f} GB/s for the "
+                           "weights, whatever takes longer; evaluation not counted",
+                           100 * train::kUtilisation,
+                           (format_.dtype == torch::kBFloat16 ? on->bfloat16 : on->float32) / kTera,
+                           dtype_name(format_.dtype), 100 * train::kBandwidthShare, on->bandwidth / kGiga));
+  plan.add("", fmt::format("memory: {:.1f} of its {:.0f} GB{}", static_cast<double>(estimate.total()) / kGiga,
+                           on->memory / kGiga,
+                           static_cast<double>(estimate.total()) > on->memory ? ": it does not fit" : ""));
   return plan;
 }
 

@@ -15,6 +15,7 @@
 #include "moesaic/run/plan.h"
 #include "moesaic/run/report.h"
 #include "moesaic/run/subject.h"
+#include "moesaic/train/cost.h"
 #include "moesaic/train/memory.h"
 #include "moesaic/train/trainer.h"
 
@@ -51,8 +52,9 @@ class Run {
   int64_t trainable() const;
   /// What the run will do.
   Plan plan();
-  /// What the run will hold at its peak; draws from the data, so nothing can be trained afterwards.
-  Plan memory_plan();
+  /// What the run will hold at its peak; with `on`, what it holds and how long it takes there. Draws from the data, so
+  /// nothing can be trained afterwards.
+  Plan needs_plan(const train::Accelerator* on = nullptr);
   /// Writes run.yaml and the tokenizer, trains, and writes the model card when the run was not interrupted; beside it
   /// all the run's report. command: what the user typed, for the report.
   train::TrainResult train(const train::TrainHooks& hooks = {}, const std::string& command = "");

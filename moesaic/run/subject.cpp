@@ -32,6 +32,15 @@ void refuse_tokenizer(const RunConfig& run, const std::string& where) {
                 where, run.init, run.finetuning_type);
 }
 
+/// True of a folder with a config.json and no file of weights.
+bool lacks_weights(const fs::path& folder) {
+  if (!fs::is_regular_file(folder / "config.json")) return false;
+  const fs::directory_iterator entries(folder);
+  return std::none_of(begin(entries), end(entries), [](const fs::directory_entry& entry) {
+    return entry.path().extension() == ".safetensors" || entry.path().extension() == ".bin";
+  });
+}
+
 /// The single model that a run begins with: read, or drawn from its seed; without numbers for a plan.
 std::shared_ptr<models::SingleModel> open_base(const RunConfig& run, const Place& place, Prepared& made) {
   MOESAIC_CHECK(!compose::is_composition(run.model_name_or_path), UsageError,
@@ -39,17 +48,19 @@ std::shared_ptr<models::SingleModel> open_base(const RunConfig& run, const Place
                 "finetuning_type calm",
                 run.finetuning_type, run.model_name_or_path);
   const bool random = run.init == "random";
+  const bool planned = !random && place.dry && lacks_weights(run.model_name_or_path);
+  if (planned) made.plan.add("weights", "none in the folder: planned from its config.json");
   if (random) {
     NewModel blank = open_new_model(run);
     made.checkpoint = blank.checkpoint;
     if (!blank.tokenizer.empty()) made.plan.add("tokenizer", blank.tokenizer);
   } else {
-    made.checkpoint = models::open_checkpoint(run.model_name_or_path);
+    made.checkpoint = models::open_checkpoint(run.model_name_or_path, /*weights=*/!planned);
   }
   place.opened(*made.checkpoint);
   std::shared_ptr<models::SingleModel> model;
   const torch::Device device = place.dry ? torch::Device(torch::kMeta) : place.device;
-  if (random) {
+  if (random || planned) {
     model =
         models::make_model(made.checkpoint->config(), run.model_name_or_path, torch::dtype(place.dtype).device(device));
     if (!place.dry) model->initialize(derive_seed(run.train.seed, "init"));

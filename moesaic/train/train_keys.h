@@ -61,6 +61,8 @@ void each_train_key(Config& train, Visit visit) {
   visit("save_steps", train.save_steps, KeyInfo{kOutput, "steps between checkpoints; 0 is none"});
   visit("save_total_limit", train.save_total_limit, KeyInfo{kOutput, "checkpoints kept, beside the best; 0 keeps all"});
   visit("eval_steps", train.eval_steps, KeyInfo{kOutput, "steps between evaluations; 0 is none"});
+  visit("eval_on_start", train.eval_on_start,
+        KeyInfo{kOutput, "evaluate before the first step, too: what the frozen model's losses are"});
   visit("metric_for_best_model", train.metric_for_best_model,
         KeyInfo{kOutput,
                 "what an evaluation is judged by: `eval_loss`, `eval_<data set>_loss`, or a task's score, "

@@ -44,13 +44,6 @@ class DeterministicAlgorithms {
   const bool fill_before_ = context().deterministicFillUninitializedMemory();
 };
 
-int64_t steps_of(const TrainConfig& config, int64_t epoch_size) {
-  if (config.max_steps > 0) return config.max_steps;
-  const int64_t per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps;
-  return static_cast<int64_t>(
-      std::ceil(static_cast<double>(epoch_size) * config.num_train_epochs / static_cast<double>(per_step)));
-}
-
 bool is_loss(const std::string& metric) { return !metric.starts_with("eval/"); }
 
 int64_t warmup_of(const TrainConfig& config, int64_t max_steps) {
@@ -87,6 +80,7 @@ class Run {
     torch::manual_seed(config_.seed);
     resume();
     journal_.open(step_);
+    if (step_ == 0 && config_.eval_on_start && !eval_sets_.empty()) evaluate();
     if (step_ == 0 && hooks_.evaluate_tasks) evaluate_tasks(0);
     const int64_t first_step = step_;
     const auto begin = Clock::now();
@@ -200,7 +194,7 @@ class Run {
     Scores scores;
     for (const std::string& name : loss_names(eval_sets_)) scores.emplace_back(name, losses[scores.size()]);
     journal_.write_evaluation(step_, step_, scores);
-    return judge(scores);
+    return step_ > 0 && judge(scores);
   }
 
   /// The same for tasks, with the weights of step `weights_of`.
@@ -347,6 +341,13 @@ Json identity(const TrainConfig& config, int64_t max_steps) {
     if (info.identity) json[key] = field;
   });
   return json;
+}
+
+int64_t steps_of(const TrainConfig& config, int64_t epoch_size) {
+  if (config.max_steps > 0) return config.max_steps;
+  const int64_t per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps;
+  return static_cast<int64_t>(
+      std::ceil(static_cast<double>(epoch_size) * config.num_train_epochs / static_cast<double>(per_step)));
 }
 
 void check_sizes(const TrainConfig& config) {

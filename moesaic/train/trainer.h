@@ -40,6 +40,7 @@ struct TrainConfig {
   int64_t logging_steps = 10;                       // steps between log lines
   int64_t save_steps = 500;                         // steps between checkpoints; 0 = none
   int64_t eval_steps = 0;                           // steps between evaluations; 0 = none
+  bool eval_on_start = false;                       // evaluate before the first step, too
   int64_t save_total_limit = 2;                     // checkpoints kept beside the best; 0 = all
   int64_t task_eval_steps = 0;                      // steps between task evaluations; 0 = at the end only
   std::string metric_for_best_model = "eval_loss";  // eval_loss | eval_<data set>_loss | eval/<task>/<metric>
@@ -68,6 +69,8 @@ struct EvalSet {
   std::vector<data::Example> examples;
 };
 
+/// Steps of a run whose epochs have `epoch_size` examples.
+int64_t steps_of(const TrainConfig& config, int64_t epoch_size);
 /// Throws UsageError naming every size of `config` that no machine has room or time for.
 void check_sizes(const TrainConfig& config);
 /// Throws UsageError with everything about `config` that can't be run, in one message. `epoch_size` as train() takes

@@ -97,5 +97,23 @@ TEST(RoutingSimilarity, CosineOfMeanProbabilitiesOverCommonRouters) {
   EXPECT_EQ(routing_similarity(x, other), 0) << "no common router";
 }
 
+TEST(TaskInformation, IsTheMeanDivergenceOfTasksFromTheirMean) {
+  auto task = [](const std::vector<float>& probs) {
+    RoutingStats stats;
+    stats.add({record("a", torch::tensor(probs).unsqueeze(0)), record("b", torch::tensor({{0.5f, 0.5f}}))});
+    return stats;
+  };
+  EXPECT_NEAR(task_information({task({0.3f, 0.7f}), task({0.3f, 0.7f})}), 0, 1e-7);
+  // Router a tells the two tasks apart wholly, router b not at all.
+  EXPECT_NEAR(task_information({task({1, 0}), task({0, 1})}), 0.5, 1e-6);
+  // p = (3/4, 1/4), (1/4, 3/4) about (1/2, 1/2): 3/4 ln(3/2) + 1/4 ln(1/2), over ln 2.
+  const double divergence = 0.75 * std::log(1.5) + 0.25 * std::log(0.5);
+  EXPECT_NEAR(task_information({task({0.75f, 0.25f}), task({0.25f, 0.75f})}), divergence / std::log(2.0) / 2, 1e-6);
+  EXPECT_TRUE(std::isnan(task_information({task({1, 0})})));
+  RoutingStats other;
+  other.add({record("c", torch::tensor({{1.0f, 0.0f}}))});
+  EXPECT_TRUE(std::isnan(task_information({task({1, 0}), other})));
+}
+
 }  // namespace
 }  // namespace moesaic::moe

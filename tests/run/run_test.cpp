@@ -74,7 +74,7 @@ TEST_F(TrainingRun, APlanTouchesNothing) {
   run::Run made(config(), /*dry=*/true);
   // E (r (in + out) + in) at every linear is what the sites say; here only that it is counted without memory.
   EXPECT_THAT(made.plan().text(), HasSubstr("molora, 2 experts"));
-  EXPECT_THAT(made.memory_plan().text(), HasSubstr("optimizer state"));
+  EXPECT_THAT(made.needs_plan().text(), HasSubstr("optimizer state"));
   EXPECT_FALSE(fs::exists(folder_.path() / "out"));
   EXPECT_THAT([&] { made.train(); }, ThrowsMessage<UsageError>(HasSubstr("opened dry")));
 }
