@@ -140,8 +140,9 @@ OrderedJson model_header(const formats::Checkpoint& checkpoint, const models::Si
 
 bool has_weights(const fs::path& path) {
   if (!fs::is_directory(path)) return true;
-  return std::any_of(fs::directory_iterator(path), fs::directory_iterator(),
-                     [](const fs::directory_entry& entry) { return entry.path().extension() == ".safetensors"; });
+  return std::any_of(fs::directory_iterator(path), fs::directory_iterator(), [](const fs::directory_entry& entry) {
+    return entry.path().extension() == ".safetensors" || entry.path().filename().string().starts_with("pytorch_model");
+  });
 }
 
 OrderedJson inspect_model(const fs::path& path, bool list) {

@@ -21,10 +21,14 @@ struct Options {
   bool json = false;
 };
 
+bool holds(const fs::path& folder, const std::string& weights) {
+  return formats::is_there(folder / weights) || formats::is_there(folder / (weights + ".index.json"));
+}
+
 bool is_model(const fs::path& path) {
   if (!fs::is_directory(path)) return path.extension() == ".gguf";
   return formats::is_there(path / "config.json") &&
-         (formats::is_there(path / "model.safetensors") || formats::is_there(path / "model.safetensors.index.json"));
+         (holds(path, "model.safetensors") || holds(path, "pytorch_model.bin"));
 }
 
 bool is_listed(const fs::path& path) {
@@ -45,9 +49,10 @@ std::vector<fs::path> found_in(const fs::path& folder) {
 /// Of a folder the files directly in it that hold weights.
 uint64_t bytes_on_disk(const fs::path& path) {
   if (!fs::is_directory(path)) return fs::file_size(path);
+  const char* ending = is_model(path) && !holds(path, "model.safetensors") ? ".bin" : ".safetensors";
   uint64_t bytes = 0;
   for (const auto& entry : fs::directory_iterator(path)) {
-    if (entry.is_regular_file() && entry.path().extension() == ".safetensors") bytes += entry.file_size();
+    if (entry.is_regular_file() && entry.path().extension() == ending) bytes += entry.file_size();
   }
   return bytes;
 }
@@ -68,7 +73,8 @@ void describe_model(const fs::path& path, const NumberFormat& format, OrderedJso
   std::stable_sort(types.begin(), types.end(), [&](const auto& a, const auto& b) { return by_type[a] > by_type[b]; });
   row["family"] = checkpoint->config().at("model_type");
   row["parameters"] = parameters;
-  row["format"] = path.extension() == ".gguf" ? "gguf" : "safetensors";
+  const char* of_folder = holds(path, "model.safetensors") ? "safetensors" : "pytorch";
+  row["format"] = path.extension() == ".gguf" ? "gguf" : of_folder;
   row["dtypes"] = types;
   const int64_t bytes = parameters * static_cast<int64_t>(c10::elementSize(format.dtype));
   row["bytes_in_memory"] = bytes;

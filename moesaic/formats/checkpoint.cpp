@@ -11,14 +11,19 @@
 #include "moesaic/formats/config.h"
 #include "moesaic/formats/gguf_checkpoint.h"
 #include "moesaic/formats/safetensors.h"
+#include "moesaic/formats/torch_file.h"
 
 namespace moesaic::formats {
 namespace {
 
 namespace fs = std::filesystem;
 constexpr const char* kConfigName = "config.json";
-constexpr const char* kSingleName = "model.safetensors";
-constexpr const char* kIndexName = "model.safetensors.index.json";
+/// How a folder may name its weights; the first that is there is read.
+struct WeightNames {
+  const char *single, *index, *ending;
+};
+constexpr WeightNames kSafetensors{"model.safetensors", "model.safetensors.index.json", ".safetensors"};
+constexpr WeightNames kPickles{"pytorch_model.bin", "pytorch_model.bin.index.json", ".bin"};
 constexpr size_t kMaxListedErrors = 10;
 constexpr const char* kFingerprintKind = "sha256-all:";
 
@@ -43,10 +48,65 @@ std::string folder_hint(const fs::path& dir) {
 }
 
 /// A shard's name from the index: a plain file name, so that an index can't reach outside of its folder.
-bool is_plain_shard_name(const std::string& name) {
-  return name.ends_with(".safetensors") && name.find_first_of("/\\") == std::string::npos && name[0] != '.' &&
+bool is_plain_shard_name(const std::string& name, const char* ending) {
+  return name.ends_with(ending) && name.find_first_of("/\\") == std::string::npos && name[0] != '.' &&
          name.find('\0') == std::string::npos && name.size() < 256;
 }
+
+/// One file of weights: safetensors, or torch.save's, whose tensors are views of the mapped file.
+class WeightFile {
+ public:
+  explicit WeightFile(const fs::path& path) {
+    if (path.extension() == ".safetensors") {
+      safetensors_.emplace(path);
+      return;
+    }
+    mapped_ = Bytes::map(path);
+    pickled_ = read_torch_file(mapped_);
+  }
+
+  std::vector<std::string> names() const {
+    if (safetensors_) return safetensors_->names();
+    std::vector<std::string> names;
+    for (const auto& [name, _] : pickled_) names.push_back(name);
+    return names;
+  }
+  bool contains(const std::string& name) const {
+    return safetensors_ ? safetensors_->contains(name) : pickled_.contains(name);
+  }
+  std::vector<int64_t> shape(const std::string& name) const {
+    return safetensors_ ? safetensors_->shape(name) : pickled_.at(name).sizes().vec();
+  }
+  at::ScalarType dtype(const std::string& name) const {
+    return safetensors_ ? safetensors_->dtype(name) : pickled_.at(name).scalar_type();
+  }
+  at::Tensor tensor(const std::string& name) const {
+    return safetensors_ ? safetensors_->tensor(name) : pickled_.at(name);
+  }
+  /// The numbers, one row behind the other. `kept` holds them where the file has them otherwise.
+  std::string_view bytes(const std::string& name, at::Tensor& kept) const {
+    if (safetensors_) return safetensors_->bytes(name);
+    kept = pickled_.at(name).contiguous();
+    return bytes_of(kept);
+  }
+  /// Gives back the memory of a tensor that has been copied.
+  void release(const std::string& name) const {
+    if (safetensors_) return safetensors_->release(name);
+    const std::string_view bytes = bytes_of(pickled_.at(name));
+    const auto* first = reinterpret_cast<const uint8_t*>(bytes.data());
+    const bool of_file = first >= mapped_.data && first < mapped_.data + mapped_.size;  // else it was copied already
+    if (of_file && pickled_.at(name).is_contiguous()) mapped_.release(bytes);
+  }
+
+ private:
+  static std::string_view bytes_of(const at::Tensor& tensor) {
+    return {static_cast<const char*>(tensor.const_data_ptr()), tensor.nbytes()};
+  }
+
+  std::optional<SafetensorsFile> safetensors_;
+  Bytes mapped_;
+  TensorMap pickled_;
+};
 
 class FolderCheckpoint : public Checkpoint {
  public:
@@ -81,11 +141,7 @@ class FolderCheckpoint : public Checkpoint {
     file(name).release(stored_name(name));
   }
 
-  std::optional<std::string> tokenizer_json() const override {
-    const fs::path file = path_ / "tokenizer.json";
-    if (!is_there(file)) return std::nullopt;
-    return read_file(file, size_t{256} << 20);
-  }
+  std::optional<std::string> tokenizer_json() const override { return read_tokenizer_json(path_); }
 
   Json tokenizer_config() const override { return read_tokenizer_config(path_); }
   ChatTemplates chat_templates() const override {
@@ -99,9 +155,11 @@ class FolderCheckpoint : public Checkpoint {
     std::call_once(fingerprint_once_, [this] {
       fingerprint_ = remembered("fingerprint of every byte", paths_, [this] {
         auto all = fingerprint_of(names(), [this](const std::string& name) {
-          const SafetensorsFile& stored = file(name);
+          const WeightFile& stored = file(name);
           const std::string& key = stored_name(name);
-          return StoredTensor{c10::toString(stored.dtype(key)), stored.shape(key), stored.bytes(key)};
+          StoredTensor tensor{c10::toString(stored.dtype(key)), stored.shape(key), {}, {}};
+          tensor.bytes = stored.bytes(key, tensor.kept);
+          return tensor;
         });
         for (const std::string& name : names()) file(name).release(stored_name(name));
         return all;
@@ -112,7 +170,7 @@ class FolderCheckpoint : public Checkpoint {
 
  private:
   struct Location {
-    const SafetensorsFile* file;
+    const WeightFile* file;
     std::string stored_name;
   };
 
@@ -121,40 +179,37 @@ class FolderCheckpoint : public Checkpoint {
     MOESAIC_CHECK(it != tensors_.end(), DataError, "{}: has no tensor '{}'", path_.string(), name);
     return it->second;
   }
-  const SafetensorsFile& file(const std::string& name) const { return *location(name).file; }
+  const WeightFile& file(const std::string& name) const { return *location(name).file; }
   const std::string& stored_name(const std::string& name) const { return location(name).stored_name; }
 
   void open_weights() {
-    if (is_there(path_ / kSingleName)) {
-      files_.push_back(std::make_unique<SafetensorsFile>(path_ / kSingleName));
-      paths_.push_back(path_ / kSingleName);
-      for (const auto& name : files_[0]->names()) tensors_.emplace(name, Location{files_[0].get(), name});
-    } else if (is_there(path_ / kIndexName)) {
-      open_shards();
-    } else {
-      const bool pickle = is_there(path_ / "pytorch_model.bin") || is_there(path_ / "pytorch_model.bin.index.json");
-      throw DataError(fmt::format(
-          "{}: has no {} and no {}.{}", path_.string(), kSingleName, kIndexName,
-          pickle
-              ? " pytorch_model.bin is a pickle, which is not read: load the folder with transformers and save it with"
-                " save_pretrained(..., safe_serialization=True)."
-              : ""));
+    for (const WeightNames& kind : {kSafetensors, kPickles}) {
+      if (is_there(path_ / kind.single)) {
+        files_.push_back(std::make_unique<WeightFile>(path_ / kind.single));
+        paths_.push_back(path_ / kind.single);
+        for (const auto& name : files_[0]->names()) tensors_.emplace(name, Location{files_[0].get(), name});
+      } else if (is_there(path_ / kind.index)) {
+        open_shards(kind);
+      }
+      if (!paths_.empty()) break;
     }
+    MOESAIC_CHECK(!paths_.empty(), DataError, "{}: has no {}, no {} and no {}", path_.string(), kSafetensors.single,
+                  kSafetensors.index, kPickles.single);
     MOESAIC_CHECK(!tensors_.empty(), FormatError, "{}: the weights hold no tensor", path_.string());
   }
 
-  void open_shards() {
-    const std::string where = (path_ / kIndexName).string();
-    const Json index = read_json(path_ / kIndexName, size_t{256} << 20);
+  void open_shards(const WeightNames& kind) {
+    const std::string where = (path_ / kind.index).string();
+    const Json index = read_json(path_ / kind.index, size_t{256} << 20);
     const auto map = index.find("weight_map");
     MOESAIC_CHECK(map != index.end() && map->is_object(), FormatError, "{}: has no weight_map object", where);
 
-    std::map<std::string, const SafetensorsFile*> shards;
+    std::map<std::string, const WeightFile*> shards;
     std::vector<std::string> errors;
     for (const auto& [name, shard] : map->items()) {
-      if (!shard.is_string() || !is_plain_shard_name(shard.get<std::string>())) {
-        errors.push_back(fmt::format("tensor '{}' names the shard {}, expected a .safetensors file of the same folder",
-                                     name, shard.dump().substr(0, 120)));
+      if (!shard.is_string() || !is_plain_shard_name(shard.get<std::string>(), kind.ending)) {
+        errors.push_back(fmt::format("tensor '{}' names the shard {}, expected a {} file of the same folder", name,
+                                     shard.dump().substr(0, 120), kind.ending));
         continue;
       }
       shards.emplace(shard.get<std::string>(), nullptr);
@@ -165,7 +220,7 @@ class FolderCheckpoint : public Checkpoint {
     MOESAIC_CHECK(errors.empty(), FormatError, "{}:\n  {}", where, first_few(errors));
 
     for (auto& [shard, file] : shards) {
-      files_.push_back(std::make_unique<SafetensorsFile>(path_ / shard));
+      files_.push_back(std::make_unique<WeightFile>(path_ / shard));
       paths_.push_back(path_ / shard);
       file = files_.back().get();
       for (const auto& name : file->names()) {
@@ -199,7 +254,7 @@ class FolderCheckpoint : public Checkpoint {
     tensors_ = std::move(renamed);
   }
 
-  std::vector<std::unique_ptr<SafetensorsFile>> files_;
+  std::vector<std::unique_ptr<WeightFile>> files_;
   std::vector<fs::path> paths_;  // of these
   std::map<std::string, Location> tensors_;
   mutable std::once_flag fingerprint_once_;

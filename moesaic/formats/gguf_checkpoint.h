@@ -56,6 +56,7 @@ struct StoredTensor {
   std::string dtype;
   std::vector<int64_t> shape;
   std::string_view bytes;
+  at::Tensor kept{};  // holds the bytes where the file's own are in another order
 };
 
 /// Checkpoint::fingerprint's value. `stored` must be callable from several threads.

@@ -1,16 +1,18 @@
 #include "moesaic/formats/tokenizer_files.h"
 
-#include "moesaic/formats/bytes.h"
+#include "moesaic/formats/sentencepiece.h"
 
 namespace moesaic::formats {
 namespace {
 
 namespace fs = std::filesystem;
 constexpr const char* kTokenizer = "tokenizer.json";
+constexpr const char* kPieces = "spiece.model";
 constexpr const char* kConfig = "tokenizer_config.json";
 constexpr const char* kTemplate = "chat_template.jinja";
 constexpr const char* kTemplates = "additional_chat_templates";
 constexpr size_t kMostTemplateBytes = size_t{16} << 20, kMostConfigBytes = size_t{64} << 20;
+constexpr int64_t kExtraIds = 100, kMostExtraIds = 100'000;  // T5's sentinels
 
 /// A text, or a list of {name, template}.
 ChatTemplates templates_of(const Json& value, const std::string& where) {
@@ -42,11 +44,26 @@ Json read_optional_json(const fs::path& file) {
   return json;
 }
 
+std::optional<std::string> read_tokenizer_json(const fs::path& folder) {
+  if (is_there(folder / kTokenizer)) return read_file(folder / kTokenizer, size_t{256} << 20);
+  if (!is_there(folder / kPieces)) return std::nullopt;
+  const Json config = read_optional_json(folder / kConfig);
+  const auto extra_ids = get_or<int64_t>(config, "extra_ids", kExtraIds, (folder / kConfig).string());
+  MOESAIC_CHECK(extra_ids >= 0 && extra_ids <= kMostExtraIds, FormatError, "{}: extra_ids: got {}, expected 0 to {}",
+                (folder / kConfig).string(), extra_ids, kMostExtraIds);
+  return sentencepiece_tokenizer_json(Bytes::map(folder / kPieces), extra_ids);
+}
+
 Json read_tokenizer_config(const fs::path& folder) {
   Json config = read_optional_json(folder / kConfig);
   if (!config.contains("added_tokens_decoder")) config.update(read_optional_json(folder / "special_tokens_map.json"));
   for (auto& [key, value] : config.items()) {
     if (key.ends_with("_token") && value.is_object() && value.contains("content")) value = Json(value["content"]);
+  }
+  if (!is_there(folder / kTokenizer) && is_there(folder / kPieces)) {
+    for (const auto& [key, token] : {std::pair("eos_token", "</s>"), {"unk_token", "<unk>"}, {"pad_token", "<pad>"}}) {
+      if (!config.contains(key)) config[key] = token;
+    }
   }
   return config;
 }
@@ -70,7 +87,7 @@ ChatTemplates read_chat_templates(const fs::path& folder) {
 
 TokenizerFiles read_tokenizer_files(const fs::path& folder) {
   TokenizerFiles files;
-  if (is_there(folder / kTokenizer)) files.json = read_file(folder / kTokenizer, size_t{256} << 20);
+  files.json = read_tokenizer_json(folder);
   files.config = read_tokenizer_config(folder);
   files.chat_templates = read_chat_templates(folder);
   return files;

@@ -25,8 +25,13 @@ struct TokenizerFiles {
 /// A JSON object that a folder may lack: {} then. Throws FormatError.
 Json read_optional_json(const std::filesystem::path& file);
 
+/// The text of tokenizer.json in `folder`, or what T5's spiece.model means; nullopt when it has neither.
+/// Throws FormatError, or DataError for a spiece.model that is not T5's.
+std::optional<std::string> read_tokenizer_json(const std::filesystem::path& folder);
+
 /// tokenizer_config.json of `folder`. As in transformers, special_tokens_map.json has the last word, unless
-/// added_tokens_decoder says all there is. Throws FormatError.
+/// added_tokens_decoder says all there is; where the tokenizer is a spiece.model, T5's special tokens are named.
+/// Throws FormatError.
 Json read_tokenizer_config(const std::filesystem::path& folder);
 
 /// The templates of `folder`: chat_template.jinja and additional_chat_templates/NAME.jinja, or, where it has neither,

@@ -131,7 +131,7 @@ TEST(Checkpoint, MissingPartsAreExplained) {
   write_file(folder / "config.json", kConfig);
   EXPECT_ERROR(open_folder(folder.path()), DataError, "no model.safetensors");
   write_file(folder / "pytorch_model.bin", "x");
-  EXPECT_ERROR(open_folder(folder.path()), DataError, "pickle");
+  EXPECT_ERROR(open_folder(folder.path()), FormatError, "pytorch_model.bin: is not what torch.save writes");
   EXPECT_THAT(open_folder(folder.path(), false)->names(), testing::IsEmpty());
   write_file(folder / "config.json", "{\"rope_theta\": NaN}");
   EXPECT_ERROR(open_folder(folder.path(), false), FormatError, "config.json");

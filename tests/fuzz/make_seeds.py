@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import torch
 from safetensors.numpy import save
+from transformers.utils import sentencepiece_model_pb2_new as sentencepiece_model
 
 CORPUS = pathlib.Path(__file__).parent / "corpus"
 
@@ -49,6 +50,15 @@ def tiny_gguf(arch, model, pre):
     writer.write_tensors_to_file()
     writer.close()
     return path.read_bytes()
+
+
+def pieces():
+    model = sentencepiece_model.ModelProto()
+    for text, score, kind in [("<pad>", 0, 3), ("</s>", 0, 3), ("<unk>", 0, 2), ("<u>", 0, 4), ("\u2581the", -1.5, 1)]:
+        model.pieces.add(piece=text, score=score, type=kind)
+    model.trainer_spec.model_type, model.trainer_spec.unk_id = 1, 2
+    model.normalizer_spec.precompiled_charsmap = bytes(range(8))
+    return model.SerializeToString()
 
 
 def tokenizers():
@@ -105,6 +115,7 @@ def main():
     for arch, model, pre in [("llama", "gpt2", "smollm"), ("llama", "llama", ""), ("qwen3", "gpt2", "qwen2"),
                              ("gemma3", "llama", "")]:
         write("gguf", f"{arch}_{model}", tiny_gguf(arch, model, pre))
+    write("sentencepiece", "t5", pieces())
     for name, tokenizer in tokenizers().items():
         write("tokenizer", name, json.dumps(tokenizer).encode())
     common = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2,

@@ -55,6 +55,33 @@ def test_sharded_checkpoint(driver, models, tmp_path):
     common.assert_close(ours["logits"], common.reference_logits(model, ids), "logits")
 
 
+@pytest.mark.parametrize("name", ["llama", "t5-gated"])
+def test_pytorch_model_bin(name, driver, models, tmp_path):
+    """torch.save's files, single and sharded, as models of before safetensors lie on the hub."""
+    model, folder = models(name)
+    ids = common.sequences()
+    state = model.state_dict()
+    names = sorted(state)
+    single, sharded = tmp_path / "single", tmp_path / "sharded"
+    for copy in (single, sharded):
+        copy.mkdir()
+        shutil.copy(folder / "config.json", copy)
+    torch.save(state, single / "pytorch_model.bin")
+    index = {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        shard = f"pytorch_model-{i + 1:05}-of-00002.bin"
+        torch.save({key: state[key] for key in part}, sharded / shard)
+        index.update(dict.fromkeys(part, shard))
+    (sharded / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    for copy in (single, sharded):
+        ours = driver.run(tmp_path / "out.safetensors", model=copy, sequences=ids, mask=common.masks(ids))
+        common.assert_close(ours["logits"], common.reference_logits(model, ids), "logits")
+    index[names[0]] = "../single/pytorch_model.bin"
+    (sharded / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    with pytest.raises(common.DriverError, match="expected a .bin file of the same folder"):
+        driver.run(tmp_path / "out.safetensors", model=sharded, sequences=ids, mask=common.masks(ids))
+
+
 # bfloat16 keeps 8 bits: one rounding is up to 0.2 % of a value, and three layers of some ten roundings each, in another
 # order than transformers', add up to some percent of the largest logit. So the yardstick is transformers itself: our
 # bfloat16 may be at most a fifth as far again from float32 as transformers' bfloat16 is, by root mean square: the largest

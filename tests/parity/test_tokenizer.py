@@ -1,13 +1,17 @@
 """Tokenizers and chat templates against the tokenizers package and transformers, live."""
 
+import base64
 import copy
+import io
 import json
 import pathlib
 import random
 
 import pytest
+import sentencepiece
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, T5Tokenizer
+from transformers.utils import sentencepiece_model_pb2_new as sentencepiece_model
 
 import common
 
@@ -208,6 +212,81 @@ def test_a_stream_never_shows_half_a_character(ours, trained):
         else:  # nothing is held back but an unfinished character
             assert "".join(pieces[:i]) == so_far
     assert held > 10
+
+
+# --- T5's spiece.model -----------------------------------------------------------------------------------------------
+
+RARE = ["ᚠᛇᚻ᛫ᛒᛦᚦ ꙮ ⲁⲛⲟⲕ 𐎠𐎼𐎹 𒀭𒂗𒆤 𓂀𓆣 ⵣ ᠮᠣᠩᠭᠣᠯ བོད་ཡིག ខ្មែរ မြန်မာ ქართული ትግርኛ ᏣᎳᎩ ދިވެހި", "🏳️‍🌈 👩🏿‍🚀 🇺🇳 1️⃣ ☺︎ ☺️ 🫠",
+        "\t\ttab\t\ttab\t", "a  b   c    d\u3000e\u2003f", "\x01\x02bell\x07esc\x1b[0m\x7f\x80\x9f", "\u200e\u202aבא\u202c\u2066ab\u2069",
+        "soft\u00adhyphen zero\u200b\u200c\u200d\ufeffwidth", "ﬀ ﬁ ㎏ ½ Ⅻ ① ² ｆｕｌｌ ﾊﾝｶｸ Å Å", "á̂̃ Ẁ́ ộ",
+        "<extra_id_0> a <extra_id_99>b<extra_id_100> <extra_id_7>.", "</s><pad> <unk>x</s>", "<ctl>a <ctl> <ud>b a<ud>",
+        "▁▁ ▁a▁b", "\r\n\r\n", "\u2028x\u2029y\x85z", "\ud7ff\ue000\uf8ff\ufffe\uffff\U000e0001"]
+
+
+def write_t5(folder, pieces, config=None):
+    folder.mkdir()
+    (folder / "spiece.model").write_bytes(pieces)
+    (folder / "config.json").write_text(json.dumps({"model_type": "t5", "is_encoder_decoder": True}))
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def trained_pieces(**options):
+    """A unigram model of SentencePiece's own trainer, with the special pieces where T5 has them."""
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(WORDS * 3), model_writer=written, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+        **{"vocab_size": 300, "hard_vocab_limit": False, "character_coverage": 0.97, "control_symbols": ["<ctl>"],
+           "user_defined_symbols": ["<ud>"], **options})
+    return written.getvalue()
+
+
+def published_pieces():
+    """T5's own vocabulary and normaliser as the spiece.model that tokenizer.json was made from."""
+    data = json.loads((common.published_t5() / "tokenizer.json").read_text())
+    model = sentencepiece_model.ModelProto()
+    model.trainer_spec.model_type, model.trainer_spec.unk_id = 1, 2
+    model.normalizer_spec.precompiled_charsmap = base64.b64decode(data["normalizer"]["precompiled_charsmap"])
+    for i, (piece, score) in enumerate(data["model"]["vocab"]):
+        if not piece.startswith("<extra_id_"):
+            model.pieces.add(piece=piece, score=score, type={0: 3, 1: 3, 2: 2}.get(i, 1))
+    return model.SerializeToString()
+
+
+PIECES = {"trained": (trained_pieces, None), "identity": (lambda: trained_pieces(normalization_rule_name="identity"), None),
+          "few-extra": (trained_pieces, {"extra_ids": 3, "eos_token": {"content": "</s>"}}),
+          "published": (published_pieces, {"extra_ids": 100, "model_max_length": 512})}
+
+
+@pytest.mark.parametrize("kind", PIECES)
+def test_spiece_model_is_read_as_transformers_does(ours, tmp_path, kind):
+    make, config = PIECES[kind]
+    folder = write_t5(tmp_path / "t5", make(), config)
+    reference = T5Tokenizer.from_pretrained(folder)
+    got = ours.call(op="open", folder=folder)
+    assert (got["eos_id"], got["vocab_size"]) == (reference.eos_token_id, len(reference))
+    rng = random.Random(2)
+    texts = NASTY + RARE + ["".join(chr(rng.choice((rng.randrange(0x20, 0x3000), rng.randrange(0xe000, 0x1ffff))))
+                                    for _ in range(30)) for _ in range(100)]
+    for text in texts:
+        for special in (False, True):
+            expected = reference(text, add_special_tokens=special)["input_ids"]
+            encoded = ours.call(op="encode", text=text, special=special)
+            assert encoded["ids"] == encoded["fast"] == expected, repr(text)
+        for skip in (False, True):
+            assert ours.call(op="decode", ids=expected, skip=skip)["text"] == reference.decode(
+                expected, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+
+
+def test_other_vocabularies_are_refused(ours, tmp_path):
+    for name, pieces, says in (("bpe", trained_pieces(model_type="bpe"), "a vocabulary of kind 2, expected a unigram one"),
+                               ("cut", trained_pieces()[:-9], "or is damaged"), ("empty", b"", "truncated"),
+                               ("json", b'{"model": 1}', "is not a SentencePiece vocabulary")):
+        with pytest.raises(common.DriverError, match=says):
+            ours.call(op="open", folder=write_t5(tmp_path / name, pieces))
+    with pytest.raises(common.DriverError, match="extra_ids: got -1"):
+        ours.call(op="open", folder=write_t5(tmp_path / "negative", trained_pieces(), {"extra_ids": -1}))
 
 
 CONFIGS = [dict(bos_token="<s>", eos_token="</s>"),

@@ -1,12 +1,14 @@
 // Runs the C++ side of test_tokenizer.py: one JSON job per line on stdin, one JSON answer per line on stdout.
 //
 //   {op: load, json, config, template}         the tokenizer (tokenizer.json's text) and, if given, its chat template
+//   {op: open, folder}                         the tokenizer of a model's folder
 //   {op: encode, text, special}                -> ids, offsets (bytes), fast (ids without the offsets)
 //   {op: decode, ids, skip}                    -> text, pieces (of the streaming decoder)
 //   {op: render, messages, tools, prompt, extra} -> text
 //   {op: train, messages, tools}               -> text, trained, ids, mask
 #include <iostream>
 
+#include "moesaic/formats/checkpoint.h"
 #include "moesaic/tokenizer/tokenizer.h"
 
 namespace {
@@ -20,6 +22,10 @@ class Session {
   OrderedJson run(const OrderedJson& job) {
     const std::string op = job.at("op");
     if (op == "load") return load(job);
+    if (op == "open") {
+      tokenizer_ = Tokenizer::open(*moesaic::formats::open_folder(job.at("folder").get<std::string>(), false));
+      return facts();
+    }
     if (op == "encode") return encode(job);
     if (op == "decode") return decode(job);
     if (op == "render") {
@@ -39,6 +45,10 @@ class Session {
     if (job.contains("template")) {
       template_ = std::make_unique<ChatTemplate>(job["template"].get<std::string>(), *tokenizer_);
     }
+    return facts();
+  }
+
+  OrderedJson facts() const {
     const auto id = [](std::optional<int64_t> id) { return id ? OrderedJson(*id) : OrderedJson(); };
     return {{"bos_id", id(tokenizer_->bos_id())},
             {"eos_id", id(tokenizer_->eos_id())},
