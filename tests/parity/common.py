@@ -156,11 +156,12 @@ def randomise(model, seed=0):
 
 
 def make_model(name, folder=None, seed=0):
-    """A tiny random model in eval mode, saved to `folder` when one is given."""
-    config = FAMILIES[name].config()
+    """A tiny random model in eval mode, saved to `folder` when one is given. `name`: of a family, or one that has none."""
+    family = name if isinstance(name, Family) else FAMILIES[name]
+    config = family.config()
     auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     model = auto.from_config(config, attn_implementation="eager")
-    if FAMILIES[name].untied:
+    if family.untied:
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.shared.weight))
     if config.model_type == "gemma3_text" and config.attn_logit_softcapping:
         # transformers 5.23 reads this key for Gemma 3 but never hands it to its attention function, which knows it.

@@ -5,6 +5,8 @@ import shutil
 import peft
 import pytest
 import torch
+import transformers
+from safetensors.torch import save_file
 
 import common
 
@@ -111,6 +113,33 @@ def test_adapters_of_parts_of_an_encoder_decoder(modules, driver, models, tmp_pa
                                  target_modules=r"(encoder.block.1|decoder.block.[02]).*\.(q|v|wo)"),
     }[modules]
     check_peft_adapter_here("t5-gated", config, driver, models, tmp_path)
+
+
+def test_published_lora_of_t5_large(driver, tmp_path):
+    """A LoRA that somebody trained (rank 16, q and v), on the first block of each half of a base of t5-large's width."""
+    published = common.published_t5()
+    tensors = common.load_file(published / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 144 and sum(t.numel() for t in tensors.values()) == 4_718_592
+    large = common.Family(transformers.T5Config, dict(feed_forward_proj="relu", d_model=1024, d_kv=64, num_heads=16,
+                                                      num_layers=1, num_decoder_layers=1))
+    base = common.make_model(large, tmp_path / "base")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    shutil.copy(published / "adapter_config.json", adapter)
+    save_file({k: v for k, v in tensors.items() if ".block.0." in k}, adapter / "adapter_model.safetensors")
+    ids = common.sequences()
+    plain = common.reference_logits(base, ids)
+    wrapped = peft.PeftModel.from_pretrained(base, adapter, is_trainable=True).eval()
+    logits, _, gradients = common.reference_gradients(wrapped, ids, common.masks(ids))
+    assert len(gradients) == 12 and (logits - plain).abs().max() > 0.01 * plain.abs().max()
+    ours = driver.run(tmp_path / "out.safetensors", model=tmp_path / "base", adapter=adapter, mode="adapter",
+                      sequences=ids, mask=common.masks(ids))
+    common.assert_close(ours["logits"], logits, "logits")
+    common.assert_gradients_close(common.split_gradients(ours), {file_name(n): g for n, g in gradients.items()})
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(common.DriverError, match="encoder.block.1.layer.0.SelfAttention.q"):
+        driver.run(tmp_path / "out.safetensors", model=tmp_path / "base", adapter=adapter, mode="adapter",
+                   sequences=ids, mask=common.masks(ids))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
