@@ -36,7 +36,7 @@ std::shared_ptr<models::CausalLM> new_model(const std::string& name, c10::Device
   return model;
 }
 
-std::shared_ptr<adapters::Adapter> make_lora(models::CausalLM& model, int64_t rank, uint64_t seed) {
+std::shared_ptr<adapters::Adapter> make_lora(models::SingleModel& model, int64_t rank, uint64_t seed) {
   adapters::AdapterConfig config;
   config.method = "lora";
   config.lora_rank = rank;

@@ -50,19 +50,20 @@ size_t closed_chunk(std::string_view text) {
 
 Alignment::Alignment(std::shared_ptr<const tokenizer::Tokenizer> anchor,
                      std::shared_ptr<const tokenizer::Tokenizer> augmenting, const std::string& rule,
-                     const std::string& policy)
-    : prompt_by_word_(rule != "token"), answer_by_word_(rule == "word"), policy_(policy) {
+                     const std::string& policy, bool ahead)
+    : prompt_by_word_(rule != "token"), answer_by_word_(rule == "word"), ahead_(ahead), policy_(policy) {
   MOESAIC_CHECK(rule == "word" || rule == "token" || rule == "mixed", ConfigError,
                 "align: got '{}', expected word, token or mixed", rule);
   MOESAIC_CHECK(policy == "causal" || policy == "prefix" || policy == "full", ConfigError,
                 "mask: got '{}', expected causal, prefix or full", policy);
+  MOESAIC_CHECK(!ahead || policy == "prefix", ConfigError, "mask: got '{}', expected prefix for an encoder", policy);
   MOESAIC_CHECK((anchor == nullptr) == (augmenting == nullptr), ConfigError,
                 "one of two composed models has no tokenizer; expected both or none");
   if (anchor == nullptr || same_tokenizer(*anchor, *augmenting)) return;
   anchor_ = std::move(anchor);
   augmenting_ = std::move(augmenting);
   const auto start = augmenting_->bos_id() ? augmenting_->bos_id() : augmenting_->eos_id();
-  if (start) start_ = {*start};
+  if (start && !ahead) start_ = {*start};
   for (const std::string& text : anchor_->special_texts()) {
     const auto id = anchor_->token_to_id(text);
     if (!id) continue;
@@ -87,6 +88,21 @@ void Aligner::close(size_t bytes, std::vector<int64_t>& ids) {
   at_start_ = false;
 }
 
+/// Reads all of the open text; whole: as the prompt's end, with what a tokenizer puts around a text.
+void Aligner::close_prompt(bool whole, std::vector<int64_t>& ids) {
+  const auto& tokenizer = *alignment_->augmenting_;
+  const auto encoding =
+      whole ? tokenizer.encode_start(open_) : tokenizer.encode_with_offsets(open_, /*add_special_tokens=*/false);
+  for (size_t i = 0; i < encoding.ids.size(); ++i) {
+    const auto [begin, end] = encoding.offsets[i];
+    const auto token = std::lower_bound(ends_.begin(), ends_.end(), std::pair<size_t, int64_t>(end, 0));
+    ids.push_back(encoding.ids[i]);
+    places_.push_back(begin == end || token == ends_.end() ? tokens() : token->second);
+  }
+  open_.clear();
+  ends_.clear();
+}
+
 std::vector<int64_t> Aligner::read(int64_t id, bool border) {
   if (frozen_) return {};
   frozen_ = border && alignment_->policy_ == "prefix";
@@ -96,6 +112,11 @@ std::vector<int64_t> Aligner::read(int64_t id, bool border) {
   open_ += decoder_->push(id);
   const bool special =
       id >= 0 && id < std::ssize(alignment_->is_special_) && alignment_->is_special_[static_cast<size_t>(id)];
+  if (alignment_->ahead_) {
+    ends_.emplace_back(open_.size(), tokens());
+    if (border || (special && !open_.empty())) close_prompt(border, ids);
+    return ids;
+  }
   const bool by_word = answering_ ? alignment_->answer_by_word_ : alignment_->prompt_by_word_;
   answering_ = answering_ || border;
   if (by_word) {
@@ -108,6 +129,11 @@ std::vector<int64_t> Aligner::read(int64_t id, bool border) {
 std::vector<int64_t> Aligner::push(int64_t id, bool border) {
   history_.emplace_back(id, border);
   std::vector<int64_t> ids = read(id, border);
+  places_.resize(static_cast<size_t>(committed()) + held_.size() + ids.size(), tokens());
+  if (alignment_->ahead_) {
+    held_.insert(held_.end(), ids.begin(), ids.end());
+    ids = border ? std::exchange(held_, {}) : std::vector<int64_t>();
+  }
   counts_.push_back(committed() + std::ssize(ids));
   return ids;
 }

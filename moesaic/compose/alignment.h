@@ -23,6 +23,12 @@ bool same_tokenizer(const tokenizer::Tokenizer& a, const tokenizer::Tokenizer& b
 ///   mixed  word up to the first border, token behind it: a prompt is read as the augmenting model knows it, and an
 ///          answer without the delay of a word
 ///
+/// An encoder reads ahead: its states of every token depend on all of them. So it is given the text up to the first
+/// border and nothing behind it, and all of that is committed at once, when the border is reached: the token before an
+/// answer is the first to see any of it, and an answer's tokens never enter. Nothing is left to wait for then, so that
+/// the rule is of no account: what lies between special tokens is tokenised in one piece, and the last as its
+/// tokenizer does a text (T5's: with EOS behind).
+///
 /// Each stretch is tokenised by itself. So what is committed after a prefix of the text depends on that prefix alone
 /// and only grows: the anchor position that ends the prefix may see it without knowing anything of what follows.
 /// With equal tokenizers the ids pass through.
@@ -30,9 +36,10 @@ class Alignment {
  public:
   /// rule: word | token | mixed. policy: causal (as above) | prefix (nothing behind the first border is read) | full
   /// (every position sees all, also the future: for comparison with other code only). Throws ConfigError for another
-  /// word. Without tokenizers (both nullptr) the ids pass through.
+  /// word, and for another policy than prefix where the augmenting model reads `ahead`. Without tokenizers (both
+  /// nullptr) the ids pass through.
   Alignment(std::shared_ptr<const tokenizer::Tokenizer> anchor, std::shared_ptr<const tokenizer::Tokenizer> augmenting,
-            const std::string& rule, const std::string& policy);
+            const std::string& rule, const std::string& policy, bool ahead = false);
 
   bool passes_ids() const { return augmenting_ == nullptr; }
   const std::string& policy() const { return policy_; }
@@ -42,7 +49,7 @@ class Alignment {
   std::shared_ptr<const tokenizer::Tokenizer> anchor_, augmenting_;
   std::vector<int64_t> start_;       // BOS, or EOS where there is none, in front of the text
   std::vector<uint8_t> is_special_;  // by anchor id
-  bool prompt_by_word_, answer_by_word_;
+  bool prompt_by_word_, answer_by_word_, ahead_;
   std::string policy_;
 };
 
@@ -58,18 +65,24 @@ class Aligner {
   int64_t tokens() const { return static_cast<int64_t>(counts_.size()); }
   /// Augmenting ids committed so far: c(t) of the last token.
   int64_t committed() const { return counts_.empty() ? 0 : counts_.back(); }
+  /// Of every augmenting id read so far, committed or about to be: the anchor's token that ends its text.
+  const std::vector<int64_t>& places() const { return places_; }
   /// Forgets all but the first `tokens` anchor tokens.
   void truncate(int64_t tokens);
 
  private:
   std::vector<int64_t> read(int64_t id, bool border);
   void close(size_t bytes, std::vector<int64_t>& ids);
+  void close_prompt(bool whole, std::vector<int64_t>& ids);
 
   std::shared_ptr<const Alignment> alignment_;
   std::vector<std::pair<int64_t, bool>> history_;  // what was pushed
   std::vector<int64_t> counts_;                    // committed after each token
+  std::vector<int64_t> places_;                    // see places()
+  std::vector<int64_t> held_;                      // read ahead, but not committed
   std::optional<tokenizer::StreamDecoder> decoder_;
-  std::string open_;  // characters that are not committed yet
+  std::string open_;                              // characters that are not committed yet
+  std::vector<std::pair<size_t, int64_t>> ends_;  // reading ahead: bytes of open_ behind each of its tokens
   bool at_start_ = true, frozen_ = false;
   bool answering_ = false;  // behind the first border
 };

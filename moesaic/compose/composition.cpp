@@ -3,6 +3,7 @@
 #include "moesaic/base/check.h"
 #include "moesaic/base/seed.h"
 #include "moesaic/base/sha256.h"
+#include "moesaic/models/registry.h"
 
 namespace moesaic::compose {
 namespace {
@@ -45,6 +46,27 @@ std::vector<ConnectionPair> evenly_spaced(int64_t num_connections, int64_t ancho
   return pairs;
 }
 
+Reader reader_of(const models::SingleModel& model) {
+  return {model.reading_blocks(), model.facts().width, model.reads_ahead()};
+}
+
+Reader reader_of(const Json& config, const std::string& where) {
+  if (models::is_decoder(config, where)) {
+    const models::DecoderConfig decoder = models::parse_decoder_config(config, where);
+    return {decoder.num_layers, decoder.hidden_size, false};
+  }
+  const models::Seq2SeqConfig both = models::parse_seq2seq_config(config, where);
+  return {both.encoder_layers, both.hidden_size, true};
+}
+
+models::DecoderConfig parse_anchor(const Json& config, const std::string& where) {
+  MOESAIC_CHECK(models::is_decoder(config, where), ConfigError,
+                "{}: is an encoder-decoder, expected a decoder as the anchor of a composition. As the augmenting model "
+                "its encoder can read the prompt.",
+                where);
+  return models::parse_decoder_config(config, where);
+}
+
 int64_t num_blocks(const AugmentingConfig& config) {
   int64_t highest = -1;
   for (const ConnectionPair& pair : config.connections) highest = std::max(highest, pair.aug);
@@ -58,7 +80,7 @@ int64_t default_heads(const models::DecoderConfig& anchor) {
 }
 
 void validate(const CompositionConfig& config, const models::DecoderConfig& anchor,
-              const std::vector<models::DecoderConfig>& augmenting, const std::string& where) {
+              const std::vector<Reader>& augmenting, const std::string& where) {
   std::vector<std::string> wrong;
   auto require = [&](bool ok, const std::string& message) {
     if (!ok) wrong.push_back(message);
@@ -85,12 +107,19 @@ void validate(const CompositionConfig& config, const models::DecoderConfig& anch
     const std::string name = fmt::format("augmenting[{}]", m);
     one_of((name + ".align").c_str(), entry.align, {"word", "token", "mixed"});
     one_of((name + ".mask").c_str(), entry.mask, {"causal", "prefix", "full"});
+    if (augmenting[m].ahead) {
+      require(entry.mask == "prefix", fmt::format("{}.mask: got '{}', expected prefix: an encoder's states depend on "
+                                                  "all it reads, so that it reads the prompt alone",
+                                                  name, entry.mask));
+      require(entry.align == "word",
+              fmt::format("{}.align: got '{}', expected word: an encoder reads the prompt at once", name, entry.align));
+    }
     require(!entry.connections.empty(), name + ".connections: got none, expected at least one");
     for (const ConnectionPair& pair : entry.connections) {
       const bool fits =
-          pair.anchor >= -1 && pair.anchor < anchor.num_layers && pair.aug >= -1 && pair.aug < augmenting[m].num_layers;
+          pair.anchor >= -1 && pair.anchor < anchor.num_layers && pair.aug >= -1 && pair.aug < augmenting[m].blocks;
       require(fits, fmt::format("{}.connections: got anchor {}, aug {}, expected -1 to {} and -1 to {}", name,
-                                pair.anchor, pair.aug, anchor.num_layers - 1, augmenting[m].num_layers - 1));
+                                pair.anchor, pair.aug, anchor.num_layers - 1, augmenting[m].blocks - 1));
     }
   }
   MOESAIC_CHECK(wrong.empty(), ConfigError, "{}: {}", where, fmt::join(wrong, "; "));
@@ -130,10 +159,13 @@ void CompositionMemory::add_sequences(int64_t count) {
 
 Composition::Composition(CompositionConfig config, Member anchor, std::vector<Member> augmenting, uint64_t seed)
     : config_(std::move(config)), anchor_(std::move(anchor)), augmenting_(std::move(augmenting)) {
-  const models::DecoderConfig& anchor_config = anchor_.model->config();
-  std::vector<models::DecoderConfig> configs;
-  for (const Member& member : augmenting_) configs.push_back(member.model->config());
-  validate(config_, anchor_config, configs, "composition");
+  anchor_model_ = std::dynamic_pointer_cast<models::CausalLM>(anchor_.model);
+  MOESAIC_CHECK(anchor_model_, ConfigError, "composition: the anchor is an encoder-decoder ({}), expected a decoder",
+                anchor_.model->facts().model_type);
+  const models::DecoderConfig& anchor_config = anchor_model_->config();
+  std::vector<Reader> readers;
+  for (const Member& member : augmenting_) readers.push_back(reader_of(*member.model));
+  validate(config_, anchor_config, readers, "composition");
   config_.connection.norm_eps = anchor_config.rms_norm_eps;  // as the released code
   if (config_.connection.cross_position == "rope") {
     nn::RopeConfig rope;
@@ -150,10 +182,11 @@ Composition::Composition(CompositionConfig config, Member anchor, std::vector<Me
       stream.blocks.push_back(pair.aug);
       lowest_anchor_block_ = std::min(lowest_anchor_block_, pair.anchor);
     }
-    stream.alignment = std::make_shared<Alignment>(anchor_.tokenizer, augmenting_[m].tokenizer,
-                                                   config_.augmenting[m].align, config_.augmenting[m].mask);
+    stream.alignment =
+        std::make_shared<Alignment>(anchor_.tokenizer, augmenting_[m].tokenizer, config_.augmenting[m].align,
+                                    config_.augmenting[m].mask, readers[m].ahead);
     for (size_t c = 0; c < config_.augmenting[m].connections.size(); ++c, ++k) {
-      Connection connection(config_.connection, configs[m].hidden_size, anchor_config.hidden_size, options);
+      Connection connection(config_.connection, readers[m].width, anchor_config.hidden_size, options);
       connection->initialize(make_generator(derive_seed(seed, "connection", static_cast<uint64_t>(k))));
       stream.connections.push_back(list->register_module(std::to_string(k), connection));
     }
@@ -222,7 +255,7 @@ int64_t Composition::activation_bytes(int64_t tokens, bool checkpointing) {
   of_anchor.erase(of_anchor.begin(), of_anchor.begin() + std::min(first_trained_block(), facts.blocks));
   int64_t bytes = saved_bytes(of_anchor, facts, tokens, checkpointing);
   for (size_t m = 0; m < augmenting_.size(); ++m) {
-    models::CausalLM& model = *augmenting_[m].model;
+    models::SingleModel& model = *augmenting_[m].model;
     // The state and P; keys and values before and after the rotation; queries likewise, the attention's output, Y.
     bytes += std::ssize(config_.augmenting[m].connections) * (model.facts().width + 8 * facts.width) * tokens * 4;
     if (!is_trained(augmenting_[m])) continue;
@@ -245,7 +278,7 @@ int64_t Composition::state_bytes(int64_t tokens) const {
 OrderedJson Composition::structure() const {
   auto member_json = [](const Member& member) {
     return OrderedJson{{"model", member.checkpoint ? member.checkpoint->path().string() : ""},
-                       {"blocks", member.model->config().num_layers}};
+                       {"blocks", member.model->reading_blocks()}};
   };
   OrderedJson augmenting = OrderedJson::array(), connections = OrderedJson::array();
   for (size_t m = 0; m < augmenting_.size(); ++m) {
@@ -288,15 +321,17 @@ std::vector<AlignedBatch> Composition::align(const nn::RaggedBatch& batch, const
     for (int64_t b = 0; b < count; ++b) {
       Aligner fresh(streams_[m].alignment);
       Aligner& aligner = memory ? memory->streams[m].aligners[b] : fresh;
+      const int64_t before = aligner.committed();
       for (int64_t n = batch.offsets[b]; n < batch.offsets[b + 1]; ++n) {
         const int64_t place = aligner.tokens();
         const bool border = (!borders.empty() && std::binary_search(borders[b].begin(), borders[b].end(), place + 1)) ||
                             (full && n + 1 == batch.offsets[b + 1]);
         const std::vector<int64_t> committed = aligner.push(ids.data_ptr<int64_t>()[n], border);
         aligned.tokens[b].insert(aligned.tokens[b].end(), committed.begin(), committed.end());
-        aligned.coordinates[b].resize(aligned.tokens[b].size(), place);
         aligned.seen.visible.push_back(aligner.committed());
       }
+      const auto places = aligner.places().begin();
+      aligned.coordinates[b].assign(places + before, places + aligner.committed());
       if (full)
         std::fill(aligned.seen.visible.end() - (batch.offsets[b + 1] - batch.offsets[b]), aligned.seen.visible.end(),
                   aligner.committed());
@@ -309,7 +344,7 @@ std::vector<AlignedBatch> Composition::align(const nn::RaggedBatch& batch, const
 namespace {
 
 /// The outputs of `blocks` (-1: the embedding's) for a batch that `pass` was prepared for, [N, D] each.
-std::vector<torch::Tensor> states_at(models::CausalLM& model, const nn::RaggedBatch& batch,
+std::vector<torch::Tensor> states_at(models::SingleModel& model, const nn::RaggedBatch& batch,
                                      const std::vector<int64_t>& blocks, nn::Pass& pass) {
   std::vector<torch::Tensor> states(blocks.size());
   auto keep = [&](int64_t block, const torch::Tensor& h) {
@@ -336,7 +371,7 @@ nn::RaggedBatch batch_of(const std::vector<std::vector<int64_t>>& sequences, tor
 }
 
 /// The frozen states of `sequences`, [rows, D] per block; a sequence's do not depend on the others.
-std::vector<torch::Tensor> compute_frozen_states(models::CausalLM& model, const std::vector<int64_t>& blocks,
+std::vector<torch::Tensor> compute_frozen_states(models::SingleModel& model, const std::vector<int64_t>& blocks,
                                                  std::vector<std::vector<int64_t>> sequences) {
   torch::NoGradGuard no_grad;
   const auto rows = std::ssize(flat(sequences));
@@ -373,7 +408,7 @@ std::string Composition::identity(const Member& member, const std::string& role)
 std::vector<torch::Tensor> Composition::frozen_states(const Member& member, const std::string& role,
                                                       const std::vector<int64_t>& blocks,
                                                       const std::vector<std::vector<int64_t>>& sequences) const {
-  models::CausalLM& model = *member.model;
+  models::SingleModel& model = *member.model;
   if (!states_) return compute_frozen_states(model, blocks, sequences);
   auto [known, added] = identities_.try_emplace(role);
   if (added) known->second = identity(member, role);
@@ -381,7 +416,7 @@ std::vector<torch::Tensor> Composition::frozen_states(const Member& member, cons
   std::vector<std::optional<std::vector<torch::Tensor>>> found;
   std::vector<std::vector<int64_t>> missing;
   for (const auto& ids : sequences) {
-    const std::vector<int64_t> shape{std::ssize(ids), model.config().hidden_size};
+    const std::vector<int64_t> shape{std::ssize(ids), model.facts().width};
     const auto fits = [&](const torch::Tensor& state) {
       return state.sizes() == shape && state.dtype() == model.dtype();
     };
@@ -416,7 +451,7 @@ std::vector<torch::Tensor> Composition::frozen_states(const Member& member, cons
 std::vector<KeysValues> Composition::read(size_t m, const AlignedBatch& aligned, CompositionMemory::Stream* memory,
                                           const nn::Pass& pass) {
   const Member& member = augmenting_[m];
-  models::CausalLM& model = *member.model;
+  models::SingleModel& model = *member.model;
   Stream& stream = streams_[m];
   const torch::Device device = facts().device;
   std::vector<int64_t> offsets{0};
@@ -430,15 +465,16 @@ std::vector<KeysValues> Composition::read(size_t m, const AlignedBatch& aligned,
     if (frozen_apart(pass) && !memory && !is_trained(member)) {
       states = frozen_states(member, fmt::format("augmenting.{}", m), stream.blocks, aligned.tokens);
     } else {
-      // A cache has its place for every sequence, also for one that reads nothing now.
+      const bool cached = memory && !model.reads_ahead();
       nn::RaggedBatch batch = batch_of(aligned.tokens, model.device());
-      if (memory) batch.offsets = offsets;
+      // A cache has its place for every sequence, also for one that reads nothing now.
+      if (cached) batch.offsets = offsets;
       nn::Pass own = pass.sibling();
       own.place = fmt::format("augmenting.{}", m);
-      own.cache = memory ? &memory->model : nullptr;
+      own.cache = cached ? &memory->model : nullptr;
       model.prepare(batch, own);
       states = states_at(model, batch, stream.blocks, own);
-      if (memory) memory->model.commit(batch.counts());
+      if (memory) memory->model.commit(nn::RaggedBatch{{}, offsets}.counts());
     }
     const nn::RotaryTables rope =
         rotary_tables(rope_.get(), torch::tensor(flat(aligned.coordinates), torch::kInt64).to(device));
@@ -502,7 +538,7 @@ torch::Tensor Composition::run(const models::Text& text, nn::Pass& pass, models:
     streams.push_back(read(m, aligned[m], remembered ? &remembered->streams[m] : nullptr, own));
   }
 
-  models::CausalLM& model = *anchor_.model;
+  models::CausalLM& model = *anchor_model_;
   own.cache = remembered ? &remembered->anchor : nullptr;
   model.prepare(text.tokens, own);
   const nn::RotaryTables rope = rotary_tables(rope_.get(), own.positions);
@@ -526,7 +562,7 @@ torch::Tensor Composition::run(const models::Text& text, nn::Pass& pass, models:
 }
 
 torch::Tensor Composition::prompt_states(const nn::RaggedBatch& prompts) {
-  models::CausalLM& model = *anchor_.model;
+  models::CausalLM& model = *anchor_model_;
   nn::Pass pass;
   model.prepare(prompts, pass);
   return model.finish(model.run_blocks(model.embed(prompts.tokens), 0, model.config().num_layers, pass), {});
@@ -544,14 +580,13 @@ std::unique_ptr<models::Memory> Composition::memory(int64_t sequences) const {
   const int64_t heads = config_.connection.num_heads;
   std::vector<CompositionMemory::Stream> streams;
   for (size_t m = 0; m < streams_.size(); ++m) {
-    const models::CausalLM& aug = *augmenting_[m].model;
     streams.push_back({streams_[m].alignment, std::vector<Aligner>(sequences, Aligner(streams_[m].alignment)),
-                       nn::KvCache(num_blocks(config_.augmenting[m]), aug.config().num_kv_heads, aug.config().head_dim,
-                                   sequences, torch::dtype(aug.dtype()).device(aug.device())),
+                       augmenting_[m].model->make_cache(num_blocks(config_.augmenting[m]), sequences),
                        nn::KvCache(std::ssize(streams_[m].connections), heads, facts().width / heads, sequences,
                                    torch::dtype(torch::kFloat32).device(facts().device))});
   }
-  return std::make_unique<CompositionMemory>(anchor_.model->make_cache(sequences), std::move(streams));
+  return std::make_unique<CompositionMemory>(anchor_model_->make_cache(anchor_model_->reading_blocks(), sequences),
+                                             std::move(streams));
 }
 
 }  // namespace moesaic::compose

@@ -28,11 +28,21 @@ std::vector<ConnectionPair> evenly_spaced(int64_t num_connections, int64_t ancho
 /// The anchor's attention heads, reduced until they divide its width into parts of even width.
 int64_t default_heads(const models::DecoderConfig& anchor);
 
+/// What of an augmenting model a composition's sizes follow from.
+struct Reader {
+  int64_t blocks, width;
+  bool ahead;  // an encoder: what it makes of a token depends on those behind it
+};
+Reader reader_of(const models::SingleModel& model);
+Reader reader_of(const Json& config, const std::string& where);
+/// The config.json of an anchor. Throws ConfigError for an encoder-decoder.
+models::DecoderConfig parse_anchor(const Json& config, const std::string& where);
+
 /// How one augmenting model is joined.
 struct AugmentingConfig {
   std::vector<ConnectionPair> connections;  // which of its blocks the anchor's blocks read
-  std::string align = "word";               // word | token | mixed
-  std::string mask = "causal";              // causal | prefix | full; see Alignment
+  std::string align = "word";               // word | token | mixed; an encoder reads all at once: word
+  std::string mask = "causal";              // causal | prefix | full; see Alignment. An encoder's is prefix
   bool operator==(const AugmentingConfig&) const = default;
 };
 
@@ -47,11 +57,11 @@ struct CompositionConfig {
 
 /// Throws ConfigError with everything that does not fit the models, in one message.
 void validate(const CompositionConfig& config, const models::DecoderConfig& anchor,
-              const std::vector<models::DecoderConfig>& augmenting, const std::string& where);
+              const std::vector<Reader>& augmenting, const std::string& where);
 
-/// A model of a composition. Without a tokenizer (for all or none) the ids pass through.
+/// A model of a composition; an anchor's is a CausalLM. Without a tokenizer (for all or none) the ids pass through.
 struct Member {
-  std::shared_ptr<models::CausalLM> model;
+  std::shared_ptr<models::SingleModel> model;
   std::shared_ptr<const tokenizer::Tokenizer> tokenizer;
   std::shared_ptr<formats::Checkpoint> checkpoint{};  // where it came from; nullptr when made in memory
   std::optional<uint64_t> random_seed{};              // its numbers are drawn, not read from the checkpoint
@@ -61,7 +71,7 @@ struct Member {
 /// What one augmenting model reads of a ragged batch.
 struct AlignedBatch {
   std::vector<std::vector<int64_t>> tokens;       // per sequence; may be empty
-  std::vector<std::vector<int64_t>> coordinates;  // of each: place in the anchor's sequence of the first row to see it
+  std::vector<std::vector<int64_t>> coordinates;  // of each: place in the anchor's sequence of the token that ends it
   Visibility seen;                                // by every anchor row
 };
 
@@ -89,8 +99,10 @@ class CompositionMemory : public models::Memory {
 };
 
 /// H_B,j <- H_B,j + sum_k Y_k over the connections k at block j, each from the same H_B,j. Augmenting models run up to
-/// their highest connected block, without their heads. parameters() are the connections' alone, float32, named
-/// "connections.<k>.{proj,q_proj,k_proj,v_proj,o_proj}.{weight,bias}"; k runs over the augmenting models' in order.
+/// their highest connected block, without their heads; of an encoder-decoder the encoder does, once, over the prompt:
+/// an answer's tokens never reach it, and no row before the prompt's last sees its states. parameters() are the
+/// connections' alone, float32, named "connections.<k>.{proj,q_proj,k_proj,v_proj,o_proj}.{weight,bias}"; k runs over
+/// the augmenting models' in order.
 ///
 /// As a Module it is in evaluation mode until it is trained. In training mode, what is frozen is computed without a
 /// graph and apart from the rest: the augmenting models, and the anchor up to its lowest connected block. On the CPU in
@@ -103,7 +115,7 @@ class Composition : public torch::nn::Module, public models::LanguageModel {
   ~Composition() override;
 
   const CompositionConfig& config() const { return config_; }
-  models::CausalLM& anchor() const { return *anchor_.model; }
+  models::CausalLM& anchor() const { return *anchor_model_; }
   const Member& anchor_member() const { return anchor_; }
   const std::vector<Member>& augmenting() const { return augmenting_; }
 
@@ -161,6 +173,7 @@ class Composition : public torch::nn::Module, public models::LanguageModel {
 
   CompositionConfig config_;
   Member anchor_;
+  std::shared_ptr<models::CausalLM> anchor_model_;
   std::vector<Member> augmenting_;
   std::vector<Stream> streams_;
   std::unique_ptr<nn::Rope> rope_;  // nullptr without cross positions

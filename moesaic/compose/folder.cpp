@@ -5,7 +5,6 @@
 #include "moesaic/base/file_errors.h"
 #include "moesaic/base/sha256.h"
 #include "moesaic/formats/claim.h"
-#include "moesaic/models/initialize.h"
 #include "moesaic/models/registry.h"
 
 namespace moesaic::compose {
@@ -190,9 +189,9 @@ Member open_member(const std::shared_ptr<formats::Checkpoint>& checkpoint, const
   if (checkpoint->tokenizer_json()) member.tokenizer = tokenizer::Tokenizer::open(*checkpoint);
   models::LoadOptions wanted = load;
   if (options.adapter.empty() && !options.random_seed) wanted.num_blocks = options.num_blocks;
-  member.model = models::CausalLM::load(*checkpoint, wanted);
+  member.model = models::load_model(*checkpoint, wanted);
   member.model->eval();
-  if (options.random_seed) models::initialize(*member.model, *options.random_seed);
+  if (options.random_seed) member.model->initialize(*options.random_seed);
   if (options.adapter.empty()) return member;
   const int64_t vocabulary = member.model->facts().vocab_size;
   member.adapter =
@@ -251,12 +250,13 @@ std::shared_ptr<Composition> load_composition(const fs::path& dir, const models:
   }
   // The shapes of the connections follow from the models' widths.
   if (std::find(checkpoints.begin(), checkpoints.end(), nullptr) != checkpoints.end()) throw_problems(dir, problems);
-  std::vector<models::DecoderConfig> models;
-  for (const auto& checkpoint : checkpoints) {
-    models.push_back(models::parse_decoder_config(checkpoint->config(), checkpoint->path().string()));
+  const models::DecoderConfig anchor = parse_anchor(checkpoints[0]->config(), checkpoints[0]->path().string());
+  std::vector<Reader> readers;
+  for (size_t m = 0; m < config.augmenting.size(); ++m) {
+    readers.push_back(reader_of(checkpoints[m + 1]->config(), checkpoints[m + 1]->path().string()));
   }
   try {
-    validate(config.composition, models[0], {models.begin() + 1, models.end()}, (dir / kConfigName).string());
+    validate(config.composition, anchor, readers, (dir / kConfigName).string());
   } catch (const ConfigError& error) {
     if (problems.empty()) throw;
     problems.push_back(error.what());  // of another model than the one that was replaced
@@ -266,7 +266,7 @@ std::shared_ptr<Composition> load_composition(const fs::path& dir, const models:
   int64_t k = 0;
   for (size_t m = 0; m < config.augmenting.size(); ++m) {
     for (size_t c = 0; c < config.composition.augmenting[m].connections.size(); ++c, ++k) {
-      const ConnectionImpl connection(config.composition.connection, models[m + 1].hidden_size, models[0].hidden_size,
+      const ConnectionImpl connection(config.composition.connection, readers[m].width, anchor.hidden_size,
                                       torch::TensorOptions(torch::kMeta).dtype(torch::kFloat32));
       for (const auto& item : connection.named_parameters()) {
         shapes[fmt::format("connections.{}.{}", k, item.key())] = {item.value().sizes().vec()};

@@ -199,10 +199,11 @@ std::shared_ptr<Composition> import_released(const fs::path& dir, const Released
                       .cross_position = "none",
                       .norm = "post",
                       .attention_bias = true};
-  const models::DecoderConfig &anchor_config = anchor.model->config(), &aug_config = augmenting.model->config();
-  const auto pairs = read_pairs(config, where, anchor_config.num_layers, aug_config.num_layers);
+  const models::DecoderConfig anchor_config = parse_anchor(anchor.checkpoint->config(), anchor_path.string());
+  const Reader reader = reader_of(*augmenting.model);
+  const auto pairs = read_pairs(config, where, anchor_config.num_layers, reader.blocks);
   shape.augmenting = {{pairs, "word", options.mask}};
-  validate(shape, anchor_config, {aug_config}, where);
+  validate(shape, anchor_config, {reader}, where);
   std::set<int64_t> blocks;
   for (const ConnectionPair& pair : pairs) {
     if (blocks.insert(pair.anchor).second) continue;

@@ -200,13 +200,13 @@ torch::Tensor CausalLM::run(const Text& text, nn::Pass& pass, Memory* memory) {
   return finish(h, text.rows);
 }
 
-nn::KvCache CausalLM::make_cache(int64_t batch_size) const {
-  return nn::KvCache(config_.num_layers, config_.num_kv_heads, config_.head_dim, batch_size,
+nn::KvCache CausalLM::make_cache(int64_t blocks, int64_t sequences) const {
+  return nn::KvCache(blocks, config_.num_kv_heads, config_.head_dim, sequences,
                      torch::TensorOptions(device()).dtype(dtype()));
 }
 
 std::unique_ptr<Memory> CausalLM::memory(int64_t sequences) const {
-  return std::make_unique<CacheMemory>(make_cache(sequences));
+  return std::make_unique<CacheMemory>(make_cache(config_.num_layers, sequences));
 }
 
 int64_t CausalLM::exact_memory() const {

@@ -52,16 +52,13 @@ class CausalLM : public SingleModel {
   int64_t exact_memory() const override;
   std::vector<nn::Block*> blocks() override { return stack_.blocks; }
 
-  // The pieces of a forward pass, for who joins several models.
-  /// Fills offsets, positions, segments and rotary tables of `pass` (positions start at pass.cache's lengths).
-  void prepare(const nn::RaggedBatch& batch, nn::Pass& pass) const;
-  /// [N] tokens -> [N, d] embeddings.
-  torch::Tensor embed(const torch::Tensor& tokens) const;
-  /// Runs blocks first .. last-1 on h [N, d], each through pass.forward. `pass` was prepared.
-  torch::Tensor run_blocks(torch::Tensor h, int64_t first, int64_t last, nn::Pass& pass);
+  int64_t reading_blocks() const override { return config_.num_layers; }
+  void prepare(const nn::RaggedBatch& batch, nn::Pass& pass) const override;
+  torch::Tensor embed(const torch::Tensor& tokens) const override;
+  torch::Tensor run_blocks(torch::Tensor h, int64_t first, int64_t last, nn::Pass& pass) override;
+  nn::KvCache make_cache(int64_t blocks, int64_t sequences) const override;
   /// The final norm of the rows wanted (undefined = all) of h [N, d].
   torch::Tensor finish(const torch::Tensor& h, const torch::Tensor& rows) const;
-  nn::KvCache make_cache(int64_t batch_size) const;
 
  protected:
   torch::Tensor run(const Text& text, nn::Pass& pass, Memory* memory) override;

@@ -54,11 +54,11 @@ Config parsed(Config (*Family::*parser)(ConfigReader&), const Json& written, con
 
 constexpr const char *kDecoder = "a decoder", *kEncoderDecoder = "an encoder-decoder";
 
+}  // namespace
+
 bool is_decoder(const Json& written, const std::string& where) {
   return family_of(formats::normalise_config(written, where), where).parse != nullptr;
 }
-
-}  // namespace
 
 std::vector<std::string> known_model_types() {
   std::vector<std::string> names;

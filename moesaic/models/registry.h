@@ -12,6 +12,8 @@
 
 namespace moesaic::models {
 
+/// Whether config.json is of a decoder, else of an encoder-decoder. Throws ConfigError for an unknown model_type.
+bool is_decoder(const Json& config, const std::string& where);
 /// Parses config.json (as transformers 4 and 5 write it) of any registered family of decoders.
 /// Throws ConfigError for an encoder-decoder, an unknown model_type (with the known ones) or impossible values (zero,
 /// negative, NaN, huge).

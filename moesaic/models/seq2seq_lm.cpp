@@ -167,9 +167,6 @@ Stack Seq2SeqLM::make_stack(const char* name, int64_t layers, int64_t first_inde
 std::shared_ptr<Seq2SeqLM> Seq2SeqLM::load(const formats::Checkpoint& checkpoint, const LoadOptions& options) {
   torch::NoGradGuard no_grad;
   Seq2SeqConfig config = parse_seq2seq_config(checkpoint.config(), checkpoint.path().string());
-  MOESAIC_CHECK(options.num_blocks < 0, UsageError,
-                "{}: is an encoder-decoder ({}), expected a decoder as a part of a composition",
-                checkpoint.path().string(), config.model_type);
   // What a file may call the embedding, and what in it is a copy.
   formats::Declarations present = formats::declarations(checkpoint);
   std::string embedding = kEmbedding;
@@ -198,6 +195,12 @@ std::shared_ptr<Seq2SeqLM> Seq2SeqLM::load(const formats::Checkpoint& checkpoint
   found.add(formats::misfits(expected, present, formats::Dtypes::kAny));
   formats::check_fits(found, checkpoint.path().string(), fmt::format("config.json (model_type {})", config.model_type),
                       "config.json and weights of one model?");
+  const bool encoder_alone = options.num_blocks >= 0;
+  if (encoder_alone) {
+    config.encoder_layers = std::min(config.encoder_layers, options.num_blocks);
+    config.decoder_layers = 0;
+    config.tie_word_embeddings = true;  // no head of its own
+  }
 
   auto model = std::make_shared<Seq2SeqLM>(config, torch::TensorOptions(options.device).dtype(options.dtype));
   if (options.device.is_meta()) return model;
@@ -218,7 +221,7 @@ std::shared_ptr<Seq2SeqLM> Seq2SeqLM::load(const formats::Checkpoint& checkpoint
     read(fmt::format("{}.final_layer_norm", half));
   }
   if (!config.tie_word_embeddings) read("lm_head");
-  if (options.quantize_int8) model->quantize_head(*model->head_, config.tie_word_embeddings);
+  if (options.quantize_int8 && !encoder_alone) model->quantize_head(*model->head_, config.tie_word_embeddings);
   return model;
 }
 
@@ -264,15 +267,23 @@ std::unique_ptr<Memory> Seq2SeqLM::memory(int64_t sequences) const {
 
 std::vector<int64_t> Seq2SeqLM::continued(const std::vector<int64_t>&) const { return {config_.start_id}; }
 
-torch::Tensor Seq2SeqLM::run_blocks(const Stack& stack, const torch::Tensor& tokens, nn::Pass& pass) {
-  torch::Tensor h = at::embedding(stack.embedding, tokens);
-  for (nn::Block* block : stack.blocks) h = pass.forward(*block, h);
+void Seq2SeqLM::prepare(const nn::RaggedBatch& batch, nn::Pass& pass) const { lay_out(batch, device(), pass); }
+
+torch::Tensor Seq2SeqLM::embed(const torch::Tensor& tokens) const { return at::embedding(encoder_.embedding, tokens); }
+
+torch::Tensor Seq2SeqLM::run_blocks(torch::Tensor h, int64_t first, int64_t last, nn::Pass& pass) {
+  for (int64_t i = first; i < last; ++i) h = pass.forward(*encoder_.blocks[i], h);
   return h;
 }
 
+nn::KvCache Seq2SeqLM::make_cache(int64_t, int64_t sequences) const {
+  return nn::KvCache(/*layers=*/0, config_.num_heads, config_.head_dim, sequences,
+                     torch::TensorOptions(device()).dtype(dtype()));
+}
+
 torch::Tensor Seq2SeqLM::encode(const nn::RaggedBatch& source, nn::Pass& pass) {
-  lay_out(source, device(), pass);
-  return encoder_.norm->forward(run_blocks(encoder_, source.tokens, pass));
+  prepare(source, pass);
+  return encoder_.norm->forward(run_blocks(embed(source.tokens), 0, config_.encoder_layers, pass));
 }
 
 torch::Tensor Seq2SeqLM::prompt_states(const nn::RaggedBatch& prompts) {
@@ -302,7 +313,8 @@ torch::Tensor Seq2SeqLM::run(const Text& text, nn::Pass& pass, Memory* memory) {
   }
   pass.cache = remembered != nullptr ? &remembered->answers : nullptr;
   lay_out(halves.target, device(), pass);
-  torch::Tensor h = run_blocks(decoder_, halves.target.tokens, pass);
+  torch::Tensor h = at::embedding(decoder_.embedding, halves.target.tokens);
+  for (nn::Block* block : decoder_.blocks) h = pass.forward(*block, h);
   if (remembered != nullptr) remembered->answers.commit(halves.target.counts());
 
   torch::Tensor rows = text.rows;  // of the target

@@ -76,6 +76,14 @@ class Seq2SeqLM : public SingleModel {
   std::vector<nn::Block*> blocks() override;
   std::vector<int64_t> continued(const std::vector<int64_t>& prompt) const override;
 
+  // The encoder.
+  int64_t reading_blocks() const override { return config_.encoder_layers; }
+  bool reads_ahead() const override { return true; }
+  void prepare(const nn::RaggedBatch& batch, nn::Pass& pass) const override;
+  torch::Tensor embed(const torch::Tensor& tokens) const override;
+  torch::Tensor run_blocks(torch::Tensor h, int64_t first, int64_t last, nn::Pass& pass) override;
+  nn::KvCache make_cache(int64_t blocks, int64_t sequences) const override;
+
   /// The encoder's states behind its norm, [N, d]. `pass` gets the layout.
   torch::Tensor encode(const nn::RaggedBatch& source, nn::Pass& pass);
 
@@ -85,7 +93,6 @@ class Seq2SeqLM : public SingleModel {
 
  private:
   Stack make_stack(const char* name, int64_t layers, int64_t first_index, const torch::TensorOptions& options);
-  torch::Tensor run_blocks(const Stack& stack, const torch::Tensor& tokens, nn::Pass& pass);
 
   Seq2SeqConfig config_;
   Facts facts_;

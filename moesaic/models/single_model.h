@@ -9,6 +9,7 @@
 
 #include "moesaic/formats/checkpoint.h"
 #include "moesaic/models/language_model.h"
+#include "moesaic/nn/kv_cache.h"
 
 namespace moesaic::models {
 
@@ -16,7 +17,9 @@ struct LoadOptions {
   torch::ScalarType dtype = torch::kFloat32;  // of the frozen weights and activations
   torch::Device device = torch::kCPU;         // where the weights go; kMeta: the file is checked, none is read
   bool quantize_int8 = false;                 // weight-only int8, for decoding
-  int64_t num_blocks = -1;  // the first blocks alone, without the head: the whole file is checked, this much is read
+  /// The first blocks alone, without the head: the whole file is checked, this much is read. Of an encoder-decoder the
+  /// encoder's.
+  int64_t num_blocks = -1;
 };
 
 /// A model with weights of its own. Parameters carry the Hugging Face names; none requires grad.
@@ -27,6 +30,20 @@ class SingleModel : public torch::nn::Module, public LanguageModel {
   virtual OrderedJson sizes() const = 0;
   /// Draws all weights, those of a model made from nothing.
   virtual void initialize(uint64_t seed) = 0;
+
+  // The blocks that read a text, for who joins several models: a decoder's, or the encoder's of an encoder-decoder.
+  /// How many there are; they are the first of blocks().
+  virtual int64_t reading_blocks() const = 0;
+  /// Whether what they make of a row depends on the rows behind it.
+  virtual bool reads_ahead() const { return false; }
+  /// Fills offsets, positions, segments and rotary tables of `pass` (positions start at pass.cache's lengths).
+  virtual void prepare(const nn::RaggedBatch& batch, nn::Pass& pass) const = 0;
+  /// [N] tokens -> [N, d] embeddings.
+  virtual torch::Tensor embed(const torch::Tensor& tokens) const = 0;
+  /// Runs blocks first .. last-1 on h [N, d], each through pass.forward. `pass` was prepared.
+  virtual torch::Tensor run_blocks(torch::Tensor h, int64_t first, int64_t last, nn::Pass& pass) = 0;
+  /// For keys and values of the first `blocks` of them; one that reads ahead keeps none.
+  virtual nn::KvCache make_cache(int64_t blocks, int64_t sequences) const = 0;
 
   torch::Device device() const { return facts().device; }
   torch::ScalarType dtype() const { return facts().dtype; }

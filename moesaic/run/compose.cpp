@@ -29,7 +29,7 @@ struct MemberEntry {
 struct Entry {
   MemberEntry member;
   Json num_connections, connections;  // at most one is not null
-  std::string align, mask;
+  std::string align, mask;            // "": what the model takes
 };
 
 /// A folder, or keys and values.
@@ -62,7 +62,7 @@ Entry parse_entry(const Json& json, const Json& shared, uint64_t seed, const std
   MOESAIC_CHECK(entry.num_connections.is_null() || entry.connections.is_null(), UsageError,
                 "{}: got both num_connections and connections, expected one of them", where);
   entry.align = get_or<std::string>(own, "align", get_or<std::string>(shared, "align", "word", where), where);
-  entry.mask = get_or<std::string>(own, "mask", get_or<std::string>(shared, "mask", "causal", where), where);
+  entry.mask = get_or<std::string>(own, "mask", get_or<std::string>(shared, "mask", "", where), where);
   return entry;
 }
 
@@ -94,9 +94,9 @@ std::vector<compose::ConnectionPair> pairs_of(const Entry& entry, int64_t anchor
   return pairs;
 }
 
-std::string describe(const MemberEntry& entry, const models::DecoderConfig& config) {
-  std::string text = fmt::format("{} ({}, {} blocks of width {}", entry.model, config.model_type, config.num_layers,
-                                 config.hidden_size);
+std::string describe(const MemberEntry& entry, const models::SingleModel& model) {
+  std::string text = fmt::format("{} ({}, {} blocks of width {}", entry.model, model.facts().model_type,
+                                 model.reading_blocks(), model.facts().width);
   if (entry.options.random_seed) text += fmt::format(", random numbers of seed {}", *entry.options.random_seed);
   if (!entry.options.adapter.empty()) text += ", adapter " + entry.options.adapter.string();
   return text + ")";
@@ -152,20 +152,20 @@ void check_member(const compose::Member& member) {
 Plan plan_of(const Request& request, const compose::Composition& composition) {
   Plan plan;
   const compose::Member& anchor = composition.anchor_member();
-  plan.add("anchor", describe(request.anchor, anchor.model->config()));
+  plan.add("anchor", describe(request.anchor, *anchor.model));
   bool shows_future = false;
   for (size_t m = 0; m < request.augmenting.size(); ++m) {
     const Entry& entry = request.augmenting[m];
     const compose::Member& member = composition.augmenting()[m];
     const bool same =
         anchor.tokenizer && member.tokenizer && compose::same_tokenizer(*anchor.tokenizer, *member.tokenizer);
-    plan.add("augmenting",
-             fmt::format("{}, {}, mask {}", describe(entry.member, member.model->config()),
-                         same ? "the same tokenizer" : "another tokenizer, aligned by " + entry.align, entry.mask));
+    plan.add("augmenting", fmt::format("{}, {}, mask {}", describe(entry.member, *member.model),
+                                       same ? "the same tokenizer" : "another tokenizer, aligned by " + entry.align,
+                                       composition.config().augmenting[m].mask));
     for (const compose::ConnectionPair& pair : composition.config().augmenting[m].connections) {
       plan.add("", fmt::format("block {} -> anchor block {}", pair.aug, pair.anchor));
     }
-    shows_future = shows_future || entry.mask == "full";
+    shows_future = shows_future || composition.config().augmenting[m].mask == "full";
   }
   int64_t anchor_parameters = 0, trainable = 0;
   for (const auto& parameter : anchor.model->parameters()) anchor_parameters += parameter.numel();
@@ -191,25 +191,27 @@ Plan compose_models(const Json& keys, const std::string& where, uint64_t seed, c
   for (auto it = json.begin(); it != json.end();) it = it->is_null() ? json.erase(it) : std::next(it);
   try {
     const Request request = parse_request(json, where, seed);
-    const compose::Member anchor =
-        compose::open_member(models::open_checkpoint(request.anchor.model), load, request.anchor.options);
-    const models::DecoderConfig& anchor_config = anchor.model->config();
+    const auto anchor_checkpoint = models::open_checkpoint(request.anchor.model);
+    const models::DecoderConfig anchor_config =
+        compose::parse_anchor(anchor_checkpoint->config(), anchor_checkpoint->path().string());
+    const compose::Member anchor = compose::open_member(anchor_checkpoint, load, request.anchor.options);
     compose::CompositionConfig config;
     config.connection = parse_connection(json, anchor_config, where);
     std::vector<compose::Member> augmenting;
-    std::vector<models::DecoderConfig> aug_configs;
+    std::vector<compose::Reader> readers;
     for (size_t m = 0; m < request.augmenting.size(); ++m) {
       const Entry& entry = request.augmenting[m];
       const auto checkpoint = models::open_checkpoint(entry.member.model);
-      aug_configs.push_back(models::parse_decoder_config(checkpoint->config(), checkpoint->path().string()));
-      config.augmenting.push_back({pairs_of(entry, anchor_config.num_layers, aug_configs[m].num_layers,
-                                            fmt::format("{}: augmenting[{}]", where, m)),
-                                   entry.align, entry.mask});
+      readers.push_back(compose::reader_of(checkpoint->config(), checkpoint->path().string()));
+      const char* mask = readers[m].ahead ? "prefix" : "causal";
+      config.augmenting.push_back(
+          {pairs_of(entry, anchor_config.num_layers, readers[m].blocks, fmt::format("{}: augmenting[{}]", where, m)),
+           entry.align, entry.mask.empty() ? mask : entry.mask});
       compose::MemberOptions options = entry.member.options;
       options.num_blocks = compose::num_blocks(config.augmenting[m]);
       augmenting.push_back(compose::open_member(checkpoint, load, options));
     }
-    compose::validate(config, anchor_config, aug_configs, where);
+    compose::validate(config, anchor_config, readers, where);
     const compose::Composition composition(config, anchor, augmenting, request.seed);
     check_member(composition.anchor_member());
     for (const compose::Member& member : composition.augmenting()) check_member(member);

@@ -273,5 +273,74 @@ TEST(AlignmentLaw, SmolLM2) {
   }
 }
 
+// --- an encoder's reading --------------------------------------------------------------------------------------------
+
+std::shared_ptr<const Alignment> encoder_alignment(TokenizerPtr anchor, TokenizerPtr encoder) {
+  return std::make_shared<Alignment>(std::move(anchor), std::move(encoder), "word", "prefix", /*ahead=*/true);
+}
+
+TEST(EncoderAlignment, ThePromptIsCommittedAtItsBorderAndNothingElse) {
+  const TokenizerPtr anchor = golden_tokenizer("gpt2"), encoder = test::encoder_tokenizer();
+  const auto how = encoder_alignment(anchor, encoder);
+  for (const std::string& text : all_texts()) {
+    const Ids prompt = anchor->encode(text, false);
+    if (prompt.empty()) continue;
+    Ids ids = prompt;
+    for (const int64_t id : anchor->encode(" an answer, long and other", false)) ids.push_back(id);
+    const Reading reading = read(how, ids, {prompt.size(), prompt.size() + 2});
+    EXPECT_EQ(reading.ids, encoder->encode(text, true)) << text;  // in one piece, EOS behind
+    for (size_t t = 0; t < ids.size(); ++t) {
+      EXPECT_EQ(reading.counts[t], t + 1 < prompt.size() ? 0 : std::ssize(reading.ids)) << text << ' ' << t;
+    }
+    // Each stands where its text ends.
+    Aligner aligner(how);
+    for (size_t t = 0; t < prompt.size(); ++t) aligner.push(prompt[t], t + 1 == prompt.size());
+    const auto offsets = encoder->encode_with_offsets(text, true).offsets;
+    const auto texts = complete_texts(anchor, prompt);
+    ASSERT_EQ(aligner.places().size(), offsets.size());
+    for (size_t i = 0; i < offsets.size(); ++i) {
+      size_t place = 0;
+      while (texts[place].size() < offsets[i].second) ++place;
+      if (offsets[i].first == offsets[i].second) place = prompt.size() - 1;
+      EXPECT_EQ(aligner.places()[i], static_cast<int64_t>(place)) << text << ' ' << i;
+    }
+  }
+}
+
+TEST(EncoderAlignment, SpecialTokensPartWords) {
+  const TokenizerPtr anchor = golden_tokenizer("gpt2"), encoder = test::encoder_tokenizer();
+  Ids ids{0};  // <s>
+  for (const int64_t id : anchor->encode("until", false)) ids.push_back(id);
+  ids.push_back(1);  // </s>
+  for (const int64_t id : anchor->encode("tomorrow", false)) ids.push_back(id);
+  EXPECT_EQ(read(encoder_alignment(anchor, encoder), ids, {ids.size()}).ids, encoder->encode("until tomorrow", true));
+  EXPECT_EQ(read(encoder_alignment(anchor, encoder), {0}, {1}).ids, encoder->encode("", true));  // a prompt of no text
+  EXPECT_TRUE(read(encoder_alignment(anchor, encoder), ids).ids.empty()) << "no prompt ends";
+}
+
+TEST(EncoderAlignment, CutAndGoneOn) {
+  const TokenizerPtr anchor = golden_tokenizer("gpt2"), encoder = test::encoder_tokenizer();
+  const Ids ids = anchor->encode("The keeper wrote until tomorrow", false);
+  Aligner aligner(encoder_alignment(anchor, encoder));
+  for (const int64_t id : ids) aligner.push(id, false);
+  EXPECT_EQ(aligner.committed(), 0);
+  aligner.truncate(2);
+  const Ids read = aligner.push(ids[2], true);
+  EXPECT_EQ(read, encoder->encode(anchor->decode({ids[0], ids[1], ids[2]}, true), true));
+  EXPECT_TRUE(aligner.push(ids[3], true).empty());
+  aligner.truncate(3);
+  EXPECT_EQ(aligner.committed(), std::ssize(read));
+  aligner.truncate(2);
+  EXPECT_EQ(aligner.committed(), 0);
+}
+
+TEST(EncoderAlignment, PassedIdsWaitForTheBorder) {
+  const auto how = std::make_shared<Alignment>(nullptr, nullptr, "word", "prefix", true);
+  const Reading reading = read(how, {7, 8, 9, 7}, {3});
+  EXPECT_THAT(reading.ids, ElementsAre(7, 8, 9));
+  EXPECT_THAT(reading.counts, ElementsAre(0, 0, 3, 3));
+  EXPECT_THROW(Alignment(nullptr, nullptr, "word", "causal", true), ConfigError);
+}
+
 }  // namespace
 }  // namespace moesaic::compose

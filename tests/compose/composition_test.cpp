@@ -99,7 +99,7 @@ TEST(Composition, TrainsNothingButTheConnections) {
   }
   EXPECT_EQ(count, 2 * (14 * 20 + 20 + 4 * 20 * 20));
   EXPECT_TRUE(composition->named_parameters().contains("connections.1.k_proj.weight"));
-  for (const auto* model : {&composition->anchor(), composition->augmenting()[0].model.get()}) {
+  for (const auto& model : {composition->anchor_member().model, composition->augmenting()[0].model}) {
     for (const auto& parameter : model->parameters()) {
       EXPECT_FALSE(parameter.requires_grad());
       EXPECT_FALSE(parameter.grad().defined());

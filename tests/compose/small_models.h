@@ -23,16 +23,39 @@ inline compose::Member member(const std::string& tokenizer_name, int64_t hidden,
   return {random_model(small_config(tokenizer->vocab_size(), hidden, layers), torch::kFloat32, seed), tokenizer};
 }
 
-/// The same as a Hugging Face folder.
-inline void write_small_model(const std::filesystem::path& dir, const std::string& tokenizer_name, int64_t hidden,
-                              int64_t layers, uint64_t seed) {
-  const compose::Member made = member(tokenizer_name, hidden, layers, seed);
+/// config.json of a T5 whose distances pass its buckets.
+inline Json small_encoder_config(int64_t vocab) {
+  return {{"model_type", "t5"},
+          {"is_encoder_decoder", true},
+          {"vocab_size", vocab},
+          {"d_model", 14},
+          {"d_ff", 37},
+          {"d_kv", 6},
+          {"num_layers", 3},
+          {"num_heads", 2},
+          {"relative_attention_num_buckets", 8},
+          {"relative_attention_max_distance", 6}};
+}
+
+/// An encoder-decoder whose encoder reads prompts, width 14, 3 blocks.
+inline compose::Member encoder_member(uint64_t seed) {
+  const auto tokenizer = encoder_tokenizer();
+  return {random_seq2seq(small_encoder_config(tokenizer->vocab_size()), torch::kFloat32, seed), tokenizer};
+}
+
+/// A member as a Hugging Face folder.
+inline void write_member(const std::filesystem::path& dir, const compose::Member& made, Json config) {
   formats::ModelFolder folder;
-  folder.config = small_config(made.tokenizer->vocab_size(), hidden, layers);
+  folder.config = std::move(config);
   for (const auto& item : made.model->named_parameters()) folder.tensors[item.key()] = item.value();
   folder.tokenizer.json = made.tokenizer->json();
   folder.tokenizer.config = made.tokenizer->config();
   formats::write_model_folder(dir, folder);
+}
+inline void write_small_model(const std::filesystem::path& dir, const std::string& tokenizer_name, int64_t hidden,
+                              int64_t layers, uint64_t seed) {
+  const compose::Member made = member(tokenizer_name, hidden, layers, seed);
+  write_member(dir, made, small_config(made.tokenizer->vocab_size(), hidden, layers));
 }
 
 /// Fills every parameter of the connections with numbers that show in the logits.

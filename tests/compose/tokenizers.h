@@ -18,6 +18,21 @@ inline std::shared_ptr<tokenizer::Tokenizer> golden_tokenizer(const std::string&
   return std::make_shared<tokenizer::Tokenizer>(read_file(path), config, path);
 }
 
+/// The unigram vocabulary as T5 reads with one: words by white space, </s> behind a text, prompts apart.
+inline std::shared_ptr<tokenizer::Tokenizer> encoder_tokenizer() {
+  const auto unigram = golden_tokenizer("unigram");
+  Json json = Json::parse(unigram->json());
+  const Json text{{"Sequence", {{"id", "A"}, {"type_id", 0}}}}, end{{"SpecialToken", {{"id", "</s>"}, {"type_id", 0}}}};
+  const Json id = *unigram->token_to_id("</s>");
+  json["post_processor"] = {{"type", "TemplateProcessing"},
+                            {"single", {text, end}},
+                            {"pair", {text, end}},
+                            {"special_tokens", {{"</s>", {{"id", "</s>"}, {"ids", {id}}, {"tokens", {"</s>"}}}}}}};
+  json["pre_tokenizer"] = {{"type", "Sequence"},
+                           {"pretokenizers", {Json{{"type", "WhitespaceSplit"}}, json["pre_tokenizer"]}}};
+  return std::make_shared<tokenizer::Tokenizer>(json.dump(), Json{{"eos_token", "</s>"}}, "unigram", true);
+}
+
 inline const std::vector<std::string>& hard_texts() {
   static const std::vector<std::string> texts{
       "The keeper wrote until tomorrow, and nobody'll ask.",

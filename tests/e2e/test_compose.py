@@ -9,6 +9,7 @@ import torch
 import transformers
 import yaml
 
+import test_seq2seq
 from tiny_run import ROOT, make_run, moesaic, run
 
 
@@ -85,6 +86,39 @@ def test_training_generation_and_evaluation(folder):
 
     resumed = run("train", run_file, "max_steps=202", "--resume", "auto")
     assert "step 202" in resumed
+
+
+def test_the_encoder_of_a_t5(folder):
+    """It reads prompts, and nothing of answers: what is made, trained, asked and refused."""
+    test_seq2seq.make_model(folder / "t5")
+    keys = [f"augmenting={folder / 't5'}", "connections=[{anchor: 0, aug: 0}, {anchor: 1, aug: 1}]"]
+    printed = run("compose", folder / "compose.yaml", *keys, f"output_dir={folder / 'with_t5'}")
+    assert "(t5, 2 blocks of width 32), another tokenizer, aligned by word, mask prefix" in printed
+    assert generate(folder / "with_t5") == generate(folder / "model")
+    assert json.loads(run_inspect(folder / "with_t5"))["augmenting"][0]["mask"] == "prefix"
+    trained = folder / "trained_t5"
+    run("train", make_run(folder, finetuning_type="calm", model_name_or_path=str(folder / "with_t5"), num_experts=None,
+                          learning_rate=1e-2, max_steps=200, save_steps=0, logging_steps=1, output_dir=str(trained),
+                          lr_scheduler_type="constant"))
+    log = [json.loads(line) for line in (trained / "train_log.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < 0.6 * log[0]["loss"]
+    assert generate(trained) != generate(folder / "model")
+    assert generate(trained, "--batch_size", 1) == generate(trained)
+
+    def score(model, *flags):
+        return json.loads(run("score", "--model", model, "--text", "red cat", "--json", *flags))["logprobs"]
+
+    # The anchor reads a text without a prompt alone; behind a prompt no logarithm depends on what follows.
+    assert score(trained) == score(folder / "model")
+    target = score(trained, "--target", "dog one not")
+    assert target != score(folder / "model", "--target", "dog one not")
+    assert score(trained, "--target", "dog one is")[:2] == pytest.approx(target[:2], abs=1e-5)
+
+    for change, says in (("mask=causal", "mask: got 'causal', expected prefix"), ("align=token", "align: got 'token'"),
+                         (f"anchor={folder / 't5'}", "is an encoder-decoder, expected a decoder as the anchor"),
+                         ("connections=[{anchor: 0, aug: 2}]", "aug 2")):
+        done = moesaic("compose", folder / "compose.yaml", *keys, change, f"output_dir={folder / 'refused'}")
+        assert done.returncode == 2 and says in done.stderr
 
 
 def test_models_that_carry_adapters(folder):

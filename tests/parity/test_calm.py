@@ -110,13 +110,16 @@ class Composition:
         return y.to(h.dtype)
 
     def taps(self, model, ids):
-        """The output of the embedding (-1) and of every block, before the final norm."""
+        """The output of the embedding (-1) and of every block, before the final norm; of a T5 in its encoder."""
         states = {}
-        hooks = [model.model.layers[0].register_forward_pre_hook(lambda m, x: states.update({-1: x[0][0]}))]
-        for i, layer in enumerate(model.model.layers):
-            hooks.append(layer.register_forward_hook(lambda m, x, y, i=i: states.update({i: y[0]})))
+        t5 = model.config.is_encoder_decoder
+        layers = model.encoder.block if t5 else model.model.layers
+        hooks = [layers[0].register_forward_pre_hook(lambda m, x: states.update({-1: x[0][0]}))]
+        for i, layer in enumerate(layers):
+            # T5's blocks give the state and biases.
+            hooks.append(layer.register_forward_hook(lambda m, x, y, i=i: states.update({i: (y[0] if t5 else y)[0]})))
         with torch.no_grad():
-            model(input_ids=torch.tensor([ids]), use_cache=False)
+            (model.encoder if t5 else model)(input_ids=torch.tensor([ids]), use_cache=False)
         for hook in hooks:
             hook.remove()
         return states
@@ -125,7 +128,7 @@ class Composition:
         """`streams`: for each augmenting model (tokens, visible, coordinates) of this sequence."""
         by_block, k = {}, 0
         for model, entry, (tokens, visible, coordinates) in zip(self.augmenting, self.config["augmenting"], streams):
-            states = self.taps(model, tokens)
+            states = self.taps(model, tokens) if tokens else {}
             for anchor_block, aug_block in entry["connections"]:
                 by_block.setdefault(anchor_block, []).append((k, states[aug_block], visible, coordinates))
                 k += 1
@@ -245,6 +248,47 @@ def test_two_augmenting_models(driver, make, tokenizers, tmp_path):
     check(driver, tmp_path, make("anchor", "llama", "gpt2", 1),
           [make("first", "llama", "llama3", 2, num_hidden_layers=4), make("second", "mistral", "llama2", 3)], config, ids,
           borders=[[max(1, len(s) // 2)] for s in ids])
+
+
+def make_t5(folder, seed):
+    """A T5 with the golden unigram vocabulary; returns it, its folder and its tokenizer."""
+    vocab = json.loads((GOLDEN / "unigram.json").read_text())["model"]["vocab"]
+    tokenizer = transformers.T5Tokenizer(vocab=[tuple(piece) for piece in vocab], extra_ids=3)
+    tokenizer.save_pretrained(folder)
+    config = transformers.T5Config(**{**common.TINY_T5, "vocab_size": len(tokenizer) + 2})
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config, attn_implementation="eager")
+    common.randomise(model.float(), seed)
+    model.eval().requires_grad_(False).save_pretrained(folder)
+    return model, folder, tokenizer
+
+
+def prompt_stream(tokenizer, anchor, ids, border):
+    """What an encoder reads of one sequence: (tokens, visible, coordinates), said once more from the rule's words."""
+    texts = [anchor.decode(ids[:t + 1]).rstrip("\ufffd") for t in range(border)]
+    encoded = tokenizer(texts[-1], return_offsets_mapping=True)
+    places = [next(t for t, text in enumerate(texts) if len(text) >= end) if end > begin else border - 1
+              for begin, end in encoded["offset_mapping"]]
+    count = len(encoded["input_ids"])
+    return encoded["input_ids"], [0] * (border - 1) + [count] * (len(ids) - border + 1), places
+
+
+@pytest.mark.parametrize("norm, cross_position", [("none", "rope"), ("pre", "none")])
+def test_an_encoder_reads_the_prompt(norm, cross_position, driver, make, tokenizers, tmp_path):
+    """A T5 beside a decoder-only augmenting model; nothing of the answer enters its encoder, nothing leaves it before."""
+    ids = ids_of(tokenizers, "gpt2")
+    borders = [[max(1, len(s) // 2)] for s in ids]
+    model, folder, tokenizer = make_t5(tmp_path / "t5", 5)
+    config = dict(num_heads=2, norm=norm, cross_position=cross_position,
+                  augmenting=[dict(connections=[[0, -1], [1, 0], [2, 2]], mask="prefix"),
+                              dict(connections=[[1, 1]], align="mixed")])
+    models = make("anchor", "llama", "gpt2", 1), [(model, folder), make("aug", "qwen2", "llama3", 2)]
+    _, streams, _ = run_driver(driver, tmp_path, *models, config, ids, borders, "float32")
+    expected = [prompt_stream(tokenizer, tokenizers.load["gpt2"], s, b) for s, [b] in zip(ids, borders)]
+    assert streams[0]["tokens"] == [tokens for tokens, _, _ in expected]
+    assert streams[0]["coordinates"] == [places for _, _, places in expected]
+    assert streams[0]["visible"] == [c for _, visible, _ in expected for c in visible]
+    shutil.rmtree(tmp_path / "calm")
+    check(driver, tmp_path, *models, config, ids, borders=borders)
 
 
 def test_released_form(driver, make, tokenizers, tmp_path):
