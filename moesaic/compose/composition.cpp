@@ -47,7 +47,7 @@ std::vector<ConnectionPair> evenly_spaced(int64_t num_connections, int64_t ancho
 }
 
 Reader reader_of(const models::SingleModel& model) {
-  return {model.reading_blocks(), model.facts().width, model.reads_ahead()};
+  return {model.reading_blocks(), model.reading_width(), model.reads_ahead()};
 }
 
 Reader reader_of(const Json& config, const std::string& where) {
@@ -56,7 +56,7 @@ Reader reader_of(const Json& config, const std::string& where) {
     return {decoder.num_layers, decoder.hidden_size, false};
   }
   const models::Seq2SeqConfig both = models::parse_seq2seq_config(config, where);
-  return {both.encoder_layers, both.hidden_size, true};
+  return {both.encoder_layers, both.halves ? both.halves->encoder.hidden_size : both.hidden_size, true};
 }
 
 models::DecoderConfig parse_anchor(const Json& config, const std::string& where) {
@@ -257,7 +257,7 @@ int64_t Composition::activation_bytes(int64_t tokens, bool checkpointing) {
   for (size_t m = 0; m < augmenting_.size(); ++m) {
     models::SingleModel& model = *augmenting_[m].model;
     // The state and P; keys and values before and after the rotation; queries likewise, the attention's output, Y.
-    bytes += std::ssize(config_.augmenting[m].connections) * (model.facts().width + 8 * facts.width) * tokens * 4;
+    bytes += std::ssize(config_.augmenting[m].connections) * (model.reading_width() + 8 * facts.width) * tokens * 4;
     if (!is_trained(augmenting_[m])) continue;
     std::vector<nn::Block*> blocks = model.blocks();
     blocks.resize(num_blocks(config_.augmenting[m]));
@@ -270,7 +270,7 @@ int64_t Composition::state_bytes(int64_t tokens) const {
   int64_t numbers = first_trained_block() > 0 ? facts().width : 0;
   for (size_t m = 0; m < augmenting_.size(); ++m) {
     if (is_trained(augmenting_[m])) continue;
-    numbers += std::ssize(config_.augmenting[m].connections) * augmenting_[m].model->facts().width;
+    numbers += std::ssize(config_.augmenting[m].connections) * augmenting_[m].model->reading_width();
   }
   return numbers * tokens * static_cast<int64_t>(c10::elementSize(facts().dtype));
 }
@@ -416,7 +416,7 @@ std::vector<torch::Tensor> Composition::frozen_states(const Member& member, cons
   std::vector<std::optional<std::vector<torch::Tensor>>> found;
   std::vector<std::vector<int64_t>> missing;
   for (const auto& ids : sequences) {
-    const std::vector<int64_t> shape{std::ssize(ids), model.facts().width};
+    const std::vector<int64_t> shape{std::ssize(ids), model.reading_width()};
     const auto fits = [&](const torch::Tensor& state) {
       return state.sizes() == shape && state.dtype() == model.dtype();
     };

@@ -4,36 +4,9 @@
 #include "moesaic/formats/claim.h"
 #include "moesaic/models/initialize.h"
 #include "moesaic/models/registry.h"
-#include "moesaic/nn/decoder_layer.h"
 
 namespace moesaic::models {
 namespace {
-
-nn::DecoderLayerConfig layer_config(const DecoderConfig& config, int64_t layer) {
-  const bool sliding =
-      config.sliding_window > 0 && (config.layer_is_sliding.empty() || config.layer_is_sliding[layer] != 0);
-  nn::DecoderLayerConfig result;
-  result.attention = {
-      .hidden_size = config.hidden_size,
-      .heads = config.num_heads,
-      .kv_heads = config.num_kv_heads,
-      .head_dim = config.head_dim,
-      .qkv_bias = config.qkv_bias,
-      .o_bias = config.o_bias,
-      .qk_norm = config.qk_norm,
-      .norm_eps = config.rms_norm_eps,
-      .norm_offset = config.norm_plus_one ? 1.0 : 0.0,
-      .options = {.scale = config.query_scale > 0 ? config.query_scale
-                                                  : 1.0 / std::sqrt(static_cast<double>(config.head_dim)),
-                  .softcap = config.attention_softcap,
-                  .window = sliding ? config.sliding_window : 0},
-      .local_rope = sliding && config.rope_local.has_value()};
-  result.intermediate_size = config.intermediate_size;
-  result.mlp_bias = config.mlp_bias;
-  result.activation = config.activation;
-  result.pre_post_norms = config.pre_post_norms;
-  return result;
-}
 
 /// Old checkpoints store the rotary frequencies, which follow from the config.
 bool is_derived_buffer(const std::string& name) { return name.ends_with("rotary_emb.inv_freq"); }
@@ -54,31 +27,15 @@ void check_tensors(const formats::Checkpoint& checkpoint, const SingleModel& mod
 
 CausalLM::CausalLM(const DecoderConfig& config, const torch::TensorOptions& options) : config_(config) {
   auto model = std::make_shared<torch::nn::Module>();
-  auto layers = std::make_shared<torch::nn::Module>();
-  const auto embedding =
-      model->register_module("embed_tokens", MatrixModule(config.vocab_size, config.hidden_size, options));
-  stack_.embedding = embedding->weight;
-  model->register_module("layers", layers);
-  for (int64_t i = 0; i < config.num_layers; ++i) {
-    const std::string index = std::to_string(i);
-    const auto layer = layers->register_module(index, nn::DecoderLayer(layer_config(config, i), i, options));
-    layer->add_sites("model.layers." + index, sites_);
-    stack_.blocks.push_back(layer.get());
-  }
-  stack_.norm = model->register_module(
-      "norm", nn::RmsNorm(config.hidden_size, config.rms_norm_eps, config.norm_plus_one ? 1.0 : 0.0, options));
+  stack_ = make_stack(*model, "model", config, /*first_index=*/0, {}, options, sites_);
   register_module("model", model);
   torch::Tensor head = stack_.embedding;
   if (!config.tie_word_embeddings) {
     head = register_module("lm_head", MatrixModule(config.vocab_size, config.hidden_size, options))->weight;
   }
   head_ = std::make_unique<nn::Head>(head, config.final_softcap);
-  stack_.rope = std::make_unique<nn::Rope>(config.rope, config.head_dim);
-  if (config.rope_local) stack_.rope_local = std::make_unique<nn::Rope>(*config.rope_local, config.head_dim);
   facts_ = {config.model_type, config.vocab_size, config.hidden_size, config.num_layers,
             config.eos_ids,    head.device(),     head.scalar_type()};
-  stack_.embedding_scale =
-      torch::tensor(config.embedding_scale, torch::kFloat64).to(dtype()).to(torch::kFloat64).item<double>();
   add_weight_sites();
   sites_.has_qk_norm = config.qk_norm;
   sites_.model_type = config.model_type;
@@ -159,27 +116,9 @@ OrderedJson CausalLM::sizes() const {
 
 void CausalLM::initialize(uint64_t seed) { models::initialize(*this, seed); }
 
-void CausalLM::prepare(const nn::RaggedBatch& batch, nn::Pass& pass) const {
-  torch::NoGradGuard no_grad;
-  std::vector<int64_t> positions, segments, lengths;
-  for (int64_t b = 0; b < batch.batch_size(); ++b) {
-    const int64_t start = pass.cache ? pass.cache->length(b) : 0;
-    const int64_t rows = batch.offsets[b + 1] - batch.offsets[b];
-    for (int64_t i = 0; i < rows; ++i) positions.push_back(start + i);
-    segments.insert(segments.end(), rows, b);
-    lengths.push_back(start + rows);
-  }
-  pass.offsets = batch.offsets;
-  pass.positions = torch::tensor(positions, torch::kInt64).to(device());
-  pass.segments = torch::tensor(segments, torch::kInt64).to(device());
-  pass.rope = stack_.rope->tables(pass.positions, pass.offsets, lengths);
-  if (stack_.rope_local) pass.rope_local = stack_.rope_local->tables(pass.positions, pass.offsets, lengths);
-}
+void CausalLM::prepare(const nn::RaggedBatch& batch, nn::Pass& pass) const { stack_.prepare(batch, pass); }
 
-torch::Tensor CausalLM::embed(const torch::Tensor& tokens) const {
-  torch::Tensor h = at::embedding(stack_.embedding, tokens);
-  return stack_.embedding_scale == 1.0 ? h : h * stack_.embedding_scale;
-}
+torch::Tensor CausalLM::embed(const torch::Tensor& tokens) const { return stack_.embed(tokens); }
 
 torch::Tensor CausalLM::run_blocks(torch::Tensor h, int64_t first, int64_t last, nn::Pass& pass) {
   for (int64_t i = first; i < last; ++i) h = pass.forward(*stack_.blocks[i], h);

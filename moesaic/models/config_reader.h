@@ -30,6 +30,7 @@ class ConfigReader {
   /// Present, even when null: some defaults apply only to an absent key.
   bool mentions(const char* key) const { return json_.contains(key); }
   const Json& json() const { return json_; }
+  const std::string& where() const { return where_; }
   /// Notes that `key` is wrong.
   void error(const std::string& key, const std::string& message);
   /// Throws ConfigError with every note.

@@ -16,6 +16,7 @@ DecoderConfig parse_gemma3(ConfigReader& reader);
 Seq2SeqConfig parse_t5(ConfigReader& reader);
 Seq2SeqConfig parse_mt5(ConfigReader& reader);
 Seq2SeqConfig parse_umt5(ConfigReader& reader);
+Seq2SeqConfig parse_t5gemma(ConfigReader& reader);
 
 /// Qwen's windows: layers from max_window_layers on slide when use_sliding_window is set.
 void read_qwen_windows(ConfigReader& reader, DecoderConfig& config);

@@ -13,5 +13,7 @@ namespace moesaic::models {
 ///
 /// The same seed gives the same numbers on every device and with any number of threads.
 void initialize(CausalLM& model, uint64_t seed);
+/// The same of any model of such layers; L is the config's.
+void initialize(torch::nn::Module& model, const DecoderConfig& config, uint64_t seed);
 
 }  // namespace moesaic::models

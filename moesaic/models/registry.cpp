@@ -23,6 +23,7 @@ const Family kFamilies[] = {
     {"qwen2", parse_qwen2, &kQwen2Gguf},
     {"qwen3", parse_qwen3, &kQwen3Gguf},
     {"t5", nullptr, nullptr, parse_t5},
+    {"t5gemma", nullptr, nullptr, parse_t5gemma},
     {"umt5", nullptr, nullptr, parse_umt5},
 };
 

@@ -3,13 +3,28 @@
 #include "moesaic/base/check.h"
 #include "moesaic/base/seed.h"
 #include "moesaic/formats/claim.h"
+#include "moesaic/models/initialize.h"
 #include "moesaic/models/registry.h"
 #include "moesaic/nn/seq2seq_block.h"
 
 namespace moesaic::models {
 namespace {
 
-constexpr const char *kEmbedding = "shared.weight", *kHead = "lm_head.weight";
+/// What the two kinds call their parts. `block` and `norm` are of a half, and of a block's number in it.
+struct Names {
+  const char *embedding, *head;  // the embedding that may be the head
+  std::string_view block, norm;
+  std::vector<std::string> embeddings;  // modules
+};
+const Names kT5{"shared.weight", "lm_head.weight", "{}.block.{}", "{}.final_layer_norm", {"shared"}};
+const Names kHalves{"model.decoder.embed_tokens.weight",
+                    "lm_head.out_proj.weight",
+                    "model.{}.layers.{}",
+                    "model.{}.norm",
+                    {"model.encoder.embed_tokens", "model.decoder.embed_tokens"}};
+const Names& names_of(const Seq2SeqConfig& config) { return config.halves ? kHalves : kT5; }
+
+// Of T5.
 constexpr const char* kCopies[] = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"};
 // Old checkpoints hold it; nothing reads it.
 constexpr const char* kUnused = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight";
@@ -63,19 +78,6 @@ Cut cut(const Text& text, const Seq2SeqMemory* memory, int64_t start_id, torch::
   return cut;
 }
 
-/// Offsets, positions and segments of `batch`.
-void lay_out(const nn::RaggedBatch& batch, torch::Device device, nn::Pass& pass) {
-  std::vector<int64_t> positions, segments;
-  for (int64_t b = 0; b < batch.batch_size(); ++b) {
-    const int64_t rows = batch.offsets[b + 1] - batch.offsets[b], start = pass.cache ? pass.cache->length(b) : 0;
-    for (int64_t i = 0; i < rows; ++i) positions.push_back(start + i);
-    segments.insert(segments.end(), rows, b);
-  }
-  pass.offsets = batch.offsets;
-  pass.positions = on_device(positions, device);
-  pass.segments = on_device(segments, device);
-}
-
 }  // namespace
 
 int64_t Seq2SeqMemory::length(int64_t b) const {
@@ -103,15 +105,18 @@ Seq2SeqLM::Seq2SeqLM(const Seq2SeqConfig& config, const torch::TensorOptions& op
                 "{}: dtype: got float16, expected bfloat16 or float32: its activations exceed float16's largest "
                 "number, 65504",
                 config.model_type);
-  const auto shared = register_module("shared", MatrixModule(config.vocab_size, config.hidden_size, options));
-  encoder_ = make_stack("encoder", config.encoder_layers, 0, options);
-  decoder_ = make_stack("decoder", config.decoder_layers, config.encoder_layers, options);
-  encoder_.embedding = decoder_.embedding = shared->weight;
-  torch::Tensor head = shared->weight;
+  const torch::Tensor embedding = config.halves ? make_halves(options) : make_t5(options);
+  torch::Tensor head = embedding;
   if (!config.tie_word_embeddings) {
-    head = register_module("lm_head", MatrixModule(config.vocab_size, config.hidden_size, options))->weight;
+    const MatrixModule own(config.vocab_size, config.hidden_size, options);
+    if (config.halves) {
+      register_module("lm_head", std::make_shared<torch::nn::Module>())->register_module("out_proj", own);
+    } else {
+      register_module("lm_head", own);
+    }
+    head = own->weight;
   }
-  head_ = std::make_unique<nn::Head>(head, /*softcap=*/0.0);
+  head_ = std::make_unique<nn::Head>(head, config.halves ? config.halves->decoder.final_softcap : 0.0);
   facts_ = {.model_type = config.model_type,
             .vocab_size = config.vocab_size,
             .width = config.hidden_size,
@@ -119,16 +124,55 @@ Seq2SeqLM::Seq2SeqLM(const Seq2SeqConfig& config, const torch::TensorOptions& op
             .eos_ids = config.eos_ids,
             .device = head.device(),
             .dtype = head.scalar_type()};
-  add_parameter_sites({"shared.weight", "lm_head.weight"});
+  std::set<std::string> matrices{names_of(config).head};
+  for (const std::string& name : names_of(config).embeddings) matrices.insert(name + ".weight");
+  add_parameter_sites(matrices);
+  sites_.has_qk_norm = config.halves && config.halves->decoder.qk_norm;
   sites_.model_type = config.model_type;
   sites_.task_type = "SEQ_2_SEQ_LM";
 }
 
 Seq2SeqLM::~Seq2SeqLM() { detach_all(); }
 
+/// Both return the decoder's embedding.
+torch::Tensor Seq2SeqLM::make_t5(const torch::TensorOptions& options) {
+  const auto shared = register_module("shared", MatrixModule(config_.vocab_size, config_.hidden_size, options));
+  encoder_ = make_t5_stack("encoder", config_.encoder_layers, 0, options);
+  decoder_ = make_t5_stack("decoder", config_.decoder_layers, config_.encoder_layers, options);
+  return encoder_.embedding = decoder_.embedding = shared->weight;
+}
+
+torch::Tensor Seq2SeqLM::make_halves(const torch::TensorOptions& options) {
+  const auto model = register_module("model", std::make_shared<torch::nn::Module>());
+  const DecoderConfig &encoder = config_.halves->encoder, &decoder = config_.halves->decoder;
+  auto named = [](nn::DecoderLayerConfig& layer) {
+    layer.before_attention = "pre_self_attn_layernorm";
+    layer.behind_attention = "post_self_attn_layernorm";
+  };
+  auto of_encoder = [&](nn::DecoderLayerConfig& layer, int64_t) {
+    named(layer);
+    layer.attention.options.causal = false;
+  };
+  auto of_decoder = [&](nn::DecoderLayerConfig& layer, int64_t i) {
+    named(layer);
+    layer.attention.cache_layer = i;
+    layer.cross = layer.attention;
+    layer.cross->source_size = encoder.hidden_size;
+    layer.cross->rotary = false;
+    layer.cross->options.causal = false;
+    layer.cross->options.window = 0;
+  };
+  const auto half = [&](const char* name) {
+    return model->register_module(name, std::make_shared<torch::nn::Module>());
+  };
+  encoder_ = make_stack(*half("encoder"), "model.encoder", encoder, 0, of_encoder, options, sites_);
+  decoder_ = make_stack(*half("decoder"), "model.decoder", decoder, encoder.num_layers, of_decoder, options, sites_);
+  return decoder_.embedding;
+}
+
 /// The modules "encoder" or "decoder". Blocks of the decoder read the encoder's states.
-Stack Seq2SeqLM::make_stack(const char* name, int64_t layers, int64_t first_index,
-                            const torch::TensorOptions& options) {
+Stack Seq2SeqLM::make_t5_stack(const char* name, int64_t layers, int64_t first_index,
+                               const torch::TensorOptions& options) {
   const bool decodes = first_index > 0;
   const auto half = register_module(name, std::make_shared<torch::nn::Module>());
   const auto list = half->register_module("block", std::make_shared<torch::nn::Module>());
@@ -167,30 +211,33 @@ Stack Seq2SeqLM::make_stack(const char* name, int64_t layers, int64_t first_inde
 std::shared_ptr<Seq2SeqLM> Seq2SeqLM::load(const formats::Checkpoint& checkpoint, const LoadOptions& options) {
   torch::NoGradGuard no_grad;
   Seq2SeqConfig config = parse_seq2seq_config(checkpoint.config(), checkpoint.path().string());
-  // What a file may call the embedding, and what in it is a copy.
+  const Names& parts = names_of(config);
+  // What a file may call T5's embedding, and what in it is a copy.
   formats::Declarations present = formats::declarations(checkpoint);
-  std::string embedding = kEmbedding;
-  for (const char* name : kCopies) {
-    if (!present.contains(embedding) && present.contains(name)) embedding = name;
-  }
+  std::string embedding = parts.embedding;
   formats::Misfits found;
   auto is_embedding = [&](const char* name) {
     return present.contains(name) && present.contains(embedding) &&
            at::equal(checkpoint.tensor(name), checkpoint.tensor(embedding));
   };
-  for (const char* name : kCopies) {
-    if (name == embedding || !present.contains(name)) continue;
-    if (!is_embedding(name)) found.wrong.push_back(fmt::format("{}: is another matrix than {}", name, embedding));
-    present.erase(name);
+  if (!config.halves) {
+    for (const char* name : kCopies) {
+      if (!present.contains(embedding) && present.contains(name)) embedding = name;
+    }
+    for (const char* name : kCopies) {
+      if (name == embedding || !present.contains(name)) continue;
+      if (!is_embedding(name)) found.wrong.push_back(fmt::format("{}: is another matrix than {}", name, embedding));
+      present.erase(name);
+    }
+    present.erase(kUnused);
   }
-  config.tie_word_embeddings = !present.contains(kHead) || is_embedding(kHead);
-  if (config.tie_word_embeddings) present.erase(kHead);
-  present.erase(kUnused);
+  config.tie_word_embeddings = !present.contains(parts.head) || is_embedding(parts.head);
+  if (config.tie_word_embeddings) present.erase(parts.head);
   // Nothing is allocated before every shape fits.
   formats::Declarations expected;
   const Seq2SeqLM shapes(config, torch::TensorOptions(torch::kMeta).dtype(options.dtype));
   for (const auto& item : shapes.named_parameters()) {
-    expected[item.key() == kEmbedding ? embedding : item.key()] = {item.value().sizes().vec()};
+    expected[item.key() == parts.embedding ? embedding : item.key()] = {item.value().sizes().vec()};
   }
   found.add(formats::misfits(expected, present, formats::Dtypes::kAny));
   formats::check_fits(found, checkpoint.path().string(), fmt::format("config.json (model_type {})", config.model_type),
@@ -199,6 +246,10 @@ std::shared_ptr<Seq2SeqLM> Seq2SeqLM::load(const formats::Checkpoint& checkpoint
   if (encoder_alone) {
     config.encoder_layers = std::min(config.encoder_layers, options.num_blocks);
     config.decoder_layers = 0;
+    if (config.halves) {
+      config.halves->encoder.num_layers = config.encoder_layers;
+      config.halves->decoder.num_layers = 0;
+    }
     config.tie_word_embeddings = true;  // no head of its own
   }
 
@@ -206,19 +257,22 @@ std::shared_ptr<Seq2SeqLM> Seq2SeqLM::load(const formats::Checkpoint& checkpoint
   if (options.device.is_meta()) return model;
   const auto modules = model->named_modules();
   auto read = [&](const std::string& name) { read_weights(checkpoint, *modules[name], name + "."); };
-  const std::string stored = embedding.substr(0, embedding.rfind('.') + 1);
-  read_weights(checkpoint, *modules["shared"], stored);
+  if (config.halves) {
+    for (const std::string& name : parts.embeddings) read(name);
+  } else {
+    read_weights(checkpoint, *modules["shared"], embedding.substr(0, embedding.rfind('.') + 1));
+  }
   for (const auto& [half, layers] :
        {std::pair("encoder", config.encoder_layers), std::pair("decoder", config.decoder_layers)}) {
     for (int64_t i = 0; i < layers; ++i) {
-      const std::string name = fmt::format("{}.block.{}", half, i);
+      const std::string name = fmt::format(fmt::runtime(parts.block), half, i);
       read(name);
       // Block by block: only one is held twice.
       if (!options.quantize_int8) continue;
-      static_cast<nn::Seq2SeqBlockImpl&>(*modules[name]).quantize_int8();
+      dynamic_cast<nn::SitedBlock&>(*modules[name]).quantize_int8();
       give_back_freed();
     }
-    read(fmt::format("{}.final_layer_norm", half));
+    read(fmt::format(fmt::runtime(parts.norm), half));
   }
   if (!config.tie_word_embeddings) read("lm_head");
   if (options.quantize_int8 && !encoder_alone) model->quantize_head(*model->head_, config.tie_word_embeddings);
@@ -226,17 +280,35 @@ std::shared_ptr<Seq2SeqLM> Seq2SeqLM::load(const formats::Checkpoint& checkpoint
 }
 
 OrderedJson Seq2SeqLM::sizes() const {
-  return {{"hidden_size", config_.hidden_size},       {"intermediate_size", config_.intermediate_size},
-          {"encoder_layers", config_.encoder_layers}, {"decoder_layers", config_.decoder_layers},
-          {"num_heads", config_.num_heads},           {"head_dim", config_.head_dim},
-          {"vocab_size", config_.vocab_size},         {"gated", config_.gated},
-          {"tied_head", config_.tie_word_embeddings}};
+  OrderedJson sizes{{"hidden_size", config_.hidden_size},
+                    {"encoder_layers", config_.encoder_layers},
+                    {"decoder_layers", config_.decoder_layers},
+                    {"vocab_size", config_.vocab_size},
+                    {"tied_head", config_.tie_word_embeddings}};
+  auto add = [&](const char* key, int64_t of_encoder, int64_t of_decoder) {
+    sizes[key] = of_encoder == of_decoder ? OrderedJson(of_decoder) : OrderedJson{of_encoder, of_decoder};
+  };
+  if (config_.halves) {
+    const DecoderConfig &encoder = config_.halves->encoder, &decoder = config_.halves->decoder;
+    add("hidden_size", encoder.hidden_size, decoder.hidden_size);
+    add("intermediate_size", encoder.intermediate_size, decoder.intermediate_size);
+    add("num_heads", encoder.num_heads, decoder.num_heads);
+    add("num_kv_heads", encoder.num_kv_heads, decoder.num_kv_heads);
+    add("head_dim", encoder.head_dim, decoder.head_dim);
+    return sizes;
+  }
+  add("intermediate_size", config_.intermediate_size, config_.intermediate_size);
+  add("num_heads", config_.num_heads, config_.num_heads);
+  add("head_dim", config_.head_dim, config_.head_dim);
+  sizes["gated"] = config_.gated;
+  return sizes;
 }
 
-/// Normal(0, s) as T5's authors draw them: s = 1/sqrt(fan in), of queries 1/sqrt(d k) because scores are not divided by
-/// sqrt(k), of the relative bias 1/sqrt(d), of the embedding 1.
+/// Halves of Gemma's kind as models::initialize draws them. T5 as its authors do, Normal(0, s): s = 1/sqrt(fan in), of
+/// queries 1/sqrt(d k) because scores are not divided by sqrt(k), of the relative bias 1/sqrt(d), of the embedding 1.
 void Seq2SeqLM::initialize(uint64_t seed) {
   torch::NoGradGuard no_grad;
+  if (config_.halves) return models::initialize(*this, config_.halves->decoder, seed);
   at::Generator generator = make_generator(seed);
   for (auto& item : named_parameters()) {
     const std::string& name = item.key();
@@ -248,7 +320,7 @@ void Seq2SeqLM::initialize(uint64_t seed) {
     double fan_in = static_cast<double>(parameter.size(1));
     if (name.ends_with(".q.weight")) fan_in *= static_cast<double>(config_.head_dim);
     if (name.ends_with("relative_attention_bias.weight")) fan_in = static_cast<double>(config_.hidden_size);
-    if (name == kEmbedding) fan_in = 1.0;
+    if (name == kT5.embedding) fan_in = 1.0;
     parameter.copy_(torch::empty(parameter.sizes(), torch::kFloat32).normal_(0.0, 1.0 / std::sqrt(fan_in), generator));
   }
 }
@@ -260,16 +332,18 @@ std::vector<nn::Block*> Seq2SeqLM::blocks() {
 }
 
 std::unique_ptr<Memory> Seq2SeqLM::memory(int64_t sequences) const {
-  return std::make_unique<Seq2SeqMemory>(nn::KvCache(config_.decoder_layers, config_.num_heads, config_.head_dim,
-                                                     sequences, torch::TensorOptions(device()).dtype(dtype())),
-                                         nn::SourceCache(config_.decoder_layers, sequences));
+  const int64_t heads = config_.halves ? config_.halves->decoder.num_kv_heads : config_.num_heads;
+  const int64_t width = config_.halves ? config_.halves->decoder.head_dim : config_.head_dim;
+  return std::make_unique<Seq2SeqMemory>(
+      nn::KvCache(config_.decoder_layers, heads, width, sequences, torch::TensorOptions(device()).dtype(dtype())),
+      nn::SourceCache(config_.decoder_layers, sequences));
 }
 
 std::vector<int64_t> Seq2SeqLM::continued(const std::vector<int64_t>&) const { return {config_.start_id}; }
 
-void Seq2SeqLM::prepare(const nn::RaggedBatch& batch, nn::Pass& pass) const { lay_out(batch, device(), pass); }
+void Seq2SeqLM::prepare(const nn::RaggedBatch& batch, nn::Pass& pass) const { encoder_.prepare(batch, pass); }
 
-torch::Tensor Seq2SeqLM::embed(const torch::Tensor& tokens) const { return at::embedding(encoder_.embedding, tokens); }
+torch::Tensor Seq2SeqLM::embed(const torch::Tensor& tokens) const { return encoder_.embed(tokens); }
 
 torch::Tensor Seq2SeqLM::run_blocks(torch::Tensor h, int64_t first, int64_t last, nn::Pass& pass) {
   for (int64_t i = first; i < last; ++i) h = pass.forward(*encoder_.blocks[i], h);
@@ -277,8 +351,7 @@ torch::Tensor Seq2SeqLM::run_blocks(torch::Tensor h, int64_t first, int64_t last
 }
 
 nn::KvCache Seq2SeqLM::make_cache(int64_t, int64_t sequences) const {
-  return nn::KvCache(/*layers=*/0, config_.num_heads, config_.head_dim, sequences,
-                     torch::TensorOptions(device()).dtype(dtype()));
+  return nn::KvCache(/*layers=*/0, 1, 1, sequences, torch::TensorOptions(device()).dtype(dtype()));
 }
 
 torch::Tensor Seq2SeqLM::encode(const nn::RaggedBatch& source, nn::Pass& pass) {
@@ -312,8 +385,8 @@ torch::Tensor Seq2SeqLM::run(const Text& text, nn::Pass& pass, Memory* memory) {
     }
   }
   pass.cache = remembered != nullptr ? &remembered->answers : nullptr;
-  lay_out(halves.target, device(), pass);
-  torch::Tensor h = at::embedding(decoder_.embedding, halves.target.tokens);
+  decoder_.prepare(halves.target, pass);
+  torch::Tensor h = decoder_.embed(halves.target.tokens);
   for (nn::Block* block : decoder_.blocks) h = pass.forward(*block, h);
   if (remembered != nullptr) remembered->answers.commit(halves.target.counts());
 
@@ -329,7 +402,10 @@ torch::Tensor Seq2SeqLM::run(const Text& text, nn::Pass& pass, Memory* memory) {
   if (rows.defined()) h = h.index_select(0, rows);
   h = decoder_.norm->forward(h);
   if (config_.scale_output) h = h * (1.0 / std::sqrt(static_cast<double>(config_.hidden_size)));
-  return all ? torch::cat({pass.source->states, h}).index_select(0, halves.rows) : h;
+  if (!all) return h;
+  torch::Tensor read = pass.source->states;
+  if (read.size(1) != h.size(1)) read = torch::zeros({read.size(0), h.size(1)}, h.options().requires_grad(false));
+  return torch::cat({read, h}).index_select(0, halves.rows);
 }
 
 }  // namespace moesaic::models

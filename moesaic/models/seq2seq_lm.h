@@ -3,9 +3,11 @@
 #include <torch/torch.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "moesaic/models/decoder_config.h"
 #include "moesaic/models/single_model.h"
 #include "moesaic/models/stack.h"
 #include "moesaic/nn/feed_forward.h"
@@ -14,11 +16,18 @@
 
 namespace moesaic::models {
 
-/// Everything that differs between T5's relatives.
+/// Everything that differs between encoder-decoders.
 struct Seq2SeqConfig {
-  std::string model_type;  // config.json's
-  int64_t vocab_size = 0, hidden_size = 0, intermediate_size = 0, num_heads = 0, head_dim = 0;
+  /// Two stacks of Gemma's kind, each with an embedding of its own.
+  struct Halves {
+    DecoderConfig encoder, decoder;
+  };
+
+  std::string model_type;                   // config.json's
+  int64_t vocab_size = 0, hidden_size = 0;  // the decoder's width
   int64_t encoder_layers = 0, decoder_layers = 0;
+  std::optional<Halves> halves;  // nullopt: T5's, from here on to `gated`
+  int64_t intermediate_size = 0, num_heads = 0, head_dim = 0;
   int64_t buckets = 32, max_distance = 128;  // of the relative bias
   bool bias_per_layer = false;               // every layer has its own relative bias, not the first one for all
   double norm_eps = 1e-6;
@@ -54,8 +63,9 @@ class Seq2SeqMemory : public Memory {
 ///   h_P, h_P+1, ... = decoder(start, t_P+1, t_P+2, ...; s)      causal, and reads s in every layer
 ///
 /// so that, as in a decoder-only model, row i predicts token i + 1 from the border on, and whoever trains, generates,
-/// ranks or scores need not know of the start token. Rows before the border hold the encoder's states and predict
-/// nothing. A source is read as a whole: text that continues a sequence is the decoder's.
+/// ranks or scores need not know of the start token. Rows before the border hold the encoder's states (zeros where
+/// these are of another width) and predict nothing. A source is read as a whole: text that continues a sequence is the
+/// decoder's.
 class Seq2SeqLM : public SingleModel {
  public:
   /// Builds with uninitialised weights; device kMeta allocates nothing. Throws UsageError for float16.
@@ -78,6 +88,7 @@ class Seq2SeqLM : public SingleModel {
 
   // The encoder.
   int64_t reading_blocks() const override { return config_.encoder_layers; }
+  int64_t reading_width() const override { return encoder_.embedding.size(1); }
   bool reads_ahead() const override { return true; }
   void prepare(const nn::RaggedBatch& batch, nn::Pass& pass) const override;
   torch::Tensor embed(const torch::Tensor& tokens) const override;
@@ -92,7 +103,9 @@ class Seq2SeqLM : public SingleModel {
   torch::Tensor prompt_states(const nn::RaggedBatch& prompts) override;
 
  private:
-  Stack make_stack(const char* name, int64_t layers, int64_t first_index, const torch::TensorOptions& options);
+  torch::Tensor make_t5(const torch::TensorOptions& options);
+  Stack make_t5_stack(const char* name, int64_t layers, int64_t first_index, const torch::TensorOptions& options);
+  torch::Tensor make_halves(const torch::TensorOptions& options);
 
   Seq2SeqConfig config_;
   Facts facts_;

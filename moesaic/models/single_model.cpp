@@ -29,8 +29,9 @@ void SingleModel::give_back_freed() {
 void SingleModel::quantize_head(nn::Head& head, bool tied) {
   head.quantize_int8();
   if (tied) return;
-  torch::Tensor weight = named_modules()["lm_head"]->named_parameters()["weight"];
-  weight.set_data(torch::empty({0}, weight.options()));
+  for (torch::Tensor& weight : named_modules()["lm_head"]->parameters()) {
+    weight.set_data(torch::empty({0}, weight.options()));
+  }
 }
 
 void read_weights(const formats::Checkpoint& checkpoint, torch::nn::Module& module, const std::string& prefix) {

@@ -34,6 +34,8 @@ class SingleModel : public torch::nn::Module, public LanguageModel {
   // The blocks that read a text, for who joins several models: a decoder's, or the encoder's of an encoder-decoder.
   /// How many there are; they are the first of blocks().
   virtual int64_t reading_blocks() const = 0;
+  /// Width of what they make of a row.
+  virtual int64_t reading_width() const { return facts().width; }
   /// Whether what they make of a row depends on the rows behind it.
   virtual bool reads_ahead() const { return false; }
   /// Fills offsets, positions, segments and rotary tables of `pass` (positions start at pass.cache's lengths).

@@ -2,10 +2,13 @@
 #pragma once
 #include <torch/torch.h>
 
+#include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
-#include "moesaic/nn/block.h"
+#include "moesaic/models/decoder_config.h"
+#include "moesaic/nn/decoder_layer.h"
 #include "moesaic/nn/norm.h"
 #include "moesaic/nn/rope.h"
 
@@ -18,6 +21,17 @@ struct Stack {
   std::vector<nn::Block*> blocks;
   nn::RmsNorm norm{nullptr};
   std::unique_ptr<nn::Rope> rope, rope_local;  // of global blocks, and of sliding ones with their own base
+
+  /// Fills offsets, positions, segments and rotary tables of `pass` (positions start at pass.cache's lengths).
+  void prepare(const nn::RaggedBatch& batch, nn::Pass& pass) const;
+  /// [N] tokens -> [N, d] embeddings.
+  torch::Tensor embed(const torch::Tensor& tokens) const;
 };
+
+/// The stack of a config under `module`, whose path is `path`: "embed_tokens", "layers", "norm". Layers count from
+/// `first_index`; `adapt` may change what the config says of one.
+Stack make_stack(torch::nn::Module& module, const std::string& path, const DecoderConfig& config, int64_t first_index,
+                 const std::function<void(nn::DecoderLayerConfig& layer, int64_t i)>& adapt,
+                 const torch::TensorOptions& options, nn::Sites& sites);
 
 }  // namespace moesaic::models

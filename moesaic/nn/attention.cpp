@@ -13,12 +13,19 @@ namespace moesaic::nn {
 namespace {
 
 /// 0 where a query sees a key, -inf elsewhere: [S, T]; the S queries are the last of T positions.
-torch::Tensor visibility_mask(int64_t queries, int64_t keys, int64_t window, const torch::TensorOptions& options) {
+torch::Tensor visibility_mask(int64_t queries, int64_t keys, const AttentionOptions& attention,
+                              const torch::TensorOptions& options) {
   const auto integers = options.dtype(torch::kInt64);
   const torch::Tensor position = torch::arange(keys - queries, keys, integers).unsqueeze(1);
   const torch::Tensor key = torch::arange(keys, integers);
-  torch::Tensor hidden = key > position;
-  if (window > 0) hidden = hidden.logical_or(key <= position - window);
+  const int64_t window = attention.window;
+  torch::Tensor hidden;
+  if (!attention.causal) {
+    hidden = (key - position).abs() > window;
+  } else {
+    hidden = key > position;
+    if (window > 0) hidden = hidden.logical_or(key <= position - window);
+  }
   return torch::zeros({queries, keys}, options).masked_fill_(hidden, -std::numeric_limits<double>::infinity());
 }
 
@@ -30,10 +37,10 @@ struct Visibility {
 Visibility visibility(int64_t queries, int64_t keys, const AttentionOptions& attention,
                       const torch::TensorOptions& options) {
   if (attention.bias) return {false, attention.bias.ptr()->forward(queries, keys)};
+  const bool windowed = attention.window > 0 && keys > attention.window;
+  if (!attention.causal && !windowed) return {};
+  if (windowed || (queries > 1 && queries < keys)) return {false, visibility_mask(queries, keys, attention, options)};
   if (!attention.causal) return {};
-  const int64_t window = attention.window;
-  const bool windowed = window > 0 && keys > window;
-  if (windowed || (queries > 1 && queries < keys)) return {false, visibility_mask(queries, keys, window, options)};
   return {queries > 1, std::nullopt};
 }
 
@@ -60,8 +67,8 @@ torch::Tensor plain_attention(const torch::Tensor& q, const torch::Tensor& k, co
   if (options.softcap > 0) scores = at::tanh(scores / options.softcap) * options.softcap;
   if (options.bias) {
     scores = scores + *grouped_mask(visibility(q.size(0), k.size(0), options, scores.options()).mask, kv_heads);
-  } else if (options.causal) {
-    scores = scores + visibility_mask(q.size(0), k.size(0), options.window, scores.options().requires_grad(false));
+  } else if (options.causal || options.window > 0) {
+    scores = scores + visibility_mask(q.size(0), k.size(0), options, scores.options().requires_grad(false));
   }
   const auto wide = q.scalar_type() == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
   const torch::Tensor weights = at::softmax(scores, -1, wide).to(q.dtype());
@@ -183,8 +190,9 @@ torch::Tensor cuda_flash_attention(const torch::Tensor& q, const torch::Tensor& 
     return most;
   };
   const bool windowed = options.window > 0 && longest(offsets) > options.window;
-  const std::optional<int64_t> left = windowed ? std::optional<int64_t>(options.window - 1) : std::nullopt;
-  const std::optional<int64_t> right = windowed ? std::optional<int64_t>(0) : std::nullopt;
+  const int64_t before = options.causal ? options.window - 1 : options.window, behind = options.causal ? 0 : before;
+  const std::optional<int64_t> left = windowed ? std::optional(before) : std::nullopt;
+  const std::optional<int64_t> right = windowed ? std::optional(behind) : std::nullopt;
   return std::get<0>(at::_flash_attention_forward(q.contiguous(), k.contiguous(), v.contiguous(), bounds(offsets),
                                                   bounds(key_offsets), longest(offsets), longest(key_offsets), 0.0,
                                                   options.causal, false, options.scale, left, right));
@@ -382,12 +390,20 @@ void SelfAttentionImpl::quantize_int8() {
   o_.quantize_int8();
 }
 
+namespace {
+
+int64_t source_size(const SelfAttentionConfig& config) {
+  return config.source_size > 0 ? config.source_size : config.hidden_size;
+}
+
+}  // namespace
+
 CrossAttentionImpl::CrossAttentionImpl(const SelfAttentionConfig& config, int64_t layer,
                                        const torch::TensorOptions& options)
     : config_(config),
       layer_(layer),
       q_(config.hidden_size, {config.heads * config.head_dim}, config.qkv_bias, options, {config.heads}),
-      kv_(config.hidden_size, {config.kv_heads * config.head_dim, config.kv_heads * config.head_dim}, config.qkv_bias,
+      kv_(source_size(config), {config.kv_heads * config.head_dim, config.kv_heads * config.head_dim}, config.qkv_bias,
           options, {config.kv_heads, config.kv_heads}),
       o_(config.heads * config.head_dim, {config.hidden_size}, config.o_bias, options) {
   register_module(config.names.q, q_.members()[0]);
@@ -425,9 +441,10 @@ torch::Tensor CrossAttentionImpl::forward(const torch::Tensor& x, Pass& pass) {
 
 void CrossAttentionImpl::add_sites(const std::string& path, Sites& sites) {
   const SiteAdder adder{path, layer_, config_.hidden_size, sites};
+  const SiteAdder of_source{path, layer_, source_size(config_), sites};
   adder.add(config_.names.q, Role::kQuery, q_, 0, config_.heads);
-  adder.add(config_.names.k, Role::kKey, kv_, 0, config_.kv_heads);
-  adder.add(config_.names.v, Role::kValue, kv_, 1, config_.kv_heads);
+  of_source.add(config_.names.k, Role::kKey, kv_, 0, config_.kv_heads);
+  of_source.add(config_.names.v, Role::kValue, kv_, 1, config_.kv_heads);
   adder.add(config_.names.o, Role::kAttentionOut, o_, 0, 0);
 }
 

@@ -16,7 +16,7 @@ struct AttentionOptions {
   double scale = 1.0;          // of the scores, e.g. 1/sqrt(k)
   double softcap = 0.0;        // scores = softcap tanh(scores / softcap); 0 = off
   int64_t window = 0;          // a position sees itself and the window-1 positions before it; 0 = all before it
-  bool causal = true;          // false: a position sees its whole sequence
+  bool causal = true;          // false: a position sees its whole sequence, or up to `window` positions to either side
   RelativeBias bias{nullptr};  // added to the scores; it hides what lies ahead itself where it is a decoder's
 };
 
@@ -45,6 +45,7 @@ struct AttentionNames {
 struct SelfAttentionConfig {
   AttentionNames names{};
   int64_t hidden_size = 0, heads = 0, kv_heads = 0, head_dim = 0;
+  int64_t source_size = 0;                // width of what a cross-attention reads; 0 = hidden_size
   bool qkv_bias = false, o_bias = false;  // which linears add a bias
   bool qk_norm = false;                   // per-head RMSNorm on queries and keys, before RoPE
   double norm_eps = 1e-6, norm_offset = 0.0;

@@ -8,9 +8,14 @@ DecoderLayerImpl::DecoderLayerImpl(const DecoderLayerConfig& config, int64_t lay
   auto norm = [&](const char* name) {
     return register_module(name, RmsNorm(attention.hidden_size, attention.norm_eps, attention.norm_offset, options));
   };
-  input_layernorm_ = norm("input_layernorm");
+  input_layernorm_ = norm(config.before_attention);
   self_attn_ = register_module("self_attn", SelfAttention(attention, layer, options));
-  post_attention_layernorm_ = norm("post_attention_layernorm");
+  post_attention_layernorm_ = norm(config.behind_attention);
+  if (config.cross) {
+    pre_cross_attn_layernorm_ = norm("pre_cross_attn_layernorm");
+    cross_attn_ = register_module("cross_attn", CrossAttention(*config.cross, layer, options));
+    post_cross_attn_layernorm_ = norm("post_cross_attn_layernorm");
+  }
   if (config.pre_post_norms) {
     pre_feedforward_layernorm_ = norm("pre_feedforward_layernorm");
     post_feedforward_layernorm_ = norm("post_feedforward_layernorm");
@@ -25,7 +30,11 @@ torch::Tensor DecoderLayerImpl::forward(const torch::Tensor& h, Pass& pass) {
   pass.layer_input = input_layernorm_->forward(h);
   torch::Tensor mixed = self_attn_->forward(pass.layer_input, pass);
   if (post) mixed = post_attention_layernorm_->forward(mixed);
-  const torch::Tensor middle = h + mixed;
+  torch::Tensor middle = h + mixed;
+  if (cross_attn_) {
+    pass.layer_input = pre_cross_attn_layernorm_->forward(middle);
+    middle = middle + post_cross_attn_layernorm_->forward(cross_attn_->forward(pass.layer_input, pass));
+  }
 
   RmsNorm& before = post ? pre_feedforward_layernorm_ : post_attention_layernorm_;
   pass.layer_input = before->forward(middle);
@@ -36,11 +45,13 @@ torch::Tensor DecoderLayerImpl::forward(const torch::Tensor& h, Pass& pass) {
 
 void DecoderLayerImpl::add_sites(const std::string& path, Sites& sites) {
   self_attn_->add_sites(path + ".self_attn", sites);
+  if (cross_attn_) cross_attn_->add_sites(path + ".cross_attn", sites);
   mlp_->add_sites(path + ".mlp", sites);
 }
 
 void DecoderLayerImpl::quantize_int8() {
   self_attn_->quantize_int8();
+  if (cross_attn_) cross_attn_->quantize_int8();
   mlp_->quantize_int8();
 }
 
@@ -50,6 +61,7 @@ int64_t DecoderLayerImpl::saved_bytes(int64_t rows) const {
   const int64_t d = weight.size(0);
   int64_t numbers = 2 * d;  // inputs of the two norms
   if (!post_feedforward_layernorm_.is_empty()) numbers += 2 * d;
+  if (cross_attn_) numbers += 2 * d + cross_attn_->saved_per_row(whole);
   numbers += self_attn_->saved_per_row(whole) + mlp_->saved_per_row(whole) + saved_by_scales();
   return numbers * rows * static_cast<int64_t>(weight.element_size());
 }

@@ -1,4 +1,4 @@
-// One layer of a decoder-only model.
+// One layer of a decoder-only model, or of an encoder-decoder built like one.
 #pragma once
 #include <torch/torch.h>
 
@@ -15,11 +15,13 @@ struct DecoderLayerConfig {
   int64_t intermediate_size = 0;        // width of the feed-forward network
   bool mlp_bias = false;                // its linears add biases
   GluKind activation = GluKind::kSilu;  // of its gate
-  bool pre_post_norms = false;          // norms before and after both halves (Gemma 3)
+  bool pre_post_norms = false;          // norms before and after both halves (Gemma 2 and 3)
+  const char *before_attention = "input_layernorm", *behind_attention = "post_attention_layernorm";  // norms' names
+  std::optional<SelfAttentionConfig> cross{};  // of the encoder's states, with norms on both sides
 };
 
-/// h = h + attention(norm(h));  h = h + ffn(norm(h)). With pre_post_norms each half's output is normed too, before it
-/// is added.
+/// h = h + attention(norm(h));  h = h + cross_attention(norm(h), source), where there is one;  h = h + ffn(norm(h)).
+/// With pre_post_norms each part's output is normed too, before it is added.
 struct DecoderLayerImpl : torch::nn::Module, SitedBlock {
   DecoderLayerImpl(const DecoderLayerConfig& config, int64_t layer, const torch::TensorOptions& options);
 
@@ -27,12 +29,14 @@ struct DecoderLayerImpl : torch::nn::Module, SitedBlock {
   int64_t saved_bytes(int64_t rows) const override;
   /// Appends the sites; `path` is the module path, "model.layers.0".
   void add_sites(const std::string& path, Sites& sites);
-  void quantize_int8();
+  void quantize_int8() override;
 
  private:
   RmsNorm input_layernorm_{nullptr}, post_attention_layernorm_{nullptr};
+  RmsNorm pre_cross_attn_layernorm_{nullptr}, post_cross_attn_layernorm_{nullptr};
   RmsNorm pre_feedforward_layernorm_{nullptr}, post_feedforward_layernorm_{nullptr};
   SelfAttention self_attn_{nullptr};
+  CrossAttention cross_attn_{nullptr};
   std::shared_ptr<Ffn> mlp_;
 };
 TORCH_MODULE(DecoderLayer);

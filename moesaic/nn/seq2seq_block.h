@@ -27,7 +27,7 @@ struct Seq2SeqBlockImpl : torch::nn::Module, SitedBlock {
   int64_t saved_bytes(int64_t rows) const override;
   /// Appends the sites; `path` is the module path, "encoder.block.0".
   void add_sites(const std::string& path, Sites& sites);
-  void quantize_int8();
+  void quantize_int8() override;
 
  private:
   std::vector<RmsNorm> norms_;  // before each part

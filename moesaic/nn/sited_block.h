@@ -9,6 +9,8 @@ namespace moesaic::nn {
 class SitedBlock : public Block {
  public:
   int64_t index() const override { return index_; }
+  /// Keeps its matrices in int8 alone.
+  virtual void quantize_int8() = 0;
   bool trains() const override;
   /// The gradients of gate and up, of the branch's product and of the block's input.
   int64_t scratch_per_row() const override;

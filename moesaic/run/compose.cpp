@@ -96,7 +96,7 @@ std::vector<compose::ConnectionPair> pairs_of(const Entry& entry, int64_t anchor
 
 std::string describe(const MemberEntry& entry, const models::SingleModel& model) {
   std::string text = fmt::format("{} ({}, {} blocks of width {}", entry.model, model.facts().model_type,
-                                 model.reading_blocks(), model.facts().width);
+                                 model.reading_blocks(), model.reading_width());
   if (entry.options.random_seed) text += fmt::format(", random numbers of seed {}", *entry.options.random_seed);
   if (!entry.options.adapter.empty()) text += ", adapter " + entry.options.adapter.string();
   return text + ")";

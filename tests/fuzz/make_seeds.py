@@ -128,6 +128,8 @@ def main():
                                                            "rope_local_base_freq": 1e4, "sliding_window_pattern": 2}},
         "t5.json": {"model_type": "t5", "vocab_size": 16, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_heads": 2, "num_layers": 2,
                     "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "is_encoder_decoder": True},
+        "t5gemma.json": {"model_type": "t5gemma", "is_encoder_decoder": True, "encoder": {**common, "head_dim": 4},
+                         "decoder": {**common, "head_dim": 4, "rope_theta": 1e4, "layer_types": ["full_attention"] * 2}},
     }
     for name, config in configs.items():
         write("config", name, json.dumps(config).encode())

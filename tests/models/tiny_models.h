@@ -70,11 +70,30 @@ inline std::vector<std::pair<std::string, Json>> tiny_seq2seq_configs() {
     config.update(changes);
     return config;
   };
+  auto half = [](const Json& changes) {
+    Json config{{"vocab_size", 53},
+                {"hidden_size", 24},
+                {"intermediate_size", 37},
+                {"num_hidden_layers", 2},
+                {"num_attention_heads", 4},
+                {"num_key_value_heads", 1},
+                {"head_dim", 8},
+                {"sliding_window", 3},
+                {"query_pre_attn_scalar", 12},
+                {"final_logit_softcapping", 4.0}};
+    config.update(changes);
+    return config;
+  };
   return {
       {"t5", with({{"model_type", "t5"}, {"num_decoder_layers", 3}})},
       {"t5 1.1", with({{"model_type", "t5"}, {"feed_forward_proj", "gated-gelu"}, {"tie_word_embeddings", false}})},
       {"mt5", with({{"model_type", "mt5"}, {"decoder_start_token_id", 3}})},
       {"umt5", with({{"model_type", "umt5"}})},
+      {"t5gemma",
+       {{"model_type", "t5gemma"},
+        {"is_encoder_decoder", true},
+        {"encoder", half({{"num_key_value_heads", 2}, {"attn_logit_softcapping", nullptr}})},
+        {"decoder", half({{"num_hidden_layers", 3}, {"head_dim", 10}, {"attn_logit_softcapping", 6.0}})}}},
   };
 }
 
@@ -100,7 +119,7 @@ inline std::shared_ptr<models::Seq2SeqLM> random_seq2seq(const Json& config, tor
   torch::manual_seed(seed);
   auto model = std::dynamic_pointer_cast<models::Seq2SeqLM>(models::make_model(config, "config.json", dtype));
   for (auto& item : model->named_parameters()) {
-    const double centre = item.value().dim() == 1 ? 1.0 : 0.0;
+    const double centre = item.value().dim() == 1 && !model->config().halves ? 1.0 : 0.0;
     item.value().copy_(torch::randn(item.value().sizes(), torch::kFloat64) * 0.3 + centre);
   }
   return model;

@@ -45,6 +45,8 @@ class Family:
     untied: bool = False
 
     def config(self):
+        if "encoder" in self.arguments:
+            return self.config_class(**{half: {**TINY, **of_half} for half, of_half in self.arguments.items()})
         seq2seq = self.config_class in T5_CONFIGS
         return self.config_class(**{**(TINY_T5 if seq2seq else TINY), **self.arguments})
 
@@ -89,10 +91,19 @@ FAMILIES = {
     "t5-start": Family(transformers.T5Config, dict(feed_forward_proj="gated-silu", decoder_start_token_id=5)),
     "mt5": Family(transformers.MT5Config, untied=True),
     "umt5": Family(transformers.UMT5Config, dict(num_heads=5), untied=True),
+    # A window that looks both ways and one that looks back, in the first layer and in none; caps on scores and logits.
+    "t5gemma": Family(transformers.T5GemmaConfig, dict(
+        encoder=dict(query_pre_attn_scalar=13, sliding_window=3, attn_logit_softcapping=3.0, intermediate_size=54),
+        decoder=dict(query_pre_attn_scalar=11, sliding_window=4, attn_logit_softcapping=4.0, num_hidden_layers=2,
+                     final_logit_softcapping=4.0, num_key_value_heads=1, head_dim=12))),
+    "t5gemma-uncapped": Family(transformers.T5GemmaConfig, dict(
+        encoder=dict(query_pre_attn_scalar=13, sliding_window=3, attn_logit_softcapping=None),
+        decoder=dict(query_pre_attn_scalar=11, sliding_window=4, attn_logit_softcapping=None,
+                     final_logit_softcapping=None))),
 }
 # One model of each architecture, for the tests that need not vary the rope.
 ARCHITECTURES = ["llama", "llama-tied-mqa", "llama-biases", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"]
-SEQ2SEQ = ["t5", "t5-gated", "mt5", "umt5"]
+SEQ2SEQ = ["t5", "t5-gated", "mt5", "umt5", "t5gemma"]
 
 
 def published_t5():
@@ -193,6 +204,8 @@ def rewrite_as_transformers_4(folder):
     config["torch_dtype"] = config.pop("dtype", "float32")
     config["transformers_version"] = "4.49.0"
     if config.get("is_encoder_decoder"):
+        for half in filter(None, (config.get("encoder"), config.get("decoder"))):
+            half["rope_theta"] = half.pop("rope_parameters")["rope_theta"]
         if "scale_decoder_outputs" in config:
             config["tie_word_embeddings"] = config.pop("scale_decoder_outputs")
         path.write_text(json.dumps(config, indent=2))
@@ -211,6 +224,12 @@ def rewrite_as_transformers_4(folder):
     path.write_text(json.dumps(config, indent=2))
 
 
+def start_id(model):
+    """What an answer of an encoder-decoder begins with."""
+    config = model.config
+    return config.decoder.bos_token_id if config.model_type == "t5gemma" else config.decoder_start_token_id
+
+
 def reference_logits(model, ids, **inputs):
     """Logits of all rows, sequences laid end to end: [N, V].
 
@@ -219,12 +238,14 @@ def reference_logits(model, ids, **inputs):
     """
     if not model.config.is_encoder_decoder:
         return torch.cat([model(input_ids=torch.tensor([s]), use_cache=False, **inputs).logits[0] for s in ids])
-    rows = []
+    config, rows = model.config, []
+    cap = config.decoder.final_logit_softcapping if config.model_type == "t5gemma" else None
     for s, prompt in zip(ids, prompt_lengths(ids)):
-        target = [model.config.decoder_start_token_id, *s[prompt:]]
+        target = [start_id(model), *s[prompt:]]
         out = model(input_ids=torch.tensor([s[:prompt]]), decoder_input_ids=torch.tensor([target]), use_cache=False,
                     **inputs)
-        rows += [model.lm_head(out.encoder_last_hidden_state[0, :-1]), out.logits[0]]
+        unread = model.lm_head(out.encoder_last_hidden_state[0, :-1])
+        rows += [cap * (unread / cap).tanh() if cap else unread, out.logits[0]]
     return torch.cat(rows)
 
 

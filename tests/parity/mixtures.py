@@ -21,6 +21,14 @@ KEYS, VALUES, DOWNS = ("k_proj", "k"), ("v_proj", "v"), ("down_proj", "wo")
 
 def parts_of(model):
     """(layer, path, module that holds it, its name) of every attention and feed-forward network, in order."""
+    if model.config.model_type == "t5gemma":
+        layers = [(f"model.{half}.layers.{i}", layer) for half in ("encoder", "decoder")
+                  for i, layer in enumerate(getattr(model.model, half).layers)]
+        for index, (path, layer) in enumerate(layers):
+            for name in ("self_attn", "cross_attn", "mlp"):
+                if hasattr(layer, name):
+                    yield index, f"{path}.{name}", layer, name
+        return
     if model.config.is_encoder_decoder:
         index = 0
         for half in ("encoder", "decoder"):
@@ -204,15 +212,14 @@ class Mixture:
         self.model, self.method, self.rank = model, method, rank
         seq2seq = model.config.is_encoder_decoder
         self.alpha = alpha or (1.0 if seq2seq else 3.0)  # scores of T5 are not divided by sqrt(k)
-        layers = model.config.num_hidden_layers + (model.config.num_decoder_layers if seq2seq else 0)
+        layers = len({index for index, *_ in parts_of(model)})
         self.layer_experts = experts if isinstance(experts, list) else [experts] * layers
         self.num_experts = {str(i): e for i, e in enumerate(experts)} if isinstance(experts, list) else experts
         self.input_targets = input_targets
         self.mixing = Mixing(**mixing)
         if targets is None:
-            known = T5_LINEARS if seq2seq else LINEARS
             there = {n for _, _, holder, part in parts_of(model) for n, _ in getattr(holder, part).named_children()}
-            targets = [n for n in known if n in there and (method == "molora" or n in KEYS + VALUES + DOWNS)]
+            targets = [n for n in LINEARS + T5_LINEARS if n in there and (method == "molora" or n in KEYS + VALUES + DOWNS)]
         self.targets = targets
         generator = torch.Generator().manual_seed(seed)
         self.draw = lambda *shape: torch.randn(shape, generator=generator)
@@ -222,6 +229,9 @@ class Mixture:
         self.k_site = ("post_qk_norm" if normed_keys else "output") if k_site == "auto" else k_site
         for index, path, holder, name in parts:
             (self._molora if method == "molora" else self._mov)(index, path, holder, name)
+
+    def _width(self, holder):
+        return getattr(holder, "hidden_size", None) or self.model.config.hidden_size
 
     def _router_width(self, own, hidden):
         return {"layer_input": hidden, "sentence": self.mixing.sentence_dim}.get(self.mixing.input, own)
@@ -236,7 +246,7 @@ class Mixture:
         feed, wrapped = getattr(holder, part), []
         for name in [t for t in self.targets if hasattr(feed, t)]:
             base = getattr(feed, name)
-            hidden = self.model.config.hidden_size
+            hidden = self._width(holder)
             module = MoLoraLinear(base, self.layer_experts[index], self.rank, self.alpha / self.rank,
                                   self._router_width(base.in_features, hidden), self.mixing, self.draw)
             setattr(feed, name, module)
@@ -246,7 +256,7 @@ class Mixture:
         self._pass_layer_input(feed, wrapped)
 
     def _mov(self, index, path, holder, part):
-        feed, hidden, wrapped = getattr(holder, part), self.model.config.hidden_size, []
+        feed, hidden, wrapped = getattr(holder, part), self._width(holder), []
         names = {"mov": "mov.weight", "router": "router.weight"}
         down = next((t for t in self.targets if t in DOWNS and hasattr(feed, t)), None)
         if down is not None:
@@ -278,7 +288,7 @@ class Mixture:
         def remember(attention, args, kwargs):
             # Keys and values of cross-attention are made of the encoder's states.
             sources = kwargs.get("key_value_states", kwargs.get("encoder_hidden_states"))
-            of_sources = [] if sources is None else [attention.k, attention.v]
+            of_sources = [] if sources is None else [getattr(attention, n) for n in KEYS + VALUES if hasattr(attention, n)]
             for module in wrapped:
                 own = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
                 module.layer_input = sources if any(module is m for m in of_sources) else own

@@ -28,7 +28,7 @@ def greedy(model, prompt):
     while len(answer) < NEW_TOKENS and (not answer or answer[-1] != common.TINY["eos_token_id"]):
         if model.config.is_encoder_decoder:
             text = {"input_ids": torch.tensor([prompt]),
-                    "decoder_input_ids": torch.tensor([[model.config.decoder_start_token_id, *answer]])}
+                    "decoder_input_ids": torch.tensor([[common.start_id(model), *answer]])}
         else:
             text = {"input_ids": torch.tensor([[*prompt, *answer]])}
         with torch.no_grad():
