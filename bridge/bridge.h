@@ -1,5 +1,5 @@
-// The C side of the Rust crate in this folder: tokenizers (tokenizer.json), minijinja (chat templates) and
-// fancy-regex (patterns in files).
+// The C side of the Rust crate in this folder: tokenizers (tokenizer.json), minijinja (chat templates and
+// those over rows of data) and fancy-regex (patterns in files).
 //
 // Handles are opaque, immutable after set-up and safe to share between threads. Texts are UTF-8 with explicit lengths.
 // A function that can fail writes its reason to `error`, which the caller passes empty; no panic leaves the crate. A
@@ -13,6 +13,7 @@ extern "C" {
 
 struct BridgeTokenizer;
 struct BridgeTemplate;
+struct BridgeRowTemplate;
 struct BridgePattern;
 
 struct BridgeText {
@@ -69,6 +70,14 @@ void bridge_template_free(BridgeTemplate* tmpl);
 /// in a {% generation %} block comes between U+FDEE and U+FDEF.
 bool bridge_template_render(const BridgeTemplate* tmpl, const char* context, size_t size, bool mark_generation,
                             BridgeText* out, BridgeText* error);
+
+/// A template over rows of data, in the environment that promptsource gives its Jinja2 templates. Null on failure;
+/// `error` then names the template's line.
+BridgeRowTemplate* bridge_row_template_new(const char* source, size_t size, BridgeText* error);
+void bridge_row_template_free(BridgeRowTemplate* tmpl);
+/// row: JSON object with the template's variables. `seed` decides what the filters choice and random take.
+bool bridge_row_template_render(const BridgeRowTemplate* tmpl, const char* row, size_t size, uint64_t seed,
+                                BridgeText* out, BridgeText* error);
 
 /// A regular expression in Python's syntax. Null on failure.
 BridgePattern* bridge_pattern_new(const char* source, size_t size, BridgeText* error);

@@ -1,5 +1,6 @@
 //! C ABI over `tokenizers`, `minijinja` and `fancy-regex`; bridge.h is its other half and says what each function does.
 mod pattern;
+mod row_template;
 mod template;
 mod tokenizer;
 
@@ -8,6 +9,7 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::{Mutex, Once};
 
 use pattern::Pattern;
+use row_template::RowTemplate;
 use template::ChatTemplate;
 use tokenizer::BridgeTokenizer;
 
@@ -250,6 +252,38 @@ pub unsafe extern "C" fn bridge_template_render(
 ) -> bool {
     guard(error, || {
         *out = (*template).render(bytes(context, size), mark_generation)?.into();
+        Ok(())
+    })
+    .is_some()
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_row_template_new(source: *const c_char, size: usize, error: *mut Text) -> *mut RowTemplate {
+    guard(error, || RowTemplate::new(utf8(source, size)?))
+        .map_or(std::ptr::null_mut(), |template| Box::into_raw(Box::new(template)))
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_row_template_free(template: *mut RowTemplate) {
+    if !template.is_null() {
+        guard(std::ptr::null_mut(), || {
+            drop(Box::from_raw(template));
+            Ok(())
+        });
+    }
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_row_template_render(
+    template: *const RowTemplate,
+    row: *const c_char,
+    size: usize,
+    seed: u64,
+    out: *mut Text,
+    error: *mut Text,
+) -> bool {
+    guard(error, || {
+        *out = (*template).render(bytes(row, size), seed)?.into();
         Ok(())
     })
     .is_some()

@@ -21,7 +21,7 @@ const MAX_JOINS: usize = 4_000;
 const FUEL: u64 = 2_000_000;
 /// Dropping a value goes one call deeper per level of nesting, and FUEL buys about a million levels. Only what is
 /// touched of the stack takes memory.
-const STACK_BYTES: usize = 256 << 20;
+pub const STACK_BYTES: usize = 256 << 20;
 const MAX_JSON_DEPTH: usize = 200;
 
 pub struct ChatTemplate {
@@ -31,30 +31,18 @@ pub struct ChatTemplate {
 
 impl ChatTemplate {
     pub fn new(source: &str) -> Result<Self, String> {
-        if source.len() > MAX_SOURCE_BYTES {
-            return Err(format!("{} bytes, expected at most {MAX_SOURCE_BYTES}", source.len()));
-        }
-        let joins = source.matches(['~', '+']).count();
-        if joins > MAX_JOINS {
-            return Err(format!("{joins} times '~' or '+', expected at most {MAX_JOINS}"));
-        }
-        on_stack((1 << 20) + STACK_PER_SOURCE_BYTE * source.len(), || Self::compile(source))
+        check_size(source)?;
+        on_stack(parse_stack(source), || Self::compile(source))
     }
 
     fn compile(source: &str) -> Result<Self, String> {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(describe)?;
         environment.set_syntax(syntax);
-        environment.set_fuel(Some(FUEL));
-        environment.set_unknown_method_callback(call_method);
-        environment.set_formatter(|out, _, value| out.write_str(&python_str(value)).map_err(Error::from));
+        set_python(&mut environment);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         environment.add_filter("tojson", tojson);
-        environment.add_filter("string", |value: &Value| python_str(value));
-        environment.add_filter("trim", |value: &Value, chars: Option<&str>| strip(&value.to_string(), chars, true, true).to_string());
-        environment.add_test("sequence", is_sequence);
-        environment.add_test("iterable", |value: &Value| is_sequence(value) || value.kind() == ValueKind::Iterable);
         environment.add_function("moesaic_generation", mark_generation);
         let source = source.replace("\r\n", "\n").replace('\r', "\n");
         let plain = replace_generation_tags(&source, "with", "endwith");
@@ -76,8 +64,36 @@ impl ChatTemplate {
     }
 }
 
+/// Refuses a source that would take too long to parse.
+pub fn check_size(source: &str) -> Result<(), String> {
+    if source.len() > MAX_SOURCE_BYTES {
+        return Err(format!("{} bytes, expected at most {MAX_SOURCE_BYTES}", source.len()));
+    }
+    let joins = source.matches(['~', '+']).count();
+    if joins > MAX_JOINS {
+        return Err(format!("{joins} times '~' or '+', expected at most {MAX_JOINS}"));
+    }
+    Ok(())
+}
+
+/// Bytes of stack that parsing `source` may take.
+pub fn parse_stack(source: &str) -> usize {
+    (1 << 20) + STACK_PER_SOURCE_BYTE * source.len()
+}
+
+/// The fuel, and what prints, strips and tests as in Python.
+pub fn set_python(environment: &mut Environment) {
+    environment.set_fuel(Some(FUEL));
+    environment.set_unknown_method_callback(call_method);
+    environment.set_formatter(|out, _, value| out.write_str(&python_str(value)).map_err(Error::from));
+    environment.add_filter("string", |value: &Value| python_str(value));
+    environment.add_filter("trim", |value: &Value, chars: Option<&str>| strip(&value.to_string(), chars, true, true).to_string());
+    environment.add_test("sequence", is_sequence);
+    environment.add_test("iterable", |value: &Value| is_sequence(value) || value.kind() == ValueKind::Iterable);
+}
+
 /// Runs `work` in a thread with a stack of `bytes`.
-fn on_stack<T: Send>(bytes: usize, work: impl FnOnce() -> Result<T, String> + Send) -> Result<T, String> {
+pub fn on_stack<T: Send>(bytes: usize, work: impl FnOnce() -> Result<T, String> + Send) -> Result<T, String> {
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().stack_size(bytes).spawn_scoped(scope, work);
         let thread = thread.map_err(|e| format!("cannot start a thread with a stack of {} MiB: {e}", bytes >> 20))?;
@@ -102,7 +118,7 @@ impl fmt::Display for Raised {
 
 impl std::error::Error for Raised {}
 
-fn describe(error: Error) -> String {
+pub fn describe(error: Error) -> String {
     let line = error.line().map_or(String::new(), |line| format!("line {line}: "));
     let detail = error.detail().unwrap_or_default();
     let cause = std::error::Error::source(&error);
@@ -171,7 +187,7 @@ fn replace_generation_tags(source: &str, begin: &str, end: &str) -> String {
 }
 
 /// str(value)
-fn python_str(value: &Value) -> String {
+pub fn python_str(value: &Value) -> String {
     match float_of(value) {
         Some(number) => python_float(number),
         None => value.to_string(),
@@ -209,12 +225,12 @@ fn strip<'a>(text: &'a str, chars: Option<&str>, left: bool, right: bool) -> &'a
 }
 
 /// Charges the template for a text of `bytes` before it is made.
-fn charge(state: &State, bytes: usize) -> Result<(), Error> {
+pub fn charge(state: &State, bytes: usize) -> Result<(), Error> {
     state.consume_fuel(bytes as u64 / 64)
 }
 
 /// Methods of Python's str and dict that minijinja-contrib lacks or answers otherwise.
-fn call_method(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
+pub fn call_method(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
     let Some(text) = value.as_str() else {
         return match (value.kind(), method) {
             (ValueKind::Map, "copy") => {

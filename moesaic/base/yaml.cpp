@@ -189,6 +189,12 @@ OrderedJson read_yaml(const std::filesystem::path& path) {
   return parse_yaml(read_file(path, size_t{16} << 20), path.string());
 }
 
+std::vector<int64_t> yaml_entry_lines(const std::string& text, const std::string& key) {
+  std::vector<int64_t> lines;
+  for (const auto& entry : YAML::Load(text)[key]) lines.push_back(entry.first.Mark().line + 1);
+  return lines;
+}
+
 std::string to_yaml(const OrderedJson& json) {
   YAML::Emitter out;
   emit(out, json);

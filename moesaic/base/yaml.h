@@ -10,12 +10,16 @@
 namespace moesaic {
 
 /// Parses one YAML document. Plain scalars get their types by YAML 1.2's core schema (1e-3 is a number; yes, on and
-/// 12:30 are strings); quoted ones are strings. Duplicate keys, tags, non-finite numbers, and aliases that expand to
-/// more than 100,000 nodes are refused. Throws FormatError with the line.
+/// 12:30 are strings); quoted ones are strings. Tags of maps and lists say nothing; those of scalars, duplicate keys,
+/// non-finite numbers, and aliases that expand to more than 100,000 nodes are refused. Throws FormatError with the line.
 OrderedJson parse_yaml(std::string_view text, const std::string& where);
 
 /// Reads a YAML file (at most 16 MiB).
 OrderedJson read_yaml(const std::filesystem::path& path);
+
+/// The lines, from 1, on which the entries of the map under the top key `key` begin, in their order. For text that
+/// parse_yaml takes.
+std::vector<int64_t> yaml_entry_lines(const std::string& text, const std::string& key);
 
 /// `json` as YAML text that parse_yaml reads back to the same value.
 std::string to_yaml(const OrderedJson& json);
