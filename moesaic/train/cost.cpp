@@ -45,8 +45,9 @@ Cost micro_batch_cost(models::LanguageModel& model, nn::Learner& learner, const 
   for (const models::Part& part : model.parts()) {
     const bool halves = part.sites->task_type == "SEQ_2_SEQ_LM";
     for (const nn::LinearSite& site : part.sites->linears) {
-      const bool encodes = halves && site.name.starts_with("encoder.");
-      const bool reads_source = halves && site.name.find("EncDecAttention") != std::string::npos;
+      const bool encodes = halves && site.name.find("encoder.") != std::string::npos;
+      const bool reads_source = halves && (site.name.find("EncDecAttention") != std::string::npos ||
+                                           site.name.find("cross_attn") != std::string::npos);
       const bool of_source =
           encodes || (reads_source && (site.role == nn::Role::kKey || site.role == nn::Role::kValue));
       const double rows = !halves ? all : of_source ? shape.prompt_tokens : shape.answer_tokens + shape.examples;
