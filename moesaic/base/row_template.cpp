@@ -6,8 +6,9 @@ namespace moesaic {
 
 RowTemplate::RowTemplate(const std::string& source, const std::string& where) : where_(where) {
   OwnedText reason;
-  compiled_.reset(bridge_row_template_new(source.data(), source.size(), reason.out()),
-                  [](const BridgeRowTemplate* made) { bridge_row_template_free(const_cast<BridgeRowTemplate*>(made)); });
+  compiled_.reset(
+      bridge_row_template_new(source.data(), source.size(), reason.out()),
+      [](const BridgeRowTemplate* made) { bridge_row_template_free(const_cast<BridgeRowTemplate*>(made)); });
   MOESAIC_CHECK(compiled_, FormatError, "{}: {}", where_, reason.reason());
 }
 
@@ -19,9 +20,9 @@ std::string RowTemplate::render(const OrderedJson& row, uint64_t seed) const {
     throw DataError(fmt::format("{}: the row is not valid UTF-8: {}", where_, error.what()));
   }
   OwnedText text, reason;
-  MOESAIC_CHECK(bridge_row_template_render(compiled_.get(), variables.data(), variables.size(), seed, text.out(),
-                                           reason.out()),
-                DataError, "{}: {}", where_, reason.reason());
+  MOESAIC_CHECK(
+      bridge_row_template_render(compiled_.get(), variables.data(), variables.size(), seed, text.out(), reason.out()),
+      DataError, "{}: {}", where_, reason.reason());
   return text.str();
 }
 

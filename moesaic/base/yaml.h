@@ -11,7 +11,8 @@ namespace moesaic {
 
 /// Parses one YAML document. Plain scalars get their types by YAML 1.2's core schema (1e-3 is a number; yes, on and
 /// 12:30 are strings); quoted ones are strings. Tags of maps and lists say nothing; those of scalars, duplicate keys,
-/// non-finite numbers, and aliases that expand to more than 100,000 nodes are refused. Throws FormatError with the line.
+/// non-finite numbers, and aliases that expand to more than 100,000 nodes are refused. Throws FormatError with the
+/// line.
 OrderedJson parse_yaml(std::string_view text, const std::string& where);
 
 /// Reads a YAML file (at most 16 MiB).

@@ -165,7 +165,8 @@ auto guarded(const std::string& path, Function&& function) {
   }
 }
 
-/// A file of tables, one at a time in memory.
+/// A file of tables. Two at a time are in memory: the templates of a data set read it at about the same place, which is
+/// now and then on both sides of a border.
 class ArrowFile : public RecordFile {
  public:
   explicit ArrowFile(const std::filesystem::path& path) : path_(path.string()) { arrow::util::InitializeUTF8(); }
@@ -177,29 +178,31 @@ class ArrowFile : public RecordFile {
 
   OrderedJson read(int64_t row) override {
     auto block = std::upper_bound(starts_.begin(), starts_.end(), row) - starts_.begin() - 1;
-    if (block != loaded_) {
-      loaded_ = -1;
-      table_ = guarded(path_, [&]() -> arrow::Result<std::shared_ptr<arrow::Table>> {
-        ARROW_ASSIGN_OR_RAISE(auto table, load_table(block));
-        return table->CombineChunks();
+    if (block != loaded_.block) std::swap(loaded_, before_);
+    std::shared_ptr<arrow::Table>& table = loaded_.table;
+    if (block != loaded_.block) {
+      loaded_.block = -1;
+      table = guarded(path_, [&]() -> arrow::Result<std::shared_ptr<arrow::Table>> {
+        ARROW_ASSIGN_OR_RAISE(auto read, load_table(block));
+        return read->CombineChunks();
       });
-      MOESAIC_CHECK(table_->num_rows() == starts_[block + 1] - starts_[block], FormatError,
-                    "{}: got {} rows from row {}, the file's frame says {}", path_, table_->num_rows(), starts_[block],
+      MOESAIC_CHECK(table->num_rows() == starts_[block + 1] - starts_[block], FormatError,
+                    "{}: got {} rows from row {}, the file's frame says {}", path_, table->num_rows(), starts_[block],
                     starts_[block + 1] - starts_[block]);
-      arrow::Status status = table_->Validate();
-      for (const auto& column : table_->columns()) {
+      arrow::Status status = table->Validate();
+      for (const auto& column : table->columns()) {
         for (const auto& chunk : column->chunks()) status = status.ok() ? validate(*chunk) : status;
       }
       MOESAIC_CHECK(status.ok(), FormatError, "{}: {}", path_, status.message());
-      MOESAIC_CHECK(names_are_text(table_->schema()->fields()), FormatError,
+      MOESAIC_CHECK(names_are_text(table->schema()->fields()), FormatError,
                     "{}: a column's name is not UTF-8, or its type is nested too deep", path_);
-      loaded_ = block;
+      loaded_.block = block;
     }
     OrderedJson record = OrderedJson::object();
-    for (int i = 0; i < table_->num_columns(); ++i) {
-      const auto& column = *table_->column(i);
+    for (int i = 0; i < table->num_columns(); ++i) {
+      const auto& column = *table->column(i);
       if (column.num_chunks() == 0) continue;
-      record[table_->schema()->field(i)->name()] = to_json(*column.chunk(0), row - starts_[block], where(row));
+      record[table->schema()->field(i)->name()] = to_json(*column.chunk(0), row - starts_[block], where(row));
     }
     return record;
   }
@@ -211,8 +214,11 @@ class ArrowFile : public RecordFile {
   std::vector<int64_t> starts_{0};
 
  private:
-  int64_t loaded_ = -1;
-  std::shared_ptr<arrow::Table> table_;
+  struct Loaded {
+    int64_t block = -1;
+    std::shared_ptr<arrow::Table> table;
+  };
+  Loaded loaded_, before_;
 };
 
 /// Blocks are stretches of about 16 MiB of a row group, so memory does not grow with the size of row groups.

@@ -8,10 +8,13 @@
 #include <vector>
 
 #include "moesaic/data/example.h"
+#include "moesaic/data/prompt_templates.h"
 #include "moesaic/formats/checkpoint.h"
 #include "moesaic/tokenizer/tokenizer.h"
 
 namespace moesaic::data {
+
+class RecordFile;
 
 /// One source of a mixture.
 struct DatasetConfig {
@@ -25,7 +28,13 @@ struct DatasetConfig {
   std::string split;                // "train" | "validation" | "" (all)
   double val_size = 0;              // validation rows: a share below 1, or their number; see order.h RowSubset
   uint64_t split_seed = 42;         // which rows these are
-  int64_t templates = 1;            // prompt templates of the data set this file is one of; only rule t0 reads it
+  int64_t templates = 1;            // prompt templates of the data set this is one of; only rule t0 reads it
+  // What renders raw rows, and which of the templates does; null: the rows are of one of the shapes above.
+  std::shared_ptr<const PromptTemplates> prompts;
+  size_t prompt = 0;
+
+  /// What a report calls this source: the name, with the template's behind it.
+  std::string label() const;
 };
 
 /// How rows become examples.
@@ -112,13 +121,15 @@ class RowReader {
   virtual std::vector<int64_t> blocks() = 0;
   /// The rows' shape: config.formatting, or what `auto` found.
   virtual const std::string& formatting() const = 0;
-  static std::unique_ptr<RowReader> open(const DatasetConfig& config);
+  /// `file`: config's, where it is open already.
+  static std::unique_ptr<RowReader> open(const DatasetConfig& config, std::shared_ptr<RecordFile> file = nullptr);
 };
 
 /// Resolves a run's `dataset:` key against dataset_info.json in `dataset_dir`. An item is a name of that registry, a
 /// file or a folder (every data file in it), absolute or relative to `dataset_dir` or the working folder; or an object
-/// {name, weight, cap, split, formatting, columns, tags, val_size, templates}. A list, one item, or names separated by
-/// commas. Throws UsageError with the nearest known name.
+/// {name, weight, cap, split, formatting, columns, tags, val_size, templates, prompts}. A list, one item, or names
+/// separated by commas. With `prompts` a folder is one data set of raw rows, and each template a source of its own.
+/// Throws UsageError with the nearest known name.
 std::vector<DatasetConfig> resolve_datasets(const Json& dataset, const std::filesystem::path& dataset_dir);
 
 /// Each data set cut into a train and a validation part that never overlap. `val_size`: of each data set, a share
@@ -145,8 +156,8 @@ struct MixtureCount {
 /// when they have them (all or none), otherwise from `mixture_rule`:
 ///   proportional   rows (after caps)
 ///   equal          1
-///   t0             rows, or 500000 / templates where there are more than 500000 rows (the rule of the T0 mixture,
-///   arXiv 2110.08207)
+///   t0             rows, or 500000 // templates where there are more than 500000 rows (the rule of the T0 mixture,
+///                  arXiv 2110.08207)
 class Mixture : public ExampleStream {
  public:
   Mixture(std::vector<DatasetConfig> datasets, std::shared_ptr<const Renderer> renderer, uint64_t seed,

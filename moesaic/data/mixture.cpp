@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <map>
 
 #include "moesaic/base/file_memory.h"
 #include "moesaic/base/sha256.h"
@@ -10,12 +11,13 @@
 namespace moesaic::data {
 namespace {
 
-constexpr double kT0Cap = 500000;
+constexpr int64_t kT0Cap = 500'000;
 
 /// A hash of all bytes of a dataset's files and of what is read of them.
 std::string content_of(const DatasetConfig& config) {
   std::error_code error;
   std::string text = Json({config.formatting, config.columns, config.tags}).dump();
+  if (config.prompts) text += config.prompts->source(config.prompt);
   if (std::filesystem::is_directory(config.path, error)) {
     for (const auto& file : data_files(config.path)) text += file_sha256(file);
   } else {
@@ -27,10 +29,10 @@ std::string content_of(const DatasetConfig& config) {
 /// The order of one dataset's rows in one epoch.
 class EpochOrder {
  public:
-  /// `blocks`: RowReader::blocks(). Whole blocks are permuted, and the rows inside each.
-  EpochOrder(const std::vector<int64_t>& blocks, uint64_t key) : blocks_(blocks), key_(key) {
+  /// `blocks`: RowReader::blocks(). Whole blocks are permuted by `block_key`, and the rows inside each by `key`.
+  EpochOrder(const std::vector<int64_t>& blocks, uint64_t block_key, uint64_t key) : blocks_(blocks), key_(key) {
     int64_t count = static_cast<int64_t>(blocks.size()) - 1;
-    Permutation permutation(count, key);
+    Permutation permutation(count, block_key);
     ends_.reserve(static_cast<size_t>(count));
     for (int64_t i = 0, end = 0; i < count; ++i) {
       int64_t block = permutation(i);
@@ -60,6 +62,7 @@ struct Source {
   int64_t rows = 0;
   double rate = 0;
   uint64_t key = 0;
+  uint64_t block_key = 0;       // the same for all templates of a file, which thus read it at about the same place
   mutable std::string content;  // content_of, once it was asked for
   // The cursor, and what was drawn.
   int64_t position = 0;  // rows read since the start, over all epochs
@@ -75,7 +78,8 @@ struct Source {
   Row next_row() {
     if (position / rows != epoch) {
       epoch = position / rows;
-      order.emplace(blocks, hash_mix(key, static_cast<uint64_t>(epoch)));
+      const auto number = static_cast<uint64_t>(epoch);
+      order.emplace(blocks, hash_mix(block_key, number), hash_mix(key, number));
     }
     reader->seek(order->row(position % rows));
     ++position;
@@ -117,25 +121,40 @@ Mixture::Mixture(std::vector<DatasetConfig> datasets, std::shared_ptr<const Rend
   impl_->renderer = std::move(renderer);
   impl_->seed = hash_mix(seed, 0x6d697874);
   double total = 0;
+  struct Opened {
+    std::shared_ptr<RecordFile> file;
+    uint64_t key;
+  };
+  std::map<std::filesystem::path, Opened> opened;  // raw rows that several templates read
   for (size_t i = 0; i < datasets.size(); ++i) {
     Source source;
     source.config = std::move(datasets[i]);
     if (const std::string& column = impl_->renderer->options().sentence_column; !column.empty()) {
       source.config.columns["sentence"] = column;
     }
-    source.reader = RowReader::open(source.config);
+    source.key = source.block_key = hash_mix(impl_->seed, i + 1);
+    if (source.config.prompts) {
+      auto known = opened.find(source.config.path);
+      if (known == opened.end()) {
+        Opened made{RecordFile::open(source.config.path), source.key};
+        known = opened.emplace(source.config.path, std::move(made)).first;
+      }
+      source.reader = RowReader::open(source.config, known->second.file);
+      source.block_key = known->second.key;
+    } else {
+      source.reader = RowReader::open(source.config);
+    }
     source.rows = source.reader->count();
     MOESAIC_CHECK(source.rows > 0, DataError, "dataset {}: no rows in its {} split", source.config.name,
                   source.config.split);
     source.blocks = source.reader->blocks();
-    source.key = hash_mix(impl_->seed, i + 1);
     double rows = static_cast<double>(source.rows);
     if (weighted > 0)
       source.rate = source.config.weight;
     else if (mixture_rule == "equal")
       source.rate = 1;
-    else if (mixture_rule == "t0" && rows > kT0Cap)
-      source.rate = kT0Cap / static_cast<double>(source.config.templates);
+    else if (mixture_rule == "t0" && source.rows > kT0Cap)
+      source.rate = static_cast<double>(kT0Cap / source.config.templates);
     else
       source.rate = rows;
     total += source.rate;
@@ -171,13 +190,13 @@ Example Mixture::next_of(size_t dataset) {
   throw DataError(
       fmt::format("dataset {}: none of {} rows leaves anything to train on; is cutoff_len ({}) too small, or are the "
                   "answers empty?",
-                  source.config.name, source.rows, impl_->renderer->options().cutoff_len));
+                  source.config.label(), source.rows, impl_->renderer->options().cutoff_len));
 }
 
 Json Mixture::state() const {
   Json datasets = Json::array();
   for (const Source& source : impl_->sources) {
-    datasets.push_back({{"name", source.config.name},
+    datasets.push_back({{"name", source.config.label()},
                         {"rows", source.rows},
                         {"content", source.content_hash()},
                         {"weight", source.rate / impl_->cumulative.back()},
@@ -207,9 +226,9 @@ void Mixture::set_state(const Json& state) {
     const Source& source = impl_->sources[i];
     auto name = get<std::string>(datasets[i], "name", where);
     auto rows = get<int64_t>(datasets[i], "rows", where);
-    MOESAIC_CHECK(name == source.config.name && rows == source.rows, DataError,
+    MOESAIC_CHECK(name == source.config.label() && rows == source.rows, DataError,
                   "{}: data set {} was {} with {} rows, now {} with {} rows\n{}", where, i, name, rows,
-                  source.config.name, source.rows, kHint);
+                  source.config.label(), source.rows, kHint);
     MOESAIC_CHECK(get<int64_t>(datasets[i], "position", where) >= 0, DataError, "{}: a negative position", where);
   }
   // What is not the place in the order may differ, and is said.
@@ -224,7 +243,7 @@ void Mixture::set_state(const Json& state) {
   }
   for (size_t i = 0; i < datasets.size(); ++i) {
     for (const char* key : {"content", "weight"}) {
-      compare(impl_->sources[i].config.name + ": ", datasets[i], now["datasets"][i], key);
+      compare(impl_->sources[i].config.label() + ": ", datasets[i], now["datasets"][i], key);
     }
   }
   if (!differences.empty()) {
@@ -244,7 +263,7 @@ void Mixture::set_state(const Json& state) {
 std::vector<MixtureCount> Mixture::counts() const {
   std::vector<MixtureCount> counts;
   for (const Source& source : impl_->sources) {
-    counts.push_back({source.config.name, source.rows, source.drawn, source.skipped, source.targets,
+    counts.push_back({source.config.label(), source.rows, source.drawn, source.skipped, source.targets,
                       source.rate / impl_->cumulative.back()});
   }
   return counts;

@@ -9,8 +9,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
-const std::vector<std::string> kItemKeys{"name",       "weight",  "cap",  "split",    "val_size",
-                                         "formatting", "columns", "tags", "templates"};
+const std::vector<std::string> kItemKeys{"name",       "weight",  "cap",  "split",     "val_size",
+                                         "formatting", "columns", "tags", "templates", "prompts"};
 // Keys of LLaMA-Factory's registry; those we can't honour are refused below.
 const std::vector<std::string> kInfoKeys{"file_name",  "formatting",      "columns",    "tags",       "num_samples",
                                          "split",      "ranking",         "hf_hub_url", "ms_hub_url", "om_hub_url",
@@ -58,13 +58,15 @@ fs::path training_split(const fs::path& folder) {
   return folder / "train";
 }
 
-std::vector<DatasetConfig> find_datasets(const std::string& name, const Json& registry, const fs::path& dataset_dir) {
+/// `whole`: a folder is one data set, however many files it lies in.
+std::vector<DatasetConfig> find_datasets(const std::string& name, const Json& registry, const fs::path& dataset_dir,
+                                         bool whole) {
   if (registry.contains(name)) return {from_registry(name, registry[name], dataset_dir)};
   for (fs::path path : {dataset_dir / name, fs::path(name)}) {
     std::error_code error;
     if (fs::is_directory(path, error)) path = training_split(path);
     // What save_to_disk wrote is one data set, however many files it lies in.
-    if (fs::is_regular_file(path, error) || is_saved_dataset(path)) {
+    if (fs::is_regular_file(path, error) || (whole ? fs::is_directory(path, error) : is_saved_dataset(path))) {
       DatasetConfig config;
       config.name = name;
       config.path = path;
@@ -90,6 +92,41 @@ std::vector<DatasetConfig> find_datasets(const std::string& name, const Json& re
                                known.empty() ? "" : fmt::format("; known: {}", fmt::join(known, ", "))));
 }
 
+/// The templates that `prompts` names: a templates.yaml, the folder of one, or a folder like promptsource's own, where
+/// that of data set `name` is.
+std::shared_ptr<const PromptTemplates> find_prompts(const std::string& prompts, const std::string& name,
+                                                    const fs::path& dataset_dir) {
+  for (const fs::path& path : {dataset_dir / prompts, fs::path(prompts)}) {
+    for (const fs::path& file : {path, path / "templates.yaml", path / name / "templates.yaml"}) {
+      std::error_code error;
+      if (fs::is_regular_file(file, error)) return std::make_shared<PromptTemplates>(PromptTemplates::load(file));
+    }
+  }
+  throw UsageError(
+      fmt::format("dataset '{}': prompts is '{}', expected a templates.yaml of promptsource, a folder with one, or a "
+                  "folder where {}/templates.yaml is\nhint: the package's own folder is promptsource/templates",
+                  name, prompts, name));
+}
+
+/// `config` once for each of the templates that `prompts` names.
+std::vector<DatasetConfig> with_prompts(const DatasetConfig& config, const std::string& prompts,
+                                        const fs::path& dataset_dir) {
+  const std::string where = "dataset '" + config.name + "'";
+  Json columns = config.columns;
+  columns.erase("sentence");
+  MOESAIC_CHECK(config.formatting == "auto" && columns.empty() && config.tags.empty() && config.templates == 1,
+                UsageError,
+                "{}: got formatting, columns, tags or templates beside prompts, expected none: the templates name the "
+                "fields of raw rows, and are counted",
+                where);
+  DatasetConfig one = config;
+  one.prompts = find_prompts(prompts, config.name, dataset_dir);
+  one.templates = std::ssize(one.prompts->templates());
+  std::vector<DatasetConfig> configs;
+  for (one.prompt = 0; one.prompt < one.prompts->templates().size(); ++one.prompt) configs.push_back(one);
+  return configs;
+}
+
 }  // namespace
 
 std::vector<DatasetConfig> resolve_datasets(const Json& dataset, const fs::path& dataset_dir) {
@@ -108,7 +145,8 @@ std::vector<DatasetConfig> resolve_datasets(const Json& dataset, const fs::path&
   std::vector<DatasetConfig> configs;
   auto add = [&](const std::string& name, const Json& item) {
     const std::string where = "dataset '" + name + "'";
-    for (DatasetConfig& config : find_datasets(name, registry, dataset_dir)) {
+    const auto prompts = get_or<std::string>(item, "prompts", "", where);
+    for (DatasetConfig& config : find_datasets(name, registry, dataset_dir, /*whole=*/!prompts.empty())) {
       config.weight = get_or<double>(item, "weight", config.weight, where);
       config.cap = get_or<int64_t>(item, "cap", config.cap, where);
       config.split = get_or<std::string>(item, "split", config.split, where);
@@ -121,7 +159,11 @@ std::vector<DatasetConfig> resolve_datasets(const Json& dataset, const fs::path&
                     "{}: weight is {}, expected a number above 0", where, config.weight);
       MOESAIC_CHECK(config.templates >= 1, UsageError, "{}: templates is {}, expected 1 or more", where,
                     config.templates);
-      configs.push_back(std::move(config));
+      if (prompts.empty()) {
+        configs.push_back(std::move(config));
+      } else {
+        for (DatasetConfig& each : with_prompts(config, prompts, dataset_dir)) configs.push_back(std::move(each));
+      }
     }
   };
   for (const Json& item : items) {

@@ -12,7 +12,8 @@ namespace {
 
 class FileRowReader : public RowReader {
  public:
-  explicit FileRowReader(const DatasetConfig& config) : config_(config), file_(RecordFile::open(config.path)) {
+  FileRowReader(const DatasetConfig& config, std::shared_ptr<RecordFile> file)
+      : config_(config), file_(file ? std::move(file) : RecordFile::open(config.path)) {
     MOESAIC_CHECK(config.split.empty() || config.split == "train" || config.split == "validation", UsageError,
                   "dataset {}: split is '{}', expected train or validation", config.name, config.split);
     MOESAIC_CHECK(config.val_size >= 0 && std::isfinite(config.val_size), UsageError,
@@ -75,7 +76,7 @@ class FileRowReader : public RowReader {
   }
 
   DatasetConfig config_;
-  std::unique_ptr<RecordFile> file_;
+  std::shared_ptr<RecordFile> file_;
   std::optional<Shape> shape_;
   std::optional<RowSubset> subset_;
   int64_t position_ = 0;
@@ -83,8 +84,12 @@ class FileRowReader : public RowReader {
 
 }  // namespace
 
-std::unique_ptr<RowReader> RowReader::open(const DatasetConfig& config) {
-  return std::make_unique<FileRowReader>(config);
+std::string DatasetConfig::label() const {
+  return prompts ? fmt::format("{}: {}", name, prompts->templates()[prompt].name) : name;
+}
+
+std::unique_ptr<RowReader> RowReader::open(const DatasetConfig& config, std::shared_ptr<RecordFile> file) {
+  return std::make_unique<FileRowReader>(config, std::move(file));
 }
 
 std::vector<Example> load_examples(const std::vector<DatasetConfig>& datasets, const Renderer& renderer,

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "moesaic/base/text.h"
+#include "moesaic/data/order.h"
 
 namespace moesaic::data {
 namespace {
@@ -112,6 +113,10 @@ std::string detect(const OrderedJson& header, const OrderedJson& record, Json& c
     return openai ? "messages" : "sharegpt";
   }
   if (has("instruction")) return "alpaca";
+  if (has("inputs_pretokenized") && has("targets_pretokenized")) {  // P3's files: `inputs` and `targets` are T5's ids
+    columns = {{"prompt", "inputs_pretokenized"}, {"response", "targets_pretokenized"}};
+    return "inputs_targets";
+  }
   if (has("inputs") && (has("targets") || has("target"))) return "inputs_targets";
   for (const char* answer : {"response", "completion"}) {
     if (has("prompt") && has(answer)) {
@@ -135,6 +140,13 @@ std::string detect(const OrderedJson& header, const OrderedJson& record, Json& c
 Shape::Shape(const DatasetConfig& config, const OrderedJson& header, const OrderedJson& first,
              const std::string& where) {
   MOESAIC_CHECK(first.is_object(), DataError, "{}: got {}, expected an object", where, brief(first));
+  if (config.prompts) {
+    formatting_ = "prompts";
+    columns_ = {{"sentence", config.columns.value("sentence", "")}};
+    prompts_ = config.prompts;
+    prompt_ = config.prompt;
+    return;
+  }
   formatting_ = config.formatting == "openai" ? "messages" : config.formatting;
   Json found = Json::object();
   if (formatting_ == "auto") formatting_ = detect(header, first, found, where);
@@ -187,6 +199,8 @@ Row Shape::row(const OrderedJson& record, const std::string& where) const {
     row = conversation(record, where);
   } else if (formatting_ == "superni") {
     row = superni(record, where);
+  } else if (formatting_ == "prompts") {
+    row = prompted(record, where);
   } else if (formatting_ == "text") {
     row.target = text_of(record, column("prompt"), where, true);
   } else {
@@ -302,6 +316,23 @@ Row Shape::conversation(const OrderedJson& record, const std::string& where) con
   }
   row.tools = tools_of(record, column("tools"), where);
   check_answered(row, where);
+  return row;
+}
+
+/// Without prompt and target where the template gives the record nothing. What a template draws at random follows from
+/// the record, wherever it stands.
+Row Shape::prompted(const OrderedJson& record, const std::string& where) const {
+  const std::string text = record.dump(-1, ' ', false, OrderedJson::error_handler_t::replace);
+  std::optional<RenderedPrompt> rendered;
+  try {
+    rendered = prompts_->render(prompt_, record, hash_text(text, 0));
+  } catch (const DataError& error) {
+    throw DataError(where + ": " + error.what());
+  }
+  Row row;
+  if (!rendered) return row;
+  row.prompt = std::move(rendered->input);
+  row.target = std::move(rendered->targets.front());
   return row;
 }
 

@@ -26,10 +26,13 @@ class Shape {
   OrderedJson turn_of(const OrderedJson& message, const std::string& where) const;
   std::string role_of(const std::string& name, const std::string& where) const;
   Row superni(const OrderedJson& record, const std::string& where) const;
+  Row prompted(const OrderedJson& record, const std::string& where) const;
 
   std::string formatting_;
   Json columns_, tags_;
   std::string definition_;  // superni
+  std::shared_ptr<const PromptTemplates> prompts_;
+  size_t prompt_ = 0;
 };
 
 }  // namespace moesaic::data

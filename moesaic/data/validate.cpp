@@ -41,8 +41,9 @@ Validation judge(const DatasetConfig& config, int64_t first, int64_t last, const
 
 /// Everything but the files that a verdict follows from.
 std::string question(const DatasetConfig& config, const ValidateOptions& options) {
-  Json asked = {config.formatting, config.columns,    config.tags,          config.cap, config.split,
-                config.val_size,   config.split_seed, options.max_problems, config.name};
+  Json asked = {config.formatting, config.columns,    config.tags,          config.cap,    config.split,
+                config.val_size,   config.split_seed, options.max_problems, config.label()};
+  if (config.prompts) asked.push_back(config.prompts->source(config.prompt));
   if (options.renderer) asked.push_back(options.renderer->identity());
   return "rows " + asked.dump();
 }
@@ -50,7 +51,7 @@ std::string question(const DatasetConfig& config, const ValidateOptions& options
 Validation judge_all(const DatasetConfig& config, const ValidateOptions& options) {
   Validation result;
   const auto reader = RowReader::open(config);
-  result.name = config.name;
+  result.name = config.label();
   result.formatting = reader->formatting();
   result.rows = reader->count();
 

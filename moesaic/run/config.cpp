@@ -449,7 +449,8 @@ std::vector<RunKey> other_keys() {
        nullptr,
        {kData,
         "a name in `dataset_info.json`, a file or a folder; a list of them, or objects {name, weight, cap, split, "
-        "formatting, columns, tags, val_size, templates}"}},
+        "formatting, columns, tags, val_size, templates, prompts}; `prompts` is a templates.yaml of promptsource, its "
+        "folder, or a folder of such by the data sets' names, and renders raw rows"}},
       {"dataset_dir",
        nullptr,
        {kData,
@@ -467,7 +468,9 @@ std::vector<RunKey> other_keys() {
       {"stage", "sft", {kData, "`sft`; `pt` learns the texts of the data's prompt column, each an example of its own"}},
       {"mixture_rule",
        "proportional",
-       {kData, "rates of data sets without weights: `proportional` to their rows, `equal`, or `t0`"}},
+       {kData,
+        "rates of data sets without weights: `proportional` to their rows, `equal`, or `t0`: rows, but 500,000 // "
+        "`templates` (with `prompts` their number) where there are more than 500,000"}},
       {"sentence_column", nullptr, {kData, "column with a list of numbers, for `router.sentence_source: column`"}},
       {"packing", true, {kData, "batches are ragged without padding either way"}},
       {"bf16",

@@ -167,6 +167,9 @@ std::vector<data::DatasetConfig> Run::resolve(const Json& dataset) const {
       config.cap = config.cap > 0 ? std::min(config.cap, config_.max_samples) : config_.max_samples;
     }
     if (config_.pretraining) {
+      MOESAIC_CHECK(!config.prompts, UsageError,
+                    "stage: got pt and data set {} with prompts, expected sft: prompts and answers are no plain texts",
+                    config.name);
       config.formatting = "text";
       std::erase_if(config.columns.get_ref<Json::object_t&>(),
                     [](const auto& column) { return column.first != "prompt" && column.first != "sentence"; });
@@ -502,7 +505,7 @@ void Run::open_samples(Report& report) {
   if (!held_out) {
     const Json begin = mixture_->state();
     for (size_t row = 0; row < kSamples; ++row) {
-      if (const auto example = mixture_->next()) take(training_[example->dataset].name, *example);
+      if (const auto example = mixture_->next()) take(training_[example->dataset].label(), *example);
     }
     mixture_->set_state(begin);
   }

@@ -69,11 +69,13 @@ TEST(RowTemplate, SaysTheLine) {
 }
 
 TEST(RowTemplate, IsBounded) {
-  EXPECT_THROW(render("{% for a in range(9999) %}{% for b in range(9999) %}{{ a }}{% endfor %}{% endfor %}"), DataError);
+  EXPECT_THROW(render("{% for a in range(9999) %}{% for b in range(9999) %}{{ a }}{% endfor %}{% endfor %}"),
+               DataError);
   EXPECT_THROW(render("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"), DataError);
   EXPECT_THROW(render("{{ 'x' * 9999999999 }}"), DataError);
-  EXPECT_THROW(render("{% set ns = namespace(s='ab') %}{% for a in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}"),
-               DataError);
+  EXPECT_THROW(
+      render("{% set ns = namespace(s='ab') %}{% for a in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}"),
+      DataError);
   EXPECT_THROW(RowTemplate(std::string(300 << 10, 'x'), "test"), FormatError);
   EXPECT_THROW(RowTemplate("{{ " + std::string(100'000, '(') + " }}", "test"), FormatError);
 }

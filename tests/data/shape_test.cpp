@@ -121,6 +121,14 @@ TEST(Shape, Messages) {
             R"({"role":"assistant","content":"","tool_calls":[1],"weight":0}])");
 }
 
+// P3's own files: ids of T5's tokenizer beside the texts.
+TEST(Shape, P3) {
+  const Row row = row_of(R"({"inputs": [37, 1712], "targets": [2163, 1], "inputs_pretokenized": "The cat?",
+                             "targets_pretokenized": "Yes", "answer_choices": ["No", "Yes"]})");
+  EXPECT_EQ(row.prompt, "The cat?");
+  EXPECT_EQ(row.target, "Yes");
+}
+
 TEST(Shape, InputsTargetsAndText) {
   for (const char* record : {R"({"inputs": "a", "targets": "b"})", R"({"inputs": "a", "target": "b"})",
                              R"({"prompt": "a", "response": "b"})", R"({"prompt": "a", "completion": "b"})"}) {

@@ -19,14 +19,17 @@ import subprocess
 import pytest
 import yaml
 
+import test_seq2seq
 from tiny_run import DTYPE, PROGRAM, ROOT, WORDS, make_model, make_run, moesaic, train
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "recipes").rglob("*.md"))]
 
 MODELS = [".cache/models/SmolLM2-135M-Instruct.Q4_1.gguf",
           ".cache/models/Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf", "M"]
-SHORTER = "max_steps=2 save_steps=0 per_device_train_batch_size=2 gradient_accumulation_steps=1 overwrite_output_dir=true"
+T5_MODELS = ["models/t5-xl-lm-adapt", "models/t5-large-lm-adapt"]
+SHORTER = ("max_steps=2 save_steps=0 per_device_train_batch_size=2 max_batch_tokens=0 gradient_accumulation_steps=1 "
+           "overwrite_output_dir=true")
 FORM_WORDS = {"FILE": "rows.jsonl", "TEXT": "'red cat'", "PATH": "M", "DIR": "M"}
 FRESH_WORDS = {"OUT", "FOLDER"}  # a new folder each time
 NOT_RUN = {
@@ -133,9 +136,11 @@ def make_workspace(folder):
     """A folder with all that commands name before they have written anything."""
     make_model(folder / "model", initializer_range=0.3, num_hidden_layers=30, max_position_embeddings=4096)
     (folder / "model" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
-    for name in MODELS:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).symlink_to(folder / "model")
+    test_seq2seq.make_model(folder / "t5")
+    for target, names in [("model", MODELS), ("t5", T5_MODELS)]:
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).symlink_to(folder / target)
     rows = "".join(json.dumps({"inputs": f"{a} {b} ", "targets": f"{b} {a}"}) + "\n" for a in WORDS for b in WORDS)
     for name in ["rows.jsonl", "my.jsonl", "more.jsonl"]:
         (folder / name).write_text(rows)
@@ -196,9 +201,21 @@ def copy(template, folder):
     return pathlib.Path(shutil.copytree(template, folder, symlinks=True))
 
 
+def write_raw_rows(data, prompts):
+    """Raw rows and two prompt templates for them, one of which leaves half of them out."""
+    data.mkdir(parents=True)
+    (data / "rows.jsonl").write_text("".join(json.dumps({"a-b": a, "label": i % 2}) + "\n" for i, a in enumerate(WORDS)))
+    prompts.mkdir(parents=True)
+    (prompts / "templates.yaml").write_text("""templates:
+  1: !Template {name: choose, jinja: "{{a_b}} is ||| {{answer_choices[label]}}", answer_choices: one ||| two,
+                metadata: !TemplateMetadata {original_task: true}}
+  2: !Template {name: 'yes', jinja: "{% if label %}not {{a_b}} ||| cat{% endif %}"}
+""")
+
+
 def stand_in(command, folder):
     """Rows of their names for the data sets of a recipe that a tool of tools/study would write."""
-    named = re.search(r"train (recipes/\S+\.yaml)", command)
+    named = re.search(r"(?:train|preview) (recipes/\S+\.yaml)", command)
     recipe = yaml.safe_load((ROOT / named.group(1)).read_text()) if named else {}
     data = folder / recipe.get("dataset_dir", ".")
     if data.exists():
@@ -206,6 +223,10 @@ def stand_in(command, folder):
     data.mkdir(parents=True)
     names = [each["name"] if isinstance(each, dict) else each for each in recipe["dataset"]]
     info = {name: {"file_name": name} for name in names if not name.endswith(".jsonl")}
+    if all(isinstance(each, dict) and "prompts" in each for each in recipe["dataset"]):
+        for each in recipe["dataset"]:
+            write_raw_rows(data / each["name"], data / each["prompts"] / each["name"])
+        return
     for name in names:
         shutil.copy(folder / "rows.jsonl", data / name)
     for name in info:
