@@ -5,6 +5,7 @@
 
 #include "moesaic/base/check.h"
 #include "moesaic/base/seed.h"
+#include "moesaic/generate/beam_search.h"
 #include "moesaic/generate/sampling.h"
 #include "moesaic/generate/stop.h"
 #include "moesaic/models/finite.h"
@@ -25,11 +26,12 @@ class Answer {
       : index_(index),
         seen_(std::move(seen)),
         options_(options),
-        sampler_(options, derive_seed(options.seed, "answer", static_cast<uint64_t>(options.first + index))),
+        sampler_(options, derive_seed(options.seed, "answer",
+                                      static_cast<uint64_t>(options.first * options.num_return_sequences + index))),
         decoder_(borrow(tokenizer)),
         stops_(options.stop) {}
 
-  int64_t index() const { return index_; }
+  int64_t prompt() const { return index_ / options_.num_return_sequences; }
   bool done() const { return !result_.finish_reason.empty(); }
   Generation take() { return std::move(result_); }
 
@@ -62,7 +64,7 @@ class Answer {
     result_.finish_reason = stops_.found() ? "stop" : reason;
   }
 
-  int64_t index_;
+  int64_t index_;              // among the answers to all prompts
   std::vector<int64_t> seen_;  // what the answer goes on, and the answer
   const SamplingOptions& options_;
   Sampler sampler_;
@@ -120,7 +122,7 @@ void decode(Texts& texts, std::vector<Answer*> live, torch::Tensor logits, const
       if (live[row]->done()) continue;
       tokens.push_back({token});
       kept.push_back(static_cast<int64_t>(row));
-      sequences.push_back(live[row]->index());
+      sequences.push_back(live[row]->prompt());
       next.push_back(live[row]);
     }
     if (next.empty()) return;
@@ -130,6 +132,80 @@ void decode(Texts& texts, std::vector<Answer*> live, torch::Tensor logits, const
     }
     logits = texts.run(tokens, sequences);
   }
+}
+
+/// A finished beam.
+Generation generation_of(const Hypothesis& answer, const tokenizer::Tokenizer& tokenizer,
+                         const SamplingOptions& options) {
+  std::vector<int64_t> shown = answer.ids;
+  const std::vector<int64_t>& eos = options.eos_ids;
+  if (std::find(eos.begin(), eos.end(), shown.back()) != eos.end()) shown.pop_back();
+  StopStrings stops(options.stop);
+  std::string text = stops.push(tokenizer.decode(shown, /*skip_special_tokens=*/true));
+  text += stops.finish();
+  return {answer.ids, std::move(text), answer.stopped ? "stop" : "length", answer.score};
+}
+
+/// Throws UsageError where a beam search can't be.
+void check_beams(const models::LanguageModel& model, const SamplingOptions& options, const Hooks& hooks) {
+  MOESAIC_CHECK(!hooks.stream, UsageError,
+                "num_beams: got {} with a stream, expected 1: which beam is the answer is known at its end",
+                options.num_beams);
+  const int64_t candidates = options.num_beams * (std::ssize(options.eos_ids) + 1);
+  MOESAIC_CHECK(
+      candidates <= model.facts().vocab_size, UsageError,
+      "num_beams: got {} with {} end-of-text tokens, expected so few that {} candidates fit the vocabulary of "
+      "{}",
+      options.num_beams, options.eos_ids.size(), candidates, model.facts().vocab_size);
+}
+
+/// Searches the answers to all prompts together, a row for each running hypothesis. `texts` has seen the prompts, and
+/// `logits` are their next tokens; `continued`: the texts that answers go on.
+std::vector<Generation> search(Texts& texts, torch::Tensor logits, std::vector<std::vector<int64_t>> continued,
+                               const tokenizer::Tokenizer& tokenizer, const SamplingOptions& options) {
+  BeamSearch::Stops stops;
+  if (!options.stop.empty()) {
+    stops = [&](const std::vector<int64_t>& ids) {
+      StopStrings found(options.stop);
+      found.push(tokenizer.decode(ids, /*skip_special_tokens=*/true));
+      return found.found();
+    };
+  }
+  std::vector<BeamSearch> searches;
+  for (std::vector<int64_t>& text : continued) searches.emplace_back(options, std::move(text), stops);
+  std::vector<int64_t> live(searches.size());
+  std::iota(live.begin(), live.end(), 0);
+  while (true) {
+    const torch::Tensor log_probs = at::log_softmax(logits, 1);
+    std::vector<std::vector<int64_t>> tokens;
+    std::vector<int64_t> kept, sequences, next;
+    int64_t row = 0;
+    for (const int64_t prompt : live) {
+      BeamSearch& beams = searches[prompt];
+      const int64_t rows = std::ssize(beams.running());
+      beams.step(log_probs.narrow(0, row, rows));
+      if (!beams.done()) {
+        next.push_back(prompt);
+        for (const Hypothesis& hypothesis : beams.running()) {
+          tokens.push_back({hypothesis.ids.back()});
+          kept.push_back(row + hypothesis.parent);
+          sequences.push_back(prompt);
+        }
+      }
+      row += rows;
+    }
+    if (next.empty()) break;
+    live = std::move(next);
+    texts.keep(kept);
+    logits = texts.run(tokens, sequences);
+  }
+  std::vector<Generation> results;
+  for (const BeamSearch& beams : searches) {
+    for (int64_t i = 0; i < options.num_return_sequences; ++i) {
+      results.push_back(generation_of(beams.answers().at(i), tokenizer, options));
+    }
+  }
+  return results;
 }
 
 /// One row per prompt of what prompts may leave out, or undefined when all do. `rest` is what a prompt without has.
@@ -173,20 +249,33 @@ std::vector<Generation> generate(models::LanguageModel& model, const tokenizer::
                                  const std::vector<Prompt>& prompts, const SamplingOptions& options,
                                  const Hooks& hooks) {
   validate(options);
+  if (options.num_beams > 1) check_beams(model, options, hooks);
   if (prompts.empty()) return {};
   torch::NoGradGuard no_grad;
   const models::Text text = text_of(model, prompts);
-  std::vector<Answer> answers;
-  std::vector<Answer*> live;
-  std::vector<int64_t> sequences;
-  answers.reserve(prompts.size());
-  for (const Prompt& prompt : prompts) {
-    sequences.push_back(std::ssize(answers));
-    live.push_back(&answers.emplace_back(sequences.back(), model.continued(prompt.ids), tokenizer, options));
-  }
+  std::vector<int64_t> sequences(prompts.size());
+  std::iota(sequences.begin(), sequences.end(), 0);
   const std::unique_ptr<models::Memory> memory = model.memory(std::ssize(prompts));
   Texts texts(model, *memory, hooks.routing);
-  decode(texts, live, texts.run(text, sequences), hooks.stream);
+  torch::Tensor logits = texts.run(text, sequences);
+  std::vector<std::vector<int64_t>> continued;
+  for (const Prompt& prompt : prompts) continued.push_back(model.continued(prompt.ids));
+  if (options.num_beams > 1) return search(texts, logits, std::move(continued), tokenizer, options);
+  std::vector<Answer> answers;
+  std::vector<Answer*> live;
+  std::vector<int64_t> rows;
+  answers.reserve(prompts.size() * options.num_return_sequences);
+  for (const int64_t b : sequences) {
+    for (int64_t i = 0; i < options.num_return_sequences; ++i) {
+      rows.push_back(b);
+      live.push_back(&answers.emplace_back(std::ssize(answers), continued[b], tokenizer, options));
+    }
+  }
+  if (rows.size() > sequences.size()) {
+    texts.keep(rows);
+    logits = logits.index_select(0, torch::tensor(rows, torch::kInt64));
+  }
+  decode(texts, live, logits, hooks.stream);
   std::vector<Generation> results;
   for (Answer& answer : answers) results.push_back(answer.take());
   return results;
@@ -197,6 +286,10 @@ Session::Session(models::LanguageModel& model, const tokenizer::Tokenizer& token
 
 Generation Session::answer(const Prompt& prompt, const SamplingOptions& options, const StreamCallback& stream) {
   validate(options);
+  MOESAIC_CHECK(options.num_beams == 1 && options.num_return_sequences == 1, UsageError,
+                "a conversation: got num_beams {} and num_return_sequences {}, expected 1: it goes on from one answer "
+                "as it was written",
+                options.num_beams, options.num_return_sequences);
   torch::NoGradGuard no_grad;
   models::Text text = text_of(model_, {prompt});
   // Sentence embeddings of the model are those of the whole prompt.

@@ -13,16 +13,20 @@
 namespace moesaic::generate {
 
 struct SamplingOptions {
-  int64_t max_new_tokens = 256;     // an answer ends here at the latest
-  double temperature = 0.0;         // 0 = greedy
-  int64_t top_k = 0;                // 0 = off
-  double top_p = 1.0;               // the likeliest tokens of this mass; 1 = all
-  double min_p = 0.0;               // tokens of at least this share of the likeliest; 0 = all
-  double repetition_penalty = 1.0;  // transformers' definition, over prompt and answer
-  std::vector<std::string> stop{};  // stop strings; cut from the answer
-  std::vector<int64_t> eos_ids{};   // end an answer
-  uint64_t seed = 0;                // of the sampling
-  int64_t first = 0;                // number of the first prompt among all of this seed
+  int64_t max_new_tokens = 256;          // an answer ends here at the latest
+  double temperature = 0.0;              // 0 = greedy
+  int64_t top_k = 0;                     // 0 = off
+  double top_p = 1.0;                    // the likeliest tokens of this mass; 1 = all
+  double min_p = 0.0;                    // tokens of at least this share of the likeliest; 0 = all
+  double repetition_penalty = 1.0;       // transformers' definition, over prompt and answer
+  std::vector<std::string> stop{};       // stop strings; cut from the answer
+  std::vector<int64_t> eos_ids{};        // end an answer
+  int64_t num_beams = 1;                 // above 1: beam search (BeamSearch)
+  double length_penalty = 1.0;           // of beams: above 0 favours long answers
+  std::string early_stopping = "false";  // of beams: false | true | never
+  int64_t num_return_sequences = 1;      // answers to each prompt: the best beams, or as many draws
+  uint64_t seed = 0;                     // of the sampling
+  int64_t first = 0;                     // number of the first prompt among all of this seed
 };
 
 /// What is asked, and with which adapters.
@@ -43,13 +47,14 @@ struct Generation {
   std::vector<int64_t> ids;   // without the prompt; EOS included when it ended the answer
   std::string text;           // without EOS and stop string
   std::string finish_reason;  // stop | length
+  float score = 0;            // of a beam: log p / tokens^length_penalty, transformers' sequences_scores
 };
 
-/// Called with each new piece of text of sequence `index`. Return false to stop that sequence.
+/// Called with each new piece of text of answer `index`. Return false to stop that answer.
 using StreamCallback = std::function<bool(int64_t index, const std::string& piece)>;
 
-/// Called after each forward pass with what every router decided in it. `sequences` are the sequences of the pass, in
-/// its order.
+/// Called after each forward pass with what every router decided in it. `sequences`: of which prompt each sequence of
+/// the pass is, in its order.
 using RoutingCallback =
     std::function<void(const std::vector<nn::RoutingRecord>& records, const std::vector<int64_t>& sequences)>;
 
@@ -59,9 +64,11 @@ struct Hooks {
   RoutingCallback routing{};  // gets what routers decided
 };
 
-/// Answers every prompt; sequences leave the batch as they finish. A sequence's answer does not depend on its
-/// neighbours: each has its own generator by seed and number, its own sentence vectors and adapter weights.
-/// Throws UsageError as text_of does and for impossible options, DataError when the logits are not finite.
+/// Answers every prompt, num_return_sequences times, prompt by prompt; sequences leave the batch as they finish. A
+/// prompt is computed once for all its answers and beams. An answer does not depend on its neighbours: each has its own
+/// generator by seed and number, its own sentence vectors and adapter weights.
+/// Throws UsageError as text_of does, for impossible options and for a stream of beams, DataError when the logits are
+/// not finite.
 std::vector<Generation> generate(models::LanguageModel& model, const tokenizer::Tokenizer& tokenizer,
                                  const std::vector<Prompt>& prompts, const SamplingOptions& options,
                                  const Hooks& hooks = {});

@@ -68,6 +68,20 @@ void apply_min_p(std::span<float> logits, double min_p) {
   }
 }
 
+void apply_filters(std::span<float> logits, const SamplingOptions& options) {
+  for (float& logit : logits) logit = static_cast<float>(logit / options.temperature);
+  if (options.top_k > 0) apply_top_k(logits, options.top_k);
+  if (options.top_p < 1) apply_top_p(logits, options.top_p);
+  if (options.min_p > 0) apply_min_p(logits, options.min_p);
+}
+
+void check_logits(bool finite, size_t tokens) {
+  MOESAIC_CHECK(finite, DataError,
+                "generation: the model's logits are not finite after {} tokens. Damaged weights, or --dtype too narrow "
+                "for this model?",
+                tokens);
+}
+
 void validate(const SamplingOptions& options) {
   std::string wrong;
   auto expect = [&](bool ok, const char* name, double got, const char* expected) {
@@ -81,6 +95,24 @@ void validate(const SamplingOptions& options) {
   expect(options.min_p >= 0 && options.min_p <= 1, "min_p", options.min_p, "0 (off) to 1");
   expect(options.repetition_penalty > 0 && std::isfinite(options.repetition_penalty), "repetition_penalty",
          options.repetition_penalty, "above 0 (1 = off)");
+  const bool beams = options.num_beams > 1;
+  expect(options.num_beams >= 1, "num_beams", static_cast<double>(options.num_beams), "1 (no beam search) or more");
+  expect(!beams || options.temperature == 0, "temperature", options.temperature,
+         "0 with num_beams: a beam draws nothing");
+  expect(std::isfinite(options.length_penalty), "length_penalty", options.length_penalty, "a finite number");
+  expect(beams || options.length_penalty == 1, "length_penalty", options.length_penalty, "1 without num_beams");
+  const std::string& early = options.early_stopping;
+  if (early != "false" && early != "true" && early != "never") {
+    wrong += fmt::format("\n  early_stopping: got '{}', expected false, true or never", early);
+  } else if (!beams && early != "false") {
+    wrong += fmt::format("\n  early_stopping: got {}, expected false without num_beams", early);
+  }
+  const auto answers = static_cast<double>(options.num_return_sequences);
+  expect(answers >= 1, "num_return_sequences", answers, "1 or more");
+  expect(!beams || options.num_return_sequences <= options.num_beams, "num_return_sequences", answers,
+         "num_beams at most");
+  expect(beams || options.temperature > 0 || answers <= 1, "num_return_sequences", answers,
+         "1 without num_beams and temperature: all answers would be the same");
   MOESAIC_CHECK(wrong.empty(), UsageError, "sampling options out of range:{}", wrong);
 }
 
@@ -89,16 +121,9 @@ int64_t Sampler::next(std::span<float> logits, const std::vector<int64_t>& seen)
   auto best = std::max_element(logits.begin(), logits.end());
   const bool finite =
       std::isfinite(*best) && std::none_of(logits.begin(), logits.end(), [](float z) { return std::isnan(z); });
-  MOESAIC_CHECK(
-      finite, DataError,
-      "generation: the model's logits are not finite after {} tokens. Damaged weights, or --dtype too narrow for "
-      "this model?",
-      seen.size());
+  check_logits(finite, seen.size());
   if (options_.temperature == 0) return best - logits.begin();
-  for (float& logit : logits) logit = static_cast<float>(logit / options_.temperature);
-  if (options_.top_k > 0) apply_top_k(logits, options_.top_k);
-  if (options_.top_p < 1) apply_top_p(logits, options_.top_p);
-  if (options_.min_p > 0) apply_min_p(logits, options_.min_p);
+  apply_filters(logits, options_);
   const auto [weights, sum] = exponentials(logits);
   // 53 random bits make a uniform number in [0, 1) the same way everywhere; std's distributions do not promise that.
   double left = static_cast<double>(random_() >> 11) * 0x1.0p-53 * sum;

@@ -20,8 +20,14 @@ void apply_top_p(std::span<float> logits, double p);
 /// Keeps tokens at least min_p times as probable as the most probable one, -inf elsewhere. Source: arXiv 2407.01082.
 void apply_min_p(std::span<float> logits, double min_p);
 
-/// Throws UsageError, naming every option that is out of range.
+/// What a draw is made from: the temperature, then top_k, top_p and min_p of `options`.
+void apply_filters(std::span<float> logits, const SamplingOptions& options);
+
+/// Throws UsageError, naming every option that is out of range or without effect beside the others.
 void validate(const SamplingOptions& options);
+
+/// Throws DataError unless `finite`: what a model's logits behind `tokens` tokens must be.
+void check_logits(bool finite, size_t tokens);
 
 /// One sequence's source of tokens. The draw is the same on every machine with the same logits.
 class Sampler {

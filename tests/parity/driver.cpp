@@ -7,7 +7,8 @@
 //   sequences, mask, sentence   the ragged batch; normalization: tokens | sequences
 //   prompts                     tokens of each prompt, for `cached`
 //   mode                        logits | adapter | full (with the gradients of the adapter's, or of every base
-//                               parameter) | cached (logits through the KV cache) | generate (max_new_tokens) | step
+//                               parameter) | cached (logits through the KV cache) | generate (with the options
+//                               `generation`) | filter (rows of `logits` as a draw with `generation` sees them) | step
 //                               (one step of the trainer, with a learning rate of 0: micro_batch, moe_aux_loss_coef,
 //                               router_z_loss_coef, gradient_checkpointing; normalization `tokens`)
 //   save_adapter, output        what to write
@@ -15,6 +16,7 @@
 #include "moesaic/adapters/adapter.h"
 #include "moesaic/data/example.h"
 #include "moesaic/generate/generate.h"
+#include "moesaic/generate/sampling.h"
 #include "moesaic/models/registry.h"
 #include "moesaic/train/trainer.h"
 #include "tests/parity/answer_lines.h"
@@ -158,7 +160,36 @@ formats::TensorMap train_step(const Json& job, models::SingleModel& model, adapt
   return result;
 }
 
+generate::SamplingOptions sampling_of(const Json& given, const std::vector<int64_t>& eos_ids) {
+  generate::SamplingOptions options;
+  options.max_new_tokens = given.value("max_new_tokens", options.max_new_tokens);
+  options.temperature = given.value("temperature", options.temperature);
+  options.top_k = given.value("top_k", options.top_k);
+  options.top_p = given.value("top_p", options.top_p);
+  options.min_p = given.value("min_p", options.min_p);
+  options.repetition_penalty = given.value("repetition_penalty", options.repetition_penalty);
+  options.stop = given.value("stop", options.stop);
+  options.eos_ids = given.value("eos_ids", eos_ids);
+  options.num_beams = given.value("num_beams", options.num_beams);
+  options.length_penalty = given.value("length_penalty", options.length_penalty);
+  options.early_stopping = given.value("early_stopping", options.early_stopping);
+  options.num_return_sequences = given.value("num_return_sequences", options.num_return_sequences);
+  options.seed = given.value("seed", options.seed);
+  return options;
+}
+
+/// The logits that a draw with `generation` is made from, null where a token is left out.
+Json filtered(const Json& job) {
+  Json rows = Json::array();
+  for (std::vector<float> logits : job["logits"].get<std::vector<std::vector<float>>>()) {
+    generate::apply_filters(logits, sampling_of(job["generation"], {}));
+    rows.push_back(logits);
+  }
+  return {{"ok", true}, {"logits", rows}};
+}
+
 Json run(const Json& job) {
+  if (job.value("mode", "") == "filter") return filtered(job);
   const auto checkpoint = models::open_checkpoint(job["model"].get<std::string>());
   models::LoadOptions options;
   const std::string dtype = job.value("dtype", "float32");
@@ -177,9 +208,7 @@ Json run(const Json& job) {
   if (job.contains("save_adapter")) adapter->save(job["save_adapter"].get<std::string>());
 
   if (mode == "generate") {
-    generate::SamplingOptions sampling;
-    sampling.max_new_tokens = job["max_new_tokens"];
-    sampling.eos_ids = model->facts().eos_ids;
+    const generate::SamplingOptions sampling = sampling_of(job["generation"], model->facts().eos_ids);
     const auto tokenizer = tokenizer::Tokenizer::open(*checkpoint);
     Json answers = Json::array();
     std::vector<generate::Prompt> prompts;
@@ -188,7 +217,10 @@ Json run(const Json& job) {
       if (sentence.defined()) prompts.back().sentence = job["sentence"][b].get<std::vector<float>>();
     }
     for (const auto& generation : generate::generate(*model, *tokenizer, prompts, sampling)) {
-      answers.push_back({{"ids", generation.ids}, {"finish_reason", generation.finish_reason}});
+      answers.push_back({{"ids", generation.ids},
+                         {"finish_reason", generation.finish_reason},
+                         {"score", generation.score},
+                         {"text", generation.text}});
     }
     return {{"ok", true}, {"generations", answers}};
   }

@@ -66,7 +66,7 @@ def test_int8(reference, sequences, driver, tmp_path):
 def test_greedy(reference, prompt, driver):
     theirs = reference[0].generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, num_beams=1,
                                    repetition_penalty=1.0)[0, len(prompt):].tolist()
-    ours = driver.call(model=GGUF, mode="generate", sequences=[prompt], max_new_tokens=40)["generations"][0]["ids"]
+    ours = driver.call(model=GGUF, mode="generate", sequences=[prompt], generation={"max_new_tokens": 40})["generations"][0]["ids"]
     assert ours == theirs
 
 
