@@ -97,6 +97,30 @@ std::vector<int64_t> encode(const Loaded& loaded, const Options& options, const 
   return loaded.tokenizer->encode(loaded.chat_template->render(messages, true, prompt.tools), false);
 }
 
+/// How many answers, and how they are searched for; a conversation goes on from one.
+void add_beam_options(CLI::App& app, generate::SamplingOptions& options) {
+  const char* group = "Beam search";
+  app.add_option("--num_beams", options.num_beams, "Answers searched for side by side; 1 = no beam search")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 1024))
+      ->group(group);
+  app.add_option("--length_penalty", options.length_penalty,
+                 "An answer's score is its log-probability / tokens^this: above 0 favours long ones")
+      ->capture_default_str()
+      ->group(group);
+  app.add_option("--early_stopping", options.early_stopping,
+                 "With num_beams answers: true ends at once, false when no better one is likely, never when none is "
+                 "possible")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"false", "true", "never"}))
+      ->group(group);
+  app.add_option("--num_return_sequences", options.num_return_sequences,
+                 "Answers to each prompt: the best beams, or as many draws")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 4096))
+      ->group(group);
+}
+
 int run_generate(Options options, const CommonOptions& common) {
   MOESAIC_CHECK(options.prompts.empty() != options.file.empty(), UsageError,
                 "give either -p TEXT or --prompts FILE, and not both");
@@ -107,7 +131,9 @@ int run_generate(Options options, const CommonOptions& common) {
   const Loaded loaded = load(options.model, common);
   spdlog::info("computing in {}", loaded.computes_in());
   options.sampling.eos_ids = loaded.eos_ids();
-  const bool streams = prompts.size() == 1 && !options.json;
+  const int64_t answers_each = options.sampling.num_return_sequences;
+  const bool alone = prompts.size() == 1 && answers_each == 1 && !options.json;
+  const bool streams = alone && options.sampling.num_beams == 1;
   const auto print = options.raw_output ? &say_raw : static_cast<void (*)(std::string_view)>(&say);
   auto show = [print](int64_t, const std::string& piece) {
     print(piece);
@@ -132,11 +158,13 @@ int run_generate(Options options, const CommonOptions& common) {
     if (streams) hooks.stream = show;
     const auto answers = generate::generate(*loaded.model, *loaded.tokenizer, batch, sampling, hooks);
     for (size_t i = 0; i < answers.size(); ++i) {
-      prompt_tokens += static_cast<int64_t>(batch[i].ids.size());
+      const size_t of = i / answers_each, place = i % answers_each;
+      if (place == 0) prompt_tokens += static_cast<int64_t>(batch[of].ids.size());
       new_tokens += static_cast<int64_t>(answers[i].ids.size());
-      const Prompt& prompt = prompts[first + i];
+      const Prompt& prompt = prompts[first + of];
       if (options.json) {
-        OrderedJson line = {{"index", first + i}};
+        OrderedJson line = {{"index", first + of}};
+        if (answers_each > 1) line["sequence"] = place;
         if (prompt.messages.is_null()) {
           line["prompt"] = prompt.text;
         } else {
@@ -144,14 +172,18 @@ int run_generate(Options options, const CommonOptions& common) {
         }
         line.update(OrderedJson{{"text", answers[i].text},
                                 {"finish_reason", answers[i].finish_reason},
-                                {"prompt_tokens", batch[i].ids.size()},
+                                {"prompt_tokens", batch[of].ids.size()},
                                 {"ids", answers[i].ids},
                                 {"dtype", dtype_name(loaded.format.dtype)}});
+        if (options.sampling.num_beams > 1) line["score"] = answers[i].score;
         say("{}\n", line.dump(-1, ' ', false, OrderedJson::error_handler_t::replace));
-      } else if (streams) {
+      } else if (alone) {
+        if (!streams) print(answers[i].text);
         say("\n");
       } else {
-        print(fmt::format("[{}] {}\n{}\n\n", first + i, prompt.text, answers[i].text));
+        if (place == 0) print(fmt::format("[{}] {}\n", first + of, prompt.text));
+        const std::string number = answers_each > 1 ? fmt::format("({}) ", place) : "";
+        print(fmt::format("{}{}\n\n", number, answers[i].text));
       }
       std::fflush(stdout);
     }
@@ -180,6 +212,7 @@ Runner add_generate(CLI::App& app, CommonOptions& common) {
       ->capture_default_str()
       ->check(CLI::Range(1, 4096));
   add_sampling_options(app, options->sampling);
+  add_beam_options(app, options->sampling);
   return [options, &common] { return run_generate(*options, common); };
 }
 

@@ -95,6 +95,9 @@ def test_version_and_help():
     (["generate", "--model", "{f}/model"], "give either -p TEXT or --prompts FILE"),
     (["generate", "--model", "{f}/nothing", "-p", "hi"], "nothing: no such file or folder"),
     (["generate", "--model", "{f}/model", "-p", "hi", "--top_p", "2", "--temperature", "-1"], "top_p: got 2"),
+    (["generate", "--model", "{f}/model", "-p", "hi", "--num_beams", "2", "--temperature", "1"], "a beam draws nothing"),
+    (["generate", "--model", "{f}/model", "-p", "hi", "--length_penalty", "2"], "length_penalty: got 2"),
+    (["chat", "--model", "{f}/model", "--num_beams", "2"], "unknown flag '--num_beams'"),
     (["generate", "--model", "{f}/model", "-p", "hi", "--raw", "--system", "x"], "need a chat template"),
     (["generate", "--model", "{f}/model", "-p", "hi", "--dtype", "int3"], "int3"),
     (["generate", "--model", "{f}/model", "-p", "hi", "--log-level", "loud"], "loud"),
@@ -153,6 +156,32 @@ def test_generate_is_what_transformers_generates(folder, reference):
     streamed = run("generate", "--model", folder / "model", "-p", prompt, "--raw", "--max_new_tokens", 20)
     assert streamed.stdout == line["text"] + "\n"
     assert re.search(r"new tokens/s", streamed.stderr)
+
+
+def test_beams_are_those_of_transformers(folder, reference):
+    model, tokenizer = reference
+    prompts, beams = ["the red cat is", "who"], dict(num_beams=4, num_return_sequences=3, length_penalty=0.5)
+    flags = [word for key, value in beams.items() for word in (f"--{key}", value)]
+    common = ["generate", "--model", folder / "model", "--raw", "--max_new_tokens", 8, *flags, "--early_stopping", "true"]
+    lines = [json.loads(line) for line in run(*common, "-p", prompts[0], "-p", prompts[1], "--json").stdout.splitlines()]
+    assert [(line["index"], line["sequence"]) for line in lines] == [(i, j) for i in range(2) for j in range(3)]
+    for index, prompt in enumerate(prompts):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        theirs = model.generate(ids, max_new_tokens=8, do_sample=False, early_stopping=True, return_dict_in_generate=True,
+                                output_scores=True, **beams)
+        ours = lines[3 * index:3 * index + 3]
+        for row, line in zip(theirs.sequences[:, ids.shape[1]:].tolist(), ours, strict=True):
+            assert row[:len(line["ids"])] == line["ids"]
+        assert [line["score"] for line in ours] == pytest.approx(theirs.sequences_scores.tolist(), abs=1e-4)
+    plain = run(*common, "-p", prompts[0]).stdout
+    assert plain == f"[0] {prompts[0]}\n" + "".join(f"({j}) {lines[j]['text']}\n\n" for j in range(3))
+    best = run("generate", "--model", folder / "model", "--raw", "--max_new_tokens", 8, "--num_beams", 4,
+               "--length_penalty", 0.5, "--early_stopping", "true", "-p", prompts[0])
+    assert best.stdout == lines[0]["text"] + "\n"
+    drawn = [json.loads(line) for line in run("generate", "--model", folder / "model", "--raw", "-p", "who", "--json",
+                                              "--temperature", 1, "--num_return_sequences", 4).stdout.splitlines()]
+    assert [line["sequence"] for line in drawn] == [0, 1, 2, 3] and len({line["text"] for line in drawn}) > 1
+    assert "score" not in drawn[0]
 
 
 def test_chat_template_is_used_unless_raw(folder, reference):
