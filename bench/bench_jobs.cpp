@@ -32,7 +32,7 @@ double cpu_seconds() {
 }
 
 struct Loaded {
-  std::shared_ptr<models::CausalLM> model;
+  std::shared_ptr<models::SingleModel> model;
   std::shared_ptr<tokenizer::Tokenizer> tokenizer;
   std::shared_ptr<adapters::Adapter> adapter;
 };
@@ -45,7 +45,7 @@ Loaded load(const Json& job, const std::string& method) {
   const auto checkpoint = models::open_checkpoint(job["model"].get<std::string>());
   models::LoadOptions options;
   options.quantize_int8 = job.value("quantize", false);
-  loaded.model = models::CausalLM::load(*checkpoint, options);
+  loaded.model = models::load_model(*checkpoint, options);
   loaded.tokenizer = tokenizer::Tokenizer::open(*checkpoint);
   if (method.empty() || method == "frozen") return loaded;
   adapters::AdapterConfig config;
@@ -108,18 +108,18 @@ Run training(const Json& job) {
   }
   return [=](int64_t index, const Json&) -> Json {
     const data::Batch& batch = batches[index % batches.size()];
-    models::CausalLM& model = *loaded->model;
     nn::Pass pass;
     pass.training = true;
     torch::Tensor hidden;
     if (loaded->adapter) {
-      hidden = model.hidden(text_of(batch), pass);
+      hidden = loaded->model->hidden(text_of(batch), pass);
     } else {
+      auto& model = dynamic_cast<models::CausalLM&>(*loaded->model);
       model.prepare(batch.tokens, pass);
       const torch::Tensor embedded = model.embed(batch.tokens.tokens).detach().set_requires_grad(true);
       hidden = model.finish(model.run_blocks(embedded, 0, model.config().num_layers, pass), batch.label_rows);
     }
-    const torch::Tensor loss = batch_loss(model, hidden, batch);
+    const torch::Tensor loss = batch_loss(*loaded->model, hidden, batch);
     loss.backward();
     if (optimizer) step(*optimizer, tensors);
     return {{"tokens", batch.tokens.num_tokens()}, {"loss", loss.item<double>()}};
@@ -175,13 +175,15 @@ Run composed_generation(const Json& job) {
   };
 }
 
-/// Greedy decoding of one prompt through the library's `generate`, without an end-of-text token.
+/// Decoding of one prompt through the library's `generate`, greedy or with job["num_beams"], without an end-of-text
+/// token.
 Run generation(const Json& job) {
   auto loaded = std::make_shared<Loaded>(load(job, job.value("adapter", "")));
   if (loaded->adapter) loaded->adapter->set_trainable(false);
   return [=](int64_t, const Json& now) -> Json {
     generate::SamplingOptions options;
     options.max_new_tokens = now["new_tokens"];
+    options.num_beams = now.value("num_beams", 1);
     const std::vector<int64_t> prompt = now["prompt"];
     const auto answers = generate::generate(*loaded->model, *loaded->tokenizer, {{prompt}}, options);
     return {{"tokens", answers[0].ids.size()}, {"ids", answers[0].ids}};

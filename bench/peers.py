@@ -33,7 +33,9 @@ def load(job):
     import transformers
 
     torch.set_num_threads(job["threads"])
-    model = transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    seq2seq = transformers.AutoConfig.from_pretrained(job["model"]).is_encoder_decoder
+    auto = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(job["model"], dtype=torch.float32)
     for parameter in model.parameters():
         parameter.sum()  # weights are mapped lazily; what is measured above the base must not include them
     return model.requires_grad_(False)
@@ -44,12 +46,14 @@ def training(job):
     import torch
 
     model = load(job).train()
-    linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    seq2seq = model.config.is_encoder_decoder
+    linears = (["q", "k", "v", "o", "wi_0", "wi_1", "wo"] if seq2seq else
+               ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
     if job["method"] in ("lora", "ia3"):
         import peft
 
         model = peft.get_peft_model(model, peft.LoraConfig(
-            task_type="CAUSAL_LM", r=job["rank"], lora_alpha=16, target_modules=linears) if job["method"] == "lora"
+            task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM", r=job["rank"], lora_alpha=16, target_modules=linears) if job["method"] == "lora"
             else peft.IA3Config(task_type="CAUSAL_LM"))
         parameters = [p for p in model.parameters() if p.requires_grad]
     elif job["method"] in ("molora", "mov"):
@@ -62,7 +66,7 @@ def training(job):
         parameters = []
     optimizer = torch.optim.AdamW(parameters, lr=1e-4) if parameters else None
 
-    batches = padded_batches(job)
+    batches = source_batches(job) if seq2seq else padded_batches(job)
 
     def run(index):
         ids, labels, attention, tokens = batches[index % len(batches)]
@@ -135,16 +139,30 @@ def padded_batches(job):
     return batches
 
 
+def source_batches(job):
+    """The same for an encoder-decoder, whose batches have sources of one length and targets of one length."""
+    import torch
+
+    batches = []
+    for batch in job["batches"]:
+        source = batch["mask"][0].index(1)
+        ids = torch.tensor(batch["ids"])
+        batches.append((ids[:, :source], ids[:, source:], None, ids.numel()))
+    return batches
+
+
 def hf_generate(job):
     import torch
 
     model = load(job).eval()
     prompt = torch.tensor([job["prompt"]])
+    begin = 1 if model.config.is_encoder_decoder else prompt.shape[1]
 
     def run(_):
         with torch.no_grad():
             ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, pad_token_id=0,
-                                 max_new_tokens=job["new_tokens"], min_new_tokens=job["new_tokens"])[0, prompt.shape[1]:]
+                                 num_beams=job.get("num_beams", 1), max_new_tokens=job["new_tokens"],
+                                 min_new_tokens=job["new_tokens"])[0, begin:]
         return {"tokens": len(ids), "ids": ids.tolist()}
 
     return run
@@ -162,6 +180,24 @@ def ct2_generate(job):
         result = generator.generate_batch([prompt], beam_size=1, sampling_topk=1, max_length=job["new_tokens"],
                                           min_length=job["new_tokens"], include_prompt_in_result=False)[0]
         return {"tokens": len(result.sequences_ids[0]), "ids": result.sequences_ids[0]}
+
+    return run
+
+
+def ct2_translate(job):
+    import ctranslate2
+
+    translator = ctranslate2.Translator(job["ct2_model"], device="cpu", compute_type=job["compute_type"], inter_threads=1,
+                                        intra_threads=job["threads"])
+    tokens = json.loads((pathlib.Path(job["ct2_model"]) / "shared_vocabulary.json").read_text())
+    ids = {token: i for i, token in enumerate(tokens)}
+    prompt = [tokens[i] for i in job["prompt"]]
+
+    def run(_):
+        result = translator.translate_batch([prompt], beam_size=job.get("num_beams", 1),
+                                            max_decoding_length=job["new_tokens"],
+                                            min_decoding_length=job["new_tokens"])[0].hypotheses[0]
+        return {"tokens": len(result), "ids": [ids[token] for token in result]}
 
     return run
 
@@ -185,7 +221,7 @@ def llama_generate(job):
 
 
 KINDS = {"training": training, "calm": calm_training, "generate": hf_generate, "ct2": ct2_generate,
-         "llama": llama_generate}
+         "ct2_translate": ct2_translate, "llama": llama_generate}
 
 
 def main():

@@ -1,5 +1,5 @@
 """Makes what the benchmarks run on, once, in .cache/bench: SmolLM2-135M in float32 as a Hugging Face folder and for
-CTranslate2, and the batches of ids."""
+CTranslate2, models of random weights where only their shapes matter, and the batches of ids."""
 
 import json
 import pathlib
@@ -10,6 +10,7 @@ CACHE = ROOT / ".cache" / "bench"
 GGUF = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTRUCTIONS = ROOT.parent / "shared" / "data" / "instruct" / "alpaca_en_demo.json"
 VOCABULARY = 49152
+T5_VOCABULARY = 32128
 
 
 def huggingface_folder():
@@ -50,12 +51,35 @@ def calm_pair():
     return [str(folder) for folder in folders], [[7, 3], [14, 7], [22, 11], [29, 15]]
 
 
-def ct2_folder(quantization):
-    folder = CACHE / f"smollm2-ct2-{quantization}"
+def t5_folder():
+    """The shape of T5 1.1 small, random weights, a tokenizer that knows its ids as words."""
+    folder = CACHE / "t5-small"
+    if not (folder / "tokenizer_config.json").exists():
+        import tokenizers
+        import torch
+        import transformers
+
+        transformers.set_seed(1)
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(
+            vocab_size=T5_VOCABULARY, d_model=512, d_kv=64, d_ff=1024, num_layers=8, num_heads=6,
+            feed_forward_proj="gated-gelu", dropout_rate=0.0, decoder_start_token_id=0))
+        # A head of its own behind scaled states: what CTranslate2's converter makes of every T5 of transformers 5.
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(T5_VOCABULARY, 512))
+        model.save_pretrained(folder)
+        words = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {f"w{i}": i for i in range(3, T5_VOCABULARY)}
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>")),
+            pad_token="<pad>", eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+def ct2_folder(quantization, model=huggingface_folder):
+    source = model()
+    folder = source.with_name(f"{source.name}-ct2-{quantization}")
     if not (folder / "model.bin").exists():
         import ctranslate2
 
-        ctranslate2.converters.TransformersConverter(str(huggingface_folder())).convert(
+        ctranslate2.converters.TransformersConverter(str(source)).convert(
             str(folder), quantization=None if quantization == "float32" else quantization, force=True)
     return folder
 
@@ -64,6 +88,13 @@ def uniform_batches():
     """One batch, 8 x 256 random tokens, every one but the first a target."""
     draw = random.Random(1)
     return [{"ids": [[draw.randrange(VOCABULARY) for _ in range(256)] for _ in range(8)], "mask": [[1] * 256] * 8}]
+
+
+def source_batch(sequences, source, target):
+    """One batch of random tokens for an encoder-decoder: `source` that are read, `target` that are learnt."""
+    draw = random.Random(1)
+    rows = [[draw.randrange(3, T5_VOCABULARY) for _ in range(source + target)] for _ in range(sequences)]
+    return [{"ids": rows, "mask": [[0] * source + [1] * target] * sequences}]
 
 
 def instruction_batches(count=3, size=8):

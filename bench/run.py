@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import random
 import statistics
 import subprocess
 import sys
@@ -314,6 +315,45 @@ def calm_rows(threads, repeats, quick, log, released=None):
                   "0.80 is at most 1.25x)", g["ours-composed"], both, 0.80, "tok/s")
 
 
+def t5_rows(threads, repeats, quick, log):
+    """An encoder-decoder of the shape of T5 1.1 small."""
+    model = str(prepare.t5_folder())
+
+    def step(method, sequences, source, target):
+        return training_job(method, prepare.source_batch(sequences, source, target), threads, model=model)
+
+    sizes = (2, 32, 8) if quick else (8, 256, 64)
+    tokens = "{}x({} read + {} learnt)".format(*sizes)
+    log(f"T5, LoRA, {tokens}")
+    g = rounds({"ours-lora": step("lora", *sizes), "peft-lora": step("lora", *sizes)}, repeats, log)
+    yield compare("T1", f"T5 small, LoRA r=4 all linears, step of {tokens}: PEFT", g["ours-lora"], g["peft-lora"], 1.15)
+    yield compare_memory("T1", "T5 small, LoRA, peak above the loaded model: PEFT", g["ours-lora"], g["peft-lora"])
+    sizes = sizes if quick else (2, 256, 64)  # as little as the plain form needs memory for
+    tokens = "{}x({} read + {} learnt)".format(*sizes)
+    log(f"T5, MoLoRA, {tokens}")
+    g = rounds({"ours-molora": step("molora", *sizes), "naive-molora": step("molora", *sizes)}, repeats, log)
+    yield compare("T2", f"T5 small, MoLoRA 10x4 all linears, step of {tokens}: plain einsum", g["ours-molora"],
+                  g["naive-molora"], 2.2)
+    yield compare_memory("T2", f"T5 small, MoLoRA, {tokens}, peak above the loaded model: plain einsum",
+                         g["ours-molora"], g["naive-molora"], 5)
+
+    new_tokens = 8 if quick else 64
+    draw = random.Random(4)
+    prompt = [draw.randrange(3, prepare.T5_VOCABULARY) for _ in range(16 if quick else 128)]
+    ct2 = {"kind": "ct2_translate", "ct2_model": str(prepare.ct2_folder("float32", prepare.t5_folder)),
+           "compute_type": "float32"}
+    for num_beams, what in ((1, "greedy decode"), (4, "beam search with 4 beams")):
+        log(f"T5, {what}, {new_tokens} tokens")
+        job = {"model": model, "prompt": prompt, "new_tokens": 1, "threads": threads, "num_beams": num_beams}
+        g = rounds({"ours": {"kind": "generate", **job}, "hf": {"kind": "generate", **job}, "ct2": {**ct2, **job}},
+                   repeats, log, lambda c: c.decode(new_tokens))
+        for peer, must, name in [("hf", 1.5, "transformers"), ("ct2", 1.0, "CTranslate2")]:
+            yield compare("T3", f"T5 small, {what} of one prompt of {len(prompt)}: {name}", g["ours"], g[peer], must,
+                          "tok/s")
+        words = [g[n].runs[0]["ids"] for n in ("ours", "hf", "ct2")]
+        log(f"  they agree on {sum(a == b == c for a, b, c in zip(*words))} of {len(words[0])} tokens")
+
+
 BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"  # ends with us
 
 
@@ -352,7 +392,7 @@ def load_rows(threads, repeats, quick, log):
 
 
 SECTIONS = {"lora": lora_rows, "molora": molora_rows, "mov": mov_rows, "instructions": instruction_rows,
-            "generation": generation_rows, "start": start_rows, "calm": calm_rows, "load": load_rows}
+            "generation": generation_rows, "start": start_rows, "t5": t5_rows, "calm": calm_rows, "load": load_rows}
 
 
 def versions():
