@@ -32,7 +32,4 @@ struct Bytes {
 /// False also for what can't be looked at: a link that points to itself, a folder without permission.
 bool is_there(const std::filesystem::path& path);
 
-/// False for bytes that are no text: cut or overlong characters, surrogates.
-bool is_utf8(std::string_view text);
-
 }  // namespace moesaic::formats

@@ -7,6 +7,7 @@
 #include "moesaic/base/check.h"
 #include "moesaic/base/file_errors.h"
 #include "moesaic/base/json.h"
+#include "moesaic/formats/utf8.h"
 
 namespace moesaic::formats {
 namespace {

@@ -360,6 +360,10 @@ torch::Tensor Seq2SeqLM::encode(const nn::RaggedBatch& source, nn::Pass& pass) {
 }
 
 torch::Tensor Seq2SeqLM::prompt_states(const nn::RaggedBatch& prompts) {
+  MOESAIC_CHECK(reading_width() == config_.hidden_size, UsageError,
+                "router.input sentence: got an encoder of width {} and a decoder of width {}, expected one width for "
+                "vectors of the model itself\nhint: router.sentence_source: column",
+                reading_width(), config_.hidden_size);
   nn::Pass pass;
   return encode(prompts, pass);
 }

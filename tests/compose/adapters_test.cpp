@@ -291,7 +291,7 @@ TEST_F(CarriedAdapters, ThatRouteBySentenceAreRefused) {
 
 TEST_F(CarriedAdapters, OfAnAugmentingModelKeepTheWholeModel) {
   auto layers = [&](const MemberOptions& options) {
-    return open_member(models::open_checkpoint(path("aug")), {}, options).model->config().num_layers;
+    return open_member(models::open_checkpoint(path("aug")), {}, options).model->reading_blocks();
   };
   EXPECT_EQ(layers({.num_blocks = 2}), 2);
   EXPECT_EQ(layers({.adapter = path("aug_adapter"), .num_blocks = 2}), 4);

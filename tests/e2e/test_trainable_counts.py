@@ -12,6 +12,8 @@ with wi_1 too: 6 (d + f) for 4 (d + f), and 13d for 11d.
 import json
 
 import pytest
+import torch
+import transformers
 
 import tiny_run
 
@@ -95,3 +97,19 @@ def test_published_lora_of_t5_large(tmp_path):
     report = inspect(tmp_path, "lora", "--lora_target", "q,v", "--lora_rank", 16)
     assert (report["sites"], report["trainable_parameters"]) == (144, 4_718_592)
     assert report["total_parameters"] == 737_668_096
+
+
+def test_t5gemma(tmp_path):
+    """An encoder of 9B's width and a decoder of 2B's, counted by transformers on the meta device."""
+    nine = dict(hidden_size=3584, intermediate_size=14336, num_hidden_layers=42, num_attention_heads=16,
+                num_key_value_heads=8, head_dim=256)
+    config = transformers.T5GemmaConfig(encoder=nine, decoder={})
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = transformers.T5GemmaForConditionalGeneration(config)
+    report = inspect(tmp_path, "lora", "--lora_target", "q_proj,v_proj", "--lora_rank", 16)
+    assert report["total_parameters"] == sum(p.numel() for p in model.parameters())
+    assert report["hidden_size"] == [3584, 2304] and report["tied_head"]
+    linears = [m for n, m in model.named_modules() if n.endswith(("q_proj", "v_proj"))]
+    assert report["sites"] == len(linears) == 2 * (42 + 2 * 26)
+    assert report["trainable_parameters"] == sum(16 * (m.in_features + m.out_features) for m in linears)

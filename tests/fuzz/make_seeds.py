@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import torch
 from safetensors.numpy import save
-from transformers.utils import sentencepiece_model_pb2_new as sentencepiece_model
+from transformers.convert_slow_tokenizer import import_protobuf
 
 CORPUS = pathlib.Path(__file__).parent / "corpus"
 
@@ -53,7 +53,7 @@ def tiny_gguf(arch, model, pre):
 
 
 def pieces():
-    model = sentencepiece_model.ModelProto()
+    model = import_protobuf().ModelProto()
     for text, score, kind in [("<pad>", 0, 3), ("</s>", 0, 3), ("<unk>", 0, 2), ("<u>", 0, 4), ("\u2581the", -1.5, 1)]:
         model.pieces.add(piece=text, score=score, type=kind)
     model.trainer_spec.model_type, model.trainer_spec.unk_id = 1, 2

@@ -101,25 +101,26 @@ class Composition:
         if self.config.get("cross_position", "rope") == "rope":
             q, key = rotate(q, torch.arange(rows), self.theta), rotate(key, coordinates, self.theta)
         scores = q @ key.transpose(1, 2) / q.shape[-1] ** 0.5
-        hidden = torch.arange(len(states))[None] >= visible[:, None]
+        hidden = torch.arange(len(states))[None] >= visible.clamp(min=1)[:, None]
         mixed = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ value
         y = self.linear(f"connections.{k}.o_proj", mixed.transpose(0, 1).reshape(rows, -1))
         norm = self.weights.get(f"connections.{k}.norm.weight")
         if norm is not None:
             y = y * (y.pow(2).mean(-1, keepdim=True) + self.anchor.config.rms_norm_eps).rsqrt() * (1 + norm)
-        return y.to(h.dtype)
+        return torch.where(visible[:, None] > 0, y, 0).to(h.dtype)  # what sees nothing adds exactly nothing
 
     def taps(self, model, ids):
-        """The output of the embedding (-1) and of every block, before the final norm; of a T5 in its encoder."""
+        """The output of the embedding (-1) and of every block, before the final norm; of an encoder-decoder in its encoder."""
         states = {}
-        t5 = model.config.is_encoder_decoder
-        layers = model.encoder.block if t5 else model.model.layers
+        reader = model.get_encoder() if model.config.is_encoder_decoder else model
+        t5 = hasattr(reader, "block")
+        layers = reader.block if t5 else reader.layers if reader is not model else model.model.layers
         hooks = [layers[0].register_forward_pre_hook(lambda m, x: states.update({-1: x[0][0]}))]
         for i, layer in enumerate(layers):
             # T5's blocks give the state and biases.
             hooks.append(layer.register_forward_hook(lambda m, x, y, i=i: states.update({i: (y[0] if t5 else y)[0]})))
         with torch.no_grad():
-            (model.encoder if t5 else model)(input_ids=torch.tensor([ids]), use_cache=False)
+            reader(input_ids=torch.tensor([ids]))
         for hook in hooks:
             hook.remove()
         return states
@@ -250,12 +251,14 @@ def test_two_augmenting_models(driver, make, tokenizers, tmp_path):
           borders=[[max(1, len(s) // 2)] for s in ids])
 
 
-def make_t5(folder, seed):
-    """A T5 with the golden unigram vocabulary; returns it, its folder and its tokenizer."""
+def make_seq2seq(folder, family, seed):
+    """A T5 or T5Gemma with the golden unigram vocabulary; returns it, its folder and its tokenizer."""
     vocab = json.loads((GOLDEN / "unigram.json").read_text())["model"]["vocab"]
     tokenizer = transformers.T5Tokenizer(vocab=[tuple(piece) for piece in vocab], extra_ids=3)
     tokenizer.save_pretrained(folder)
-    config = transformers.T5Config(**{**common.TINY_T5, "vocab_size": len(tokenizer) + 2})
+    entry, size = common.FAMILIES[family], dict(vocab_size=len(tokenizer) + 2)
+    halves = {half: {**of_half, **size} for half, of_half in entry.arguments.items() if half in ("encoder", "decoder")}
+    config = common.Family(entry.config_class, halves or {**entry.arguments, **size}).config()
     model = transformers.AutoModelForSeq2SeqLM.from_config(config, attn_implementation="eager")
     common.randomise(model.float(), seed)
     model.eval().requires_grad_(False).save_pretrained(folder)
@@ -264,7 +267,11 @@ def make_t5(folder, seed):
 
 def prompt_stream(tokenizer, anchor, ids, border):
     """What an encoder reads of one sequence: (tokens, visible, coordinates), said once more from the rule's words."""
-    texts = [anchor.decode(ids[:t + 1]).rstrip("\ufffd") for t in range(border)]
+    texts = [""]
+    for t in range(border):  # a token that ends within a character tells nothing yet
+        text = anchor.decode(ids[:t + 1])
+        texts.append(texts[-1] if text.endswith("\ufffd") else text)
+    texts = texts[1:]
     encoded = tokenizer(texts[-1], return_offsets_mapping=True)
     places = [next(t for t, text in enumerate(texts) if len(text) >= end) if end > begin else border - 1
               for begin, end in encoded["offset_mapping"]]
@@ -272,12 +279,12 @@ def prompt_stream(tokenizer, anchor, ids, border):
     return encoded["input_ids"], [0] * (border - 1) + [count] * (len(ids) - border + 1), places
 
 
-@pytest.mark.parametrize("norm, cross_position", [("none", "rope"), ("pre", "none")])
-def test_an_encoder_reads_the_prompt(norm, cross_position, driver, make, tokenizers, tmp_path):
-    """A T5 beside a decoder-only augmenting model; nothing of the answer enters its encoder, nothing leaves it before."""
+@pytest.mark.parametrize("family, norm, cross_position", [("t5", "none", "rope"), ("t5gemma", "pre", "none")])
+def test_an_encoder_reads_the_prompt(family, norm, cross_position, driver, make, tokenizers, tmp_path):
+    """An encoder beside a decoder-only augmenting model; nothing of the answer enters its encoder, nothing leaves it before."""
     ids = ids_of(tokenizers, "gpt2")
     borders = [[max(1, len(s) // 2)] for s in ids]
-    model, folder, tokenizer = make_t5(tmp_path / "t5", 5)
+    model, folder, tokenizer = make_seq2seq(tmp_path / family, family, 5)
     config = dict(num_heads=2, norm=norm, cross_position=cross_position,
                   augmenting=[dict(connections=[[0, -1], [1, 0], [2, 2]], mask="prefix"),
                               dict(connections=[[1, 1]], align="mixed")])
