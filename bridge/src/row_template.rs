@@ -1,7 +1,7 @@
 //! Templates over rows of data: minijinja as the Jinja2 environment that promptsource gives its templates.
 use std::cell::Cell;
 
-use minijinja::value::{from_args, Kwargs, Rest, ValueKind};
+use minijinja::value::{from_args, Kwargs, Rest, ValueKind, ValueOrKwargs};
 use minijinja::{Environment, Error, ErrorKind, State, Value};
 
 use crate::template::{self, call_method, charge, describe, on_stack, python_str};
@@ -97,9 +97,9 @@ fn zip(sequences: Rest<Value>) -> Result<Value, Error> {
 }
 
 /// Jinja2's: a text of at most `length` characters (a few more are let pass), cut between words, with `end` behind it.
-fn truncate(text: &Value, args: Rest<Value>) -> Result<String, Error> {
+fn truncate(text: &Value, args: Rest<ValueOrKwargs>) -> Result<String, Error> {
     let (length, killwords, end, leeway, kwargs): (Option<usize>, Option<bool>, Option<String>, Option<usize>, Kwargs) =
-        from_args(&args)?;
+        from_args(&args.into_values())?;
     let length = match length {
         Some(length) => length,
         None => kwargs.get::<Option<usize>>("length")?.unwrap_or(255),
@@ -122,8 +122,8 @@ fn truncate(text: &Value, args: Rest<Value>) -> Result<String, Error> {
 }
 
 /// `other` for what is undefined, with `boolean` also for what is false.
-fn default(value: &Value, args: Rest<Value>) -> Result<Value, Error> {
-    let (other, boolean, kwargs): (Option<Value>, Option<bool>, Kwargs) = from_args(&args)?;
+fn default(value: &Value, args: Rest<ValueOrKwargs>) -> Result<Value, Error> {
+    let (other, boolean, kwargs): (Option<Value>, Option<bool>, Kwargs) = from_args(&args.into_values())?;
     let other = other.or(kwargs.get("default_value")?).unwrap_or_else(|| "".into());
     let boolean = boolean.or(kwargs.get("boolean")?).unwrap_or(false);
     kwargs.assert_all_used()?;
@@ -131,16 +131,16 @@ fn default(value: &Value, args: Rest<Value>) -> Result<Value, Error> {
 }
 
 /// The first argument of int and float, what stands for values that are no number.
-fn number_default(args: &[Value], fallback: Value) -> Result<Value, Error> {
-    let (default, kwargs): (Option<Value>, Kwargs) = from_args(args)?;
+fn number_default(args: Rest<ValueOrKwargs>, fallback: Value) -> Result<Value, Error> {
+    let (default, kwargs): (Option<Value>, Kwargs) = from_args(&args.into_values())?;
     let default = default.or(kwargs.get("default")?).unwrap_or(fallback);
     kwargs.assert_all_used()?;
     Ok(default)
 }
 
 /// int(value), of a text with a fraction its whole part, of what is no number the default.
-fn int(value: &Value, args: Rest<Value>) -> Result<Value, Error> {
-    let default = number_default(&args, 0.into())?;
+fn int(value: &Value, args: Rest<ValueOrKwargs>) -> Result<Value, Error> {
+    let default = number_default(args, 0.into())?;
     if value.is_integer() {
         return Ok(value.clone());
     }
@@ -154,8 +154,8 @@ fn int(value: &Value, args: Rest<Value>) -> Result<Value, Error> {
 }
 
 /// float(value), of what is no number the default.
-fn float(value: &Value, args: Rest<Value>) -> Result<Value, Error> {
-    let default = number_default(&args, 0.0.into())?;
+fn float(value: &Value, args: Rest<ValueOrKwargs>) -> Result<Value, Error> {
+    let default = number_default(args, 0.0.into())?;
     Ok(number(value).map_or(default, Value::from))
 }
 

@@ -127,7 +127,7 @@ TEST_F(PromptTemplatesTest, SaysAllThatIsWrongWithAFile) {
   write("prompts/templates.yaml", "dataset: d\ntemplates: {}\n");
   EXPECT_THAT([&] { PromptTemplates::load(folder_ / "prompts"); },
               ThrowsMessage<FormatError>(HasSubstr("no map `templates`")));
-  write("prompts/templates.yaml", "templates:\n  a: !Template\n    jinja: 'x\n");
+  write("prompts/templates.yaml", "templates:\n  a: !Template [x\n");
   EXPECT_THAT([&] { PromptTemplates::load(folder_ / "prompts"); },
               ThrowsMessage<FormatError>(HasSubstr(file + ": not valid YAML")));
   EXPECT_THAT([&] { PromptTemplates::load(folder_ / "none"); }, ThrowsMessage<UsageError>(HasSubstr("no such file")));
