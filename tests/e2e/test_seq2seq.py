@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import tokenizers
 import torch
 import transformers
 import yaml
@@ -268,3 +269,50 @@ def test_merge(folder):
     [beside] = answers(run("generate", "--model", folder / "model", "--adapter", folder / "merged-lora", *flags))
     [merged] = answers(run("generate", "--model", folder / "merged", *flags))
     assert beside["ids"] == merged["ids"]
+
+
+def make_t5gemma(folder):
+    """An encoder wider than its decoder; words with BOS in front, as Gemma's tokenizer puts it."""
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", *WORDS]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
+                                         pad_token="<pad>").save_pretrained(folder)
+    half = dict(vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=8, sliding_window=4, query_pre_attn_scalar=8)
+    torch.manual_seed(0)
+    model = transformers.T5GemmaForConditionalGeneration(transformers.T5GemmaConfig(
+        encoder=half, decoder={**half, "hidden_size": 24})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.5 if "embed" in name else 0.7 * parameter.shape[1] ** -0.5)
+    model.save_pretrained(folder)
+    return model
+
+
+@float32_only
+def test_t5gemma(tmp_path):
+    """Gemma's blocks through the same verbs: asked as transformers answers, all of it trained, read by transformers."""
+    model = make_t5gemma(tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    prompts = ["red one cat is", "dog", "three two one not blue green two"]
+    flags = [flag for prompt in prompts for flag in ("-p", prompt)]
+    ours = answers(run("generate", "--model", tmp_path / "model", *flags, "--json", "--max_new_tokens", 8))
+    for prompt, answer in zip(prompts, ours, strict=True):
+        batch = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        assert answer["prompt_tokens"] == batch["input_ids"].shape[1]
+        assert answer["ids"] == model.generate(**batch, max_new_tokens=8, do_sample=False)[0, 1:].tolist()
+    for name, settings in {"whole": dict(finetuning_type="full", num_experts=1, learning_rate=1e-3),
+                           "lora": dict(finetuning_type="lora", num_experts=1, lora_rank=2)}.items():
+        run("train", make_run(tmp_path, name, max_steps=6, **settings))
+    run("merge", "--model", tmp_path / "model", "--adapter", tmp_path / "lora", tmp_path / "merged")
+    for name in ("whole", "merged"):
+        trained = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / name).eval()
+        done = json.loads(run("score", "--model", tmp_path / name, "--text", prompts[0], "--target", "two dog", "--json"))
+        with torch.no_grad():
+            logits = trained(input_ids=torch.tensor([done["prompt_ids"]]),
+                             decoder_input_ids=torch.tensor([[2, *done["ids"][:-1]]])).logits[0]
+        theirs = [row[i].item() for row, i in zip(logits.log_softmax(-1), done["ids"], strict=True)]
+        assert done["logprobs"] == pytest.approx(theirs, abs=1e-4)
