@@ -99,22 +99,25 @@ PromptTemplates PromptTemplates::load(const fs::path& path) {
   const fs::path file = fs::is_directory(path, error) ? path / "templates.yaml" : path;
   MOESAIC_CHECK(fs::is_regular_file(file, error), UsageError,
                 "{}: no such file, expected a templates.yaml of promptsource, or a folder with one", file.string());
-  const std::string source = read_file(file, size_t{16} << 20);
-  const OrderedJson yaml = parse_yaml(source, file.string());
+  return parse(read_file(file, size_t{16} << 20), file.string());
+}
+
+PromptTemplates PromptTemplates::parse(const std::string& text, const std::string& where) {
+  const OrderedJson yaml = parse_yaml(text, where);
   const bool is_map = yaml.is_object() && yaml.contains("templates") && yaml["templates"].is_object();
   MOESAIC_CHECK(is_map && !yaml["templates"].empty(), FormatError,
-                "{}: got no map `templates` with entries, which promptsource's files have", file.string());
-  const std::vector<int64_t> lines = yaml_entry_lines(source, "templates");
+                "{}: got no map `templates` with entries, which promptsource's files have", where);
+  const std::vector<int64_t> lines = yaml_entry_lines(text, "templates");
 
   PromptTemplates result;
   std::vector<std::string> problems;
   size_t line = 0;
   for (const auto& [id, entry] : yaml["templates"].items()) {
-    const std::string where = fmt::format("{}:{}", file.string(), lines[line++]);
+    const std::string place = fmt::format("{}:{}", where, lines[line++]);
     const size_t known = problems.size();
-    PromptTemplate& made = result.templates_.emplace_back(read_entry(id, entry, where, problems));
+    PromptTemplate& made = result.templates_.emplace_back(read_entry(id, entry, place, problems));
     if (problems.size() > known) continue;
-    const std::string name = fmt::format("{}: template '{}'", where, made.name);
+    const std::string name = fmt::format("{}: template '{}'", place, made.name);
     try {
       Compiled compiled{RowTemplate(with_cuts(made.jinja), name), std::nullopt};
       if (made.answer_choices) compiled.answer_choices.emplace(*made.answer_choices, name + ": answer_choices");

@@ -38,6 +38,8 @@ class PromptTemplates {
   /// `path`: the file, or a folder with a templates.yaml in it. Throws FormatError that names all that is wrong, with
   /// file and line.
   static PromptTemplates load(const std::filesystem::path& path);
+  /// The same of a file's text; `where` names it in messages.
+  static PromptTemplates parse(const std::string& text, const std::string& where);
 
   const std::vector<PromptTemplate>& templates() const { return templates_; }
   /// All of a template that decides what it makes of rows.
