@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include <mutex>
+#include <set>
 
 #include "moesaic/base/file_memory.h"
 #include "moesaic/base/sha256.h"
@@ -63,6 +64,10 @@ class WeightFile {
     }
     mapped_ = Bytes::map(path);
     pickled_ = read_torch_file(mapped_);
+    std::set<const void*> seen;
+    for (const auto& [name, tensor] : pickled_) {
+      if (tensor.numel() > 0 && !seen.insert(tensor.const_data_ptr()).second) repeats_.insert(name);
+    }
   }
 
   std::vector<std::string> names() const {
@@ -81,7 +86,9 @@ class WeightFile {
     return safetensors_ ? safetensors_->dtype(name) : pickled_.at(name).scalar_type();
   }
   at::Tensor tensor(const std::string& name) const {
-    return safetensors_ ? safetensors_->tensor(name) : pickled_.at(name);
+    if (safetensors_) return safetensors_->tensor(name);
+    // A tied weight is a view of another's numbers, and a copy to whoever writes both.
+    return repeats_.contains(name) ? pickled_.at(name).clone() : pickled_.at(name);
   }
   /// The numbers, one row behind the other. `kept` holds them where the file has them otherwise.
   std::string_view bytes(const std::string& name, at::Tensor& kept) const {
@@ -106,6 +113,7 @@ class WeightFile {
   std::optional<SafetensorsFile> safetensors_;
   Bytes mapped_;
   TensorMap pickled_;
+  std::set<std::string> repeats_;
 };
 
 class FolderCheckpoint : public Checkpoint {

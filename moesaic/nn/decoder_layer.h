@@ -2,6 +2,7 @@
 #pragma once
 #include <torch/torch.h>
 
+#include <optional>
 #include <string>
 
 #include "moesaic/nn/attention.h"

@@ -1,9 +1,11 @@
 """A tiny T5 through every verb, against transformers: an encoder reads prompts, a decoder answers."""
 
+import io
 import json
 import shutil
 
 import pytest
+import sentencepiece
 import tokenizers
 import torch
 import transformers
@@ -269,6 +271,30 @@ def test_merge(folder):
     [beside] = answers(run("generate", "--model", folder / "model", "--adapter", folder / "merged-lora", *flags))
     [merged] = answers(run("generate", "--model", folder / "merged", *flags))
     assert beside["ids"] == merged["ids"]
+
+
+def test_a_folder_of_before_safetensors(tmp_path):
+    """pytorch_model.bin, in which tied weights share their numbers, and spiece.model; exported, as folders are today."""
+    pieces = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([" ".join(WORDS)] * 5), model_writer=pieces, vocab_size=60, hard_vocab_limit=False,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+    model = make_model(tmp_path / "old", vocab_size=160)
+    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "old" / name).unlink()
+    torch.save(model.state_dict(), tmp_path / "old" / "pytorch_model.bin")
+    (tmp_path / "old" / "spiece.model").write_bytes(pieces.getvalue())
+    run("export", "--model", tmp_path / "old", "--format", "hf", tmp_path / "new", "--dtype", "float32")
+    prompt = "red one\tcat  is <extra_id_0> dog"
+    for name in ("old", "new"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
+        batch = tokenizer(prompt, return_tensors="pt")
+        theirs = model.generate(**batch, max_new_tokens=8, do_sample=False)[0, 1:].tolist()
+        [answer] = answers(run("generate", "--model", tmp_path / name, "-p", prompt, "--json", "--max_new_tokens", 8,
+                               "--dtype", "float32"))
+        assert (answer["ids"], answer["prompt_tokens"]) == (theirs, batch["input_ids"].shape[1])
+    assert len(set(theirs)) > 1
+    transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "new")
 
 
 def make_t5gemma(folder):
