@@ -71,9 +71,10 @@ void bridge_template_free(BridgeTemplate* tmpl);
 bool bridge_template_render(const BridgeTemplate* tmpl, const char* context, size_t size, bool mark_generation,
                             BridgeText* out, BridgeText* error);
 
-/// A template over rows of data, in the environment that promptsource gives its Jinja2 templates. Null on failure;
-/// `error` then names the template's line.
-BridgeRowTemplate* bridge_row_template_new(const char* source, size_t size, BridgeText* error);
+/// A template over rows of data, in the environment that promptsource gives its Jinja2 templates; `strict`: what is
+/// undefined is an error, the line end at the end stays, and there is tojson. Null on failure; `error` then names the
+/// template's line.
+BridgeRowTemplate* bridge_row_template_new(const char* source, size_t size, bool strict, BridgeText* error);
 void bridge_row_template_free(BridgeRowTemplate* tmpl);
 /// row: JSON object with the template's variables. `seed` decides what the filters choice and random take.
 bool bridge_row_template_render(const BridgeRowTemplate* tmpl, const char* row, size_t size, uint64_t seed,

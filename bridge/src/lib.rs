@@ -258,8 +258,13 @@ pub unsafe extern "C" fn bridge_template_render(
 }
 
 #[no_mangle]
-pub unsafe extern "C" fn bridge_row_template_new(source: *const c_char, size: usize, error: *mut Text) -> *mut RowTemplate {
-    guard(error, || RowTemplate::new(utf8(source, size)?))
+pub unsafe extern "C" fn bridge_row_template_new(
+    source: *const c_char,
+    size: usize,
+    strict: bool,
+    error: *mut Text,
+) -> *mut RowTemplate {
+    guard(error, || RowTemplate::new(utf8(source, size)?, strict))
         .map_or(std::ptr::null_mut(), |template| Box::into_raw(Box::new(template)))
 }
 

@@ -1,8 +1,9 @@
 //! Templates over rows of data: minijinja as the Jinja2 environment that promptsource gives its templates.
 use std::cell::Cell;
 
+use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{from_args, Kwargs, Rest, ValueKind, ValueOrKwargs};
-use minijinja::{Environment, Error, ErrorKind, State, Value};
+use minijinja::{Environment, Error, ErrorKind, State, UndefinedBehavior, Value};
 
 use crate::template::{self, call_method, charge, describe, on_stack, python_str};
 
@@ -19,11 +20,18 @@ pub struct RowTemplate {
 }
 
 impl RowTemplate {
-    pub fn new(source: &str) -> Result<Self, String> {
+    /// `strict`: what is undefined is an error, the line end at the end stays, and there is tojson.
+    pub fn new(source: &str, strict: bool) -> Result<Self, String> {
         template::check_size(source)?;
         on_stack(template::parse_stack(source), || {
             let mut environment = Environment::new();
             template::set_python(&mut environment);
+            if strict {
+                let syntax = SyntaxConfig::builder().keep_trailing_newline(true).build().map_err(describe)?;
+                environment.set_syntax(syntax);
+                environment.set_undefined_behavior(UndefinedBehavior::Strict);
+                environment.add_filter("tojson", template::tojson);
+            }
             environment.set_unknown_method_callback(call_row_method);
             environment.add_function("zip", zip);
             environment.add_filter("choice", choice);

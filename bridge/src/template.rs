@@ -288,7 +288,7 @@ pub fn call_method(state: &mut State, value: &Value, method: &str, args: &[Value
 }
 
 /// json.dumps(value, ensure_ascii, indent, separators, sort_keys)
-fn tojson(state: &State, value: &Value, args: Rest<ValueOrKwargs>) -> Result<Value, Error> {
+pub fn tojson(state: &State, value: &Value, args: Rest<ValueOrKwargs>) -> Result<Value, Error> {
     let args = args.into_values();
     let (positional, kwargs) = match args.split_last() {
         Some((last, before)) if last.is_kwargs() => (before, Kwargs::try_from(last.clone())?),

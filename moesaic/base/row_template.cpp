@@ -4,10 +4,11 @@
 
 namespace moesaic {
 
-RowTemplate::RowTemplate(const std::string& source, const std::string& where) : where_(where) {
+RowTemplate::RowTemplate(const std::string& source, const std::string& where, Undefined undefined) : where_(where) {
   OwnedText reason;
+  const bool strict = undefined == Undefined::kError;
   compiled_.reset(
-      bridge_row_template_new(source.data(), source.size(), reason.out()),
+      bridge_row_template_new(source.data(), source.size(), strict, reason.out()),
       [](const BridgeRowTemplate* made) { bridge_row_template_free(const_cast<BridgeRowTemplate*>(made)); });
   MOESAIC_CHECK(compiled_, FormatError, "{}: {}", where_, reason.reason());
 }

@@ -16,8 +16,12 @@ namespace moesaic {
 /// (list.append).
 class RowTemplate {
  public:
-  /// `where` names it in messages. Throws FormatError with the template's line when it is broken.
-  RowTemplate(const std::string& source, const std::string& where);
+  enum class Undefined { kEmpty, kError };
+
+  /// `where` names it in messages. kError: lm-evaluation-harness's environment, in which what is undefined is an error
+  /// and the line end at the end stays; and there is `tojson`. Throws FormatError with the template's line when it is
+  /// broken.
+  RowTemplate(const std::string& source, const std::string& where, Undefined undefined = Undefined::kEmpty);
 
   /// `row`: an object. `seed` decides what the filters choice and random take. Safe from several threads. Throws
   /// DataError with the template's line.

@@ -17,6 +17,7 @@ namespace {
 
 constexpr int kMaxDepth = 100;
 constexpr int64_t kMaxNodes = 100'000;
+constexpr size_t kMostPointer = 500;
 
 /// The types YAML 1.2's core schema (section 10.3.2) gives to a plain scalar.
 OrderedJson typed_scalar(const std::string& text, const std::string& where) {
@@ -55,9 +56,9 @@ OrderedJson typed_scalar(const std::string& text, const std::string& where) {
 /// Turns a YAML tree into JSON and counts its nodes: aliases may make a small file a huge or endless tree.
 class Converter {
  public:
-  explicit Converter(const std::string& where) : where_(where) {}
+  Converter(const std::string& where, YamlLines* lines) : where_(where), lines_(lines) {}
 
-  OrderedJson convert(const YAML::Node& node, int depth = 0) {
+  OrderedJson convert(const YAML::Node& node, const std::string& pointer = "", int depth = 0) {
     std::string place = fmt::format("{}:{}", where_, node.Mark().line + 1);
     MOESAIC_CHECK(depth <= kMaxDepth, FormatError, "{}: YAML is nested deeper than {} levels", place, kMaxDepth);
     MOESAIC_CHECK(++nodes_ <= kMaxNodes, FormatError, "{}: YAML expands to more than {} nodes", place, kMaxNodes);
@@ -71,7 +72,10 @@ class Converter {
       }
       case YAML::NodeType::Sequence: {
         OrderedJson list = OrderedJson::array();
-        for (const YAML::Node& item : node) list.push_back(convert(item, depth + 1));
+        for (const YAML::Node& item : node) {
+          const std::string inside = below(pointer, std::to_string(list.size()), item.Mark());
+          list.push_back(convert(item, inside, depth + 1));
+        }
         return list;
       }
       case YAML::NodeType::Map: {
@@ -82,7 +86,8 @@ class Converter {
           const std::string& key = item.first.Scalar();
           MOESAIC_CHECK(keys.insert(key).second, FormatError, "{}:{}: key '{}' stands twice", where_,
                         item.first.Mark().line + 1, key);
-          map.get_ref<OrderedJson::object_t&>().emplace_back(key, convert(item.second, depth + 1));
+          const std::string inside = below(pointer, key, item.first.Mark());
+          map.get_ref<OrderedJson::object_t&>().emplace_back(key, convert(item.second, inside, depth + 1));
         }
         return map;
       }
@@ -91,7 +96,16 @@ class Converter {
   }
 
  private:
+  /// The pointer to what stands below `pointer`, whose line is noted. Endless pointers are given up.
+  std::string below(const std::string& pointer, const std::string& key, const YAML::Mark& mark) {
+    if (lines_ == nullptr || pointer.size() + key.size() > kMostPointer) return "";
+    const std::string inside = pointer + "/" + key;
+    (*lines_)[inside] = mark.line + 1;
+    return inside;
+  }
+
   const std::string& where_;
+  YamlLines* lines_;
   int64_t nodes_ = 0;
 };
 
@@ -166,7 +180,7 @@ void collect_unknown(const Json& config, const std::vector<std::string>& known, 
 
 }  // namespace
 
-OrderedJson parse_yaml(std::string_view text, const std::string& where) {
+OrderedJson parse_yaml(std::string_view text, const std::string& where, YamlLines* lines) {
   try {
     Json(text).dump();
   } catch (const Json::exception&) {
@@ -179,7 +193,7 @@ OrderedJson parse_yaml(std::string_view text, const std::string& where) {
   try {
     const std::string copy(text);
     MOESAIC_CHECK(!has_two_documents(copy), FormatError, "{}: more than one YAML document, expected one", where);
-    return Converter(where).convert(YAML::Load(copy));
+    return Converter(where, lines).convert(YAML::Load(copy));
   } catch (const YAML::Exception& error) {
     throw FormatError(fmt::format("{}: not valid YAML: {}", where, error.what()));
   }
@@ -187,12 +201,6 @@ OrderedJson parse_yaml(std::string_view text, const std::string& where) {
 
 OrderedJson read_yaml(const std::filesystem::path& path) {
   return parse_yaml(read_file(path, size_t{16} << 20), path.string());
-}
-
-std::vector<int64_t> yaml_entry_lines(const std::string& text, const std::string& key) {
-  std::vector<int64_t> lines;
-  for (const auto& entry : YAML::Load(text)[key]) lines.push_back(entry.first.Mark().line + 1);
-  return lines;
 }
 
 std::string to_yaml(const OrderedJson& json) {

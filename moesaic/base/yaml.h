@@ -1,6 +1,8 @@
 // Run files: YAML with key=value overrides, as JSON whose keys stand in the file's order.
 #pragma once
+#include <cstdint>
 #include <filesystem>
+#include <map>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -9,18 +11,18 @@
 
 namespace moesaic {
 
+/// The line of every value of a document by its JSON pointer ("/router/top_k"), for messages; a value of a map has its
+/// key's.
+using YamlLines = std::map<std::string, int64_t>;
+
 /// Parses one YAML document. Plain scalars get their types by YAML 1.2's core schema (1e-3 is a number; yes, on and
 /// 12:30 are strings); quoted ones are strings. Tags of maps and lists say nothing; those of scalars, duplicate keys,
 /// non-finite numbers, and aliases that expand to more than 100,000 nodes are refused. Throws FormatError with the
 /// line.
-OrderedJson parse_yaml(std::string_view text, const std::string& where);
+OrderedJson parse_yaml(std::string_view text, const std::string& where, YamlLines* lines = nullptr);
 
 /// Reads a YAML file (at most 16 MiB).
 OrderedJson read_yaml(const std::filesystem::path& path);
-
-/// The lines, from 1, on which the entries of the map under the top key `key` begin, in their order. For text that
-/// parse_yaml takes.
-std::vector<int64_t> yaml_entry_lines(const std::string& text, const std::string& key);
 
 /// `json` as YAML text that parse_yaml reads back to the same value.
 std::string to_yaml(const OrderedJson& json);

@@ -103,17 +103,16 @@ PromptTemplates PromptTemplates::load(const fs::path& path) {
 }
 
 PromptTemplates PromptTemplates::parse(const std::string& text, const std::string& where) {
-  const OrderedJson yaml = parse_yaml(text, where);
+  YamlLines lines;
+  const OrderedJson yaml = parse_yaml(text, where, &lines);
   const bool is_map = yaml.is_object() && yaml.contains("templates") && yaml["templates"].is_object();
   MOESAIC_CHECK(is_map && !yaml["templates"].empty(), FormatError,
                 "{}: got no map `templates` with entries, which promptsource's files have", where);
-  const std::vector<int64_t> lines = yaml_entry_lines(text, "templates");
 
   PromptTemplates result;
   std::vector<std::string> problems;
-  size_t line = 0;
   for (const auto& [id, entry] : yaml["templates"].items()) {
-    const std::string place = fmt::format("{}:{}", where, lines[line++]);
+    const std::string place = fmt::format("{}:{}", where, lines["/templates/" + id]);
     const size_t known = problems.size();
     PromptTemplate& made = result.templates_.emplace_back(read_entry(id, entry, place, problems));
     if (problems.size() > known) continue;

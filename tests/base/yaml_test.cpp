@@ -49,6 +49,13 @@ TEST(ParseYaml, KeysKeepTheFilesOrder) {
   EXPECT_EQ(yaml(to_yaml(OrderedJson::parse(json))).dump(), json);
 }
 
+TEST(ParseYaml, TellsTheLineOfEveryValue) {
+  YamlLines lines;
+  parse_yaml("a: 1\nb:\n  - x: 1\n    y:\n      2\n  - {z: 3}\n", "run.yaml", &lines);
+  const YamlLines expected{{"/a", 1}, {"/b", 2}, {"/b/0", 3}, {"/b/0/x", 3}, {"/b/0/y", 4}, {"/b/1", 6}, {"/b/1/z", 6}};
+  EXPECT_EQ(lines, expected);
+}
+
 TEST(ParseYaml, SaysWhereItIsWrong) {
   EXPECT_THAT([] { yaml("a: 1\nb: 2\na: 3\n"); },
               ThrowsMessage<FormatError>(HasSubstr("run.yaml:3: key 'a' stands twice")));
