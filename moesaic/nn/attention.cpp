@@ -428,13 +428,20 @@ torch::Tensor CrossAttentionImpl::forward(const torch::Tensor& x, Pass& pass) {
   if (source.kept == nullptr) {
     mixed = ragged_attention(q, k, v, pass.offsets, source.offsets, config_.options);
   } else {
+    // Neighbours that share a source are one sequence here: their rows see all of it, and nothing of each other.
     std::vector<std::pair<torch::Tensor, torch::Tensor>> kept;
+    std::vector<int64_t> offsets{0};
     for (int64_t b = 0; b < batch; ++b) {
       const int64_t begin = source.offsets[b], end = source.offsets[b + 1];
       if (begin < end) source.kept->put(config_.cache_layer, b, k.slice(0, begin, end), v.slice(0, begin, end));
-      kept.push_back(source.kept->at(config_.cache_layer, b));
+      const auto& pair = source.kept->at(config_.cache_layer, b);
+      if (kept.empty() || !pair.first.is_same(kept.back().first)) {
+        kept.push_back(pair);
+        offsets.push_back(0);
+      }
+      offsets.back() = pass.offsets[b + 1];
     }
-    mixed = attention_to(q, pass.offsets, kept, config_.options);
+    mixed = attention_to(q, offsets, kept, config_.options);
   }
   return o_.forward(mixed.reshape({rows, config_.heads * config_.head_dim}), pass);
 }
