@@ -6,6 +6,7 @@
 #include "moesaic/adapters/adapter.h"
 #include "moesaic/compose/folder.h"
 #include "moesaic/data/example.h"
+#include "moesaic/eval/rank.h"
 #include "moesaic/generate/generate.h"
 #include "moesaic/models/causal_lm.h"
 #include "moesaic/models/registry.h"
@@ -190,6 +191,42 @@ Run generation(const Json& job) {
   };
 }
 
+/// The choices of questions ranked by an encoder-decoder, as many questions at once as `moesaic eval` takes.
+Run scoring(const Json& job) {
+  const std::shared_ptr<models::SingleModel> model =
+      models::load_model(*models::open_checkpoint(job["model"].get<std::string>()), {});
+  constexpr int64_t kBatchTokens = 4096;
+  std::vector<std::vector<eval::RankQuestion>> batches;
+  int64_t in_batch = kBatchTokens, scored = 0;
+  for (const Json& given : job["questions"]) {
+    eval::RankQuestion question;
+    question.prompt.ids = given["prompt"].get<std::vector<int64_t>>();
+    question.choices = given["choices"].get<std::vector<std::vector<int64_t>>>();
+    question.first_scored.assign(question.choices.size(), 0);
+    question.first_of_choice = question.first_scored;
+    int64_t tokens = std::ssize(question.prompt.ids);
+    for (const auto& choice : question.choices) {
+      tokens += std::ssize(question.prompt.ids) + std::ssize(choice);
+      scored += std::ssize(choice);
+    }
+    if (in_batch + tokens > kBatchTokens) {
+      batches.emplace_back();
+      in_batch = 0;
+    }
+    in_batch += tokens;
+    batches.back().push_back(std::move(question));
+  }
+  return [=](int64_t, const Json&) -> Json {
+    std::vector<double> scores;
+    for (const auto& batch : batches) {
+      for (const auto& question : eval::rank(*model, batch)) {
+        for (const eval::ChoiceScore& score : question) scores.push_back(score.logprob);
+      }
+    }
+    return {{"tokens", scored}, {"scores", scores}};
+  };
+}
+
 }  // namespace
 
 int main() {
@@ -201,6 +238,7 @@ int main() {
   const cli::SpinWatch watch;
   const std::map<std::string, Run (*)(const Json&)> kinds{{"training", training},
                                                           {"generate", generation},
+                                                          {"score", scoring},
                                                           {"calm", composed_training},
                                                           {"calm_generate", composed_generation}};
   const Run run = kinds.at(job["kind"])(job);

@@ -168,6 +168,40 @@ def hf_generate(job):
     return run
 
 
+def score(job):
+    """Log-probabilities of answer choices by an encoder-decoder: every choice in a pass of its own, or, `batched`, the
+    choices of a question side by side on one reading of it."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(job["threads"])
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(job["model"], dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        parameter.detach().sum()
+
+    def sums(labels, **inputs):
+        logits = model(labels=labels, **inputs).logits.log_softmax(-1)
+        kept = labels != -100
+        return (logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * kept).sum(-1).tolist()
+
+    def run(_):
+        scores = []
+        with torch.no_grad():
+            for question in job["questions"]:
+                prompt, choices = torch.tensor([question["prompt"]]), question["choices"]
+                if job.get("batched"):
+                    width = max(map(len, choices))
+                    labels = torch.tensor([choice + [-100] * (width - len(choice)) for choice in choices])
+                    states = model.get_encoder()(input_ids=prompt).last_hidden_state.expand(len(choices), -1, -1)
+                    scores += sums(labels, encoder_outputs=(states,))
+                else:
+                    for choice in choices:
+                        scores += sums(torch.tensor([choice]), input_ids=prompt)
+        return {"tokens": sum(len(c) for q in job["questions"] for c in q["choices"]), "scores": scores}
+
+    return run
+
+
 def ct2_generate(job):
     import ctranslate2
 
@@ -220,7 +254,7 @@ def llama_generate(job):
     return run
 
 
-KINDS = {"training": training, "calm": calm_training, "generate": hf_generate, "ct2": ct2_generate,
+KINDS = {"training": training, "calm": calm_training, "generate": hf_generate, "score": score, "ct2": ct2_generate,
          "ct2_translate": ct2_translate, "llama": llama_generate}
 
 

@@ -73,6 +73,17 @@ def t5_folder():
     return folder
 
 
+def choice_questions(count):
+    """Questions as those of T0's sets are long: prompts of 30 to 150 tokens, 2 to 4 choices of 1 to 12, EOS behind each."""
+    draw = random.Random(4)
+
+    def ids(least, most):
+        return [draw.randrange(2, 32000) for _ in range(draw.randint(least, most))]
+
+    return [{"prompt": ids(30, 150), "choices": [[*ids(1, 12), 1] for _ in range(draw.randint(2, 4))]}
+            for _ in range(count)]
+
+
 def ct2_folder(quantization, model=huggingface_folder):
     source = model()
     folder = source.with_name(f"{source.name}-ct2-{quantization}")

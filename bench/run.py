@@ -233,6 +233,18 @@ def generation_rows(threads, repeats, quick, log):
     log(f"  the float32 contestants agree on {same} of {len(words[0])} tokens")
 
 
+def scoring_rows(threads, repeats, quick, log):
+    questions = prepare.choice_questions(8 if quick else 64)
+    log(f"choices of {len(questions)} questions, a T5 of t5-v1_1-small's shape")
+    job = {"kind": "score", "model": str(prepare.t5_folder()), "questions": questions, "threads": threads}
+    g = rounds({"ours": job, "hf": job, "hf-batched": {**job, "batched": True}}, repeats, log)
+    worst = max(abs(a - b) for a, b in zip(g["ours"].runs[0]["scores"], g["hf"].runs[0]["scores"], strict=True))
+    log(f"  the scores differ from transformers' by {worst:.2g} at most")
+    what = "choices ranked by an encoder-decoder, float32: transformers"
+    yield compare("C14", f"{what}, choice by choice", g["ours"], g["hf"], 3)
+    yield compare("C14", f"{what}, the choices of a question side by side", g["ours"], g["hf-batched"])
+
+
 # A process of its own, for a child's peak begins at that of the process that starts it.
 LIFE = """import resource, subprocess, sys, time
 start = time.perf_counter()
@@ -392,7 +404,8 @@ def load_rows(threads, repeats, quick, log):
 
 
 SECTIONS = {"lora": lora_rows, "molora": molora_rows, "mov": mov_rows, "instructions": instruction_rows,
-            "generation": generation_rows, "start": start_rows, "t5": t5_rows, "calm": calm_rows, "load": load_rows}
+            "generation": generation_rows, "scoring": scoring_rows, "start": start_rows, "t5": t5_rows, "calm": calm_rows,
+            "load": load_rows}
 
 
 def versions():
