@@ -3,6 +3,8 @@
 #include "cli/options.h"
 #include "moesaic/base/progress.h"
 #include "moesaic/eval/report.h"
+#include "moesaic/eval/suite.h"
+#include "moesaic/eval/task_file.h"
 
 namespace moesaic::cli {
 namespace {
@@ -13,7 +15,7 @@ struct Options {
   eval::TaskOptions task;
   eval::EvalOptions eval;
   AskOptions ask;
-  std::string batch_size = "auto", output_path;
+  std::string suite, batch_size = "auto", output_path;
   bool log_samples = false, json = false;
 };
 
@@ -31,7 +33,14 @@ int run_verb(Options options, const CommonOptions& common) {
   }
   MOESAIC_CHECK(!options.log_samples || !options.output_path.empty(), UsageError,
                 "--log_samples needs --output_path: that is where the samples go");
-  const std::vector<eval::Task> tasks = eval::load_tasks(options.tasks, options.task);
+  MOESAIC_CHECK(options.tasks.empty() != options.suite.empty(), UsageError, "expected either --tasks or --suite");
+  eval::Suite suite;
+  if (options.suite.empty()) {
+    suite.tasks = eval::load_tasks(options.tasks, options.task);
+  } else {
+    suite = eval::load_suite(options.suite, options.task);
+  }
+  const std::vector<eval::Task>& tasks = suite.tasks;
   for (const eval::Task& task : tasks) eval::check_metrics(task, options.eval);
   const Loaded loaded = load(options.model, common);
   spdlog::info("computing in {}", loaded.computes_in());
@@ -40,6 +49,7 @@ int run_verb(Options options, const CommonOptions& common) {
   options.eval.generation.eos_ids = loaded.eos_ids();
   options.eval.generation.seed = common.seed;
   options.eval.bootstrap_iters = 100000;  // the harness's default
+  options.eval.keep_samples = options.log_samples;
 
   std::vector<eval::TaskResult> results;
   double seconds = 0;
@@ -63,16 +73,20 @@ int run_verb(Options options, const CommonOptions& common) {
   info.batch_size = options.batch_size;
   info.device = loaded.model->facts().device.str();
   info.limit = options.task.limit;
-  info.num_fewshot = options.task.num_fewshot;
   info.seed = common.seed;
   info.asked = asked;
   if (options.eval.apply_chat_template) info.chat_template = loaded.chat_template->source();
   info.seconds = seconds;
-  const OrderedJson json = eval::results_json(results, tasks, options.eval, info);
+  OrderedJson json = eval::results_json(results, tasks, options.eval, info);
+  if (!suite.columns.empty()) {
+    json["suite"] = eval::suite_json(suite, results, options.eval);
+    json["groups"] = {{suite.name, {{"alias", suite.name}, {json["suite"]["metric"].get<std::string>() + ",none", json["suite"]["mean"]}}}};
+    json["suite"]["facts"] = {{"model", info.model}, {"asked", asked}, {"version", info.version}};
+  }
   if (options.json) {
     say("{}\n", json.dump(2, ' ', false, OrderedJson::error_handler_t::replace));
   } else {
-    say(eval::results_table(results));
+    say(suite.columns.empty() ? eval::results_table(results) : eval::suite_table(json["suite"]));
   }
   if (!options.output_path.empty()) {
     const auto path = eval::write_results(options.output_path, json, results, info, options.log_samples);
@@ -89,10 +103,12 @@ Runner add_eval(CLI::App& app, CommonOptions& common) {
   common.dtype = "float32";                     // an accuracy does not depend on the machine
   add_model_options(app, options->model);
   add_task_options(app, options->tasks, options->task, options->ask);
+  app.get_option("--tasks")->required(false);  // or a suite
+  app.add_option("--suite", options->suite,
+                 "Tasks that make one row of scores: t0, or the file (.yaml) of a group of tasks");
   app.add_option("--batch_size", options->batch_size, "Questions side by side, or auto")->capture_default_str();
   app.add_option("--num_fewshot", options->task.num_fewshot,
-                 "Solved examples in the prompt (Super-NaturalInstructions, MBPP)")
-      ->capture_default_str()
+                 "Solved examples in the prompt; default: as many as the task file says, else 0")
       ->check(CLI::Range(0, 100));
   app.add_flag("--generate", options->task.generate, "Let the model write even where the answers are a closed set");
   app.add_flag("--score_eos", options->eval.score_eos, "Score the EOS token behind each choice too, as T0 does");

@@ -46,9 +46,13 @@ void add_sampling_options(CLI::App& app, generate::SamplingOptions& options) {
 }
 
 void add_task_options(CLI::App& app, std::vector<std::string>& tasks, eval::TaskOptions& task, AskOptions& ask) {
-  repeated(app.add_option("--tasks", tasks, "Task files or folders, comma-separated or repeated"))
+  repeated(app.add_option("--tasks", tasks,
+                          "Built-in tasks, task files (.yaml), data files or folders of them; comma-separated or "
+                          "repeated"))
       ->required()
       ->delimiter(',');
+  app.add_option("--data_dir", task.data_dir, "Folder in which the data files of built-in tasks and task files lie")
+      ->capture_default_str();
   app.add_option("--limit", task.limit, "Questions per task at most; 0 = all")
       ->capture_default_str()
       ->check(CLI::NonNegativeNumber);
@@ -81,6 +85,7 @@ std::string Loaded::settle_asking(const AskOptions& said, eval::EvalOptions& opt
     options.target_delimiter = eval::EvalOptions().target_delimiter;
   }
   if (said.target_delimiter) options.target_delimiter = *said.target_delimiter;
+  options.delimiter_said = said.target_delimiter.has_value();
   const bool by_flag = said.apply_chat_template || (said.target_delimiter && !options.apply_chat_template);
   const std::string asked = fmt::format(
       "{}, {}",

@@ -47,6 +47,7 @@ constexpr CorpusMetric kCorpusMetrics[] = {
 constexpr int64_t kMostResamples = 100;  // of a corpus, as in the harness
 
 constexpr const char* kPassAt1 = "pass@1";
+constexpr const char* kRankedMetrics[] = {"acc", "acc_norm"};  // by the sum of log-probabilities; per character
 
 const std::vector<std::string>& metrics_of(const Task& task, const EvalOptions& options) {
   return options.metrics.empty() ? task.metrics : options.metrics;
@@ -82,6 +83,9 @@ class Scores {
   std::map<std::string, std::map<std::string, std::vector<double>>> variants_;
 };
 
+/// What is left of a sample row where none are kept.
+OrderedJson hash_row(const Item& item) { return {{"doc_hash", sha256_hex(dump(item.doc))}}; }
+
 OrderedJson sample_row(size_t index, const Item& item, const std::string& prompt,
                        const std::map<std::string, double>& values) {
   OrderedJson metrics = OrderedJson::array();
@@ -91,9 +95,10 @@ OrderedJson sample_row(size_t index, const Item& item, const std::string& prompt
                      {"target", item.targets.size() == 1 ? OrderedJson(item.targets[0]) : OrderedJson(item.targets)},
                      {"filter", "none"},
                      {"metrics", metrics},
-                     {"doc_hash", sha256_hex(dump(item.doc))},
+                     {"doc_hash", hash_row(item)["doc_hash"]},
                      {"prompt_hash", sha256_hex(prompt)},
                      {"target_hash", sha256_hex(dump(item.targets))}};
+  if (!item.variant.empty()) row["template"] = item.variant;
   for (const auto& [metric, value] : values) row[metric] = value;
   return row;
 }
@@ -122,10 +127,11 @@ void evaluate_ranked(const EvalModel& model, const Task& task, const EvalOptions
   std::vector<RankQuestion> questions;
   std::vector<std::string> prompts;
   std::vector<int64_t> tokens;
-  const std::string delimiter = options.apply_chat_template ? "" : options.target_delimiter;
+  const std::string delimiter = delimiter_of(task, options);
   int64_t eos = -1;
-  if (options.score_eos) {
-    MOESAIC_CHECK(model.tokenizer.eos_id().has_value(), UsageError, "--score_eos: the tokenizer names no EOS token");
+  if (options.score_eos || task.score_eos) {
+    MOESAIC_CHECK(model.tokenizer.eos_id().has_value(), UsageError,
+                  "score_eos of {}: the tokenizer names no EOS token", task.name);
     eos = *model.tokenizer.eos_id();
   }
   for (const Item& item : task.items) {
@@ -146,15 +152,9 @@ void evaluate_ranked(const EvalModel& model, const Task& task, const EvalOptions
     for (size_t i = begin; i < end; ++i) {
       const Item& item = task.items[i];
       std::vector<double> sums, normalised;
-      OrderedJson arguments = OrderedJson::object(), responses = OrderedJson::array(), filtered = OrderedJson::array();
       for (size_t c = 0; c < item.choices.size(); ++c) {
-        const ChoiceScore& score = ranked[i - begin][c];
-        sums.push_back(score.logprob);
-        normalised.push_back(score.logprob / static_cast<double>(std::max<int64_t>(1, characters(item.choices[c]))));
-        arguments[fmt::format("gen_args_{}", c)] = {{"arg_0", prompts[i]}, {"arg_1", delimiter + item.choices[c]}};
-        const OrderedJson pair = OrderedJson::array({score.logprob, score.is_greedy});
-        responses.push_back(OrderedJson::array({pair}));
-        filtered.push_back(pair);
+        sums.push_back(ranked[i - begin][c].logprob);
+        normalised.push_back(sums.back() / static_cast<double>(std::max<int64_t>(1, characters(item.choices[c]))));
       }
       auto right = [&](const Winner& winner) {
         const std::string answer = stripped(item.choices[winner.index]);
@@ -162,9 +162,23 @@ void evaluate_ranked(const EvalModel& model, const Task& task, const EvalOptions
       };
       const Winner best = first_largest(sums);
       result.ties += best.tied;
-      const std::map<std::string, double> values = {{"acc", right(best)},
-                                                    {"acc_norm", right(first_largest(normalised))}};
+      std::map<std::string, double> values;
+      const std::vector<std::string> metrics = metric_names(task, options);
+      if (wanted(metrics, "acc")) values["acc"] = right(best);
+      if (wanted(metrics, "acc_norm")) values["acc_norm"] = right(first_largest(normalised));
       scores.add(item.variant, values);
+      if (!options.keep_samples) {
+        result.samples.push_back(hash_row(item));
+        continue;
+      }
+      OrderedJson arguments = OrderedJson::object(), responses = OrderedJson::array(), filtered = OrderedJson::array();
+      for (size_t c = 0; c < item.choices.size(); ++c) {
+        const ChoiceScore& score = ranked[i - begin][c];
+        arguments[fmt::format("gen_args_{}", c)] = {{"arg_0", prompts[i]}, {"arg_1", delimiter + item.choices[c]}};
+        const OrderedJson pair = OrderedJson::array({score.logprob, score.is_greedy});
+        responses.push_back(OrderedJson::array({pair}));
+        filtered.push_back(pair);
+      }
       OrderedJson row = sample_row(i, item, prompts[i], values);
       row["arguments"] = arguments;
       row["resps"] = responses;
@@ -248,7 +262,24 @@ void evaluate_generated(const EvalModel& model, const Task& task, const EvalOpti
 }  // namespace
 
 std::vector<std::string> metric_names(const Task& task, const EvalOptions& options) {
-  return task.ranked() ? std::vector<std::string>{"acc", "acc_norm"} : metrics_of(task, options);
+  if (!task.ranked()) return metrics_of(task, options);
+  std::vector<std::string> asked;
+  for (const char* name : kRankedMetrics) {
+    if (wanted(task.metrics, name)) asked.push_back(name);
+  }
+  return asked.empty() ? std::vector<std::string>(std::begin(kRankedMetrics), std::end(kRankedMetrics)) : asked;
+}
+
+std::string delimiter_of(const Task& task, const EvalOptions& options) {
+  if (options.apply_chat_template) return "";
+  return options.delimiter_said ? options.target_delimiter : task.target_delimiter.value_or(options.target_delimiter);
+}
+
+std::vector<std::string> generated_metrics() {
+  std::vector<std::string> known{kPassAt1};
+  for (const AnswerMetric& metric : kAnswerMetrics) known.push_back(metric.name);
+  for (const CorpusMetric& metric : kCorpusMetrics) known.push_back(metric.name);
+  return known;
 }
 
 void ask_as_trained(const EvalModel& model, EvalOptions& options) {
@@ -257,9 +288,7 @@ void ask_as_trained(const EvalModel& model, EvalOptions& options) {
 }
 
 void check_metrics(const Task& task, const EvalOptions& options) {
-  std::vector<std::string> known{kPassAt1};
-  for (const AnswerMetric& metric : kAnswerMetrics) known.push_back(metric.name);
-  for (const CorpusMetric& metric : kCorpusMetrics) known.push_back(metric.name);
+  const std::vector<std::string> known = generated_metrics();
   for (const std::string& metric : options.metrics) {
     MOESAIC_CHECK(wanted(known, metric.c_str()), UsageError, "--metrics: got '{}', expected one of {}", metric,
                   fmt::join(known, ", "));

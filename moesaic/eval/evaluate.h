@@ -23,11 +23,13 @@ struct EvalModel {
 struct EvalOptions {
   int64_t batch_size = 0;                  // questions side by side; 0 = as many as fit a fixed number of tokens
   bool apply_chat_template = false;        // else the bare text of a single user message
-  std::string target_delimiter = " ";      // between prompt and choice; not used with a chat template
+  std::string target_delimiter = " ";      // between prompt and choice, where the task has none of its own
+  bool delimiter_said = false;             // this one, whatever the task has
   bool score_eos = false;                  // the EOS behind a choice counts (T0's rule; harness: it does not)
   generate::SamplingOptions generation{};  // for tasks whose answers are generated; max_new_tokens 0: the task's own
   std::vector<std::string> metrics{};      // of generated answers; empty: the task's own
   int64_t bootstrap_iters = 0;             // above 0: bleu and chrf get a standard error, of at most 100 resamples
+  bool keep_samples = true;                // else of each question its hash alone
   bool run_code = false;                   // the user agrees that programs a model wrote are run (metric pass@1)
 };
 
@@ -59,6 +61,12 @@ void check_metrics(const Task& task, const EvalOptions& options);
 
 /// The names of what evaluate() will measure of the task.
 std::vector<std::string> metric_names(const Task& task, const EvalOptions& options);
+
+/// The metrics that a task may have whose answers are generated.
+std::vector<std::string> generated_metrics();
+
+/// What stands between prompt and choice: nothing with a chat template.
+std::string delimiter_of(const Task& task, const EvalOptions& options);
 
 /// How the answers to a task are generated: the options, filled up with the task's own length and stops.
 generate::SamplingOptions sampling_of(const Task& task, const EvalOptions& options);

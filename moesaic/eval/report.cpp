@@ -4,6 +4,7 @@
 
 #include "moesaic/base/file_errors.h"
 #include "moesaic/base/sha256.h"
+#include "moesaic/eval/suite.h"
 
 namespace moesaic::eval {
 namespace fs = std::filesystem;
@@ -73,11 +74,11 @@ OrderedJson results_json(const std::vector<TaskResult>& results, const std::vect
     configs[name] = {{"task", name},
                      {"dataset_path", tasks[i].path.string()},
                      {"output_type", result.ranked ? "multiple_choice" : "generate_until"},
-                     {"num_fewshot", info.num_fewshot},
+                     {"num_fewshot", tasks[i].num_fewshot},
                      {"repeats", 1}};
     if (result.ranked) {
-      configs[name]["target_delimiter"] = options.apply_chat_template ? "" : options.target_delimiter;
-      configs[name]["score_eos"] = options.score_eos;
+      configs[name]["target_delimiter"] = delimiter_of(tasks[i], options);
+      configs[name]["score_eos"] = options.score_eos || tasks[i].score_eos;
     } else {
       const generate::SamplingOptions sampling = sampling_of(tasks[i], options);
       configs[name]["generation_kwargs"] = {{"until", sampling.stop},
@@ -86,8 +87,8 @@ OrderedJson results_json(const std::vector<TaskResult>& results, const std::vect
                                             {"temperature", sampling.temperature}};
       if (tasks[i].code()) configs[name]["unsafe_code"] = true;
     }
-    versions[name] = 1;
-    shots[name] = info.num_fewshot;
+    versions[name] = tasks[i].version;
+    shots[name] = tasks[i].num_fewshot;
     samples[name] = {{"original", result.available}, {"effective", result.questions}};
     for (const auto& [metric, mean] : result.metrics) higher[name][metric_and_filter(metric).first] = true;
     for (const auto& [metric, value] : result.corpus_metrics) higher[name][metric] = true;
@@ -152,6 +153,9 @@ fs::path write_results(const fs::path& dir, OrderedJson results, const std::vect
   if (results.contains("routing")) {
     write(folder / fmt::format("routing_{}.json", time), results["routing"]);
     results.erase("routing");
+  }
+  if (results.contains("suite")) {
+    write_file_atomically(folder / fmt::format("suite_{}.html", time), suite_html(results["suite"]));
   }
   write(path, results);
   if (samples) {

@@ -11,7 +11,7 @@ struct RunInfo {
   Json model_args = Json::object();
   std::string batch_size = "auto";
   std::string device{};
-  int64_t limit = 0, num_fewshot = 0;
+  int64_t limit = 0;
   uint64_t seed = 0;
   std::string asked{};          // how questions were put, and why so
   std::string chat_template{};  // its source, when it was applied
@@ -25,7 +25,7 @@ OrderedJson results_json(const std::vector<TaskResult>& results, const std::vect
                          const EvalOptions& options, const RunInfo& info);
 
 /// Writes <dir>/<model with / as __>/results_<time>.json, `routing` apart as routing_<time>.json, and, with `samples`,
-/// samples_<task>_<time>.jsonl beside it. Returns the results file.
+/// samples_<task>_<time>.jsonl beside it; of a suite its page, suite_<time>.html. Returns the results file.
 std::filesystem::path write_results(const std::filesystem::path& dir, OrderedJson results,
                                     const std::vector<TaskResult>& tasks, const RunInfo& info, bool samples);
 

@@ -163,8 +163,8 @@ TEST_F(TaskFiles, MbppTakesItsTestSplitAndExamples) {
                                "your task: Write f3. "));
   EXPECT_THAT(shown, HasSubstr("def f3(): pass\n[DONE]\n\nYou are an expert Python programmer, and here is your task: "
                                "Write f11. "));
-  EXPECT_THAT(error_of({path}, {.num_fewshot = 4}), HasSubstr("MBPP's examples are three"));
-  EXPECT_THAT(error_of({write("train.jsonl", mbpp_row(700).dump())}), HasSubstr("no task has an id from 11 to 510"));
+  EXPECT_THAT(error_of({path}, {.num_fewshot = 4}), HasSubstr("--num_fewshot 4: built-in mbpp.yaml has 3 examples"));
+  EXPECT_THAT(error_of({write("train.jsonl", mbpp_row(700).dump())}), HasSubstr("no row is a question of the task mbpp"));
 }
 
 TEST_F(TaskFiles, Gsm8kAsksForTheNumberBehindTheMark) {
@@ -177,7 +177,7 @@ TEST_F(TaskFiles, Gsm8kAsksForTheNumberBehindTheMark) {
   EXPECT_THAT(error_of({path}, {.num_fewshot = 5}), HasSubstr("has no solved examples"));
   const std::string bad =
       write("bad.jsonl", row + "\n" + R"({"question": "Why?", "answer": "#### because"})" + "\n" + row);
-  EXPECT_THAT(error_of({bad}), HasSubstr("line 2: \"answer\" has no number behind ####"));
+  EXPECT_THAT(error_of({bad}), HasSubstr("line 2: doc_to_target: got \"because\", expected a number"));
 }
 
 TEST_F(TaskFiles, MgsmAsksInItsLanguage) {
@@ -198,7 +198,8 @@ TEST_F(TaskFiles, MgsmAsksInItsLanguage) {
     EXPECT_THAT(task.stop, ElementsAre(std::string(word) + "\uff1a"));
   }
   EXPECT_THAT(error_of({write("lexicon.tsv", "water\tmetsi\nalone\n")}),
-              AllOf(HasSubstr("2 damaged rows"), HasSubstr("line 2: expected a question, a tab and a number")));
+              AllOf(HasSubstr("2 damaged rows"), HasSubstr("line 1: doc_to_target: got \"metsi\", expected a number"),
+                    HasSubstr("line 2: 1 columns between tabs, expected 2: question, answer")));
 }
 
 TEST_F(TaskFiles, FoldersGiveTheirFilesByName) {
