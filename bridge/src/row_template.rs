@@ -105,7 +105,7 @@ fn zip(sequences: Rest<Value>) -> Result<Value, Error> {
 }
 
 /// Jinja2's: a text of at most `length` characters (a few more are let pass), cut between words, with `end` behind it.
-fn truncate(text: &Value, args: Rest<ValueOrKwargs>) -> Result<String, Error> {
+fn truncate(state: &State, text: &Value, args: Rest<ValueOrKwargs>) -> Result<String, Error> {
     let (length, killwords, end, leeway, kwargs): (Option<usize>, Option<bool>, Option<String>, Option<usize>, Kwargs) =
         from_args(&args.into_values())?;
     let length = match length {
@@ -116,7 +116,7 @@ fn truncate(text: &Value, args: Rest<ValueOrKwargs>) -> Result<String, Error> {
     let end = end.or(kwargs.get("end")?).unwrap_or_else(|| "...".into());
     let leeway = leeway.or(kwargs.get("leeway")?).unwrap_or(TRUNCATE_LEEWAY);
     kwargs.assert_all_used()?;
-    let text = python_str(text);
+    let text = template::printed(state, text)?;
     let end_length = end.chars().count();
     if length < end_length {
         return Err(invalid(format!("truncate: got the length {length}, expected {end_length} or more")));

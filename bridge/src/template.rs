@@ -4,7 +4,7 @@ use std::fmt;
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{from_args, Kwargs, Rest, Tuple, ValueKind, ValueOrKwargs};
-use minijinja::{Environment, Error, ErrorKind, State, Value};
+use minijinja::{Environment, Error, ErrorKind, State, UndefinedBehavior, Value};
 use minijinja_contrib::pycompat;
 
 const NAME: &str = "chat_template";
@@ -86,8 +86,10 @@ pub fn set_python(environment: &mut Environment) {
     environment.set_fuel(Some(FUEL));
     environment.set_unknown_method_callback(call_method);
     environment.set_formatter(|out, _, value| out.write_str(&python_str(value)).map_err(Error::from));
-    environment.add_filter("string", |value: &Value| python_str(value));
-    environment.add_filter("trim", |value: &Value, chars: Option<&str>| strip(&value.to_string(), chars, true, true).to_string());
+    environment.add_filter("string", |state: &State, value: &Value| printed(state, value));
+    environment.add_filter("trim", |state: &State, value: &Value, chars: Option<&str>| {
+        printed(state, value).map(|text| strip(&text, chars, true, true).to_string())
+    });
     environment.add_test("sequence", is_sequence);
     environment.add_test("iterable", |value: &Value| is_sequence(value) || value.kind() == ValueKind::Iterable);
 }
@@ -192,6 +194,14 @@ pub fn python_str(value: &Value) -> String {
         Some(number) => python_float(number),
         None => value.to_string(),
     }
+}
+
+/// What a filter of texts reads of any value; an error where what is undefined is one.
+pub fn printed(state: &State, value: &Value) -> Result<String, Error> {
+    if value.is_undefined() && state.env().undefined_behavior() == UndefinedBehavior::Strict {
+        return Err(Error::from(ErrorKind::UndefinedError));
+    }
+    Ok(python_str(value))
 }
 
 fn float_of(value: &Value) -> Option<f64> {

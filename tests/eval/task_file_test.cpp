@@ -13,7 +13,7 @@ using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
-class TaskFiles : public ::testing::Test {
+class TaskFileKeys : public ::testing::Test {
  protected:
   std::string write(const std::string& name, const std::string& text) {
     fs::create_directories((folder_.path() / name).parent_path());
@@ -54,7 +54,7 @@ metric_list:
 metadata: {version: 2.5}
 )";
 
-TEST_F(TaskFiles, ChoicesComeFromTemplatesColumnsAndIndices) {
+TEST_F(TaskFileKeys, ChoicesComeFromTemplatesColumnsAndIndices) {
   write("rows.jsonl", R"({"question": " sky ", "first": "it's \"blue\"", "second": "red", "label": 0})"
                       "\n"
                       R"({"question": "blood", "first": "blue", "second": "red", "label": 1})"
@@ -84,7 +84,7 @@ TEST_F(TaskFiles, ChoicesComeFromTemplatesColumnsAndIndices) {
   EXPECT_FALSE(load_tasks({path}, writing)[0].ranked());
 }
 
-TEST_F(TaskFiles, TargetsOfChoicesAreIndicesOrTexts) {
+TEST_F(TaskFileKeys, TargetsOfChoicesAreIndicesOrTexts) {
   write("rows.jsonl", R"({"q": "x", "answer": "1", "yes": true})"
                       "\n");
   auto target = [&](const std::string& choices, const std::string& of) {
@@ -104,7 +104,7 @@ TEST_F(TaskFiles, TargetsOfChoicesAreIndicesOrTexts) {
   EXPECT_THROW(target("[a, b]", "\"{{ 'c' }}\""), DataError);
 }
 
-TEST_F(TaskFiles, RowsAreChosenAndGetFields) {
+TEST_F(TaskFileKeys, RowsAreChosenAndGetFields) {
   write("rows.jsonl", R"({"n": 1, "in": {"x": "a"}})"
                       "\n"
                       R"({"n": 2, "in": {"x": "b"}})"
@@ -128,7 +128,7 @@ metric_list: [{metric: exact_match}]
   EXPECT_EQ(task.max_new_tokens, 3);
 }
 
-TEST_F(TaskFiles, BuiltInTasksAreNamedAndExtended) {
+TEST_F(TaskFileKeys, BuiltInTasksAreNamedAndExtended) {
   write("gsm8k/test.jsonl", R"({"question": "How much?", "answer": "#### 1,200"})");
   EXPECT_EQ(prompt_of(tasks("gsm8k")[0].items[0]), "Question: How much?\nAnswer:");
   write("mgsm/mgsm_de.tsv", "Wie viel?\t3\n");
@@ -145,7 +145,7 @@ TEST_F(TaskFiles, BuiltInTasksAreNamedAndExtended) {
   EXPECT_THAT([&] { tasks("t0"); }, ::testing::ThrowsMessage<UsageError>(HasSubstr("--suite t0")));
 }
 
-TEST_F(TaskFiles, WhatIsWrongIsNamedWithItsLine) {
+TEST_F(TaskFileKeys, WhatIsWrongIsNamedWithItsLine) {
   write("rows.jsonl", R"({"question": "sky", "first": "blue", "second": "red", "label": 0})"
                       "\n");
   auto changed = [&](const std::string& from, const std::string& to) {
