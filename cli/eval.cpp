@@ -80,7 +80,9 @@ int run_verb(Options options, const CommonOptions& common) {
   OrderedJson json = eval::results_json(results, tasks, options.eval, info);
   if (!suite.columns.empty()) {
     json["suite"] = eval::suite_json(suite, results, options.eval);
-    json["groups"] = {{suite.name, {{"alias", suite.name}, {json["suite"]["metric"].get<std::string>() + ",none", json["suite"]["mean"]}}}};
+    json["groups"] = {
+        {suite.name,
+         {{"alias", suite.name}, {json["suite"]["metric"].get<std::string>() + ",none", json["suite"]["mean"]}}}};
     json["suite"]["facts"] = {{"model", info.model}, {"asked", asked}, {"version", info.version}};
   }
   if (options.json) {

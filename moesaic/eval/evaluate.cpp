@@ -130,8 +130,8 @@ void evaluate_ranked(const EvalModel& model, const Task& task, const EvalOptions
   const std::string delimiter = delimiter_of(task, options);
   int64_t eos = -1;
   if (options.score_eos || task.score_eos) {
-    MOESAIC_CHECK(model.tokenizer.eos_id().has_value(), UsageError,
-                  "score_eos of {}: the tokenizer names no EOS token", task.name);
+    MOESAIC_CHECK(model.tokenizer.eos_id().has_value(), UsageError, "score_eos of {}: the tokenizer names no EOS token",
+                  task.name);
     eos = *model.tokenizer.eos_id();
   }
   for (const Item& item : task.items) {

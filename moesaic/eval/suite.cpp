@@ -70,8 +70,8 @@ OrderedJson suite_json(const Suite& suite, const std::vector<TaskResult>& result
 std::string suite_table(const OrderedJson& suite) {
   const OrderedJson& columns = suite["columns"];
   auto percent = [](const OrderedJson& value) { return fmt::format("{:.2f}", 100 * value.get<double>()); };
-  std::string table = fmt::format("{}: {} in percent\n", suite["suite"].get<std::string>(),
-                                  suite["metric"].get<std::string>());
+  std::string table =
+      fmt::format("{}: {} in percent\n", suite["suite"].get<std::string>(), suite["metric"].get<std::string>());
   for (const OrderedJson& column : columns) {
     table += fmt::format("\n{}\n", column["name"].get<std::string>());
     for (const OrderedJson& score : column["scores"]) {

@@ -63,7 +63,8 @@ class Field {
 
   OrderedJson of(const OrderedJson& row) const {
     if (names_column(row)) return row[source_];
-    const bool name = std::all_of(source_.begin(), source_.end(), [](unsigned char c) { return std::isalnum(c) || c == '_'; });
+    const bool name =
+        std::all_of(source_.begin(), source_.end(), [](unsigned char c) { return std::isalnum(c) || c == '_'; });
     MOESAIC_CHECK(!name, DataError, "{}: the row has no '{}'", key_, source_);
     return expression_ ? expression_->of(row) : OrderedJson(template_->of(row));
   }
@@ -126,8 +127,10 @@ class Data {
     const Keys kwargs = keys.below("dataset_kwargs");
     kwargs.check({"data_files", "delimiter", "column_names", "quoting"});
     const Entry* files = kwargs.find("data_files");
-    MOESAIC_CHECK(files != nullptr, FormatError, "{}: dataset_kwargs: the key 'data_files' is missing: data sets are "
-                  "files, nothing is downloaded", keys.place());
+    MOESAIC_CHECK(files != nullptr, FormatError,
+                  "{}: dataset_kwargs: the key 'data_files' is missing: data sets are "
+                  "files, nothing is downloaded",
+                  keys.place());
     const std::set<std::string> formats{"json", "csv", "parquet", "arrow"};
     folder_ = formats.contains(path) ? data_dir : data_dir / path;
     columns_ = kwargs.texts("column_names");
@@ -219,10 +222,10 @@ class Data {
 
 /// The keys of a task; what is called as in lm-evaluation-harness means the same.
 const std::vector<std::string> kTaskKeys{
-    "task",          "tag",           "metadata",         "dataset_path",      "dataset_kwargs", "test_split",
-    "process_docs",  "output_type",   "validation_split", "description",       "doc_to_text",    "doc_to_target",
-    "doc_to_choice", "use_prompt",    "prompt_filter",    "target_delimiter",  "num_fewshot",    "fewshot_split",
-    "metric_list",   "score_eos",     "fewshot_config",   "fewshot_delimiter", "program",        "generation_kwargs"};
+    "task",          "tag",         "metadata",         "dataset_path",      "dataset_kwargs", "test_split",
+    "process_docs",  "output_type", "validation_split", "description",       "doc_to_text",    "doc_to_target",
+    "doc_to_choice", "use_prompt",  "prompt_filter",    "target_delimiter",  "num_fewshot",    "fewshot_split",
+    "metric_list",   "score_eos",   "fewshot_config",   "fewshot_delimiter", "program",        "generation_kwargs"};
 
 /// Metrics of answers that are numbers: their references must be some.
 bool asks_for_number(const std::string& metric) { return metric == "number" || metric == "flexible-extract"; }
@@ -314,8 +317,10 @@ class TaskFile {
     const size_t colon = value.rfind(':');
     if (colon == std::string::npos) entry.refuse("use_prompt", "a folder with a templates.yaml, ':' and a name or *");
     const fs::path path = options_.data_dir / value.substr(0, colon);
-    MOESAIC_CHECK(fs::exists(path), UsageError, "{}: use_prompt: no folder {}. --data_dir names the folder in which it "
-                  "lies; docs/cli.md says where templates come from.", entry.place, path.lexically_normal().string());
+    MOESAIC_CHECK(fs::exists(path), UsageError,
+                  "{}: use_prompt: no folder {}. --data_dir names the folder in which it "
+                  "lies; docs/cli.md says where templates come from.",
+                  entry.place, path.lexically_normal().string());
     prompts_ = data::PromptTemplates::load(path);
     const Keys filter = keys_.below("prompt_filter");
     filter.check({"original_task", "choices_in_prompt"});
@@ -411,8 +416,8 @@ class TaskFile {
       const bool found = std::any_of(item.choices.begin(), item.choices.end(), [&](const std::string& choice) {
         return std::find(item.targets.begin(), item.targets.end(), stripped(choice)) != item.targets.end();
       });
-      MOESAIC_CHECK(found || !ranked_, DataError, "template '{}': the answer {} is none of the choices {}", item.variant,
-                    compact(item.targets), compact(item.choices).substr(0, 80));
+      MOESAIC_CHECK(found || !ranked_, DataError, "template '{}': the answer {} is none of the choices {}",
+                    item.variant, compact(item.targets), compact(item.choices).substr(0, 80));
       item.sentence = sentence_of_row(row);
       item.doc = row;
     }
@@ -453,9 +458,8 @@ class TaskFile {
                     choices.size());
       text = choices[index];
     }
-    const bool found = std::any_of(choices.begin(), choices.end(), [&](const std::string& choice) {
-      return stripped(choice) == stripped(text);
-    });
+    const bool found = std::any_of(choices.begin(), choices.end(),
+                                   [&](const std::string& choice) { return stripped(choice) == stripped(text); });
     MOESAIC_CHECK(found, DataError, "doc_to_target: got {}, expected one of the choices {}", compact(text),
                   compact(choices).substr(0, 80));
     return {text};

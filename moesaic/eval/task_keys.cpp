@@ -44,8 +44,8 @@ void Keys::check(const std::vector<std::string>& known) const {
   for (const auto& [key, entry] : entries_) {
     if (std::find(known.begin(), known.end(), key) != known.end()) continue;
     const std::string near = nearest_name(key, known);
-    unknown += fmt::format("\n  {}: '{}'{}", entry.place, key,
-                           near.empty() ? "" : fmt::format(" (did you mean '{}'?)", near));
+    unknown +=
+        fmt::format("\n  {}: '{}'{}", entry.place, key, near.empty() ? "" : fmt::format(" (did you mean '{}'?)", near));
   }
   MOESAIC_CHECK(unknown.empty(), FormatError, "{}: keys that are not supported:{}\nSupported are {}.", place_, unknown,
                 fmt::join(known, ", "));
@@ -108,8 +108,10 @@ Keys Document::keys(const std::string& pointer, int depth) const {
     if (depth >= kMostIncludes) include.refuse("include", "no chain of so many files");
     const std::string name = include.value.get<std::string>();
     const fs::path beside = folder / name;
-    const std::optional<Document> included = fs::is_regular_file(beside) ? std::optional(open(beside)) : open_task_file(name);
-    if (!included) include.refuse("include", fmt::format("a file ({}) or the name of a built-in task", beside.string()));
+    const std::optional<Document> included =
+        fs::is_regular_file(beside) ? std::optional(open(beside)) : open_task_file(name);
+    if (!included)
+      include.refuse("include", fmt::format("a file ({}) or the name of a built-in task", beside.string()));
     keys.fill(included->keys("", depth + 1));
   }
   for (const auto& [key, value] : map.items()) {

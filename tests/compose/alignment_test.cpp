@@ -315,7 +315,8 @@ TEST(EncoderAlignment, SpecialTokensPartWords) {
   for (const int64_t id : anchor->encode("tomorrow", false)) ids.push_back(id);
   const Reading reading = read(encoder_alignment(anchor, encoder), ids, {ids.size()});
   EXPECT_EQ(reading.ids, encoder->encode("until tomorrow", true));
-  EXPECT_EQ(std::count(reading.counts.begin(), reading.counts.end(), 0), std::ssize(ids) - 1) << "not before the border";
+  EXPECT_EQ(std::count(reading.counts.begin(), reading.counts.end(), 0), std::ssize(ids) - 1)
+      << "not before the border";
   EXPECT_EQ(read(encoder_alignment(anchor, encoder), {0}, {1}).ids, encoder->encode("", true));  // a prompt of no text
   EXPECT_TRUE(read(encoder_alignment(anchor, encoder), ids).ids.empty()) << "no prompt ends";
 }

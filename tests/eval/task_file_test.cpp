@@ -88,16 +88,16 @@ TEST_F(TaskFileKeys, TargetsOfChoicesAreIndicesOrTexts) {
   write("rows.jsonl", R"({"q": "x", "answer": "1", "yes": true})"
                       "\n");
   auto target = [&](const std::string& choices, const std::string& of) {
-    const std::string path = write(
-        "t.yaml",
-        "task: t\ndataset_path: json\ndataset_kwargs: {data_files: {test: rows.jsonl}}\ntest_split: test\n"
-        "output_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: " +
-            choices + "\ndoc_to_target: " + of + "\n");
+    const std::string path =
+        write("t.yaml",
+              "task: t\ndataset_path: json\ndataset_kwargs: {data_files: {test: rows.jsonl}}\ntest_split: test\n"
+              "output_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: " +
+                  choices + "\ndoc_to_target: " + of + "\n");
     return tasks(path)[0].items[0].targets[0];
   };
-  EXPECT_EQ(target("[a, b]", "\"{{answer}}\""), "b");           // digits that a template makes are an index,
-  EXPECT_EQ(target("['0', '1', '2']", "answer"), "1");          // those of a column are a text
-  EXPECT_EQ(target("[no, yes]", "yes"), "yes");                 // true is 1
+  EXPECT_EQ(target("[a, b]", "\"{{answer}}\""), "b");   // digits that a template makes are an index,
+  EXPECT_EQ(target("['0', '1', '2']", "answer"), "1");  // those of a column are a text
+  EXPECT_EQ(target("[no, yes]", "yes"), "yes");         // true is 1
   EXPECT_EQ(target("[no, yes]", "0"), "no");
   EXPECT_EQ(target("[no, ' yes ']", "\"{{ 'yes' }}\""), "yes");  // blanks apart
   EXPECT_THROW(target("[a, b]", "\"{{ 7 }}\""), DataError);
@@ -139,8 +139,8 @@ TEST_F(TaskFileKeys, BuiltInTasksAreNamedAndExtended) {
     write(fmt::format("mgsm/mgsm_{}.tsv", language), "?\t3\n");
   }
   EXPECT_EQ(tasks("mgsm_direct").size(), 11u);
-  EXPECT_THAT([&] { tasks("humaneval"); },
-              ::testing::ThrowsMessage<UsageError>(AllOf(HasSubstr("humaneval/HumanEval.jsonl"), HasSubstr("--data_dir"))));
+  EXPECT_THAT([&] { tasks("humaneval"); }, ::testing::ThrowsMessage<UsageError>(
+                                               AllOf(HasSubstr("humaneval/HumanEval.jsonl"), HasSubstr("--data_dir"))));
   EXPECT_THAT([&] { tasks("gsmk8"); }, ::testing::ThrowsMessage<UsageError>(HasSubstr("no built-in task")));
   EXPECT_THAT([&] { tasks("t0"); }, ::testing::ThrowsMessage<UsageError>(HasSubstr("--suite t0")));
 }
@@ -164,7 +164,8 @@ TEST_F(TaskFileKeys, WhatIsWrongIsNamedWithItsLine) {
   EXPECT_THAT(changed("aggregation: mean", "aggregation: median"), HasSubstr("bad.yaml:12: aggregation"));
   EXPECT_THAT(changed("metric: acc,", "metric: acc, ignore_case: true,"), HasSubstr("bad.yaml:12: 'ignore_case'"));
   EXPECT_THAT(changed("test: rows.jsonl", "test: none.jsonl"), HasSubstr("none.jsonl"));
-  EXPECT_THAT(changed("question |", "quest |"), AllOf(HasSubstr("rows.jsonl"), HasSubstr("line 1: "), HasSubstr("bad.yaml:9: doc_to_text")));
+  EXPECT_THAT(changed("question |", "quest |"),
+              AllOf(HasSubstr("rows.jsonl"), HasSubstr("line 1: "), HasSubstr("bad.yaml:9: doc_to_text")));
   EXPECT_THAT(changed("doc_to_choice: \"{{[first, second]}}\"", "doc_to_choice: first"),
               HasSubstr("line 1: doc_to_choice: got \"blue\", expected a list of texts"));
   EXPECT_THAT(changed("label", "\"{{ [label }}\""), HasSubstr("bad.yaml:11: doc_to_target"));

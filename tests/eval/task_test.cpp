@@ -164,7 +164,8 @@ TEST_F(TaskFiles, MbppTakesItsTestSplitAndExamples) {
   EXPECT_THAT(shown, HasSubstr("def f3(): pass\n[DONE]\n\nYou are an expert Python programmer, and here is your task: "
                                "Write f11. "));
   EXPECT_THAT(error_of({path}, {.num_fewshot = 4}), HasSubstr("--num_fewshot 4: built-in mbpp.yaml has 3 examples"));
-  EXPECT_THAT(error_of({write("train.jsonl", mbpp_row(700).dump())}), HasSubstr("no row is a question of the task mbpp"));
+  EXPECT_THAT(error_of({write("train.jsonl", mbpp_row(700).dump())}),
+              HasSubstr("no row is a question of the task mbpp"));
 }
 
 TEST_F(TaskFiles, Gsm8kAsksForTheNumberBehindTheMark) {
