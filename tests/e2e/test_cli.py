@@ -158,6 +158,7 @@ def test_generate_is_what_transformers_generates(folder, reference):
     assert re.search(r"new tokens/s", streamed.stderr)
 
 
+@tiny_run.float32_only
 def test_beams_are_those_of_transformers(folder, reference):
     model, tokenizer = reference
     prompts, beams = ["the red cat is", "who"], dict(num_beams=4, num_return_sequences=3, length_penalty=0.5)

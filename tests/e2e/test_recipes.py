@@ -41,6 +41,7 @@ NOT_RUN = {
     "python tools/study": "whole studies: test_studies.py runs them",
     "make ": "sets up and builds: this test runs what was built",
     "ninja ": "builds",
+    "moesaic eval ADAPTER --suite t0": "needs the sets and templates of T0: tests/parity/test_t0.py asks the suite over some",
     "tools/models ": "fetches models: tests/e2e/test_after_training.py runs it on packages of its own",
     ".venv/bin/python tests/docs_test.py": "a test of its own",
 }
@@ -169,6 +170,10 @@ exec {PROGRAM} "$@"
     run_file = {"model_name_or_path": "M", "dataset": ["rows.jsonl"], "template": "none", "output_dir": "out",
                 "bf16": DTYPE == "bfloat16"}
     (folder / "run.yaml").write_text(yaml.safe_dump(run_file))
+    common = {**run_file, "max_steps": 2, "save_steps": 0, "per_device_train_batch_size": 2}
+    common.pop("output_dir")
+    (folder / "study.yaml").write_text(yaml.safe_dump(
+        {"output_dir": "study", "run": common, "methods": {"mov": {"finetuning_type": "mov"}}}))
     train(folder, "A", finetuning_type="lora", num_experts=None)
     train(folder, "MIXTURE")
     train(folder, "ADAPTER", finetuning_type="lora", num_experts=None, template="auto")
@@ -181,6 +186,12 @@ exec {PROGRAM} "$@"
     (folder / "folder").mkdir()
     for name in ["a.jsonl", "folder/c.jsonl"]:
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in choices))
+    (folder / "gsm8k").mkdir()
+    (folder / "gsm8k" / "test.jsonl").write_text(json.dumps({"question": "red cat", "answer": "#### 2"}) + "\n")
+    (folder / "my_task.yaml").write_text(yaml.safe_dump({
+        "task": "mine", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "inputs", "doc_to_choice": WORDS[:2],
+        "doc_to_target": "{{ 0 }}", "metric_list": [{"metric": "acc"}]}))
     (folder / "b.json").write_text(json.dumps({"Definition": ["red cat"], "Positive Examples": [], "Instances": [
         {"id": "1", "input": "red", "output": ["cat"]}]}))
     (folder / "file.jsonl").write_text(json.dumps({"prompt": "red cat"}) + "\n")
