@@ -40,7 +40,7 @@ struct JointLinear : torch::autograd::Function<JointLinear> {
       u = c.narrow(1, 0, joint->rank_rows);
       logits = c.narrow(1, joint->rank_rows, router_rows);
     } else {
-      u = at::linear(x, joint->down.narrow(0, 0, joint->rank_rows).to(x.scalar_type()));
+      u = nn::linear_rows(x, joint->down.narrow(0, 0, joint->rank_rows).to(x.scalar_type()), {});
       logits = torch::empty({x.size(0), router_rows}, joint->down.options());
       if (router_rows > 0) {
         const torch::Tensor routers = joint->down.narrow(0, joint->rank_rows, router_rows).t();
@@ -86,7 +86,7 @@ struct JointLinear : torch::autograd::Function<JointLinear> {
     } else {
       const torch::Tensor gu = grads[0].contiguous();
       if (trains) gdown = at::mm(gu.t(), x).to(down.scalar_type());
-      if (gx.defined()) gx.addmm_(gu, down.narrow(0, 0, rank_rows).to(x.scalar_type()));
+      if (gx.defined()) nn::thin_add(gu, down.narrow(0, 0, rank_rows).to(x.scalar_type()), 1.0, gx);
       if (router_rows > 0) {
         const torch::Tensor routers = down.narrow(0, rank_rows, router_rows);
         torch::Tensor grouters = torch::zeros_like(routers);

@@ -11,6 +11,10 @@ namespace moesaic::nn {
 /// at::linear, differentiable as usual.
 torch::Tensor linear_rows(const torch::Tensor& x, const torch::Tensor& weight, const torch::Tensor& bias);
 
+/// g W: [M, out] x [out, in] of one dtype. Without autograd. Both products are in float32 inside, bfloat16 outside,
+/// where the CPU has no quick way of its own.
+torch::Tensor back_rows(const torch::Tensor& g, const torch::Tensor& weight);
+
 /// The products of a low-rank pair, without autograd: x, y: [N, d], u, g: [N, rank], a: [rank, d], where rows of all
 /// but `a` may have strides. Ranks up to 16 in float32 on the CPU have kernels of their own, which run at the memory's
 /// speed where a GEMM library packs matrices that are nearly empty.

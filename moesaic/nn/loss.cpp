@@ -1,6 +1,7 @@
 #include "moesaic/nn/loss.h"
 
 #include "moesaic/base/check.h"
+#include "moesaic/nn/kernels.h"
 
 namespace moesaic::nn {
 
@@ -41,8 +42,11 @@ LossAndGradients compute(const torch::Tensor& hidden, const torch::Tensor& weigh
     const auto h = hidden.narrow(0, begin, count);
     const auto label = labels.narrow(0, begin, count).unsqueeze(1);  // [m, 1]
     auto z = buffer.narrow(0, 0, count);                             // [m, V]
-    at::mm_out(z, h, head);
-    if (z.scalar_type() != accumulate) z = z.to(accumulate);
+    if (z.scalar_type() == accumulate) {
+      at::mm_out(z, h, head);
+    } else {
+      z = linear_rows(h, weight, {}).to(accumulate);
+    }
     torch::Tensor tanh;
     if (softcap > 0) {
       tanh = z.div_(softcap).tanh_().clone();
@@ -63,7 +67,11 @@ LossAndGradients compute(const torch::Tensor& hidden, const torch::Tensor& weigh
     const auto dz = z.scalar_type() == hidden.scalar_type() ? z : buffer.narrow(0, 0, count).copy_(z);
     if (want_hidden) {
       auto out = result.hidden_gradient.narrow(0, begin, count);
-      at::mm_out(out, dz, weight);
+      if (dz.scalar_type() == accumulate) {
+        at::mm_out(out, dz, weight);
+      } else {
+        out.copy_(back_rows(dz, weight));
+      }
       out.mul_(w);
     }
     if (want_weight) {

@@ -11,7 +11,7 @@ class DenseMatrix : public Matrix {
   torch::Tensor product(const torch::Tensor& x, const torch::Tensor& bias) const override {
     return linear_rows(x, weight_, bias);
   }
-  torch::Tensor product_back(const torch::Tensor& gy) const override { return at::mm(gy, weight_); }
+  torch::Tensor product_back(const torch::Tensor& gy) const override { return back_rows(gy, weight_); }
   std::shared_ptr<Matrix> outputs(int64_t begin, int64_t count) const override {
     return dense_matrix(weight_.narrow(0, begin, count));
   }
@@ -35,7 +35,7 @@ class Int8Matrix : public Matrix {
 
  private:
   static torch::Tensor back(const torch::Tensor& gy, const torch::Tensor& rows, const torch::Tensor& scales) {
-    return at::mm(gy * scales.to(gy.scalar_type()), rows.to(gy.scalar_type()));
+    return back_rows(gy * scales.to(gy.scalar_type()), rows.to(gy.scalar_type()));
   }
 
   struct Product : torch::autograd::Function<Product> {
