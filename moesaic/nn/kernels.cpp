@@ -51,9 +51,9 @@ torch::Tensor wide_linear(const torch::Tensor& x, const torch::Tensor& weight, c
 /// The same with a gradient for x alone.
 struct WideProduct : torch::autograd::Function<WideProduct> {
   static torch::Tensor forward(torch::autograd::AutogradContext* ctx, const torch::Tensor& x,
-                               const torch::Tensor& weight, const torch::Tensor& bias) {
+                               const torch::Tensor& weight, const std::optional<torch::Tensor>& bias) {
     ctx->save_for_backward({weight});
-    return wide_linear(x, weight, bias);
+    return wide_linear(x, weight, bias.value_or(torch::Tensor()));
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
@@ -104,7 +104,7 @@ torch::Tensor linear_rows(const torch::Tensor& x, const torch::Tensor& weight, c
                    weight.scalar_type() == dtype && (dtype == torch::kFloat32 || dtype == torch::kBFloat16);
   const bool gradient = wants_gradient(x, weight);
   if (multiplies_wide(x) && weight.scalar_type() == dtype && !(gradient && weight.requires_grad())) {
-    if (gradient) return WideProduct::apply(x, weight, bias);
+    if (gradient) return WideProduct::apply(x, weight, bias.defined() ? std::optional(bias) : std::nullopt);
     if (!few) return wide_linear(x, weight, bias);
   }
   if (!few || gradient) return at::linear(x, weight, bias);

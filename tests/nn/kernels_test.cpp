@@ -52,6 +52,27 @@ TEST(LinearRows, StaysDifferentiableForFewRows) {
   EXPECT_TRUE(torch::equal(x.grad(), torch::tensor({{8.f, 10.f}})));  // column sums of w
 }
 
+TEST(LinearRows, HalfPrecisionHasTheGradientOfTheProduct) {
+  torch::manual_seed(0);
+  constexpr double kRounding = 1.0 / 128;  // bfloat16 has 8 bits: one rounding of the result
+  // 700 x 7,000 numbers: more than are converted at once.
+  for (auto [rows, in, out] : std::vector<std::array<int64_t, 3>>{{9, 33, 21}, {5, 700, 7000}}) {
+    const auto x = torch::randn({rows, in}).to(torch::kBFloat16), w = torch::randn({out, in}).to(torch::kBFloat16);
+    const auto b = torch::randn({out}).to(torch::kBFloat16), g = torch::randn({rows, out}).to(torch::kBFloat16);
+    const auto expected = at::mm(g.to(torch::kFloat64), w.to(torch::kFloat64));
+    EXPECT_LT(relative_error(back_rows(g, w), expected), kRounding);
+    const auto product = at::linear(x.to(torch::kFloat64), w.to(torch::kFloat64), b.to(torch::kFloat64));
+    EXPECT_LT(relative_error(linear_rows(x, w, b), product), kRounding);
+    for (const auto& bias : {b, torch::Tensor()}) {
+      const auto leaf = x.clone().requires_grad_(true);
+      const auto y = linear_rows(leaf, w, bias);
+      EXPECT_LT(relative_error(y.detach(), bias.defined() ? product : product - b), kRounding);
+      y.backward(g);
+      EXPECT_LT(relative_error(leaf.grad(), expected), kRounding);
+    }
+  }
+}
+
 TEST(Thin, LiteralProducts) {
   const auto x = torch::tensor({{1.f, 2.f, 3.f}, {0.f, 1.f, 0.f}}), a = torch::tensor({{1.f, 0.f, 1.f}});
   const auto g = torch::tensor({{2.f}, {5.f}});
