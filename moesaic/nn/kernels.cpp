@@ -25,26 +25,46 @@ bool multiplies_wide(const torch::Tensor& x) {
   return generic && x.is_cpu() && x.scalar_type() == torch::kBFloat16;
 }
 
-constexpr int64_t kWideNumbers = 4 << 20;  // of a weight that are float32 at once
+constexpr int64_t kWideNumbers = 4 << 20;  // of a weight, and of rows, that are float32 at once
 
-/// Calls use(begin, count, rows in float32) for stretches of the weight's rows.
+/// One of this thread's float32 buffers, [rows, columns]. They are kept: made anew each time, they leave holes in the
+/// heap between what lives on, which took a training a third more memory.
+torch::Tensor wide_buffer(int number, int64_t rows, int64_t columns) {
+  static thread_local torch::Tensor buffers[3];
+  torch::Tensor& buffer = buffers[number];
+  if (!buffer.defined() || buffer.numel() < rows * columns) {
+    buffer = torch::Tensor();
+    buffer = torch::empty({rows * columns}, torch::kFloat32);
+  }
+  return buffer.narrow(0, 0, rows * columns).view({rows, columns});
+}
+
+/// Calls use(row, rows, begin, count, stretch) for blocks of `rows` rows and stretches of the weight's, in float32.
 template <class Use>
-void for_wide_stretches(const torch::Tensor& weight, const Use& use) {
-  const int64_t rows = weight.size(0), most = std::max<int64_t>(1, kWideNumbers / std::max<int64_t>(1, weight.size(1)));
-  for (int64_t begin = 0; begin < rows; begin += most) {
-    const int64_t count = std::min(most, rows - begin);
-    use(begin, count, weight.narrow(0, begin, count).to(torch::kFloat32));
+void for_wide_blocks(int64_t all_rows, const torch::Tensor& weight, const Use& use) {
+  const int64_t out = weight.size(0), in = std::max<int64_t>(1, weight.size(1));
+  const int64_t most_out = std::clamp<int64_t>(kWideNumbers / in, 1, std::max<int64_t>(1, out));
+  const int64_t most_rows = std::max<int64_t>(1, kWideNumbers / std::max(in, most_out));
+  for (int64_t row = 0; row < all_rows; row += most_rows) {
+    const int64_t rows = std::min(most_rows, all_rows - row);
+    for (int64_t begin = 0; begin < out; begin += most_out) {
+      const int64_t count = std::min(most_out, out - begin);
+      use(row, rows, begin, count, wide_buffer(0, count, weight.size(1)).copy_(weight.narrow(0, begin, count)));
+    }
   }
 }
 
 torch::Tensor wide_linear(const torch::Tensor& x, const torch::Tensor& weight, const torch::Tensor& bias) {
-  const torch::Tensor input = x.to(torch::kFloat32);
-  torch::Tensor y = torch::empty({x.size(0), weight.size(0)}, x.options().requires_grad(false));
-  for_wide_stretches(weight, [&](int64_t begin, int64_t count, const torch::Tensor& rows) {
-    torch::Tensor part = at::mm(input, rows.t());
-    if (bias.defined()) part.add_(bias.narrow(0, begin, count));
-    y.narrow(1, begin, count).copy_(part);
-  });
+  const torch::NoGradGuard no_grad;
+  torch::Tensor y = torch::empty({x.size(0), weight.size(0)}, x.options());
+  for_wide_blocks(x.size(0), weight,
+                  [&](int64_t row, int64_t rows, int64_t begin, int64_t count, const torch::Tensor& stretch) {
+                    const torch::Tensor input = wide_buffer(1, rows, x.size(1)).copy_(x.narrow(0, row, rows));
+                    torch::Tensor part = wide_buffer(2, rows, count);
+                    at::mm_out(part, input, stretch.t());
+                    if (bias.defined()) part.add_(bias.narrow(0, begin, count));
+                    y.narrow(0, row, rows).narrow(1, begin, count).copy_(part);
+                  });
   return y;
 }
 
@@ -132,11 +152,16 @@ torch::Tensor linear_rows(const torch::Tensor& x, const torch::Tensor& weight, c
 
 torch::Tensor back_rows(const torch::Tensor& g, const torch::Tensor& weight) {
   if (!multiplies_wide(g)) return at::mm(g, weight);
-  torch::Tensor x = torch::zeros({g.size(0), weight.size(1)}, g.options().dtype(torch::kFloat32));
-  for_wide_stretches(weight, [&](int64_t begin, int64_t count, const torch::Tensor& rows) {
-    x.addmm_(g.narrow(1, begin, count).to(torch::kFloat32), rows);
-  });
-  return x.to(g.scalar_type());
+  const torch::NoGradGuard no_grad;
+  torch::Tensor x = torch::empty({g.size(0), weight.size(1)}, g.options());
+  for_wide_blocks(
+      g.size(0), weight, [&](int64_t row, int64_t rows, int64_t begin, int64_t count, const torch::Tensor& stretch) {
+        const torch::Tensor part = wide_buffer(1, rows, count).copy_(g.narrow(0, row, rows).narrow(1, begin, count));
+        torch::Tensor sum = wide_buffer(2, rows, weight.size(1));
+        at::addmm_out(sum, sum, part, stretch, begin == 0 ? 0.0 : 1.0);
+        if (begin + count == g.size(1)) x.narrow(0, row, rows).copy_(sum);
+      });
+  return x;
 }
 
 torch::Tensor thin_dots(const torch::Tensor& x, const torch::Tensor& a) {
