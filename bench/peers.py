@@ -147,7 +147,7 @@ def source_batches(job):
     for batch in job["batches"]:
         source = batch["mask"][0].index(1)
         ids = torch.tensor(batch["ids"])
-        batches.append((ids[:, :source], ids[:, source:], None, ids.numel()))
+        batches.append((ids[:, :source].contiguous(), ids[:, source:].contiguous(), None, ids.numel()))
     return batches
 
 
