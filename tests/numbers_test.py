@@ -119,6 +119,16 @@ MEASURED = {
     "prefill of 256 tokens, 1 thread":
         lambda: [figure for name in ("float32: transformers", "float32: CTranslate2", "int8: CTranslate2 int8")
                  for figure in faster("generation-1", PREFILL + name)],
+    "an encoder-decoder of T5 1.1 small's shape, training step, 1 thread: LoRA against PEFT, MoLoRA against the plain "
+    "einsum form": lambda: faster("t5-1", "T5 small, LoRA r=4 all linears, step of 8x(256 read + 64 learnt): PEFT")
+        + faster("t5-1", "T5 small, MoLoRA 10x4 all linears, step of 2x(256 read + 64 learnt): plain einsum"),
+    "the same model answering, 1 thread, against transformers and CTranslate2":
+        lambda: [figure for what in ("greedy decode", "beam search with 4 beams")
+                 for peer in ("transformers", "CTranslate2")
+                 for figure in faster("t5-1", f"T5 small, {what} of one prompt of 128: {peer}")],
+    "the same model ranking the choices of 64 questions, 1 thread, against transformers": lambda: [
+        figure for what in ("choice by choice", "the choices of a question side by side")
+        for figure in faster("scoring-1", f"choices ranked by an encoder-decoder, float32: transformers, {what}")],
     "start to first token, SmolLM2, page cache warm": start,
     "17 small real tasks in one MoLoRA, 400 steps, held-out exact match": first_mixture,
     "`moesaic demo calm`, seeds 0 to 2: one model knows keys, one calculates, joined they calculate with keys never "
