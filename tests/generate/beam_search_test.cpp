@@ -53,6 +53,15 @@ TEST(BeamSearch, KeepsTheLikeliestContinuationsOfAll) {
   EXPECT_FALSE(search.answers()[0].stopped);
 }
 
+TEST(BeamSearch, OnlyWhatEndsAmongTheFirstIsAnAnswer) {
+  BeamSearch search = two_beams();
+  search.step(logs({{0.5, 0.4, 0.06, 0.04}}));
+  // By likelihood: 0 EOS 0.425; 1 0 0.22; 1 EOS 0.16, the third of two beams; 0 0 0.03.
+  search.step(logs({{0.06, 0.05, 0.04, 0.85}, {0.55, 0.03, 0.02, 0.4}}));
+  EXPECT_THAT(ids_of(search.answers()), ElementsAre(Ids({0, kEos})));
+  EXPECT_THAT(ids_of(search.running()), ElementsAre(Ids({1, 0}), Ids({0, 0})));
+}
+
 TEST(BeamSearch, RowsSayWhatTheyContinue) {
   BeamSearch search = two_beams();
   search.step(logs({{0.5, 0.4, 0.06, 0.04}}));
