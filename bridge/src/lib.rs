@@ -113,6 +113,16 @@ pub unsafe extern "C" fn bridge_encoding_free(encoding: EncodingOut) {
     }
 }
 
+/// Frees what `Box::into_raw` gave; null is nothing.
+unsafe fn release<T>(handle: *mut T) {
+    if !handle.is_null() {
+        guard(std::ptr::null_mut(), || {
+            drop(Box::from_raw(handle));
+            Ok(())
+        });
+    }
+}
+
 #[no_mangle]
 pub unsafe extern "C" fn bridge_tokenizer_new(json: *const c_char, size: usize, error: *mut Text) -> *mut BridgeTokenizer {
     guard(error, || BridgeTokenizer::new(bytes(json, size)))
@@ -121,12 +131,7 @@ pub unsafe extern "C" fn bridge_tokenizer_new(json: *const c_char, size: usize, 
 
 #[no_mangle]
 pub unsafe extern "C" fn bridge_tokenizer_free(tokenizer: *mut BridgeTokenizer) {
-    if !tokenizer.is_null() {
-        guard(std::ptr::null_mut(), || {
-            drop(Box::from_raw(tokenizer));
-            Ok(())
-        });
-    }
+    release(tokenizer);
 }
 
 #[no_mangle]
@@ -233,12 +238,7 @@ pub unsafe extern "C" fn bridge_template_new(source: *const c_char, size: usize,
 
 #[no_mangle]
 pub unsafe extern "C" fn bridge_template_free(template: *mut ChatTemplate) {
-    if !template.is_null() {
-        guard(std::ptr::null_mut(), || {
-            drop(Box::from_raw(template));
-            Ok(())
-        });
-    }
+    release(template);
 }
 
 #[no_mangle]
@@ -270,12 +270,7 @@ pub unsafe extern "C" fn bridge_row_template_new(
 
 #[no_mangle]
 pub unsafe extern "C" fn bridge_row_template_free(template: *mut RowTemplate) {
-    if !template.is_null() {
-        guard(std::ptr::null_mut(), || {
-            drop(Box::from_raw(template));
-            Ok(())
-        });
-    }
+    release(template);
 }
 
 #[no_mangle]

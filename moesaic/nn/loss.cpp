@@ -35,6 +35,7 @@ LossAndGradients compute(const torch::Tensor& hidden, const torch::Tensor& weigh
   const auto losses = torch::empty({rows}, options);
   const auto scale = row_weights.to(options);
   const auto head = weight.t();  // [d, V]
+  const bool wide = multiplies_wide(hidden);
   auto buffer = torch::empty({chunk, vocabulary}, hidden.options());
 
   for (int64_t begin = 0; begin < rows; begin += chunk) {
@@ -42,11 +43,12 @@ LossAndGradients compute(const torch::Tensor& hidden, const torch::Tensor& weigh
     const auto h = hidden.narrow(0, begin, count);
     const auto label = labels.narrow(0, begin, count).unsqueeze(1);  // [m, 1]
     auto z = buffer.narrow(0, 0, count);                             // [m, V]
-    if (z.scalar_type() == accumulate) {
-      at::mm_out(z, h, head);
+    if (wide) {
+      z.copy_(linear_rows(h, weight, {}));
     } else {
-      z = linear_rows(h, weight, {}).to(accumulate);
+      at::mm_out(z, h, head);
     }
+    if (z.scalar_type() != accumulate) z = z.to(accumulate);
     torch::Tensor tanh;
     if (softcap > 0) {
       tanh = z.div_(softcap).tanh_().clone();
@@ -67,10 +69,10 @@ LossAndGradients compute(const torch::Tensor& hidden, const torch::Tensor& weigh
     const auto dz = z.scalar_type() == hidden.scalar_type() ? z : buffer.narrow(0, 0, count).copy_(z);
     if (want_hidden) {
       auto out = result.hidden_gradient.narrow(0, begin, count);
-      if (dz.scalar_type() == accumulate) {
-        at::mm_out(out, dz, weight);
-      } else {
+      if (wide) {
         out.copy_(back_rows(dz, weight));
+      } else {
+        at::mm_out(out, dz, weight);
       }
       out.mul_(w);
     }

@@ -185,14 +185,11 @@ OrderedJson peft_result(const fs::path& dir, const std::string& name) {
   OrderedJson settings = report.at("settings");
   settings["model_id"] = report.at("model");
   std::map<std::string, double> accuracies;  // by task
-  Json before;                               // the loss on `forgetting` before the first step
   for (const Json& row : report.at("log")) {
     for (const auto& [key, value] : row.items()) {
-      if (key == "eval_forgetting_loss" && row.at("step") == 0) before = value;
-      if (!key.starts_with("eval/") || key.ends_with(kTaskInformation)) continue;
       const std::string task = key.substr(0, key.rfind('/'));
-      const Json accuracy = reported_figure(report, key);
-      if (!accuracies.contains(task) && accuracy.is_number()) accuracies[task] = accuracy.get<double>();
+      if (!key.starts_with("eval/") || key.ends_with(kTaskInformation) || accuracies.contains(task)) continue;
+      if (const Json accuracy = reported_figure(report, key); accuracy.is_number()) accuracies[task] = accuracy;
     }
   }
   OrderedJson last{{"step", report.at("steps")},
@@ -204,7 +201,9 @@ OrderedJson peft_result(const fs::path& dir, const std::string& name) {
   double sum = 0;
   for (const auto& [task, accuracy] : accuracies) sum += accuracy;
   last["test accuracy"] = accuracies.empty() ? Json() : Json(sum / static_cast<double>(accuracies.size()));
-  const Json after = reported_figure(report, "eval_forgetting_loss");
+  constexpr const char* kForgetting = "eval_forgetting_loss";
+  const Json before = reported_figure(report, kForgetting, {}, /*before=*/true);
+  const Json after = reported_figure(report, kForgetting);
   last["forgetting"] =
       before.is_number() && after.is_number() ? Json(after.get<double>() - before.get<double>()) : Json();
   const Json peak = report.value("peak_memory_bytes", Json());
