@@ -138,6 +138,14 @@ std::map<std::string, StoredRows> unstacked(const ExpertNames& names,
   return std::move(unstacker.tensors);
 }
 
+Json with_both_expert_counts(Json config) {
+  for (const auto& [there, absent] :
+       {std::pair{"num_experts", "num_local_experts"}, {"num_local_experts", "num_experts"}}) {
+    if (config.contains(there) && !config.contains(absent)) config[absent] = Json(config[there]);
+  }
+  return config;
+}
+
 TensorMap stacked(const std::string& model_type, TensorMap tensors) {
   if (!is_granite(model_type)) return tensors;
   auto take = [&](const std::string& name) {

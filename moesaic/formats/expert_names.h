@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "moesaic/base/json.h"
 #include "moesaic/formats/safetensors.h"
 
 namespace moesaic::formats {
@@ -32,6 +33,10 @@ struct StoredRows {
 std::map<std::string, StoredRows> unstacked(const ExpertNames& names,
                                             const std::map<std::string, std::vector<int64_t>>& shapes,
                                             const std::string& where);
+
+/// config.json with the number of experts under both of its keys: transformers 5 writes some families' as
+/// num_local_experts, where transformers 4 reads num_experts.
+Json with_both_expert_counts(Json config);
 
 /// The other way, for families whose files hold stacks (granitemoe); all others' tensors stay as they are.
 TensorMap stacked(const std::string& model_type, TensorMap tensors);

@@ -4,6 +4,7 @@
 
 #include "moesaic/base/file_errors.h"
 #include "moesaic/formats/config.h"
+#include "moesaic/formats/expert_names.h"
 #include "moesaic/formats/finite.h"
 
 namespace moesaic::formats {
@@ -62,7 +63,7 @@ bool is_weight_file(const std::string& name) {
 }  // namespace
 
 void write_model_folder(const fs::path& dir, const ModelFolder& model) {
-  TensorMap tensors = model.tensors;
+  TensorMap tensors = stacked(model.config.value("model_type", ""), model.tensors);
   const std::string where = dir.string();
   if (model.config.value("tie_word_embeddings", false) && tensors.contains(kHead) && tensors.contains(kEmbedding)) {
     MOESAIC_CHECK(at::equal(tensors.at(kEmbedding), tensors.at(kHead)), DataError,
@@ -101,7 +102,7 @@ void write_model_folder(const fs::path& dir, const ModelFolder& model) {
     spdlog::warn("{}: config.json says {} = {}, which other programs don't read: transformers has it for yarn alone",
                  where, kRopeMagnitude, model.config[kRopeMagnitude].dump());
   }
-  Json config = with_legacy_rope_keys(model.config);
+  Json config = with_legacy_rope_keys(with_both_expert_counts(model.config));
   config["dtype"] = dtype_word(model.dtype);
   write_file_atomically(dir / "config.json", config.dump(2) + "\n");
   write_tokenizer_files(dir, model.tokenizer);

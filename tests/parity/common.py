@@ -211,12 +211,15 @@ def make_model(name, folder=None, seed=0):
 
 
 def round_linears_to_int8(model):
-    """Every linear's weight rounded to 8 bits with one scale per row, max |row| / 127; a tied embedding stays."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            weight = module.weight.detach()
-            scale = weight.abs().amax(1, keepdim=True) / 127
-            module.weight = torch.nn.Parameter((weight / scale).round() * scale)
+    """Every linear's weight rounded to 8 bits with one scale per row, max |row| / 127; a tied embedding stays, and so do
+    routers and a shared expert's gate."""
+    for name, parameter in model.named_parameters():
+        holder = model.get_submodule(name.rpartition(".")[0])
+        is_linear = isinstance(holder, torch.nn.Linear) and not name.endswith("shared_expert_gate.weight")
+        if parameter.dim() < 2 or not (is_linear or ".experts." in name):
+            continue
+        scale = parameter.detach().abs().amax(-1, keepdim=True) / 127
+        parameter.data = (parameter.detach() / scale).round() * scale
     return model
 
 
