@@ -9,6 +9,7 @@
 namespace moesaic::adapters {
 namespace {
 
+constexpr const char* kRoutedSites = R"(.*\.experts\.\d+\..*)";
 const Method* const kMethods[] = {&kLora, &kIa3, &kMov, &kMoLora};
 
 const nn::WeightSite& weight_site(const nn::Sites& sites, const std::string& name) {
@@ -86,11 +87,15 @@ AdapterConfig resolve_targets(AdapterConfig config, const std::string& preset, c
                 "lora_target: got '{}', expected reference, all-linear or a list of modules", preset);
   // Of encoder-decoders the sites of the published MoLoRA are the default.
   const bool reference = preset == "reference" || (preset.empty() && sites.task_type == "SEQ_2_SEQ_LM");
+  // The rows of an expert are routed already.
+  auto takes = [&](const nn::LinearSite& site) { return !(method.mixes && site.routed); };
+  if (!std::all_of(sites.linears.begin(), sites.linears.end(), takes)) config.exclude = kRoutedSites;
   std::vector<std::string> targets, feedforward;
   for (const nn::Role role : reference ? method.reference : method.all_linear) {
     for (const nn::LinearSite& site : sites.linears) {
       const std::string name = site.name.substr(site.name.rfind('.') + 1);
-      if (site.role != role || std::find(targets.begin(), targets.end(), name) != targets.end()) continue;
+      if (site.role != role || !takes(site)) continue;
+      if (std::find(targets.begin(), targets.end(), name) != targets.end()) continue;
       targets.push_back(name);
       if (!method.low_rank && role == nn::Role::kDown) feedforward.push_back(name);
     }

@@ -5,7 +5,14 @@
 
 namespace moesaic::adapters {
 
-void check_layer_experts(const AdapterConfig& config, const nn::Sites& sites) {
+void check_experts(const AdapterConfig& config, const nn::Sites& sites) {
+  const auto routed = std::find_if(sites.linears.begin(), sites.linears.end(), [&](const nn::LinearSite& site) {
+    return site.routed && config.adapts(site.name, site.layer) && config.experts_at(site.layer) > 1;
+  });
+  MOESAIC_CHECK(routed == sites.linears.end(), UsageError,
+                "{}: got {} experts of {} there, expected one: it is an expert itself, whose tokens are routed to it\n"
+                "hint: lora_target all-linear leaves such sites out for {}; lora and ia3 take them, too",
+                routed == sites.linears.end() ? "" : routed->name, config.num_experts, config.method, config.method);
   if (config.layer_experts.empty()) return;
   std::set<int64_t> layers, absent, foreign;
   for (const nn::LinearSite& site : sites.linears) {

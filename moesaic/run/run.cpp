@@ -11,6 +11,7 @@
 #include "moesaic/generate/generate.h"
 #include "moesaic/run/open.h"
 #include "moesaic/train/checkpoint.h"
+#include "moesaic/train/memory.h"
 
 namespace moesaic::run {
 
@@ -86,6 +87,7 @@ Run::Run(RunConfig config, bool dry)
   if (!dry) {
     lock_ = std::make_unique<FolderLock>(config_.train.output_dir);
     check_output(config_);
+    train::avoid_heap_holes(format_.dtype, device_);
   }
   config_.resolved["bf16"] = format_.dtype == torch::kBFloat16;
   auto opened = [this](const formats::Checkpoint& checkpoint) {
