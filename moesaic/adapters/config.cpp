@@ -134,15 +134,16 @@ AdapterConfig parse_adapter_config(const OrderedJson& ordered, const std::string
   AdapterConfig config;
   config.method = method_of_peft_type(get<std::string>(json, "peft_type", where), where).name;
   check_keys(json,
-             {"peft_type", "target_modules", "exclude_modules", "feedforward_modules", "r", "lora_alpha",
-              "lora_dropout", "use_rslora", "use_dora", "bias", "rank_pattern", "alpha_pattern", "layers_to_transform",
-              "modules_to_save", "ensure_weight_tying", "base_model_name_or_path", "moesaic"},
+             {"peft_type", "target_modules", "target_parameters", "exclude_modules", "feedforward_modules", "r",
+              "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "rank_pattern", "alpha_pattern",
+              "layers_to_transform", "modules_to_save", "ensure_weight_tying", "base_model_name_or_path", "moesaic"},
              where);
 
   config.targets = parse_targets(json, "target_modules", where);
   if (const auto* name = std::get_if<std::string>(&config.targets); name != nullptr && *name == "all-linear") {
     config.targets = ".*";
   }
+  config.target_parameters = get_or<std::vector<std::string>>(json, "target_parameters", {}, where);
   config.exclude = parse_targets(json, "exclude_modules", where);
   config.feedforward = parse_targets(json, "feedforward_modules", where);
   if (!method_of(config.method).low_rank &&

@@ -1,5 +1,6 @@
 // The methods, and what every one of them shares.
 #include "moesaic/adapters/adapter.h"
+#include "moesaic/adapters/expert_pairs.h"
 #include "moesaic/adapters/low_rank_adapter.h"
 #include "moesaic/adapters/replacements.h"
 #include "moesaic/adapters/scale_adapter.h"
@@ -9,7 +10,6 @@
 namespace moesaic::adapters {
 namespace {
 
-constexpr const char* kRoutedSites = R"(.*\.experts\.\d+\..*)";
 const Method* const kMethods[] = {&kLora, &kIa3, &kMov, &kMoLora};
 
 const nn::WeightSite& weight_site(const nn::Sites& sites, const std::string& name) {
@@ -107,7 +107,7 @@ AdapterConfig resolve_targets(AdapterConfig config, const std::string& preset, c
 
 void fold(const formats::AdapterFolder& adapter, const std::string& where, formats::TensorMap& model) {
   torch::NoGradGuard no_grad;
-  const AdapterConfig config = parse_adapter_config(adapter, where + "/adapter_config.json");
+  AdapterConfig config = parse_adapter_config(adapter, where + "/adapter_config.json");
   MOESAIC_CHECK(
       config.num_experts == 1, UsageError,
       "{}: {} with {} experts can't be merged: its router mixes the experts anew for every token, so no single "
@@ -117,6 +117,9 @@ void fold(const formats::AdapterFolder& adapter, const std::string& where, forma
   MOESAIC_CHECK(config.k_site != "post_qk_norm", UsageError,
                 "{}: its key scales act behind the per-head norm and can't be folded into a linear", where);
   formats::TensorMap left = adapter.tensors;
+  std::set<std::string> modules;
+  for (const auto& [name, _] : model) modules.insert(name.substr(0, name.rfind('.')));
+  settle_expert_pairs(config, left, modules);
   constexpr const char *kEmbedding = "model.embed_tokens.weight", *kHead = "lm_head.weight";
   const bool tied = !model.contains(kHead);
   const auto replacements = take_replacements(config, left, tied, formats::declarations(model));
@@ -246,6 +249,9 @@ std::shared_ptr<Adapter> Adapter::open(const std::filesystem::path& dir, nn::Sit
   try {
     const Method& method = method_of(config.method);
     formats::TensorMap tensors = folder.tensors;
+    std::set<std::string> modules;
+    for (const nn::LinearSite& site : sites.linears) modules.insert(site.name);
+    settle_expert_pairs(config, tensors, modules);
     formats::Declarations base;
     for (const nn::WeightSite& site : sites.weights) base[site.name] = {site.shape};
     auto replacements = take_replacements(config, tensors, sites.tied_head, base);
