@@ -1,17 +1,22 @@
 #include "moesaic/export/sparse_family.h"
 
+#include "moesaic/formats/expert_names.h"
 #include "moesaic/models/registry.h"
 
 namespace moesaic::exporting {
 namespace {
 
-constexpr const char* kDenseParts[] = {"gate_proj", "up_proj", "down_proj"};
-
 const SparseFamily kFamilies[] = {
-    {"mixtral", "MixtralForCausalLM", "llama, mistral", "block_sparse_moe", {"w1", "w3", "w2"}, false, false},
-    {"qwen2_moe", "Qwen2MoeForCausalLM", "qwen2", "mlp", {"gate_proj", "up_proj", "down_proj"}, true, true},
-    {"qwen3_moe", "Qwen3MoeForCausalLM", "qwen3", "mlp", {"gate_proj", "up_proj", "down_proj"}, false, true},
+    {"mixtral", "MixtralForCausalLM", "llama, mistral", false, false},
+    {"qwen2_moe", "Qwen2MoeForCausalLM", "qwen2", true, true},
+    {"qwen3_moe", "Qwen3MoeForCausalLM", "qwen3", false, true},
 };
+
+formats::ExpertNames names_of(const SparseFamily& family) { return *formats::expert_names(family.model_type); }
+
+const char* part_name(const formats::ExpertNames& names, Part part) {
+  return part == Part::kGate ? names.gate_proj : part == Part::kUp ? names.up_proj : names.down_proj;
+}
 
 const SparseFamily* family_of(const std::string& dense_type) {
   if (dense_type == "llama" || dense_type == "mistral") return &kFamilies[0];
@@ -22,9 +27,7 @@ const SparseFamily* family_of(const std::string& dense_type) {
 
 std::string refused_because(const std::string& model_type, const Json& config, const std::string& where) {
   if (model_type.starts_with("gemma")) return "no sparse family has gemma's norms and embedding scale";
-  for (const SparseFamily& family : kFamilies) {
-    if (model_type == family.model_type) return "it is sparse already";
-  }
+  if (formats::expert_names(model_type)) return "it is sparse already";
   if (!models::is_decoder(config, where)) return "an encoder-decoder's sparse layers are not made here";
   return "no sparse family is made of it";
 }
@@ -80,7 +83,7 @@ void say_windows(Json& config, const models::DecoderConfig& dense, const SparseF
 
 void say_experts(Json& config, const models::DecoderConfig& dense, const SparseFamily& family,
                  const SparseSizes& sizes) {
-  config["num_local_experts"] = sizes.experts;
+  config["num_local_experts"] = sizes.experts;  // the writer adds num_experts
   config["num_experts_per_tok"] = sizes.per_token;
   config["output_router_logits"] = false;
   config["router_aux_loss_coef"] = 0.001;
@@ -89,7 +92,6 @@ void say_experts(Json& config, const models::DecoderConfig& dense, const SparseF
     config["router_jitter_noise"] = 0.0;
     return;
   }
-  config["num_experts"] = sizes.experts;  // of the two spellings transformers 4 reads this one alone
   config["intermediate_size"] = dense.intermediate_size;
   config["moe_intermediate_size"] = sizes.width;
   config["norm_topk_prob"] = true;
@@ -104,20 +106,22 @@ void say_experts(Json& config, const models::DecoderConfig& dense, const SparseF
 }  // namespace
 
 std::string dense_name(int64_t layer, Part part) {
-  return fmt::format("model.layers.{}.mlp.{}.weight", layer, kDenseParts[static_cast<int>(part)]);
+  return fmt::format("model.layers.{}.mlp.{}.weight", layer, part_name({}, part));
 }
 
 std::string SparseFamily::router(int64_t layer) const {
-  return fmt::format("model.layers.{}.{}.gate.weight", layer, block);
+  return fmt::format("model.layers.{}.{}.gate.weight", layer, names_of(*this).block);
 }
 std::string SparseFamily::expert(int64_t layer, int64_t e, Part part) const {
-  return fmt::format("model.layers.{}.{}.experts.{}.{}.weight", layer, block, e, parts[static_cast<int>(part)]);
+  const formats::ExpertNames names = names_of(*this);
+  return fmt::format("model.layers.{}.{}.experts.{}.{}.weight", layer, names.block, e, part_name(names, part));
 }
 std::string SparseFamily::shared_expert(int64_t layer, Part part) const {
-  return fmt::format("model.layers.{}.{}.shared_expert.{}.weight", layer, block, parts[static_cast<int>(part)]);
+  const formats::ExpertNames names = names_of(*this);
+  return fmt::format("model.layers.{}.{}.shared_expert.{}.weight", layer, names.block, part_name(names, part));
 }
 std::string SparseFamily::shared_gate(int64_t layer) const {
-  return fmt::format("model.layers.{}.{}.shared_expert_gate.weight", layer, block);
+  return fmt::format("model.layers.{}.{}.shared_expert_gate.weight", layer, names_of(*this).block);
 }
 
 const SparseFamily& sparse_family(const Json& dense, const std::string& where) {

@@ -18,11 +18,9 @@ std::string dense_name(int64_t layer, Part part);
 struct SparseFamily {
   const char* model_type;
   const char* architecture;
-  const char* from;                  // model_types it is made of, for messages
-  const char* block;                 // of a layer: "block_sparse_moe"
-  std::array<const char*, 3> parts;  // by Part
-  bool shared;                       // every layer has a shared expert, weighed by a sigmoid of its own gate
-  bool qwen;                         // config.json's words for experts
+  const char* from;  // model_types it is made of, for messages
+  bool shared;       // every layer has a shared expert, weighed by a sigmoid of its own gate
+  bool qwen;         // config.json's words for experts
 
   std::string router(int64_t layer) const;
   std::string expert(int64_t layer, int64_t e, Part part) const;

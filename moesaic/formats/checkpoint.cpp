@@ -10,6 +10,7 @@
 #include "moesaic/base/sha256.h"
 #include "moesaic/formats/bytes.h"
 #include "moesaic/formats/config.h"
+#include "moesaic/formats/expert_names.h"
 #include "moesaic/formats/gguf_checkpoint.h"
 #include "moesaic/formats/safetensors.h"
 #include "moesaic/formats/torch_file.h"
@@ -127,6 +128,7 @@ class FolderCheckpoint : public Checkpoint {
     if (weights) {
       open_weights();
       rename_tensors(raw.contains("text_config"));
+      unstack_experts();
     }
   }
 
@@ -136,9 +138,20 @@ class FolderCheckpoint : public Checkpoint {
     return names;
   }
   bool contains(const std::string& name) const override { return tensors_.contains(name); }
-  std::vector<int64_t> shape(const std::string& name) const override { return file(name).shape(stored_name(name)); }
-  at::ScalarType dtype(const std::string& name) const override { return file(name).dtype(stored_name(name)); }
-  at::Tensor tensor(const std::string& name) const override { return file(name).tensor(stored_name(name)); }
+  std::vector<int64_t> shape(const std::string& name) const override {
+    const Location& at = location(name);
+    std::vector<int64_t> shape = at.file->shape(at.stored_name);
+    return at.count < 0 ? shape : std::vector{at.count, shape.back()};
+  }
+  at::ScalarType dtype(const std::string& name) const override {
+    const Location& at = location(name);
+    return at.file->dtype(at.stored_name);
+  }
+  at::Tensor tensor(const std::string& name) const override {
+    const Location& at = location(name);
+    const at::Tensor whole = at.file->tensor(at.stored_name);
+    return at.count < 0 ? whole : whole.reshape({-1, whole.size(-1)}).narrow(0, at.begin, at.count);
+  }
 
   void read_into(const std::string& name, at::Tensor destination) const override {
     const at::Tensor stored = tensor(name);
@@ -146,7 +159,7 @@ class FolderCheckpoint : public Checkpoint {
                   path_.string(), name, fmt::join(stored.sizes(), "x"), fmt::join(destination.sizes(), "x"));
     const at::NoGradGuard no_grad;
     destination.copy_(stored);
-    file(name).release(stored_name(name));
+    release(name);
   }
 
   std::optional<std::string> tokenizer_json() const override { return read_tokenizer_json(path_); }
@@ -163,13 +176,16 @@ class FolderCheckpoint : public Checkpoint {
     std::call_once(fingerprint_once_, [this] {
       fingerprint_ = remembered("fingerprint of every byte", paths_, [this] {
         auto all = fingerprint_of(names(), [this](const std::string& name) {
-          const WeightFile& stored = file(name);
-          const std::string& key = stored_name(name);
-          StoredTensor tensor{c10::toString(stored.dtype(key)), stored.shape(key), {}, {}};
-          tensor.bytes = stored.bytes(key, tensor.kept);
+          const Location& at = location(name);
+          StoredTensor tensor{c10::toString(dtype(name)), shape(name), {}, {}};
+          tensor.bytes = at.file->bytes(at.stored_name, tensor.kept);
+          if (at.count >= 0) {
+            const size_t row = tensor.bytes.size() / static_cast<size_t>(rows_of(at));
+            tensor.bytes = tensor.bytes.substr(at.begin * row, at.count * row);
+          }
           return tensor;
         });
-        for (const std::string& name : names()) file(name).release(stored_name(name));
+        for (const std::string& name : names()) release(name);
         return all;
       });
     });
@@ -180,6 +196,7 @@ class FolderCheckpoint : public Checkpoint {
   struct Location {
     const WeightFile* file;
     std::string stored_name;
+    int64_t begin = 0, count = -1;  // rows of it, or the whole; see StoredRows
   };
 
   const Location& location(const std::string& name) const {
@@ -187,8 +204,11 @@ class FolderCheckpoint : public Checkpoint {
     MOESAIC_CHECK(it != tensors_.end(), DataError, "{}: has no tensor '{}'", path_.string(), name);
     return it->second;
   }
-  const WeightFile& file(const std::string& name) const { return *location(name).file; }
-  const std::string& stored_name(const std::string& name) const { return location(name).stored_name; }
+  static int64_t rows_of(const Location& at) {
+    const std::vector<int64_t> shape = at.file->shape(at.stored_name);
+    return std::accumulate(shape.begin(), shape.end() - 1, int64_t{1}, std::multiplies());
+  }
+  void release(const std::string& name) const { location(name).file->release(location(name).stored_name); }
 
   void open_weights() {
     for (const WeightNames& kind : {kSafetensors, kPickles}) {
@@ -260,6 +280,20 @@ class FolderCheckpoint : public Checkpoint {
                     path_.string(), name, stored);
     }
     tensors_ = std::move(renamed);
+  }
+
+  void unstack_experts() {
+    const Json type = config_.value("model_type", Json());
+    const auto names = type.is_string() ? expert_names(type.get<std::string>()) : std::nullopt;
+    if (!names) return;
+    std::map<std::string, std::vector<int64_t>> shapes;
+    for (const auto& [name, at] : tensors_) shapes[name] = at.file->shape(at.stored_name);
+    std::map<std::string, Location> apart;
+    for (const auto& [name, rows] : unstacked(*names, shapes, path_.string())) {
+      const Location& at = tensors_.at(rows.stored);
+      apart[name] = {at.file, at.stored_name, rows.begin, rows.count};
+    }
+    tensors_ = std::move(apart);
   }
 
   std::vector<std::unique_ptr<WeightFile>> files_;

@@ -6,6 +6,7 @@
 
 #include "moesaic/base/file_errors.h"
 #include "moesaic/formats/config.h"
+#include "moesaic/formats/expert_names.h"
 #include "moesaic/formats/finite.h"
 
 namespace moesaic::formats {
@@ -103,7 +104,7 @@ void FolderWriter::write_beside() {
     spdlog::warn("{}: config.json says {} = {}, which other programs don't read: transformers has it for yarn alone",
                  dir_.string(), kRopeMagnitude, about_.config[kRopeMagnitude].dump());
   }
-  Json config = with_legacy_rope_keys(about_.config);
+  Json config = with_legacy_rope_keys(with_both_expert_counts(about_.config));
   config["dtype"] = dtype_word(about_.dtype);
   write_file_atomically(dir_ / "config.json", config.dump(2) + "\n");
   write_tokenizer_files(dir_, about_.tokenizer);

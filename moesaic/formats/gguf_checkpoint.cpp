@@ -8,6 +8,7 @@
 
 #include "moesaic/base/file_memory.h"
 #include "moesaic/formats/config.h"
+#include "moesaic/formats/expert_names.h"
 #include "moesaic/formats/gguf.h"
 #include "moesaic/formats/gguf_tokenizer.h"
 
@@ -24,11 +25,29 @@ constexpr GgufName kTopNames[] = {
     {"output.weight", "lm_head.weight"},
 };
 constexpr GgufName kLayerNames[] = {
-    {"attn_norm", "input_layernorm"},    {"attn_q", "self_attn.q_proj"},      {"attn_k", "self_attn.k_proj"},
-    {"attn_v", "self_attn.v_proj"},      {"attn_output", "self_attn.o_proj"}, {"attn_q_norm", "self_attn.q_norm"},
-    {"attn_k_norm", "self_attn.k_norm"}, {"ffn_gate", "mlp.gate_proj"},       {"ffn_up", "mlp.up_proj"},
+    {"attn_norm", "input_layernorm"},
+    {"attn_q", "self_attn.q_proj"},
+    {"attn_k", "self_attn.k_proj"},
+    {"attn_v", "self_attn.v_proj"},
+    {"attn_output", "self_attn.o_proj"},
+    {"attn_q_norm", "self_attn.q_norm"},
+    {"attn_k_norm", "self_attn.k_norm"},
+    {"ffn_gate", "mlp.gate_proj"},
+    {"ffn_up", "mlp.up_proj"},
     {"ffn_down", "mlp.down_proj"},
+    // Experts: stacks of all, and the one that every token has; `unstacked` takes it from there.
+    {"ffn_gate_inp", "mlp.gate"},
+    {"ffn_gate_exps", "mlp.experts.gate_proj"},
+    {"ffn_up_exps", "mlp.experts.up_proj"},
+    {"ffn_gate_up_exps", "mlp.experts.gate_up_proj"},
+    {"ffn_down_exps", "mlp.experts.down_proj"},
+    {"ffn_gate_inp_shexp", "mlp.shared_expert_gate"},
+    {"ffn_gate_shexp", "mlp.shared_expert.gate_proj"},
+    {"ffn_up_shexp", "mlp.shared_expert.up_proj"},
+    {"ffn_down_shexp", "mlp.shared_expert.down_proj"},
 };
+/// Before there were stacks: "blk.0.ffn_gate.3.weight".
+constexpr GgufName kSingleExperts[] = {{"ffn_gate.", "gate_proj"}, {"ffn_up.", "up_proj"}, {"ffn_down.", "down_proj"}};
 
 /// The Hugging Face name of a tensor, or "" when it is unknown.
 std::string hf_name(const std::string& name, std::span<const GgufName> norms) {
@@ -45,6 +64,11 @@ std::string hf_name(const std::string& name, std::span<const GgufName> norms) {
   for (const auto& pairs : {std::span<const GgufName>(kLayerNames), norms}) {
     for (const auto& [gguf, hf] : pairs) {
       if (part == gguf) return fmt::format("model.layers.{}.{}{}", layer, hf, suffix);
+    }
+  }
+  for (const auto& [gguf, hf] : kSingleExperts) {
+    if (part.starts_with(gguf)) {
+      return fmt::format("model.layers.{}.mlp.experts.{}.{}{}", layer, part.substr(std::strlen(gguf)), hf, suffix);
     }
   }
   return "";
@@ -87,10 +111,9 @@ class GgufCheckpoint : public Checkpoint {
     }
     MOESAIC_CHECK(architecture_, DataError, "{}: general.architecture: got '{}', expected one of {}", where,
                   metadata.arch(), fmt::join(names, ", "));
-    MOESAIC_CHECK(metadata.find_size("expert_count").value_or(0) == 0, DataError,
-                  "{}: holds a mixture of experts, which is not supported; expected a dense model", where);
     map_tensors();
     config_ = normalise_config(translate(metadata), where);
+    unstack_experts();
     check_head_rows();
   }
 
@@ -100,54 +123,58 @@ class GgufCheckpoint : public Checkpoint {
     return names;
   }
   bool contains(const std::string& name) const override { return tensors_.contains(name); }
-  std::vector<int64_t> shape(const std::string& name) const override { return at(name).shape; }
+  std::vector<int64_t> shape(const std::string& name) const override {
+    const Part& part = at(name);
+    return part.count < 0 ? part.tensor->shape : std::vector{part.count, part.tensor->shape.back()};
+  }
 
   at::ScalarType dtype(const std::string& name) const override {
-    return offset_norm(name) ? at::kFloat : plain_dtype(at(name).type);
+    return offset_norm(name) ? at::kFloat : plain_dtype(at(name).tensor->type);
   }
 
   std::string stored_type(const std::string& name) const override {
-    const GgmlTypeInfo& info = ggml_type_info(at(name).type);
+    const GgmlTypeInfo& info = ggml_type_info(at(name).tensor->type);
     return info.elements == 1 ? dtype_name(plain_dtype(info.type)) : info.name;
   }
 
   at::Tensor tensor(const std::string& name) const override {
-    const GgufTensor& stored = at(name);
     const at::ScalarType dtype = this->dtype(name);
-    const bool plain = ggml_type_info(stored.type).elements == 1;
-    const bool aligned = reinterpret_cast<uintptr_t>(stored.bytes.data()) % c10::elementSize(dtype) == 0;
+    const bool plain = ggml_type_info(at(name).tensor->type).elements == 1;
+    const std::string_view bytes = bytes_of(at(name));
+    const bool aligned = reinterpret_cast<uintptr_t>(bytes.data()) % c10::elementSize(dtype) == 0;
     if (plain && aligned && heads_of(name) == 0 && !offset_norm(name)) {
       return at::from_blob(
-          const_cast<char*>(stored.bytes.data()), stored.shape, [owner = file_.bytes().owner](void*) {},
+          const_cast<char*>(bytes.data()), shape(name), [owner = file_.bytes().owner](void*) {},
           at::TensorOptions().dtype(dtype));
     }
-    at::Tensor loaded = at::empty(stored.shape, dtype);
+    at::Tensor loaded = at::empty(shape(name), dtype);
     read_into(name, loaded);
     return loaded;
   }
 
   void read_into(const std::string& name, at::Tensor destination) const override {
-    const GgufTensor& stored = at(name);
-    MOESAIC_CHECK(destination.sizes() == at::IntArrayRef(stored.shape), ShapeError,
-                  "{}: tensor '{}': got shape {}, expected {}", path_.string(), name, fmt::join(stored.shape, "x"),
+    const std::vector<int64_t> shape = this->shape(name);
+    MOESAIC_CHECK(destination.sizes() == at::IntArrayRef(shape), ShapeError,
+                  "{}: tensor '{}': got shape {}, expected {}", path_.string(), name, fmt::join(shape, "x"),
                   fmt::join(destination.sizes(), "x"));
+    const int64_t rows = rows_of(at(name));
     const at::NoGradGuard no_grad;
     if (destination.is_cpu() && destination.scalar_type() == at::kFloat && destination.is_contiguous()) {
-      read_float(name, stored, 0, rows_of(stored), destination.data_ptr<float>());
+      read_float(name, 0, rows, destination.data_ptr<float>());
     } else {
       // In other formats by parts: the whole in float32 beside it would be most of what a load takes.
       constexpr int64_t kPart = int64_t{1} << 20;  // elements
-      const int64_t rows = rows_of(stored), columns = stored.shape.back();
+      const int64_t columns = shape.back();
       const int64_t most = std::max<int64_t>(1, kPart / columns);
       at::Tensor part = at::empty({std::min(most, rows), columns}, at::kFloat);
       for (int64_t begin = 0; begin < rows; begin += most) {
         const int64_t count = std::min(most, rows - begin);
-        read_float(name, stored, begin, begin + count, part.data_ptr<float>());
+        read_float(name, begin, begin + count, part.data_ptr<float>());
         const at::Tensor values = part.narrow(0, 0, count);
         destination.dim() == 1 ? destination.copy_(values[0]) : destination.narrow(0, begin, count).copy_(values);
       }
     }
-    file_.bytes().release(stored.bytes);
+    file_.bytes().release(bytes_of(at(name)));
   }
 
   std::optional<std::string> tokenizer_json() const override { return gguf_tokenizer_json(file_); }
@@ -172,10 +199,9 @@ class GgufCheckpoint : public Checkpoint {
     std::call_once(fingerprint_once_, [this] {
       fingerprint_ = remembered("fingerprint of every byte", {path_}, [this] {
         auto all = fingerprint_of(names(), [this](const std::string& name) {
-          const GgufTensor& stored = at(name);
-          return StoredTensor{ggml_type_info(stored.type).name, stored.shape, stored.bytes};
+          return StoredTensor{ggml_type_info(at(name).tensor->type).name, shape(name), bytes_of(at(name))};
         });
-        for (const std::string& name : names()) file_.bytes().release(at(name).bytes);
+        for (const std::string& name : names()) file_.bytes().release(bytes_of(at(name)));
         return all;
       });
     });
@@ -183,10 +209,26 @@ class GgufCheckpoint : public Checkpoint {
   }
 
  private:
-  const GgufTensor& at(const std::string& name) const {
+  /// A tensor, or rows of one; see StoredRows.
+  struct Part {
+    const GgufTensor* tensor;
+    int64_t begin = 0, count = -1;
+  };
+  const Part& at(const std::string& name) const {
     const auto it = tensors_.find(name);
     MOESAIC_CHECK(it != tensors_.end(), DataError, "{}: has no tensor '{}'", path_.string(), name);
-    return *it->second;
+    return it->second;
+  }
+  /// Rows of a tensor whose leading axes are taken as one; a vector is one row.
+  static int64_t rows_of(const GgufTensor& tensor) {
+    return std::accumulate(tensor.shape.begin(), tensor.shape.end() - 1, int64_t{1}, std::multiplies());
+  }
+  static int64_t rows_of(const Part& part) { return part.count < 0 ? rows_of(*part.tensor) : part.count; }
+  static std::string_view bytes_of(const Part& part) {
+    const std::string_view all = part.tensor->bytes;
+    if (part.count < 0) return all;
+    const size_t row = all.size() / static_cast<size_t>(rows_of(*part.tensor));
+    return all.substr(part.begin * row, part.count * row);
   }
 
   /// llama.cpp's converter stores gemma's norm weights as 1 + w.
@@ -201,17 +243,15 @@ class GgufCheckpoint : public Checkpoint {
     return name.find(".self_attn.k_proj.") != std::string::npos ? kv_heads_ : 0;
   }
 
-  /// Dequantises row by row into `out`, in the order of the Hugging Face model.
-  /// Row 2 i + s of a stored llama head (i < k/2, s < 2) is row s k/2 + i of the model's.
-  /// A vector is one row.
-  static int64_t rows_of(const GgufTensor& stored) { return stored.shape.size() == 1 ? 1 : stored.shape[0]; }
-
-  /// The rows first .. last-1 of a tensor, in the order of Hugging Face's.
-  void read_float(const std::string& name, const GgufTensor& stored, int64_t first, int64_t last, float* out) const {
+  /// Dequantises the rows first .. last-1 of a tensor into `out`, in the order of the Hugging Face model: row 2 i + s
+  /// of a stored llama head (i < k/2, s < 2) is row s k/2 + i of the model's.
+  void read_float(const std::string& name, int64_t first, int64_t last, float* out) const {
+    const GgufTensor& stored = *at(name).tensor;
+    const std::string_view bytes = bytes_of(at(name));
     const bool vector = stored.shape.size() == 1;
     const int64_t heads = heads_of(name), columns = stored.shape.back();
-    const int64_t row_bytes = static_cast<int64_t>(stored.bytes.size()) / rows_of(stored);
-    const auto* blocks = reinterpret_cast<const uint8_t*>(stored.bytes.data());
+    const int64_t row_bytes = static_cast<int64_t>(bytes.size()) / rows_of(at(name));
+    const auto* blocks = reinterpret_cast<const uint8_t*>(bytes.data());
     const auto stored_row = [half = heads > 0 ? stored.shape[0] / heads / 2 : 0](int64_t row) {
       const int64_t head = row / (2 * half), within = row % (2 * half);
       return head * 2 * half + within % half * 2 + within / half;
@@ -242,7 +282,7 @@ class GgufCheckpoint : public Checkpoint {
       if (name.empty()) {
         errors.push_back(tensor.name);
       } else {
-        tensors_.emplace(name, &tensor);
+        tensors_.emplace(name, Part{&tensor});
       }
     }
     const size_t shown = std::min(errors.size(), kMaxListedErrors);
@@ -250,12 +290,24 @@ class GgufCheckpoint : public Checkpoint {
                   fmt::join(errors.begin(), errors.begin() + shown, ", "), errors.size() > shown ? ", ..." : "");
   }
 
+  void unstack_experts() {
+    const auto names = expert_names(config_.value("model_type", ""));
+    if (!names) return;
+    std::map<std::string, std::vector<int64_t>> shapes;
+    for (const auto& [name, part] : tensors_) shapes[name] = part.tensor->shape;
+    std::map<std::string, Part> apart;
+    for (const auto& [name, rows] : unstacked(*names, shapes, path_.string())) {
+      apart[name] = {tensors_.at(rows.stored).tensor, rows.begin, rows.count};
+    }
+    tensors_ = std::move(apart);
+  }
+
   void check_head_rows() const {
-    for (const auto& [name, tensor] : tensors_) {
-      const int64_t heads = heads_of(name);
-      MOESAIC_CHECK(heads == 0 || tensor->shape[0] % (2 * heads) == 0, FormatError,
-                    "{}: tensor '{}' has {} rows, expected a multiple of 2 x {} heads", path_.string(), name,
-                    tensor->shape[0], heads);
+    for (const auto& [name, part] : tensors_) {
+      const int64_t heads = heads_of(name), rows = part.tensor->shape[0];
+      MOESAIC_CHECK(heads == 0 || rows % (2 * heads) == 0, FormatError,
+                    "{}: tensor '{}' has {} rows, expected a multiple of 2 x {} heads", path_.string(), name, rows,
+                    heads);
     }
   }
 
@@ -298,9 +350,9 @@ class GgufCheckpoint : public Checkpoint {
     config["dtype"] = "float32";
 
     const auto embedding = tensors_.find("model.embed_tokens.weight");
-    MOESAIC_CHECK(embedding != tensors_.end() && embedding->second->shape.size() == 2, FormatError,
+    MOESAIC_CHECK(embedding != tensors_.end() && embedding->second.tensor->shape.size() == 2, FormatError,
                   "{}: has no matrix token_embd.weight", where);
-    config["vocab_size"] = embedding->second->shape[0];
+    config["vocab_size"] = embedding->second.tensor->shape[0];
     for (const auto& [key, gguf] :
          {std::pair{"bos_token_id", "bos"}, {"eos_token_id", "eos"}, {"pad_token_id", "padding"}}) {
       if (const auto id = file_.find_uint(fmt::format("tokenizer.ggml.{}_token_id", gguf))) config[key] = *id;
@@ -375,7 +427,7 @@ class GgufCheckpoint : public Checkpoint {
   GgufFile file_;
   const GgufArchitecture* architecture_ = nullptr;
   int64_t heads_ = 0, kv_heads_ = 0;
-  std::map<std::string, const GgufTensor*> tensors_;
+  std::map<std::string, Part> tensors_;
   mutable std::once_flag fingerprint_once_;
   mutable std::string fingerprint_;
 };

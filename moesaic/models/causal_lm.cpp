@@ -106,12 +106,25 @@ std::shared_ptr<CausalLM> CausalLM::load(const formats::Checkpoint& checkpoint, 
   return model;
 }
 
+nn::Needs CausalLM::needs() const {
+  nn::Needs all = LanguageModel::needs();
+  all.routed = all.routed || !sites_.routers.empty();
+  return all;
+}
+
 OrderedJson CausalLM::sizes() const {
-  return {{"hidden_size", config_.hidden_size},      {"intermediate_size", config_.intermediate_size},
-          {"num_layers", config_.num_layers},        {"num_heads", config_.num_heads},
-          {"num_kv_heads", config_.num_kv_heads},    {"head_dim", config_.head_dim},
-          {"vocab_size", config_.vocab_size},        {"max_position", config_.max_position},
-          {"tied_head", config_.tie_word_embeddings}};
+  OrderedJson sizes = {{"hidden_size", config_.hidden_size},      {"intermediate_size", config_.intermediate_size},
+                       {"num_layers", config_.num_layers},        {"num_heads", config_.num_heads},
+                       {"num_kv_heads", config_.num_kv_heads},    {"head_dim", config_.head_dim},
+                       {"vocab_size", config_.vocab_size},        {"max_position", config_.max_position},
+                       {"tied_head", config_.tie_word_embeddings}};
+  if (config_.sparse) {
+    sizes["num_experts"] = config_.sparse->experts;
+    sizes["num_experts_per_tok"] = config_.sparse->top_k;
+    sizes["expert_width"] = config_.sparse->width;
+    if (config_.sparse->shared_width > 0) sizes["shared_expert_width"] = config_.sparse->shared_width;
+  }
+  return sizes;
 }
 
 void CausalLM::initialize(uint64_t seed) { models::initialize(*this, seed); }
@@ -127,7 +140,8 @@ torch::Tensor CausalLM::run_blocks(torch::Tensor h, int64_t first, int64_t last,
 
 torch::Tensor CausalLM::finish(const torch::Tensor& h, const torch::Tensor& rows) const {
   // A holder of modules has no const forward.
-  return nn::RmsNorm(stack_.norm)->forward(rows.defined() ? h.index_select(0, rows) : h);
+  const torch::Tensor y = nn::RmsNorm(stack_.norm)->forward(rows.defined() ? h.index_select(0, rows) : h);
+  return config_.logit_scale == 1.0 ? y : y * config_.logit_scale;
 }
 
 torch::Tensor CausalLM::run(const Text& text, nn::Pass& pass, Memory* memory) {
@@ -160,11 +174,14 @@ AllWeights::AllWeights(std::shared_ptr<SingleModel> model, formats::ModelFolder 
     : model_(std::move(model)), folder_(std::move(folder)) {}
 
 std::vector<nn::Parameter> AllWeights::parameters() {
+  using Kind = nn::Parameter::Kind;
+  const auto& routers = model_->sites().routers;
   std::vector<nn::Parameter> all;
   for (auto& item : model_->named_parameters()) {
     item.value().set_requires_grad(true);
-    all.push_back({item.key(), item.value(),
-                   item.value().dim() == 1 ? nn::Parameter::Kind::kVector : nn::Parameter::Kind::kWeight});
+    Kind kind = item.value().dim() == 1 ? Kind::kVector : Kind::kWeight;
+    if (std::find(routers.begin(), routers.end(), item.key()) != routers.end()) kind = Kind::kRouter;
+    all.push_back({item.key(), item.value(), kind});
   }
   return all;
 }

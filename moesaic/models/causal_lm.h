@@ -51,6 +51,7 @@ class CausalLM : public SingleModel {
   std::unique_ptr<Memory> memory(int64_t sequences) const override;
   int64_t exact_memory() const override;
   std::vector<nn::Block*> blocks() override { return stack_.blocks; }
+  nn::Needs needs() const override;
 
   int64_t reading_blocks() const override { return config_.num_layers; }
   void prepare(const nn::RaggedBatch& batch, nn::Pass& pass) const override;

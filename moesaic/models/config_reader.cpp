@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t kMaxVocabulary = 1 << 24, kMaxWidth = 1 << 18, kMaxLayers = 10'000, kMaxHeads = 1 << 14;
 constexpr int64_t kMaxPosition = int64_t{1} << 30;
+constexpr int64_t kMaxExperts = 1 << 14;
 
 std::string shown(const Json& value) { return value.dump().substr(0, 80); }
 
@@ -111,7 +112,7 @@ DecoderConfig read_common(ConfigReader& reader, const FamilyDefaults& defaults) 
                  fmt::format("got {}, expected an even number (rotary positions pair them)", config.head_dim));
   }
   config.max_position = reader.size("max_position_embeddings", defaults.max_position, kMaxPosition);
-  config.rms_norm_eps = reader.positive("rms_norm_eps", 1e-6);
+  config.rms_norm_eps = reader.positive("rms_norm_eps", defaults.rms_norm_eps);
   config.tie_word_embeddings = reader.flag("tie_word_embeddings", defaults.tie_word_embeddings);
   const std::string activation = reader.text(defaults.activation_key, defaults.activation);
   if (activation == "gelu_pytorch_tanh") {
@@ -207,8 +208,44 @@ RopeConfig read_rope(ConfigReader& reader, const Json& rope, const std::string& 
   return result;
 }
 
-RopeConfig read_flat_rope(ConfigReader& reader, const DecoderConfig& config) {
-  return read_rope(reader, reader.json().at("rope_parameters"), "rope_parameters", 10'000.0, config);
+RopeConfig read_flat_rope(ConfigReader& reader, const DecoderConfig& config, double theta) {
+  return read_rope(reader, reader.json().at("rope_parameters"), "rope_parameters", theta, config);
+}
+
+SparseConfig read_sparse(ConfigReader& reader, const DecoderConfig& config, const SparseDefaults& defaults) {
+  SparseConfig sparse;
+  const char* experts_key = reader.has("num_experts") ? "num_experts" : "num_local_experts";
+  sparse.experts = reader.size(experts_key, defaults.experts, kMaxExperts);
+  if (reader.has("num_experts") && reader.has("num_local_experts") &&
+      reader.size("num_local_experts", std::nullopt, kMaxExperts) != sparse.experts) {
+    reader.error("num_local_experts", fmt::format("got {}, expected num_experts' {}",
+                                                  shown(reader.json().at("num_local_experts")), sparse.experts));
+  }
+  sparse.top_k = reader.size("num_experts_per_tok", defaults.top_k, kMaxExperts);
+  if (sparse.top_k > sparse.experts) {
+    reader.error("num_experts_per_tok",
+                 fmt::format("got {}, expected at most {} {}", sparse.top_k, experts_key, sparse.experts));
+    sparse.top_k = sparse.experts;
+  }
+  sparse.width = reader.size(defaults.width_key, defaults.width, 4 * kMaxWidth);
+  if (defaults.shared_width_key != nullptr) {
+    const bool none = reader.has(defaults.shared_width_key) && reader.json().at(defaults.shared_width_key) == 0;
+    const bool given = reader.has(defaults.shared_width_key) || defaults.shared_width > 0;
+    if (given && !none) {
+      sparse.shared_width = reader.size(defaults.shared_width_key, defaults.shared_width, 4 * kMaxWidth);
+    }
+  }
+  sparse.renormalize = defaults.has_norm_topk_prob ? reader.flag("norm_topk_prob", false) : defaults.renormalize;
+  sparse.names = *formats::expert_names(config.model_type);
+  if (!defaults.may_mix) return sparse;
+  const int64_t step = reader.size("decoder_sparse_step", 1, kMaxLayers);
+  const std::vector<int64_t> dense = reader.ids("mlp_only_layers", {});
+  std::vector<uint8_t> layers(config.num_layers, 0);
+  for (int64_t i = 0; i < config.num_layers; ++i) {
+    layers[i] = (i + 1) % step != 0 || std::find(dense.begin(), dense.end(), i) != dense.end();
+  }
+  if (std::find(layers.begin(), layers.end(), 1) != layers.end()) sparse.layer_is_dense = layers;
+  return sparse;
 }
 
 std::vector<uint8_t> read_layer_types(ConfigReader& reader, const DecoderConfig& config,

@@ -48,6 +48,7 @@ struct FamilyDefaults {
   std::optional<int64_t> num_kv_heads = {};  // nullopt: as many as heads
   std::optional<int64_t> head_dim = {};      // nullopt: hidden_size / heads
   int64_t max_position = 2048;
+  double rms_norm_eps = 1e-6;
   bool tie_word_embeddings = false;
   std::vector<int64_t> eos_ids = {};
   int64_t bos_id = -1;
@@ -57,11 +58,25 @@ struct FamilyDefaults {
 
 /// Sizes, norms, head and token ids: what every family has under the same keys.
 DecoderConfig read_common(ConfigReader& reader, const FamilyDefaults& defaults);
-/// The one rope object of a family without local layers.
-RopeConfig read_flat_rope(ConfigReader& reader, const DecoderConfig& config);
+/// The one rope object of a family without local layers. `theta` applies when it has none.
+RopeConfig read_flat_rope(ConfigReader& reader, const DecoderConfig& config, double theta = 10'000.0);
 /// One rope object. `name` is its key, for messages; `theta` applies when it has none of its own.
 RopeConfig read_rope(ConfigReader& reader, const Json& rope, const std::string& name, double theta,
                      const DecoderConfig& config);
+/// What a family of sparse models assumes where config.json is silent. nullptr: it has no such key.
+struct SparseDefaults {
+  int64_t experts = 8, top_k = 2;
+  const char* width_key = "intermediate_size";  // of an expert
+  int64_t width = 0;
+  const char* shared_width_key = nullptr;  // of the expert that every token has; 0 = none
+  int64_t shared_width = 0;
+  bool renormalize = true;          // where there is no norm_topk_prob
+  bool has_norm_topk_prob = false;  // false by default
+  bool may_mix = false;             // layers may be dense: decoder_sparse_step, mlp_only_layers
+};
+/// The sparse layers of `config`, whose sizes are read. E may be num_experts or num_local_experts: transformers 4 and 5
+/// differ in which they write.
+SparseConfig read_sparse(ConfigReader& reader, const DecoderConfig& config, const SparseDefaults& defaults);
 /// layer_types, or `is_sliding(layer)` where the file has none. All zero without a sliding layer.
 std::vector<uint8_t> read_layer_types(ConfigReader& reader, const DecoderConfig& config,
                                       const std::function<bool(int64_t)>& is_sliding);

@@ -18,7 +18,11 @@ void initialize(torch::nn::Module& model, const DecoderConfig& config, uint64_t 
       continue;
     }
     double deviation = 1.0 / std::sqrt(static_cast<double>(parameter.size(1)));
-    if (name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight")) deviation *= residual;
+    const std::string down = config.sparse ? fmt::format("{}.weight", config.sparse->names.down_proj) : "";
+    if (name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight") ||
+        (!down.empty() && name.ends_with(down))) {
+      deviation *= residual;
+    }
     if (name.ends_with("embed_tokens.weight")) deviation = config.tie_word_embeddings ? 0.02 : 0.1;
     if (name.starts_with("lm_head.")) deviation = 0.02;
     parameter.copy_(torch::empty(parameter.sizes(), torch::kFloat32).normal_(0.0, deviation, generator));

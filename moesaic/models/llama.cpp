@@ -18,7 +18,7 @@ DecoderConfig parse_llama(ConfigReader& reader) {
   return config;
 }
 
-// A mistral is a llama with a window there.
+// A mistral is a llama with a window there, a mixtral one with experts.
 const formats::GgufArchitecture kLlamaGguf = {
     .name = "llama",
     .norms = kPreNorms,
@@ -26,9 +26,13 @@ const formats::GgufArchitecture kLlamaGguf = {
     .complete =
         [](const formats::GgufMetadata& metadata, Json& config) {
           const int64_t window = metadata.find_size("attention.sliding_window").value_or(0);
-          config["model_type"] = window > 0 ? "mistral" : "llama";
-          config["architectures"] = {window > 0 ? "MistralForCausalLM" : "LlamaForCausalLM"};
+          const bool sparse = metadata.find_size("expert_count").value_or(0) > 0;
+          config["model_type"] = sparse ? "mixtral" : window > 0 ? "mistral" : "llama";
+          config["architectures"] = {sparse       ? "MixtralForCausalLM"
+                                     : window > 0 ? "MistralForCausalLM"
+                                                  : "LlamaForCausalLM"};
           if (window > 0) config["sliding_window"] = window;
+          if (sparse) complete_sparse(metadata, config);
           config["hidden_act"] = "silu";
           config["attention_bias"] = metadata.has_tensor("blk.0.attn_q.bias");
           config["mlp_bias"] = metadata.has_tensor("blk.0.ffn_up.bias");

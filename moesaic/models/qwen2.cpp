@@ -38,6 +38,54 @@ DecoderConfig parse_qwen2(ConfigReader& reader) {
   return config;
 }
 
+DecoderConfig parse_qwen2_moe(ConfigReader& reader) {
+  DecoderConfig config = read_common(
+      reader, {.vocab_size = 151'936,
+               .hidden_size = 2048,
+               .intermediate_size = 5632,
+               .num_layers = 24,
+               .num_heads = 16,
+               .num_kv_heads = reader.mentions("num_key_value_heads") ? std::nullopt : std::optional<int64_t>(16),
+               .max_position = 32'768});
+  config.qkv_bias = reader.flag("qkv_bias", true);
+  config.rope = read_flat_rope(reader, config);
+  // Where the file does not say it, every second layer below max_window_layers slides.
+  const bool slides = reader.flag("use_sliding_window", false);
+  const int64_t window = slides ? reader.size("sliding_window", 4096, int64_t{1} << 30) : 0;
+  const int64_t below = reader.size("max_window_layers", 28, int64_t{1} << 30);
+  const auto sliding =
+      read_layer_types(reader, config, [&](int64_t i) { return slides && (i + 1) % 2 != 0 && i < below; });
+  if (std::find(sliding.begin(), sliding.end(), 1) != sliding.end()) {
+    if (window == 0) reader.error("layer_types", "has sliding_attention, but use_sliding_window is off");
+    config.sliding_window = window;
+    config.layer_is_sliding = sliding;
+  }
+  config.sparse = read_sparse(reader, config,
+                              {.experts = 60,
+                               .top_k = 4,
+                               .width_key = "moe_intermediate_size",
+                               .width = 1408,
+                               .shared_width_key = "shared_expert_intermediate_size",
+                               .shared_width = 5632,
+                               .has_norm_topk_prob = true,
+                               .may_mix = true});
+  config.sparse->shared_gate = true;
+  return config;
+}
+
+const formats::GgufArchitecture kQwen2MoeGguf = {
+    .name = "qwen2moe",
+    .norms = kPreNorms,
+    .complete =
+        [](const formats::GgufMetadata& metadata, Json& config) {
+          config["model_type"] = "qwen2_moe";
+          config["architectures"] = {"Qwen2MoeForCausalLM"};
+          config["hidden_act"] = "silu";
+          config["norm_topk_prob"] = false;  // llama.cpp's rule for it
+          complete_sparse(metadata, config);
+        },
+};
+
 const formats::GgufArchitecture kQwen2Gguf = {
     .name = "qwen2",
     .norms = kPreNorms,

@@ -17,11 +17,17 @@ const Family kFamilies[] = {
     {"gemma", parse_gemma, &kGemmaGguf},
     {"gemma2", parse_gemma2, &kGemma2Gguf},
     {"gemma3_text", parse_gemma3, &kGemma3Gguf},
+    {"granitemoe", parse_granitemoe, &kGraniteMoeGguf},
+    {"granitemoeshared", parse_granitemoeshared},  // in a GGUF file a granitemoe with a shared expert
     {"llama", parse_llama, &kLlamaGguf},
     {"mistral", parse_mistral},  // in a GGUF file a llama with a window
+    {"mixtral", parse_mixtral},  // in a GGUF file a llama with experts
     {"mt5", nullptr, nullptr, parse_mt5},
+    {"olmoe", parse_olmoe, &kOlmoeGguf},
     {"qwen2", parse_qwen2, &kQwen2Gguf},
+    {"qwen2_moe", parse_qwen2_moe, &kQwen2MoeGguf},
     {"qwen3", parse_qwen3, &kQwen3Gguf},
+    {"qwen3_moe", parse_qwen3_moe, &kQwen3MoeGguf},
     {"t5", nullptr, nullptr, parse_t5},
     {"t5gemma", nullptr, nullptr, parse_t5gemma},
     {"umt5", nullptr, nullptr, parse_umt5},

@@ -1,6 +1,8 @@
 #include "moesaic/models/stack.h"
 
 #include "moesaic/models/single_model.h"
+#include "moesaic/moe/sparse_ffn.h"
+#include "moesaic/nn/feed_forward.h"
 #include "moesaic/nn/kv_cache.h"
 
 namespace moesaic::models {
@@ -18,6 +20,8 @@ nn::DecoderLayerConfig layer_config(const DecoderConfig& config, int64_t layer) 
       .qkv_bias = config.qkv_bias,
       .o_bias = config.o_bias,
       .qk_norm = config.qk_norm,
+      .flat_qk_norm = config.flat_qk_norm,
+      .clip = config.clip_qkv,
       .norm_eps = config.rms_norm_eps,
       .norm_offset = config.norm_plus_one ? 1.0 : 0.0,
       .options = {.scale = config.query_scale > 0 ? config.query_scale
@@ -25,11 +29,32 @@ nn::DecoderLayerConfig layer_config(const DecoderConfig& config, int64_t layer) 
                   .softcap = config.attention_softcap,
                   .window = sliding ? config.sliding_window : 0},
       .local_rope = sliding && config.rope_local.has_value()};
-  result.intermediate_size = config.intermediate_size;
-  result.mlp_bias = config.mlp_bias;
-  result.activation = config.activation;
   result.pre_post_norms = config.pre_post_norms;
+  result.residual_scale = config.residual_scale;
   return result;
+}
+
+/// The feed-forward half of a layer and its name. `index`: the layer's among all of the model.
+std::pair<std::shared_ptr<nn::Ffn>, std::string> make_ffn(const DecoderConfig& config, int64_t layer, int64_t index,
+                                                          const torch::TensorOptions& options) {
+  const auto& sparse = config.sparse;
+  if (!sparse || (!sparse->layer_is_dense.empty() && sparse->layer_is_dense[layer] != 0)) {
+    return {nn::FeedForward(config.hidden_size, config.intermediate_size, config.mlp_bias, config.activation, index,
+                            options)
+                .ptr(),
+            "mlp"};
+  }
+  const formats::ExpertNames& names = sparse->names;
+  const moe::SparseFfnConfig wanted{.hidden_size = config.hidden_size,
+                                    .experts = sparse->experts,
+                                    .top_k = sparse->top_k,
+                                    .width = sparse->width,
+                                    .renormalize = sparse->renormalize,
+                                    .shared_width = sparse->shared_width,
+                                    .shared_gate = sparse->shared_gate,
+                                    .activation = config.activation,
+                                    .names = {names.gate_proj, names.up_proj, names.down_proj}};
+  return {moe::SparseFfn(wanted, index, options).ptr(), names.block};
 }
 
 }  // namespace
@@ -67,7 +92,9 @@ Stack make_stack(torch::nn::Module& module, const std::string& path, const Decod
   for (int64_t i = 0; i < config.num_layers; ++i) {
     nn::DecoderLayerConfig wanted = layer_config(config, i);
     if (adapt) adapt(wanted, i);
-    const auto layer = layers->register_module(std::to_string(i), nn::DecoderLayer(wanted, first_index + i, options));
+    auto [ffn, ffn_name] = make_ffn(config, i, first_index + i, options);
+    const auto layer = layers->register_module(
+        std::to_string(i), nn::DecoderLayer(wanted, std::move(ffn), ffn_name, first_index + i, options));
     layer->add_sites(fmt::format("{}.layers.{}", path, i), sites);
     stack.blocks.push_back(layer.get());
   }

@@ -37,9 +37,13 @@ struct WideLinear : torch::autograd::Function<WideLinear> {
 
 }  // namespace
 
+torch::Tensor top_experts(const torch::Tensor& probs, int64_t k) {
+  return std::get<1>(probs.detach().sort(/*stable=*/true, -1, /*descending=*/true)).narrow(-1, 0, k);
+}
+
 torch::Tensor topk_weights(const torch::Tensor& probs, int64_t k, TopkMode mode) {
   if (k == 0 || k >= probs.size(-1)) return probs;
-  const torch::Tensor kept = std::get<1>(probs.detach().topk(k, -1));
+  const torch::Tensor kept = top_experts(probs, k);
   const torch::Tensor mask = torch::zeros_like(probs).scatter_(-1, kept, 1.0);
   const torch::Tensor masked = probs * mask;
   return mode == TopkMode::kRenorm ? masked / masked.sum(-1, /*keepdim=*/true) : masked;
@@ -64,6 +68,18 @@ torch::Tensor Router::route(const torch::Tensor& logits, nn::Pass& pass, int64_t
     pass.routing->push_back({owner, site, layer, weight.requires_grad(), logits, probs, weights, rows_per_token});
   }
   return weights;
+}
+
+Choice Router::choose(const torch::Tensor& logits, nn::Pass& pass) const {
+  const torch::Tensor probs = logits.softmax(-1);
+  Choice choice{top_experts(probs, options.top_k), {}};
+  choice.weights = probs.gather(-1, choice.experts);
+  if (options.topk_mode == TopkMode::kRenorm) choice.weights = choice.weights / choice.weights.sum(-1, true);
+  if (pass.routing != nullptr) {
+    pass.routing->push_back({owner, site, layer, weight.requires_grad(), logits, probs,
+                             torch::zeros_like(probs).scatter(-1, choice.experts, choice.weights), 1});
+  }
+  return choice;
 }
 
 torch::Tensor Router::route_from_pass(nn::Pass& pass) const {

@@ -23,9 +23,15 @@ struct RouterOptions {
   bool plain() const { return input == RouterInput::kToken && top_k == 0 && jitter == 0.0; }
 };
 
+/// What each row has of the experts.
+struct Choice {
+  torch::Tensor experts;  // [N, k] int64
+  torch::Tensor weights;  // [N, k] float32
+};
+
 /// A site's router: logits = fp32(u) W_r^T / temperature.
 struct Router {
-  torch::Tensor weight;  // [E, d_u], a float32 leaf; undefined when there is one expert
+  torch::Tensor weight;  // [E, d_u] float32; undefined when there is one expert
   RouterOptions options;
   std::string owner{};  // see nn::RoutingRecord
   std::string site{};
@@ -37,10 +43,16 @@ struct Router {
   /// logits [M, E] -> weights [M, E]; records them when the pass collects routing.
   /// rows_per_token: see nn::RoutingRecord.
   torch::Tensor route(const torch::Tensor& logits, nn::Pass& pass, int64_t rows_per_token) const;
+  /// The experts of each row and their weights, logits [N, E] -> [N, k] each: what `route` keeps, without the others.
+  Choice choose(const torch::Tensor& logits, nn::Pass& pass) const;
   /// The router's input at this site when it is not the site's own: layer_input [N, d] or one sentence row per token.
   /// Weights of shape [N, E] for the inputs `layer_input` and `sentence`. Throws UsageError without sentence vectors.
   torch::Tensor route_from_pass(nn::Pass& pass) const;
 };
+
+/// The k most probable experts of each row, by falling probability; of equals the lower number first.
+/// probs: [..., E] -> [..., k] int64.
+torch::Tensor top_experts(const torch::Tensor& probs, int64_t k);
 
 /// Weights after top-k, from probabilities over all experts.
 ///
@@ -48,7 +60,7 @@ struct Router {
 ///   renorm    the same divided by the kept mass
 ///   residual  as mask; a scale then is 1 + sum w (v - 1), see scale.h
 ///
-/// probs: [..., E]. Ties as at::topk resolves them. k = 0 or k = E returns probs.
+/// probs: [..., E]. k = 0 or k = E returns probs.
 /// Source: docs/methods.md.
 torch::Tensor topk_weights(const torch::Tensor& probs, int64_t k, TopkMode mode);
 

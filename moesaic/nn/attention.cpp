@@ -341,8 +341,12 @@ SelfAttentionImpl::SelfAttentionImpl(const SelfAttentionConfig& config, int64_t 
   register_module(config.names.o, o_.members()[0]);
   if (config.owns_bias) register_module("relative_attention_bias", config_.options.bias);
   if (config.qk_norm) {
-    q_norm_ = register_module("q_norm", RmsNorm(config.head_dim, config.norm_eps, config.norm_offset, options));
-    k_norm_ = register_module("k_norm", RmsNorm(config.head_dim, config.norm_eps, config.norm_offset, options));
+    auto norm = [&](const char* name, int64_t heads) {
+      const int64_t width = config.flat_qk_norm ? heads * config.head_dim : config.head_dim;
+      return register_module(name, RmsNorm(width, config.norm_eps, config.norm_offset, options));
+    };
+    q_norm_ = norm("q_norm", config.heads);
+    k_norm_ = norm("k_norm", config.kv_heads);
   }
 }
 
@@ -353,8 +357,14 @@ torch::Tensor SelfAttentionImpl::forward(const torch::Tensor& x, Pass& pass) {
   torch::Tensor k = parts[1].view({rows, config_.kv_heads, k_width});
   torch::Tensor v = parts[2].view({rows, config_.kv_heads, k_width});
   if (config_.qk_norm) {
-    q = q_normed_slot_.apply(q_norm_->forward(q), pass);
-    k = k_normed_slot_.apply(k_norm_->forward(k), pass);
+    auto normed = [&](RmsNorm& norm, const torch::Tensor& x) {
+      return config_.flat_qk_norm ? norm->forward(x.flatten(1)).view(x.sizes()) : norm->forward(x);
+    };
+    q = q_normed_slot_.apply(normed(q_norm_, q), pass);
+    k = k_normed_slot_.apply(normed(k_norm_, k), pass);
+  }
+  if (config_.clip > 0) {
+    for (torch::Tensor* x : {&q, &k, &v}) *x = x->clamp(-config_.clip, config_.clip);
   }
   if (config_.rotary) {
     const RotaryTables& tables = config_.local_rope ? pass.rope_local : pass.rope;

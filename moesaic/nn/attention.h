@@ -47,7 +47,9 @@ struct SelfAttentionConfig {
   int64_t hidden_size = 0, heads = 0, kv_heads = 0, head_dim = 0;
   int64_t source_size = 0;                // width of what a cross-attention reads; 0 = hidden_size
   bool qkv_bias = false, o_bias = false;  // which linears add a bias
-  bool qk_norm = false;                   // per-head RMSNorm on queries and keys, before RoPE
+  bool qk_norm = false;                   // RMSNorm on queries and keys, before RoPE: of each head
+  bool flat_qk_norm = false;              // of all heads as one
+  double clip = 0.0;                      // queries, keys and values are kept within +-clip, behind the norms; 0 = off
   double norm_eps = 1e-6, norm_offset = 0.0;
   AttentionOptions options;  // scale, soft cap, window and bias
   bool rotary = true;        // queries and keys rotate, by pass.rope

@@ -10,9 +10,8 @@
 namespace moesaic::nn {
 
 /// The feed-forward half of a block: one dense network, or several behind a router.
-class Ffn {
+class Ffn : public torch::nn::Module {
  public:
-  virtual ~Ffn() = default;
   /// x: [N, d] -> [N, d].
   virtual torch::Tensor forward(const torch::Tensor& x, Pass& pass) = 0;
   /// Appends the sites; `path` is the module path, "model.layers.0.mlp".
@@ -20,6 +19,8 @@ class Ffn {
   virtual void quantize_int8() = 0;
   /// Numbers per row that the backward pass needs, adapters apart. whole: the weights are trained themselves.
   virtual int64_t saved_per_row(bool whole) const = 0;
+  /// True when a weight of it that belongs to no site requires a gradient.
+  virtual bool trains() const { return false; }
 };
 
 /// One layer of a model.

@@ -2,8 +2,9 @@
 
 namespace moesaic::nn {
 
-DecoderLayerImpl::DecoderLayerImpl(const DecoderLayerConfig& config, int64_t layer, const torch::TensorOptions& options)
-    : SitedBlock(layer) {
+DecoderLayerImpl::DecoderLayerImpl(const DecoderLayerConfig& config, std::shared_ptr<Ffn> ffn,
+                                   const std::string& ffn_name, int64_t layer, const torch::TensorOptions& options)
+    : SitedBlock(layer), ffn_name_(ffn_name), residual_scale_(config.residual_scale) {
   const SelfAttentionConfig& attention = config.attention;
   auto norm = [&](const char* name) {
     return register_module(name, RmsNorm(attention.hidden_size, attention.norm_eps, attention.norm_offset, options));
@@ -20,8 +21,7 @@ DecoderLayerImpl::DecoderLayerImpl(const DecoderLayerConfig& config, int64_t lay
     pre_feedforward_layernorm_ = norm("pre_feedforward_layernorm");
     post_feedforward_layernorm_ = norm("post_feedforward_layernorm");
   }
-  mlp_ = register_module("mlp", FeedForward(attention.hidden_size, config.intermediate_size, config.mlp_bias,
-                                            config.activation, layer, options));
+  ffn_ = register_module(ffn_name, std::move(ffn));
   add_sites("", sites_);
 }
 
@@ -30,7 +30,7 @@ torch::Tensor DecoderLayerImpl::forward(const torch::Tensor& h, Pass& pass) {
   pass.layer_input = input_layernorm_->forward(h);
   torch::Tensor mixed = self_attn_->forward(pass.layer_input, pass);
   if (post) mixed = post_attention_layernorm_->forward(mixed);
-  torch::Tensor middle = h + mixed;
+  torch::Tensor middle = at::add(h, mixed, residual_scale_);
   if (cross_attn_) {
     pass.layer_input = pre_cross_attn_layernorm_->forward(middle);
     middle = middle + post_cross_attn_layernorm_->forward(cross_attn_->forward(pass.layer_input, pass));
@@ -38,21 +38,21 @@ torch::Tensor DecoderLayerImpl::forward(const torch::Tensor& h, Pass& pass) {
 
   RmsNorm& before = post ? pre_feedforward_layernorm_ : post_attention_layernorm_;
   pass.layer_input = before->forward(middle);
-  torch::Tensor expanded = mlp_->forward(pass.layer_input, pass);
+  torch::Tensor expanded = ffn_->forward(pass.layer_input, pass);
   if (post) expanded = post_feedforward_layernorm_->forward(expanded);
-  return middle + expanded;
+  return at::add(middle, expanded, residual_scale_);
 }
 
 void DecoderLayerImpl::add_sites(const std::string& path, Sites& sites) {
   self_attn_->add_sites(path + ".self_attn", sites);
   if (cross_attn_) cross_attn_->add_sites(path + ".cross_attn", sites);
-  mlp_->add_sites(path + ".mlp", sites);
+  ffn_->add_sites(path + "." + ffn_name_, sites);
 }
 
 void DecoderLayerImpl::quantize_int8() {
   self_attn_->quantize_int8();
   if (cross_attn_) cross_attn_->quantize_int8();
-  mlp_->quantize_int8();
+  ffn_->quantize_int8();
 }
 
 int64_t DecoderLayerImpl::saved_bytes(int64_t rows) const {
@@ -62,7 +62,7 @@ int64_t DecoderLayerImpl::saved_bytes(int64_t rows) const {
   int64_t numbers = 2 * d;  // inputs of the two norms
   if (!post_feedforward_layernorm_.is_empty()) numbers += 2 * d;
   if (cross_attn_) numbers += 2 * d + cross_attn_->saved_per_row(whole);
-  numbers += self_attn_->saved_per_row(whole) + mlp_->saved_per_row(whole) + saved_by_scales();
+  numbers += self_attn_->saved_per_row(whole) + ffn_->saved_per_row(whole) + saved_by_scales();
   return numbers * rows * static_cast<int64_t>(weight.element_size());
 }
 

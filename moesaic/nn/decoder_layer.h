@@ -6,17 +6,14 @@
 #include <string>
 
 #include "moesaic/nn/attention.h"
-#include "moesaic/nn/feed_forward.h"
 #include "moesaic/nn/sited_block.h"
 
 namespace moesaic::nn {
 
 struct DecoderLayerConfig {
-  SelfAttentionConfig attention;        // sizes and switches of its first half
-  int64_t intermediate_size = 0;        // width of the feed-forward network
-  bool mlp_bias = false;                // its linears add biases
-  GluKind activation = GluKind::kSilu;  // of its gate
-  bool pre_post_norms = false;          // norms before and after both halves (Gemma 2 and 3)
+  SelfAttentionConfig attention;  // sizes and switches of its first half
+  bool pre_post_norms = false;    // norms before and after both halves (Gemma 2 and 3)
+  double residual_scale = 1.0;    // what each half is multiplied by before it is added (Granite)
   const char *before_attention = "input_layernorm", *behind_attention = "post_attention_layernorm";  // norms' names
   std::optional<SelfAttentionConfig> cross{};  // of the encoder's states, with norms on both sides
 };
@@ -24,10 +21,13 @@ struct DecoderLayerConfig {
 /// h = h + attention(norm(h));  h = h + cross_attention(norm(h), source), where there is one;  h = h + ffn(norm(h)).
 /// With pre_post_norms each part's output is normed too, before it is added.
 struct DecoderLayerImpl : torch::nn::Module, SitedBlock {
-  DecoderLayerImpl(const DecoderLayerConfig& config, int64_t layer, const torch::TensorOptions& options);
+  /// `ffn` is its second half, `ffn_name` what the checkpoint calls it.
+  DecoderLayerImpl(const DecoderLayerConfig& config, std::shared_ptr<Ffn> ffn, const std::string& ffn_name,
+                   int64_t layer, const torch::TensorOptions& options);
 
   torch::Tensor forward(const torch::Tensor& h, Pass& pass) override;
   int64_t saved_bytes(int64_t rows) const override;
+  bool trains() const override { return SitedBlock::trains() || ffn_->trains(); }
   /// Appends the sites; `path` is the module path, "model.layers.0".
   void add_sites(const std::string& path, Sites& sites);
   void quantize_int8() override;
@@ -38,7 +38,9 @@ struct DecoderLayerImpl : torch::nn::Module, SitedBlock {
   RmsNorm pre_feedforward_layernorm_{nullptr}, post_feedforward_layernorm_{nullptr};
   SelfAttention self_attn_{nullptr};
   CrossAttention cross_attn_{nullptr};
-  std::shared_ptr<Ffn> mlp_;
+  std::shared_ptr<Ffn> ffn_;
+  std::string ffn_name_;
+  double residual_scale_;
 };
 TORCH_MODULE(DecoderLayer);
 

@@ -1,5 +1,6 @@
 #include "moesaic/nn/feed_forward.h"
 
+#include "moesaic/base/check.h"
 #include "moesaic/nn/half_rows.h"
 #include "moesaic/nn/split.h"
 
@@ -70,34 +71,47 @@ torch::Tensor rows_backward(const torch::Tensor& dy, const torch::Tensor& gate_u
   return d_gate_up;
 }
 
-/// Saves gate_up alone; the activation is computed again.
+/// w_n x_n in float32, rounded to x's dtype; `w` may be undefined: x.
+torch::Tensor weighted(const torch::Tensor& x, const torch::Tensor& w) {
+  return w.defined() ? (x * w.unsqueeze(1)).to(x.scalar_type()) : x;
+}
+
+/// Saves gate_up and the weights of rows alone; the activation is computed again.
 struct GluFunction : torch::autograd::Function<GluFunction> {
-  static torch::Tensor forward(torch::autograd::AutogradContext* ctx, const torch::Tensor& input, int64_t kind) {
-    const torch::Tensor gate_up = input.contiguous();
-    ctx->save_for_backward({gate_up});
+  static torch::Tensor forward(torch::autograd::AutogradContext* ctx, const torch::Tensor& input,
+                               const std::optional<torch::Tensor>& weights, int64_t kind) {
+    const torch::Tensor gate_up = input.contiguous(), row_weights = weights.value_or(torch::Tensor());
+    ctx->save_for_backward({gate_up, row_weights});
     ctx->saved_data["kind"] = kind;
-    return fused_forward(gate_up, static_cast<GluKind>(kind));
+    return weighted(fused_forward(gate_up, static_cast<GluKind>(kind)), row_weights);
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
-    const torch::Tensor gate_up = ctx->get_saved_variables()[0], dy = grads[0].contiguous();
-    return {rows_backward(dy, gate_up, static_cast<GluKind>(ctx->saved_data["kind"].toInt())), {}};
+    const auto saved = ctx->get_saved_variables();
+    const torch::Tensor &gate_up = saved[0], &row_weights = saved[1], dy = grads[0].contiguous();
+    const auto kind = static_cast<GluKind>(ctx->saved_data["kind"].toInt());
+    torch::Tensor d_weights;
+    if (row_weights.defined() && ctx->needs_input_grad(1))
+      d_weights = (dy * fused_forward(gate_up, kind)).sum(1, false, torch::kFloat32);
+    return {rows_backward(weighted(dy, row_weights), gate_up, kind), d_weights, {}};
   }
 };
 
 }  // namespace
 
-torch::Tensor gated_linear_unit(const torch::Tensor& gate_up, GluKind kind) {
+torch::Tensor gated_linear_unit(const torch::Tensor& gate_up, GluKind kind, const torch::Tensor& row_weights) {
   const auto dtype = gate_up.scalar_type();
   if (gate_up.is_cpu() && (dtype == torch::kFloat32 || dtype == torch::kBFloat16) && kind != GluKind::kRelu) {
-    if (torch::GradMode::is_enabled() && gate_up.requires_grad()) {
-      return GluFunction::apply(gate_up, static_cast<int64_t>(kind));
+    if (torch::GradMode::is_enabled() &&
+        (gate_up.requires_grad() || (row_weights.defined() && row_weights.requires_grad()))) {
+      return GluFunction::apply(gate_up, row_weights.defined() ? std::optional(row_weights) : std::nullopt,
+                                static_cast<int64_t>(kind));
     }
-    return fused_forward(gate_up.contiguous(), kind);
+    return weighted(fused_forward(gate_up.contiguous(), kind), row_weights);
   }
   const int64_t f = gate_up.size(1) / 2;
   const auto parts = split_columns(gate_up, {f, f});
-  return activation(parts[0], kind) * parts[1];
+  return weighted(activation(parts[0], kind) * parts[1], row_weights);
 }
 
 FeedForwardImpl::FeedForwardImpl(int64_t hidden_size, int64_t intermediate_size, bool bias, GluKind kind, int64_t layer,
@@ -112,18 +126,23 @@ FeedForwardImpl::FeedForwardImpl(int64_t hidden_size, int64_t intermediate_size,
   register_module(names.down, down_.members()[0]);
 }
 
-torch::Tensor FeedForwardImpl::branch(const torch::Tensor& x, Pass& pass) {
-  if (!gated()) return branch_slot_.apply(activation(gate_up_.forward(x, pass), kind_), pass);
-  if (branch_slot_.empty()) return gated_linear_unit(gate_up_.forward(x, pass), kind_);
+torch::Tensor FeedForwardImpl::branch(const torch::Tensor& x, Pass& pass, const torch::Tensor& row_weights) {
+  if (!gated()) return weighted(branch_slot_.apply(activation(gate_up_.forward(x, pass), kind_), pass), row_weights);
+  if (branch_slot_.empty()) return gated_linear_unit(gate_up_.forward(x, pass), kind_, row_weights);
   const auto parts = gate_up_.parts(x, pass);
   torch::Tensor act = activation(parts[0], kind_);
   const auto& adapters = branch_slot_.adapters;
   for (size_t i = 0; i + 1 < adapters.size(); ++i) act = adapters[i]->forward(act, pass);
-  return adapters.back()->forward_ffn(act, parts[1], pass);
+  return weighted(adapters.back()->forward_ffn(act, parts[1], pass), row_weights);
 }
 
-torch::Tensor FeedForwardImpl::forward(const torch::Tensor& x, Pass& pass) {
-  return down_.forward(branch(x, pass), pass);
+torch::Tensor FeedForwardImpl::forward(const torch::Tensor& x, Pass& pass, const torch::Tensor& row_weights) {
+  MOESAIC_ASSERT(!row_weights.defined() || !down_.bias().defined());
+  return down_.forward(branch(x, pass, row_weights), pass);
+}
+
+bool FeedForwardImpl::adapted() const {
+  return gate_up_.delta || down_.delta || gate_up_.scaled() || down_.scaled() || !branch_slot_.empty();
 }
 
 void FeedForwardImpl::add_sites(const std::string& path, Sites& sites) {

@@ -25,7 +25,8 @@ class Int8Matrix : public Matrix {
   Int8Matrix(torch::Tensor rows, torch::Tensor scales) : rows_(std::move(rows)), scales_(std::move(scales)) {}
 
   torch::Tensor product(const torch::Tensor& x, const torch::Tensor& bias) const override {
-    if (torch::GradMode::is_enabled() && x.requires_grad()) return Product::apply(x, this, bias);
+    if (torch::GradMode::is_enabled() && x.requires_grad())
+      return Product::apply(x, this, bias.defined() ? std::optional(bias) : std::nullopt);
     return linear_rows_int8(x, rows_, scales_, bias);
   }
   torch::Tensor product_back(const torch::Tensor& gy) const override { return back(gy, rows_, scales_); }
@@ -40,10 +41,10 @@ class Int8Matrix : public Matrix {
 
   struct Product : torch::autograd::Function<Product> {
     static torch::Tensor forward(torch::autograd::AutogradContext* ctx, const torch::Tensor& x,
-                                 const Int8Matrix* matrix, const torch::Tensor& bias) {
+                                 const Int8Matrix* matrix, const std::optional<torch::Tensor>& bias) {
       ctx->saved_data["rows"] = matrix->rows_;
       ctx->saved_data["scales"] = matrix->scales_;
-      return linear_rows_int8(x, matrix->rows_, matrix->scales_, bias);
+      return linear_rows_int8(x, matrix->rows_, matrix->scales_, bias.value_or(torch::Tensor()));
     }
     static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                    const torch::autograd::variable_list& grads) {

@@ -78,6 +78,7 @@ struct LinearSite {
   int64_t index;  // in the group
   int64_t in;
   int64_t out;
+  bool routed = false;  // of an expert: it sees the rows that are routed to it
 };
 
 /// Where a scale acts.
@@ -95,9 +96,10 @@ struct ScaleSite {
   int64_t layer;
   ScaleKind kind;
   ScaleSlot* slot;
-  int64_t heads;   // H (KV heads for k and v), or 0 for a flat site
-  int64_t width;   // k (per head) or the flat width
-  int64_t hidden;  // d, the width of layer_input
+  int64_t heads;        // H (KV heads for k and v), or 0 for a flat site
+  int64_t width;        // k (per head) or the flat width
+  int64_t hidden;       // d, the width of layer_input
+  bool routed = false;  // of an expert: it sees the rows that are routed to it
 };
 
 /// A weight that an adapter may replace as a whole while it is attached.
@@ -115,8 +117,9 @@ struct WeightSite {
 struct Sites {
   std::vector<LinearSite> linears;
   std::vector<ScaleSite> scales;
-  std::vector<WeightSite> weights;  // every parameter, and lm_head
-  bool tied_head = false;           // lm_head.weight is the embedding until it is replaced itself
+  std::vector<WeightSite> weights;   // every parameter, and lm_head
+  std::vector<std::string> routers;  // names of the weights of the model's own routers
+  bool tied_head = false;            // lm_head.weight is the embedding until it is replaced itself
   bool has_qk_norm = false;
   std::string model_type;               // "llama", "qwen2", ...: for messages
   std::string task_type = "CAUSAL_LM";  // what PEFT calls such a model's use

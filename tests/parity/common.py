@@ -85,6 +85,28 @@ FAMILIES = {
     "gemma3-softcap": Family(transformers.Gemma3TextConfig, dict(
         query_pre_attn_scalar=13, sliding_window=5, attn_logit_softcapping=3.0, final_logit_softcapping=4.0,
         layer_types=["sliding_attention", "sliding_attention", "full_attention"])),
+    "mixtral": Family(transformers.MixtralConfig, dict(num_local_experts=4, num_experts_per_tok=2)),
+    "mixtral-window": Family(transformers.MixtralConfig, dict(num_local_experts=3, sliding_window=5)),
+    "mixtral-all": Family(transformers.MixtralConfig, dict(num_local_experts=3, num_experts_per_tok=3)),
+    # Dense and sparse layers; weights that sum to 1 and that do not.
+    "qwen2_moe": Family(transformers.Qwen2MoeConfig, dict(
+        hidden_size=40, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=18,
+        shared_expert_intermediate_size=28, mlp_only_layers=[1])),
+    "qwen2_moe-window": Family(transformers.Qwen2MoeConfig, dict(
+        hidden_size=40, num_experts=5, num_experts_per_tok=1, moe_intermediate_size=18, num_hidden_layers=4,
+        shared_expert_intermediate_size=28, use_sliding_window=True, sliding_window=5, max_window_layers=2,
+        norm_topk_prob=True)),
+    "qwen3_moe": Family(transformers.Qwen3MoeConfig, dict(
+        num_experts=8, num_experts_per_tok=3, moe_intermediate_size=18, norm_topk_prob=True)),
+    "qwen3_moe-raw": Family(transformers.Qwen3MoeConfig, dict(
+        num_experts=5, num_experts_per_tok=2, moe_intermediate_size=18, decoder_sparse_step=2, num_hidden_layers=4)),
+    "olmoe": Family(transformers.OlmoeConfig, dict(
+        hidden_size=40, num_experts=7, num_experts_per_tok=3, clip_qkv=0.5)),
+    "granitemoe": Family(transformers.GraniteMoeConfig, dict(
+        hidden_size=40, num_local_experts=6, num_experts_per_tok=3, embedding_multiplier=3.0, logits_scaling=2.0,
+        residual_multiplier=0.5, attention_multiplier=0.25)),
+    "granitemoeshared": Family(transformers.GraniteMoeSharedConfig, dict(
+        hidden_size=40, num_local_experts=4, shared_intermediate_size=26, attention_multiplier=0.25)),
     "t5": Family(transformers.T5Config, dict(feed_forward_proj="relu")),
     "t5-gated": Family(transformers.T5Config, dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False,
                                                    num_decoder_layers=3, d_kv=14, num_heads=3), untied=True),
@@ -104,6 +126,7 @@ FAMILIES = {
 # One model of each architecture, for the tests that need not vary the rope.
 ARCHITECTURES = ["llama", "llama-tied-mqa", "llama-biases", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"]
 SEQ2SEQ = ["t5", "t5-gated", "mt5", "umt5", "t5gemma"]
+SPARSE = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared"]
 
 
 def published_t5():
@@ -171,7 +194,7 @@ def make_model(name, folder=None, seed=0):
     family = name if isinstance(name, Family) else FAMILIES[name]
     config = family.config()
     auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
-    model = auto.from_config(config, attn_implementation="eager")
+    model = auto.from_config(config, attn_implementation="eager", experts_implementation="eager")
     if family.untied:
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.shared.weight))
     if config.model_type == "gemma3_text" and config.attn_logit_softcapping:
@@ -188,12 +211,15 @@ def make_model(name, folder=None, seed=0):
 
 
 def round_linears_to_int8(model):
-    """Every linear's weight rounded to 8 bits with one scale per row, max |row| / 127; a tied embedding stays."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            weight = module.weight.detach()
-            scale = weight.abs().amax(1, keepdim=True) / 127
-            module.weight = torch.nn.Parameter((weight / scale).round() * scale)
+    """Every linear's weight rounded to 8 bits with one scale per row, max |row| / 127; a tied embedding stays, and so do
+    routers and a shared expert's gate."""
+    for name, parameter in model.named_parameters():
+        holder = model.get_submodule(name.rpartition(".")[0])
+        is_linear = isinstance(holder, torch.nn.Linear) and not name.endswith("shared_expert_gate.weight")
+        if parameter.dim() < 2 or not (is_linear or ".experts." in name):
+            continue
+        scale = parameter.detach().abs().amax(-1, keepdim=True) / 127
+        parameter.data = (parameter.detach() / scale).round() * scale
     return model
 
 
@@ -271,7 +297,35 @@ def reference_gradients(model, ids, mask, normalization="tokens"):
     loss = loss_of(logits, ids, mask, normalization)
     loss.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
-    return logits.detach(), loss.detach(), gradients
+    return logits.detach(), loss.detach(), by_expert(model.config.model_type, gradients)
+
+
+def by_expert(model_type, tensors):
+    """The tensors of a sparse model by the names with one matrix per expert; transformers 5 holds all in one tensor."""
+    block = "block_sparse_moe" if model_type in ("mixtral", "granitemoe", "granitemoeshared") else "mlp"
+    gate, up, down = ("w1", "w3", "w2") if block == "block_sparse_moe" else ("gate_proj", "up_proj", "down_proj")
+    result = {}
+    for name, tensor in tensors.items():
+        layer, _, part = name.partition(".mlp." if ".mlp." in name else ".block_sparse_moe.")
+        layer, _, shared = (layer, "", "") if part else name.partition(".shared_mlp.")
+        halves = tensor.chunk(2, dim=-2) if tensor.dim() > 1 else ()
+        if part in ("experts.gate_up_proj", "experts.down_proj"):
+            for e in range(len(tensor)):
+                expert = f"{layer}.{block}.experts.{e}"
+                if part == "experts.down_proj":
+                    result[f"{expert}.{down}.weight"] = tensor[e]
+                else:
+                    result |= {f"{expert}.{gate}.weight": halves[0][e], f"{expert}.{up}.weight": halves[1][e]}
+        elif shared == "input_linear.weight":
+            expert = f"{layer}.{block}.shared_expert"
+            result |= {f"{expert}.{gate}.weight": halves[0], f"{expert}.{up}.weight": halves[1]}
+        elif shared:
+            result[f"{layer}.{block}.shared_expert.{down}.weight"] = tensor
+        elif part in ("gate.weight", "router.weight"):
+            result[f"{layer}.{block}.gate.weight"] = tensor
+        else:
+            result[name] = tensor
+    return result
 
 
 def assert_close(ours, reference, what, relative=RELATIVE, floor=0.0):

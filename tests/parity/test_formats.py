@@ -21,7 +21,15 @@ FAMILIES = {
                                                 "gemma", "gemma2", "gemma3"]},
     # The GGUF of a qwen2 holds no head size apart from width / heads.
     "qwen2": common.Family(transformers.Qwen2Config, dict(hidden_size=40, head_dim=10, tie_word_embeddings=True)),
+    **{name: common.FAMILIES[name] for name in ["mixtral", "qwen3_moe", "granitemoe", "granitemoeshared"]},
+    # A GGUF of these knows neither dense layers nor limits of queries, keys and values.
+    "qwen2_moe": common.Family(transformers.Qwen2MoeConfig, dict(
+        hidden_size=40, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=18,
+        shared_expert_intermediate_size=28)),
+    "olmoe": common.Family(transformers.OlmoeConfig, dict(hidden_size=40, num_experts=7, num_experts_per_tok=3)),
 }
+ARCHITECTURES = {"gemma3_text": "gemma3", "mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe",
+                 "granitemoeshared": "granitemoe"}  # by model_type, where they differ
 
 TEXTS = [
     "Hello world! It's 3.14, or 1234567 (roughly).", "def f(x):\n\treturn x ** 2  # ok\n\n\n", "I'm, you're, they'LL",
@@ -60,6 +68,19 @@ def metadata_of(writer, config, arch):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
         writer.add_rope_dimension_count(config.head_dim)
+    if hasattr(config, "num_experts_per_tok"):
+        writer.add_expert_count(getattr(config, "num_local_experts", None) or config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        if hasattr(config, "moe_intermediate_size"):
+            writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+        for key in ("shared_expert_intermediate_size", "shared_intermediate_size"):
+            if hasattr(config, key):
+                writer.add_expert_shared_feed_forward_length(getattr(config, key))
+    if arch == "granitemoe":
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -75,10 +96,35 @@ def interleave(weight, heads):
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path, model=None, arch="llama", tokenizer=None, attn_factor=None, stored={}):
+def expert_tensors(name, tensor, experts):
+    """llama.cpp's names and tensors of one of a sparse layer; None for any other. `experts`: how they lie in the file:
+    apart (gate and up are two), together (one), or single (each expert's by itself, as before there were stacks)."""
+    layer, _, part = name.removeprefix("model.layers.").partition(".")
+    part = part.removeprefix("mlp.").removeprefix("block_sparse_moe.").removesuffix(".weight")
+    if part in ("gate", "router") and tensor.dim() == 2:
+        return {f"blk.{layer}.ffn_gate_inp.weight": tensor}
+    if part == "shared_expert_gate":
+        return {f"blk.{layer}.ffn_gate_inp_shexp.weight": tensor[0]}
+    shared = {"shared_mlp.input_linear": ("gate", "up"), "shared_mlp.output_linear": ("down",)}.get(part)
+    if part.startswith("shared_expert."):
+        shared = (part.removeprefix("shared_expert.").removesuffix("_proj"),)
+    if shared:
+        return {f"blk.{layer}.ffn_{which}_shexp.weight": t for which, t in zip(shared, tensor.chunk(len(shared)))}
+    if part not in ("experts.gate_up_proj", "experts.down_proj"):
+        return None
+    if part == "experts.gate_up_proj" and experts == "together":
+        return {f"blk.{layer}.ffn_gate_up_exps.weight": tensor}
+    which = ("gate", "up") if part == "experts.gate_up_proj" else ("down",)
+    stacks = dict(zip(which, tensor.chunk(len(which), 1)))
+    if experts != "single":
+        return {f"blk.{layer}.ffn_{which}_exps.weight": t for which, t in stacks.items()}
+    return {f"blk.{layer}.ffn_{which}.{e}.weight": t[e] for which, t in stacks.items() for e in range(len(t))}
+
+
+def write_gguf(path, model=None, arch="llama", tokenizer=None, attn_factor=None, stored={}, experts="apart"):
     """What llama.cpp's converter writes for a tiny model, in float32; without one, any model around the tokenizer.
 
-    `stored` has blocks and their type for tensors that are quantised.
+    `stored` has blocks and their type for tensors that are quantised; `experts`: see expert_tensors.
     """
     writer = gguf.GGUFWriter(path, arch)
     if tokenizer:
@@ -98,14 +144,19 @@ def write_gguf(path, model=None, arch="llama", tokenizer=None, attn_factor=None,
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
+        of_experts = expert_tensors(name, tensor, experts)
+        for gguf_name, part in (of_experts or {}).items():
+            writer.add_tensor(gguf_name, np.ascontiguousarray(part.numpy()))
+        if of_experts:
+            continue
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if name in stored:
             writer.add_tensor(gguf_name, stored[name][0], raw_dtype=stored[name][1])
             continue
         data = tensor.numpy()
-        if arch == "llama" and ".q_proj." in name:
+        if arch in ("llama", "granitemoe") and ".q_proj." in name:
             data = interleave(data, config.num_attention_heads)
-        elif arch == "llama" and ".k_proj." in name:
+        elif arch in ("llama", "granitemoe") and ".k_proj." in name:
             data = interleave(data, config.num_key_value_heads)
         elif arch.startswith("gemma") and name.endswith("norm.weight"):
             data = data + 1
@@ -119,7 +170,8 @@ def write_gguf(path, model=None, arch="llama", tokenizer=None, attn_factor=None,
 
 def assert_same_model(folder, reference, tolerance=0.0):
     """Every tensor equals the reference's and so do the logits, whose config came through the folder."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager",
+                                                              experts_implementation="eager").eval()
     ours, theirs = model.state_dict(), reference.state_dict()
     assert ours.keys() == theirs.keys()
     for name in theirs:
@@ -133,23 +185,48 @@ def assert_same_model(folder, reference, tolerance=0.0):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gguf(family, tmp_path):
     config = FAMILIES[family].config()
-    arch = config.model_type.removesuffix("_text")
+    arch = ARCHITECTURES.get(config.model_type, config.model_type)
     if arch == "gemma3":  # every sixth layer is global in a GGUF
         config.layer_types = ["sliding_attention"] * config.num_hidden_layers
     if arch in ("gemma2", "gemma3"):  # a GGUF's softmax scale is the head size's
         config.query_pre_attn_scalar = config.head_dim
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager",
+                                                          experts_implementation="eager").eval()
     common.randomise(model)
     path = write_gguf(tmp_path / "model.gguf", model, arch)
     # Adding 1 to gemma's norms and taking it off again rounds once: 2^-24 at values below 2, twice that below 4.
     tolerance = 2.0 ** -22 if arch.startswith("gemma") else 0.0
     assert_same_model(convert(path, tmp_path / "folder"), model, tolerance)
-    if arch not in ("llama", "gemma2", "gemma3"):
+    if arch not in ("llama", "gemma2", "gemma3") or family == "mixtral":
         return
     # What the converter changed here is undone by transformers' reader too, so it is what llama.cpp's would have written.
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
     for name, tensor in theirs.state_dict().items():
         assert torch.allclose(tensor, model.state_dict()[name], rtol=0, atol=tolerance), name
+
+
+@pytest.mark.parametrize("experts", ["together", "single"])
+def test_older_and_newer_gguf_of_experts(experts, tmp_path):
+    model = common.make_model("mixtral")
+    path = write_gguf(tmp_path / "model.gguf", model, "llama", experts=experts)
+    assert_same_model(convert(path, tmp_path / "folder"), model)
+
+
+@pytest.mark.parametrize("family", common.SPARSE)
+def test_experts_in_one_tensor(family, driver, tmp_path):
+    """The names that transformers 5 has in memory, which mergekit writes; and back to those that everything reads."""
+    model = common.make_model(family)
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    assert any(name.endswith("experts.down_proj") for name in load_file(tmp_path / "fused" / "model.safetensors"))
+    ids = common.sequences()
+    ours = driver.run(tmp_path / "out.safetensors", model=tmp_path / "fused", sequences=ids, mask=common.masks(ids))
+    common.assert_close(ours["logits"], common.reference_logits(model, ids), "logits")
+    model.save_pretrained(tmp_path / "apart")
+    theirs = load_file(tmp_path / "apart" / "model.safetensors")
+    written = load_file(convert(tmp_path / "fused", tmp_path / "folder") / "model.safetensors")
+    assert written.keys() == theirs.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in theirs.items())
+    assert_same_model(tmp_path / "folder", model)
 
 
 @pytest.mark.parametrize("kind", ["IQ4_NL", "IQ4_XS"])
@@ -190,7 +267,7 @@ def test_attn_factor_multiplies_whatever_the_scaling(family, tmp_path, driver):
         common.assert_close(ours, common.reference_logits(model, ids), "logits", 2e-5)
 
 
-@pytest.mark.parametrize("family", ["llama-rope-llama3", "qwen3", "gemma3"])
+@pytest.mark.parametrize("family", ["llama-rope-llama3", "qwen3", "gemma3", "qwen3_moe", "granitemoeshared"])
 @pytest.mark.parametrize("old", [False, True], ids=["transformers5", "transformers4"])
 def test_folder_with_shards(family, old, tmp_path):
     model = common.make_model(family, tmp_path / "in")

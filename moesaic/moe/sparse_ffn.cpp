@@ -1,0 +1,146 @@
+#include "moesaic/moe/sparse_ffn.h"
+
+#include <numeric>
+
+namespace moesaic::moe {
+namespace {
+
+/// The rows that chose each expert.
+struct Groups {
+  torch::Tensor rows;           // [S] int64, by expert, ascending within one
+  torch::Tensor slots;          // [S] int64, their places in the flattened choice [N, k]
+  std::vector<int64_t> counts;  // [E]
+};
+
+/// A counting sort of the choice [N, k] by expert.
+Groups grouped(const torch::Tensor& chosen, int64_t experts) {
+  const torch::Tensor ids = chosen.cpu().contiguous();
+  const int64_t k = ids.size(1), slots = ids.numel();
+  const int64_t* id = ids.data_ptr<int64_t>();
+  Groups groups{torch::empty({slots}, torch::kInt64), torch::empty({slots}, torch::kInt64),
+                std::vector<int64_t>(experts, 0)};
+  for (int64_t s = 0; s < slots; ++s) ++groups.counts[id[s]];
+  std::vector<int64_t> next(experts, 0);  // place of the expert's next row
+  std::partial_sum(groups.counts.begin(), groups.counts.end() - 1, next.begin() + 1);
+  auto *row = groups.rows.data_ptr<int64_t>(), *slot = groups.slots.data_ptr<int64_t>();
+  for (int64_t s = 0; s < slots; ++s) {
+    const int64_t place = next[id[s]]++;
+    row[place] = s / k;
+    slot[place] = s;
+  }
+  groups.rows = groups.rows.to(chosen.device());
+  groups.slots = groups.slots.to(chosen.device());
+  return groups;
+}
+
+/// In float32 at least.
+torch::Tensor wide(const torch::Tensor& x) { return x.element_size() < 4 ? x.to(torch::kFloat32) : x; }
+
+/// What adapters read of `pass` where only its `rows` are.
+nn::Pass pass_of(const nn::Pass& pass, const torch::Tensor& rows, const torch::Tensor& x) {
+  nn::Pass part = pass;
+  part.segments = pass.segments.index_select(0, rows);
+  part.layer_input = x;
+  return part;
+}
+
+/// The rows of x [N, d] that each group has, [c_e, d]. Their gradients are added into one tensor, where index_select
+/// alone would make one of x's size for each.
+struct Gather : torch::autograd::Function<Gather> {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const torch::Tensor& x,
+                                                const std::vector<torch::Tensor>* rows) {
+    ctx->saved_data["rows"] = *rows;
+    ctx->saved_data["shape"] = x.sizes().vec();
+    torch::autograd::variable_list parts;
+    for (const torch::Tensor& of_group : *rows) parts.push_back(x.index_select(0, of_group));
+    return parts;
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list& grads) {
+    const auto rows = ctx->saved_data["rows"].toTensorVector();
+    torch::Tensor gx = torch::zeros(ctx->saved_data["shape"].toIntVector(), grads.front().options());
+    for (size_t e = 0; e < rows.size(); ++e) gx.index_add_(0, rows[e], grads[e]);
+    return {gx, {}};
+  }
+};
+
+}  // namespace
+
+SparseFfnImpl::SparseFfnImpl(const SparseFfnConfig& config, int64_t layer, const torch::TensorOptions& options)
+    : gate_(torch::empty({config.experts, config.hidden_size}, options), torch::Tensor()) {
+  router_.options.top_k = config.top_k;
+  router_.options.topk_mode = config.renormalize ? TopkMode::kRenorm : TopkMode::kMask;
+  router_.layer = layer;
+  auto network = [&](int64_t width) {
+    return nn::FeedForward(config.hidden_size, width, /*bias=*/false, config.activation, layer, options, config.names);
+  };
+  register_module("gate", gate_);
+  const auto experts = register_module("experts", std::make_shared<torch::nn::Module>());
+  for (int64_t e = 0; e < config.experts; ++e) {
+    experts_.push_back(experts->register_module(std::to_string(e), network(config.width)));
+  }
+  if (config.shared_width == 0) return;
+  shared_ = register_module("shared_expert", network(config.shared_width));
+  if (!config.shared_gate) return;
+  shared_gate_ = register_module("shared_expert_gate",
+                                 nn::Linear(torch::empty({1, config.hidden_size}, options), torch::Tensor()));
+}
+
+torch::Tensor SparseFfnImpl::routed(const torch::Tensor& x, nn::Pass& pass) {
+  Router router = router_;
+  router.owner = pass.place.empty() ? "base" : pass.place;
+  router.weight = wide(gate_->weight);
+  const Choice choice = router.choose(router.logits(x, pass), pass);
+  const Groups groups = grouped(choice.experts, std::ssize(experts_));
+  const std::vector<torch::Tensor>
+      rows = groups.rows.split_with_sizes(groups.counts),
+      weights = choice.weights.flatten().index_select(0, groups.slots).split_with_sizes(groups.counts);
+  const bool learns = torch::GradMode::is_enabled() && x.requires_grad();
+  const torch::autograd::variable_list inputs = learns ? Gather::apply(x, &rows) : torch::autograd::variable_list();
+  torch::Tensor sum = torch::zeros_like(x);
+  for (size_t e = 0; e < experts_.size(); ++e) {
+    if (groups.counts[e] == 0) continue;
+    const torch::Tensor input = learns ? inputs[e] : x.index_select(0, rows[e]);
+    nn::FeedForward& expert = experts_[e];
+    if (expert->adapted()) {
+      nn::Pass part = pass_of(pass, rows[e], input);
+      sum.index_add_(0, rows[e], expert->forward(input, part, weights[e]));
+    } else {
+      sum.index_add_(0, rows[e], expert->forward(input, pass, weights[e]));
+    }
+  }
+  return sum;
+}
+
+torch::Tensor SparseFfnImpl::forward(const torch::Tensor& x, nn::Pass& pass) {
+  const torch::Tensor y = routed(x, pass);
+  if (!shared_) return y;
+  torch::Tensor gate;
+  if (shared_gate_) gate = wide(at::linear(x, shared_gate_->weight).flatten()).sigmoid();
+  return y + shared_->forward(x, pass, gate);
+}
+
+void SparseFfnImpl::add_sites(const std::string& path, nn::Sites& sites) {
+  router_.site = path + ".gate";
+  sites.routers.push_back(router_.site + ".weight");
+  const size_t linears = sites.linears.size(), scales = sites.scales.size();
+  for (size_t e = 0; e < experts_.size(); ++e) experts_[e]->add_sites(fmt::format("{}.experts.{}", path, e), sites);
+  for (size_t i = linears; i < sites.linears.size(); ++i) sites.linears[i].routed = true;
+  for (size_t i = scales; i < sites.scales.size(); ++i) sites.scales[i].routed = true;
+  if (shared_) shared_->add_sites(path + ".shared_expert", sites);
+}
+
+int64_t SparseFfnImpl::saved_per_row(bool whole) const {
+  const int64_t k = router_.options.top_k, experts = std::ssize(experts_);
+  // Of the router the probabilities, of each chosen expert its number, weight and row besides.
+  int64_t numbers = experts + k * (experts_.front()->saved_per_row(whole) + 4);
+  if (shared_) numbers += shared_->saved_per_row(whole) + 1;
+  return numbers;
+}
+
+void SparseFfnImpl::quantize_int8() {
+  for (nn::FeedForward& expert : experts_) expert->quantize_int8();
+  if (shared_) shared_->quantize_int8();
+}
+
+}  // namespace moesaic::moe
