@@ -205,6 +205,18 @@ def test_what_the_base_leaves_to_its_defaults_is_written_out(bases, tmp_path):
     assert config["rms_norm_eps"] == 1e-6 and config["rope_theta"] == 10000.0 and config["num_key_value_heads"] == 4
 
 
+def test_a_window_of_all_layers_is_held_by_qwen3_moe(tmp_path):
+    base = make_base(tmp_path / "base", transformers.Qwen3Config(**SIZES, use_sliding_window=True, sliding_window=4,
+                                                                 max_window_layers=0))
+    out, _ = upcycle(tmp_path, base, method="copy", num_experts=2)
+    assert difference(load(out), load(base)) < EQUAL
+    full = load(base)
+    full.config.layer_types = ["full_attention"] * 2
+    for layer in full.model.layers:
+        layer.self_attn.sliding_window = None
+    assert difference(load(out), full) > 0.01, "the window shows"
+
+
 def test_a_seed_gives_the_same_files_and_another_one_others(bases, tmp_path):
     made = []
     for number, seed in enumerate([3, 3, 4]):
@@ -266,9 +278,9 @@ def test_encoder_decoders_are_refused(tmp_path):
     (dict(method="virtual_group", num_experts=6, granularity=4), "multiples of granularity 4"),
     (dict(method="lora"), "adapters"),
     (dict(experts=[]), "experts: got none"),
-    (dict(experts=[{"source_model": "x"}]), "has no positive_prompts"),
+    (dict(experts=[{"source_model": "x"}] * 2), "has no positive_prompts"),
     (dict(experts=[{"source_models": "x"}]), "did you mean 'source_model'?"),
-    (dict(gate_mode="hiden", experts=[{"source_model": "x"}]), "gate_mode: got 'hiden'"),
+    (dict(gate_mode="hiden", experts=[{"source_model": "x"}] * 2), "gate_mode: got 'hiden'"),
 ], ids=str)
 def test_wrong_keys_are_named(keys, message, bases, tmp_path):
     assert message in refused(tmp_path, base_model=bases["llama"], **keys)
@@ -282,6 +294,20 @@ def test_a_folder_with_work_in_it_is_refused(bases, tmp_path):
     before = (out / "model.safetensors").read_bytes()
     assert moesaic("upcycle", tmp_path / "moe.yaml", out, "seed=9").returncode == 2
     assert (out / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("keys", [dict(method="copy", num_experts=4),
+                                  dict(method="virtual_group", num_experts=8, granularity=2)], ids=lambda k: k["method"])
+def test_our_own_run_of_it_is_the_dense_models(base, keys, bases, tmp_path):
+    _, printed = upcycle(tmp_path, bases[base], "--check-equal", **keys)
+    assert float(printed.split("largest logit: ")[1]) < 1e-5
+
+
+def test_check_equal_is_an_error_only_where_equality_was_promised(bases, tmp_path):
+    _, printed = upcycle(tmp_path, bases["llama"], "--check-equal", method="drop", num_experts=2)
+    assert float(printed.split("largest logit: ")[1]) > 0.01
+    assert "not equal by intent" in printed
 
 
 # LoRA experts
@@ -382,7 +408,7 @@ def their_file(base, sources, mode, **keys):
 
 def expected_gates(base, mode):
     """mergekit-moe's formula, prompts one by one: [layers, experts, width]."""
-    model, tokenizer = load(base).double(), transformers.AutoTokenizer.from_pretrained(base)
+    model, tokenizer = load(base).double(), transformers.PreTrainedTokenizerFast.from_pretrained(base)
     layers = model.config.num_hidden_layers
 
     def state(prompt):
