@@ -49,6 +49,7 @@ Runner add_routes(CLI::App& app, CommonOptions& common);
 Runner add_score(CLI::App& app, CommonOptions& common);
 Runner add_study(CLI::App& app, CommonOptions& common);
 Runner add_train(CLI::App& app, CommonOptions& common);
+Runner add_upcycle(CLI::App& app, CommonOptions& common);
 
 /// For a demo: the folder is new, empty, or that of a demo which didn't come to its end.
 FolderLock take_demo_folder(const std::filesystem::path& dir, const std::filesystem::path& model);

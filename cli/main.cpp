@@ -28,6 +28,7 @@ constexpr Verb kVerbs[] = {
     {"train", "Train an adapter (or the whole model) from a run file", add_train},
     {"compose", "Join frozen models by cross-attention, to be trained with `train`", add_compose},
     {"convert", "A checkpoint of the paper's released code as a composition", add_convert},
+    {"upcycle", "A sparse mixture-of-experts model made out of dense ones", add_upcycle},
     {"merge", "Fold an adapter with one expert into its base model", add_merge},
     {"export", "A model or adapter in the form transformers or PEFT load", add_export},
     {"generate", "Answer one prompt or a file of prompts", add_generate},

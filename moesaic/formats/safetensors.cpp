@@ -1,48 +1,20 @@
 #include "moesaic/formats/safetensors.h"
 
 #include <ATen/ATen.h>
-#include <fcntl.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
 #include <unordered_map>
 
 #include "moesaic/base/file_errors.h"
 #include "moesaic/base/json.h"
-#include "moesaic/base/output_folder.h"
-#include "moesaic/formats/finite.h"
+#include "moesaic/formats/safetensors_layout.h"
 
 namespace moesaic::formats {
 namespace {
 
-constexpr size_t kMaxHeaderBytes = 100'000'000;
 constexpr size_t kMaxDims = 16;
 constexpr size_t kMaxListedErrors = 10;
-
-struct DtypeName {
-  const char* name;
-  at::ScalarType dtype;
-};
-constexpr DtypeName kDtypes[] = {
-    {"F64", at::kDouble}, {"F32", at::kFloat}, {"F16", at::kHalf}, {"BF16", at::kBFloat16}, {"I64", at::kLong},
-    {"I32", at::kInt},    {"I16", at::kShort}, {"I8", at::kChar},  {"U8", at::kByte},       {"BOOL", at::kBool},
-};
-
-const DtypeName* find_dtype(const std::string& name) {
-  for (const auto& entry : kDtypes) {
-    if (name == entry.name) return &entry;
-  }
-  return nullptr;
-}
-
-std::string dtype_name(at::ScalarType dtype, const std::string& where) {
-  for (const auto& entry : kDtypes) {
-    if (dtype == entry.dtype) return entry.name;
-  }
-  throw DataError(fmt::format("{}: dtype {} can't be stored in safetensors", where, c10::toString(dtype)));
-}
 
 uint64_t read_u64_le(const uint8_t* bytes) {
   uint64_t value = 0;
@@ -63,7 +35,7 @@ std::string parse_entry(const Json& json, size_t data_size, Entry& entry) {
   if (!json.is_object()) return "is not an object";
   const auto dtype = json.find("dtype"), shape = json.find("shape"), offsets = json.find("data_offsets");
   if (dtype == json.end() || !dtype->is_string()) return "has no dtype";
-  const DtypeName* known = find_dtype(dtype->get<std::string>());
+  const StoredDtype* known = find_stored_dtype(dtype->get<std::string>());
   if (known == nullptr) {
     return fmt::format("has the unknown dtype '{}'; known: F64 F32 F16 BF16 I64 I32 I16 I8 U8 BOOL",
                        dtype->get<std::string>().substr(0, 40));
@@ -204,115 +176,6 @@ at::Tensor SafetensorsFile::tensor(const std::string& name) const {
     return copy;
   }
   return at::from_blob(data, entry.shape, [owner = impl_](void*) {}, at::TensorOptions().dtype(entry.dtype));
-}
-
-namespace {
-
-/// A file under a temporary name that takes its place with commit(); removed when that doesn't happen.
-class TemporaryFile {
- public:
-  explicit TemporaryFile(const std::filesystem::path& path) : path_(path), temporary_(temporary_name(path)) {
-    fd_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-    check(fd_ >= 0, "can't be created");
-  }
-  TemporaryFile(const TemporaryFile&) = delete;
-  TemporaryFile& operator=(const TemporaryFile&) = delete;
-  ~TemporaryFile() {
-    if (fd_ >= 0) ::close(fd_);
-    if (!committed_) ::unlink(temporary_.c_str());
-  }
-
-  void write(const void* data, size_t size) {
-    const char* next = static_cast<const char*>(data);
-    while (size > 0) {
-      const ssize_t written = ::write(fd_, next, size);
-      if (written < 0 && errno == EINTR) continue;
-      check(written > 0, "can't be written");
-      next += written;
-      size -= static_cast<size_t>(written);
-    }
-  }
-
-  void commit() {
-    check(::fsync(fd_) == 0, "can't be synced");
-    const int closed = ::close(std::exchange(fd_, -1));
-    check(closed == 0, "can't be closed");
-    check(::rename(temporary_.c_str(), path_.c_str()) == 0, "can't be renamed");
-    committed_ = true;
-    const std::filesystem::path parent = path_.has_parent_path() ? path_.parent_path() : ".";
-    if (const int folder = ::open(parent.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); folder >= 0) {
-      ::fsync(folder);
-      ::close(folder);
-    }
-  }
-
- private:
-  void check(bool fine, const char* what) const {
-    MOESAIC_CHECK(fine, DataError, "{}: {}: {}", temporary_, what, refusal(errno));
-  }
-
-  std::filesystem::path path_;
-  std::string temporary_;
-  int fd_ = -1;
-  bool committed_ = false;
-};
-
-void check_unshared(const TensorMap& tensors, const std::string& where) {
-  std::map<std::tuple<const void*, std::vector<int64_t>, std::vector<int64_t>>, std::string> seen;
-  for (const auto& [name, tensor] : tensors) {
-    MOESAIC_CHECK(tensor.defined(), DataError, "{}: tensor '{}' is undefined", where, name);
-    if (tensor.numel() == 0) continue;
-    const auto [it, fresh] = seen.emplace(
-        std::tuple{static_cast<const void*>(tensor.const_data_ptr()), tensor.sizes().vec(), tensor.strides().vec()},
-        name);
-    MOESAIC_CHECK(fresh, DataError,
-                  "{}: tensors '{}' and '{}' share their memory; tied weights are stored once: leave one out", where,
-                  it->second, name);
-  }
-}
-
-}  // namespace
-
-void save_safetensors(const std::filesystem::path& path, const TensorMap& tensors,
-                      std::map<std::string, std::string> metadata) {
-  const std::string where = path.string();
-  check_unshared(tensors, where);
-  check_finite(tensors, std::nullopt, where);
-
-  std::vector<const TensorMap::value_type*> order;
-  for (const auto& item : tensors) order.push_back(&item);
-  std::stable_sort(order.begin(), order.end(),
-                   [](const auto* a, const auto* b) { return a->second.element_size() > b->second.element_size(); });
-
-  metadata.emplace("format", "pt");
-  OrderedJson header;
-  header["__metadata__"] = metadata;
-  size_t offset = 0;
-  for (const auto* item : order) {
-    const auto& [name, tensor] = *item;
-    MOESAIC_CHECK(name != "__metadata__", DataError, "{}: no tensor can be named __metadata__", where);
-    const size_t end = offset + tensor.nbytes();
-    header[name] = {{"dtype", dtype_name(tensor.scalar_type(), where + " '" + name + "'")},
-                    {"shape", tensor.sizes().vec()},
-                    {"data_offsets", {offset, end}}};
-    offset = end;
-  }
-  std::string text = header.dump();
-  text.resize((text.size() + 7) / 8 * 8, ' ');
-  MOESAIC_CHECK(text.size() <= kMaxHeaderBytes, DataError,
-                "{}: the header needs {} bytes, at most {} are allowed: spread the tensors over several files", where,
-                text.size(), kMaxHeaderBytes);
-
-  TemporaryFile file(path);
-  uint8_t length[8];
-  for (int i = 0; i < 8; ++i) length[i] = static_cast<uint8_t>(text.size() >> (8 * i));
-  file.write(length, sizeof(length));
-  file.write(text.data(), text.size());
-  for (const auto* item : order) {
-    const at::Tensor tensor = item->second.detach().cpu().contiguous();
-    file.write(tensor.const_data_ptr(), tensor.nbytes());
-  }
-  file.commit();
 }
 
 }  // namespace moesaic::formats

@@ -180,6 +180,7 @@ exec {PROGRAM} "$@"
     for name, run in [("mo", "ADAPTER"), ("lora", "A")]:
         shutil.copytree(folder / run, folder / "runs" / name)
     (folder / "config.yaml").write_text("{anchor: M, augmenting: M, num_connections: 2, output_dir: composed}\n")
+    (folder / "moe.yaml").write_text("{base_model: M, method: copy, num_experts: 2}\n")
     (folder / "composition.yaml").write_text("{anchor: M, augmenting: M, num_connections: 2, output_dir: COMPOSITION}\n")
     assert moesaic("compose", "composition.yaml", cwd=folder).returncode == 0
     choices = [{"inputs": f"{a} is", "answer_choices": WORDS[:2], "target": WORDS[0]} for a in WORDS[:3]]
