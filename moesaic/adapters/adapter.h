@@ -26,6 +26,7 @@ struct RouterConfig {
   double init_std = 0.02;                  // of the normal distribution that a router's weights begin with
   double jitter = 0.0;                     // multiplicative uniform(1-j, 1+j) on the router's input while training
   double temperature = 1.0;                // divides the logits
+  std::string logits = "signed";           // signed | absolute: their magnitude, as the sign of arrows is arbitrary
   bool head_wise = true;  // mov at heads: a vector and a router row per head, or one of each over all heads
 };
 
@@ -165,6 +166,8 @@ const Method& method_of(const std::string& name);
 /// Throws ConfigError with the known types; `where` names the file.
 const Method& method_of_peft_type(const std::string& peft_type, const std::string& where);
 std::vector<std::string> method_names();
+/// Warns when an adapter of `config`, read from `where`, was trained on other weights than those of `base_fingerprint`.
+void warn_of_other_base(const AdapterConfig& config, const std::string& base_fingerprint, const std::string& where);
 /// The linear, embedding or head that a tensor of a method belongs to; "" for a router's and for any other tensor.
 std::string module_of(const std::string& tensor);
 /// Folds an adapter with one expert per site into a model's tensors (names and layouts of Hugging Face), in float32:

@@ -241,6 +241,7 @@ RouterConfig parse_router_config(const Json& json, const std::string& where) {
   router.init_std = get_or(json, "init_std", router.init_std, where);
   router.jitter = get_or(json, "jitter", router.jitter, where);
   router.temperature = get_or(json, "temperature", router.temperature, where);
+  router.logits = get_or(json, "logits", router.logits, where);
   router.head_wise = get_or(json, "head_wise", router.head_wise, where);
   return router;
 }
@@ -255,6 +256,7 @@ Json router_config_json(const RouterConfig& router) {
           {"init_std", router.init_std},
           {"jitter", router.jitter},
           {"temperature", router.temperature},
+          {"logits", router.logits},
           {"head_wise", router.head_wise}};
 }
 
@@ -294,6 +296,8 @@ void validate(const AdapterConfig& config, const std::string& where) {
          fmt::format("router.jitter: got {}, expected 0 to below 1", router.jitter));
   expect(router.temperature > 0 && std::isfinite(router.temperature),
          fmt::format("router.temperature: got {}, expected a number > 0", router.temperature));
+  expect(router.logits == "signed" || router.logits == "absolute",
+         fmt::format("router.logits: got '{}', expected signed or absolute", router.logits));
   expect(
       router.head_wise || (method.mixes && !method.low_rank),
       fmt::format("router.head_wise: got false with {}, expected true: only mov has vectors per head", config.method));

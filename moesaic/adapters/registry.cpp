@@ -138,6 +138,13 @@ void fold(const formats::AdapterFolder& adapter, const std::string& where, forma
   formats::check_fits(fold_into(model, config, std::move(left)), where, "the model", "wrong base model?");
 }
 
+void warn_of_other_base(const AdapterConfig& config, const std::string& base_fingerprint, const std::string& where) {
+  const std::string& own = config.base_fingerprint;
+  if (own.empty() || base_fingerprint.empty() || formats::may_be_same_weights(own, base_fingerprint)) return;
+  spdlog::warn("{}: the adapter was trained on other base weights (its base: {}, this one: {}). Results may differ.",
+               where, own.substr(0, 19), base_fingerprint.substr(0, 19));
+}
+
 void Adapter::set_trainable(bool on) {
   for (const nn::Parameter& parameter : parameters()) torch::Tensor(parameter.tensor).set_requires_grad(on);
 }
@@ -241,11 +248,7 @@ std::shared_ptr<Adapter> Adapter::open(const std::filesystem::path& dir, nn::Sit
   const formats::AdapterFolder folder = formats::read_adapter_folder(dir);
   const std::string where = (dir / "adapter_config.json").string();
   AdapterConfig config = parse_adapter_config(folder, where);
-  if (!config.base_fingerprint.empty() && !base_fingerprint.empty() &&
-      !formats::may_be_same_weights(config.base_fingerprint, base_fingerprint)) {
-    spdlog::warn("{}: the adapter was trained on other base weights (its base: {}, this one: {}). Results may differ.",
-                 where, config.base_fingerprint.substr(0, 19), base_fingerprint.substr(0, 19));
-  }
+  warn_of_other_base(config, base_fingerprint, where);
   try {
     const Method& method = method_of(config.method);
     formats::TensorMap tensors = folder.tensors;

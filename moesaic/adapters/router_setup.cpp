@@ -43,6 +43,7 @@ moe::Router make_router(const AdapterConfig& config, const std::string& path, in
   router.options.topk_mode = moe::parse_topk_mode(config.router.topk_mode);
   router.options.jitter = config.router.jitter;
   router.options.temperature = config.router.temperature;
+  router.options.absolute = config.router.logits == "absolute";
   int64_t width = own_width;
   if (router.options.input == moe::RouterInput::kLayerInput) width = hidden;
   if (router.options.input == moe::RouterInput::kSentence) {
