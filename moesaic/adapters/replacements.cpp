@@ -137,6 +137,7 @@ std::vector<std::string> acting_whole(const AdapterConfig& config, const formats
   constexpr size_t kNamed = 4;
   std::vector<std::string> found;
   if (config.use_dora) found.emplace_back("use_dora");
+  if (!config.target_parameters.empty()) found.emplace_back("target_parameters");
   for (const auto& [name, tensor] : tensors) {
     if (acts_whole(name) && found.size() < kNamed) found.push_back(name);
   }

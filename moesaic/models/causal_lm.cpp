@@ -11,6 +11,27 @@ namespace {
 /// Old checkpoints store the rotary frequencies, which follow from the config.
 bool is_derived_buffer(const std::string& name) { return name.ends_with("rotary_emb.inv_freq"); }
 
+/// Which of kTrainableParts each parameter belongs to.
+std::map<std::string, std::string> parts_of(SingleModel& model) {
+  using enum nn::Role;
+  std::map<std::string, std::string> of_linear, parts;
+  for (const nn::LinearSite& site : model.sites().linears) {
+    const bool ffn = site.role == kGate || site.role == kUp || site.role == kDown;
+    of_linear[site.name] = site.routed ? "experts" : ffn ? "mlp" : "attention";
+  }
+  for (const auto& item : model.named_parameters()) {
+    const std::string& name = item.key();
+    const auto linear = of_linear.find(name.substr(0, name.rfind('.')));
+    std::string part = item.value().dim() == 1 ? "norms" : "embeddings";
+    if (linear != of_linear.end()) part = linear->second;
+    if (name.ends_with("relative_attention_bias.weight")) part = "attention";
+    if (name.ends_with("shared_expert_gate.weight")) part = "router";
+    parts[name] = part;
+  }
+  for (const std::string& router : model.sites().routers) parts[router] = "router";
+  return parts;
+}
+
 /// Throws DataError listing every tensor of the file that has no place and every parameter without a fitting tensor.
 void check_tensors(const formats::Checkpoint& checkpoint, const SingleModel& model, bool ignore_head) {
   formats::Declarations expected, present = formats::declarations(checkpoint);
@@ -178,27 +199,36 @@ int64_t CausalLM::exact_memory() const {
   return most;
 }
 
-AllWeights::AllWeights(std::shared_ptr<SingleModel> model, formats::ModelFolder folder)
-    : model_(std::move(model)), folder_(std::move(folder)) {
+AllWeights::AllWeights(std::shared_ptr<SingleModel> model, formats::ModelFolder folder, std::vector<std::string> parts)
+    : model_(std::move(model)), folder_(std::move(folder)), parts_(std::move(parts)) {
+  std::set<std::string> there;
+  for (const auto& [_, part] : parts_of(*model_)) there.insert(part);
+  for (const std::string& part : parts_) {
+    MOESAIC_CHECK(there.contains(part), UsageError, "trainable: got '{}', expected parts that this {} has: {}", part,
+                  model_->facts().model_type, fmt::join(there, ", "));
+  }
+  const bool routers = parts_.empty() || std::find(parts_.begin(), parts_.end(), "router") != parts_.end();
   const auto* decoder = dynamic_cast<const CausalLM*>(model_.get());
   const auto sparse = decoder != nullptr ? decoder->config().sparse : std::nullopt;
-  MOESAIC_CHECK(!sparse || sparse->top_k > 1 || !sparse->renormalize, UsageError,
-                "num_experts_per_tok: got 1 for a {} that is trained, expected 2 or more, or norm_topk_prob false: the "
-                "weight of the one expert is always 1, so its router gets no gradient",
+  MOESAIC_CHECK(!routers || !sparse || sparse->top_k > 1 || !sparse->renormalize, UsageError,
+                "num_experts_per_tok: got 1 for a {} whose router is trained, expected 2 or more, or norm_topk_prob "
+                "false: the weight of the one expert is always 1, so its router gets no gradient\nhint: trainable "
+                "names the parts that are trained",
                 model_->facts().model_type);
 }
 
 std::vector<nn::Parameter> AllWeights::parameters() {
   using Kind = nn::Parameter::Kind;
-  const auto& routers = model_->sites().routers;
-  std::vector<nn::Parameter> all;
+  const std::map<std::string, std::string> parts = parts_of(*model_);
+  std::vector<nn::Parameter> trained;
   for (auto& item : model_->named_parameters()) {
+    const std::string& part = parts.at(item.key());
+    if (!parts_.empty() && std::find(parts_.begin(), parts_.end(), part) == parts_.end()) continue;
     item.value().set_requires_grad(true);
-    Kind kind = item.value().dim() == 1 ? Kind::kVector : Kind::kWeight;
-    if (std::find(routers.begin(), routers.end(), item.key()) != routers.end()) kind = Kind::kRouter;
-    all.push_back({item.key(), item.value(), kind});
+    const Kind kind = part == "router" ? Kind::kRouter : item.value().dim() == 1 ? Kind::kVector : Kind::kWeight;
+    trained.push_back({item.key(), item.value(), kind});
   }
-  return all;
+  return trained;
 }
 
 void AllWeights::save(const std::filesystem::path& dir) const {

@@ -74,11 +74,12 @@ class CausalLM : public SingleModel {
   std::unique_ptr<nn::Head> head_, own_head_;  // own_head_: while an adapter has put another in its place
 };
 
-/// Every weight of a model, trained: full fine-tuning. Folders are those of Hugging Face.
+/// The weights of a model, trained: full fine-tuning, or of parts of it. Folders are those of Hugging Face.
 class AllWeights : public nn::Learner {
  public:
-  /// `folder` holds what save() writes beside the weights: config, tokenizer, chat template, dtype.
-  AllWeights(std::shared_ptr<SingleModel> model, formats::ModelFolder folder);
+  /// `folder` holds what save() writes beside the weights: config, tokenizer, chat template, dtype. `parts`: what is
+  /// trained, of kTrainableParts; none = all. Throws UsageError for a part that the model has not.
+  AllWeights(std::shared_ptr<SingleModel> model, formats::ModelFolder folder, std::vector<std::string> parts = {});
   std::vector<nn::Parameter> parameters() override;
   void save(const std::filesystem::path& dir) const override;
   void load(const std::filesystem::path& dir) override;
@@ -86,6 +87,11 @@ class AllWeights : public nn::Learner {
  private:
   std::shared_ptr<SingleModel> model_;
   formats::ModelFolder folder_;
+  std::vector<std::string> parts_;
 };
+
+/// What AllWeights may train apart: routers of sparse models, their experts, attention, dense and shared feed-forward
+/// networks, norms, embedding and head.
+inline constexpr const char* kTrainableParts[] = {"router", "experts", "attention", "mlp", "norms", "embeddings"};
 
 }  // namespace moesaic::models

@@ -123,10 +123,12 @@ torch::Tensor SparseFfnImpl::forward(const torch::Tensor& x, nn::Pass& pass) {
 void SparseFfnImpl::add_sites(const std::string& path, nn::Sites& sites) {
   router_.site = path + ".gate";
   sites.routers.push_back(router_.site + ".weight");
-  const size_t linears = sites.linears.size(), scales = sites.scales.size();
+  const size_t before = sites.linears.size();
   for (size_t e = 0; e < experts_.size(); ++e) experts_[e]->add_sites(fmt::format("{}.experts.{}", path, e), sites);
-  for (size_t i = linears; i < sites.linears.size(); ++i) sites.linears[i].routed = true;
-  for (size_t i = scales; i < sites.scales.size(); ++i) sites.scales[i].routed = true;
+  for (size_t i = before; i < sites.linears.size(); ++i) {
+    sites.linears[i].routed = true;
+    sites.linears[i].share = static_cast<double>(router_.options.top_k) / static_cast<double>(experts_.size());
+  }
   if (shared_) shared_->add_sites(path + ".shared_expert", sites);
 }
 

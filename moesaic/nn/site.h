@@ -78,7 +78,8 @@ struct LinearSite {
   int64_t index;  // in the group
   int64_t in;
   int64_t out;
-  bool routed = false;  // of an expert: it sees the rows that are routed to it
+  bool routed = false;  // of an expert of a sparse model: it sees the rows that are routed to it
+  double share = 1.0;   // how many of all rows these are, when the experts have equally many: k / E
 };
 
 /// Where a scale acts.
@@ -96,10 +97,9 @@ struct ScaleSite {
   int64_t layer;
   ScaleKind kind;
   ScaleSlot* slot;
-  int64_t heads;        // H (KV heads for k and v), or 0 for a flat site
-  int64_t width;        // k (per head) or the flat width
-  int64_t hidden;       // d, the width of layer_input
-  bool routed = false;  // of an expert: it sees the rows that are routed to it
+  int64_t heads;   // H (KV heads for k and v), or 0 for a flat site
+  int64_t width;   // k (per head) or the flat width
+  int64_t hidden;  // d, the width of layer_input
 };
 
 /// A weight that an adapter may replace as a whole while it is attached.

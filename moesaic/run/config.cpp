@@ -8,6 +8,7 @@
 #include "moesaic/base/yaml.h"
 #include "moesaic/data/templates.h"
 #include "moesaic/formats/adapter_folder.h"
+#include "moesaic/models/causal_lm.h"
 #include "moesaic/run/foreign_keys.h"
 #include "moesaic/run/subject.h"
 #include "moesaic/train/checkpoint.h"
@@ -462,6 +463,11 @@ std::vector<RunKey> other_keys() {
         "`mix`: folders of LoRAs of this base, PEFT's or ours: the experts, with their ranks, alphas and targets, "
         "which may differ. Or `adapter_name_or_path` names a MoLoRA, as `moesaic mix` makes them, whose routers go on "
         "from where they stand"}},
+      {"trainable",
+       Json::array(),
+       {kModel,
+        "`full`: the parts that are trained, of `router`, `experts` (of a sparse model), `attention`, `mlp`, `norms`, "
+        "`embeddings`; none named is all"}},
       {"num_experts",
        nullptr,
        {kModel,
@@ -798,6 +804,18 @@ RunConfig parse_run_config(const OrderedJson& given, const std::string& where) {
                   "{}: adapters: got {} for {}, expected finetuning_type {}, or none\nhint: adapter_name_or_path names "
                   "the one that a run begins with",
                   where, json["adapters"].dump(), run.finetuning_type, kMix);
+  });
+  problems.attempt([&] {
+    run.trainable = names(json, "trainable", where);
+    MOESAIC_CHECK(run.trainable.empty() || run.finetuning_type == "full", UsageError,
+                  "{}: trainable: got {} for {}, expected finetuning_type full: an adapter is trained whole", where,
+                  json["trainable"].dump(), run.finetuning_type);
+    for (const std::string& part : run.trainable) {
+      const auto* const known = std::end(models::kTrainableParts);
+      MOESAIC_CHECK(std::find(std::begin(models::kTrainableParts), known, part) != known, UsageError,
+                    "{}: trainable: got '{}', expected some of {}", where, part,
+                    fmt::join(models::kTrainableParts, ", "));
+    }
   });
   each_adapter_key(adapter, read);
   each_render_key(run.render, read);

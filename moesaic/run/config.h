@@ -19,6 +19,7 @@ struct RunConfig {
   std::string finetuning_type = "molora";  // what is trained: a name of subject.h's table
   std::string adapter_name_or_path;        // start from this adapter's numbers
   std::vector<std::string> adapters;       // `mix`: folders of the LoRAs that are its experts
+  std::vector<std::string> trainable;      // `full`: the parts that are trained; empty = all
   adapters::AdapterConfig adapter;         // targets are empty when `target_preset` names them
   std::string target_preset;               // reference | all-linear | ""
   Json dataset, eval_dataset;              // as data::resolve_datasets takes them

@@ -177,7 +177,7 @@ Prepared open_full(const RunConfig& run, const Place& place) {
   folder.tokenizer = made.checkpoint->tokenizer_files();
   folder.tokenizer.chat_templates = data::chat_templates(*made.checkpoint, run.render.template_name);
   folder.generation_config = made.checkpoint->generation_config();
-  made.learner = std::make_shared<models::AllWeights>(model, std::move(folder));
+  made.learner = std::make_shared<models::AllWeights>(model, std::move(folder), run.trainable);
   return made;
 }
 

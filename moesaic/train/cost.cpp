@@ -32,10 +32,17 @@ double Cost::seconds(const Accelerator& on, torch::ScalarType dtype) const {
 
 Cost micro_batch_cost(models::LanguageModel& model, nn::Learner& learner, const MicroBatchShape& shape,
                       bool checkpointing) {
-  double trained = 0;
+  std::map<std::string, double> shares;  // of the linears of sparse models' experts
+  for (const models::Part& part : model.parts()) {
+    for (const nn::LinearSite& site : part.sites->linears) {
+      if (site.routed) shares[site.name] = site.share;
+    }
+  }
+  double trained = 0;  // numbers, as many as act on a row
   bool whole = false;
   for (const nn::Parameter& parameter : learner.parameters()) {
-    trained += static_cast<double>(parameter.tensor.numel());
+    const auto share = shares.find(parameter.name.substr(0, parameter.name.rfind('.')));
+    trained += static_cast<double>(parameter.tensor.numel()) * (share == shares.end() ? 1.0 : share->second);
     whole = whole || parameter.kind == nn::Parameter::Kind::kWeight;
   }
   const double all = shape.prompt_tokens + shape.answer_tokens;
@@ -50,7 +57,9 @@ Cost micro_batch_cost(models::LanguageModel& model, nn::Learner& learner, const 
                                            site.name.find("cross_attn") != std::string::npos);
       const bool of_source =
           encodes || (reads_source && (site.role == nn::Role::kKey || site.role == nn::Role::kValue));
-      const double rows = !halves ? all : of_source ? shape.prompt_tokens : shape.answer_tokens + shape.examples;
+      const double rows = !halves     ? all * site.share
+                          : of_source ? shape.prompt_tokens
+                                      : shape.answer_tokens + shape.examples;
       const double numbers = static_cast<double>(site.in) * static_cast<double>(site.out);
       cost.operations += 2 * rows * numbers * passes;
       linears += numbers;

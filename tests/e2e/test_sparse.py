@@ -1,6 +1,7 @@
 """Tiny sparse models through the program: what is trained in them, what is refused, and what is seen of their routers."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -80,6 +81,21 @@ def test_all_weights_with_the_router_and_resume(folder, kind):
     assert ours["logprobs"] == pytest.approx([logits[i, t].item() for i, t in enumerate(ours["ids"][1:])], abs=1e-4)
 
 
+@float32_only
+@pytest.mark.parametrize("parts, ends", [(["router"], (".gate.weight",)),
+                                         (["experts", "norms"], (".w1.weight", ".w2.weight", ".w3.weight", "norm.weight")),
+                                         (["attention"], ("_proj.weight",))])
+def test_parts_are_trained(folder, parts, ends):
+    """What is named changes, and nothing else."""
+    name = "_".join(parts)
+    said = run("train", settings(folder, name, finetuning_type="full", num_experts=None, trainable=parts, template="none"))
+    before, behind = load_file(folder / "mixtral" / "model.safetensors"), load_file(folder / name / "model.safetensors")
+    changed = {key for key in before if not torch.equal(before[key], behind[key])}
+    assert changed == {key for key in before if key.endswith(ends)}
+    trained = sum(before[key].numel() for key in changed)
+    assert re.search(rf"^trainable +{trained} ", said, re.MULTILINE), said
+
+
 def test_what_is_refused(folder):
     def refused(name, *words, **changes):
         done = moesaic("train", settings(folder, name, **changes))
@@ -89,6 +105,9 @@ def test_what_is_refused(folder):
         assert not (folder / name / "adapter_model.safetensors").exists()
 
     refused("r1", "no router is trained", finetuning_type="lora", num_experts=None, moe_aux_loss_coef=0.1)
+    refused("r4", "trainable: got 'mlp'", "attention, embeddings, experts, norms, router", finetuning_type="full",
+            num_experts=None, trainable=["mlp"])
+    refused("r5", "expected finetuning_type full", finetuning_type="lora", num_experts=None, trainable=["router"])
     refused("r2", "experts.0.w1", "it is an expert itself", "all-linear", lora_target=["q_proj", "w1"])
     tiny_run.make_model(folder / "one", 0.3, transformers.MixtralConfig, num_local_experts=3, num_experts_per_tok=1)
     refused("r3", "num_experts_per_tok: got 1", "no gradient", kind="one", finetuning_type="full", num_experts=None)
