@@ -2,6 +2,7 @@
 #include "cli/options.h"
 #include "moesaic/base/device.h"
 #include "moesaic/base/output_folder.h"
+#include "moesaic/export/gguf.h"
 #include "moesaic/export/merge.h"
 #include "moesaic/export/peft.h"
 #include "moesaic/models/registry.h"
@@ -30,6 +31,16 @@ int run_export(const ExportOptions& options, const CommonOptions& common) {
     return 0;
   }
   const auto [model, adapter] = single_adapter(run::resolve_model(named, options.model, options.adapters));
+  if (options.format == "gguf") {
+    MOESAIC_CHECK(!adapter.empty(), UsageError,
+                  "--format gguf: got the model {} alone, expected an adapter: models are not written as GGUF yet",
+                  model);
+    const auto base = models::open_checkpoint(model, /*weights=*/false);
+    const std::string bytes = exporting::gguf_adapter(adapter, base->config(), model);
+    write_new_file(out, bytes);
+    say("{}: {} bytes, for `llama-server --lora {}` over this base\n", out, bytes.size(), out);
+    return 0;
+  }
   check_new_folder(out, {model, adapter});
   const auto checkpoint = models::open_checkpoint(model);
   auto folder =
@@ -50,10 +61,13 @@ Runner add_export(CLI::App& app, CommonOptions& common) {
                  "Model to write: a folder with config.json, or a .gguf file; the adapter's base if it is left out");
   repeated(
       app.add_option("--adapter", options->adapters, "Adapter: merged into the model (hf), or written itself (peft)"));
-  app.add_option("--format", options->format, "hf: a Hugging Face folder; peft: PEFT adapter folders, one per expert")
+  app.add_option("--format", options->format,
+                 "hf: a Hugging Face folder; peft: PEFT adapter folders, one per expert; gguf: a LoRA as one file for "
+                 "llama.cpp")
       ->capture_default_str()
-      ->check(CLI::IsMember({"hf", "peft"}));
-  app.add_option("paths", options->paths, "[MODEL_OR_ADAPTER] OUT: what to write, and the folder for it")
+      ->check(CLI::IsMember({"hf", "peft", "gguf"}));
+  app.add_option("paths", options->paths,
+                 "[MODEL_OR_ADAPTER] OUT: what to write, and the folder (of gguf the file) for it")
       ->required()
       ->expected(1, 2);
   return [options, &common] { return run_export(*options, common); };

@@ -452,6 +452,24 @@ bool GgufMetadata::has_tensor(std::string_view name) const {
   return std::any_of(tensors.begin(), tensors.end(), [&](const GgufTensor& tensor) { return tensor.name == name; });
 }
 
+std::string gguf_name(const std::string& hf, const GgufArchitecture& architecture) {
+  for (const auto& [gguf, name] : kTopNames) {
+    if (hf == name) return gguf;
+  }
+  constexpr std::string_view kLayers = "model.layers.";
+  const size_t layer_end = hf.find('.', kLayers.size()), part_end = hf.rfind('.');
+  if (!hf.starts_with(kLayers) || layer_end == std::string::npos || part_end <= layer_end) return "";
+  const std::string part = hf.substr(layer_end + 1, part_end - layer_end - 1);
+  for (const auto& pairs : {std::span<const GgufName>(kLayerNames), architecture.norms}) {
+    for (const auto& [gguf, name] : pairs) {
+      if (part != name) continue;
+      return fmt::format("blk.{}.{}{}", hf.substr(kLayers.size(), layer_end - kLayers.size()), gguf,
+                         hf.substr(part_end));
+    }
+  }
+  return "";
+}
+
 std::shared_ptr<Checkpoint> open_gguf(Bytes bytes, std::span<const GgufArchitecture* const> known) {
   return std::make_shared<GgufCheckpoint>(std::move(bytes), known);
 }

@@ -47,6 +47,10 @@ struct GgufArchitecture {
   void (*complete)(const GgufMetadata& metadata, Json& config);
 };
 
+/// llama.cpp's name of a tensor ("blk.0.attn_q.weight") that Hugging Face calls `hf` ("model.layers.0.self_attn.q_proj.
+/// weight"; stacks of experts "model.layers.0.mlp.experts.gate_proj.weight"); "" when it has none.
+std::string gguf_name(const std::string& hf, const GgufArchitecture& architecture);
+
 /// A GGUF file as a checkpoint; what llama.cpp's converter changed is undone. `known` must live as long.
 /// Throws FormatError, or DataError for an architecture that is none of `known`.
 std::shared_ptr<Checkpoint> open_gguf(Bytes bytes, std::span<const GgufArchitecture* const> known);

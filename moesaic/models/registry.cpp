@@ -18,10 +18,10 @@ const Family kFamilies[] = {
     {"gemma2", parse_gemma2, &kGemma2Gguf},
     {"gemma3_text", parse_gemma3, &kGemma3Gguf},
     {"granitemoe", parse_granitemoe, &kGraniteMoeGguf},
-    {"granitemoeshared", parse_granitemoeshared},  // in a GGUF file a granitemoe with a shared expert
+    {"granitemoeshared", parse_granitemoeshared, &kGraniteMoeGguf},
     {"llama", parse_llama, &kLlamaGguf},
-    {"mistral", parse_mistral},  // in a GGUF file a llama with a window
-    {"mixtral", parse_mixtral},  // in a GGUF file a llama with experts
+    {"mistral", parse_mistral, &kLlamaGguf},
+    {"mixtral", parse_mixtral, &kLlamaGguf},
     {"mt5", nullptr, nullptr, parse_mt5},
     {"olmoe", parse_olmoe, &kOlmoeGguf},
     {"qwen2", parse_qwen2, &kQwen2Gguf},
@@ -92,11 +92,18 @@ std::shared_ptr<SingleModel> make_model(const Json& written, const std::string& 
   return std::make_shared<Seq2SeqLM>(parse_seq2seq_config(written, where), options);
 }
 
+const formats::GgufArchitecture& gguf_architecture(const Json& config, const std::string& where) {
+  const Family& family = family_of(config, where);
+  MOESAIC_CHECK(family.gguf != nullptr, UsageError, "{}: {} models can't be written for llama.cpp", where,
+                family.model_type);
+  return *family.gguf;
+}
+
 std::shared_ptr<formats::Checkpoint> open_gguf(formats::Bytes bytes) {
   static const auto known = [] {
     std::vector<const formats::GgufArchitecture*> rows;
     for (const Family& family : kFamilies) {
-      if (family.gguf) rows.push_back(family.gguf);
+      if (family.gguf && std::find(rows.begin(), rows.end(), family.gguf) == rows.end()) rows.push_back(family.gguf);
     }
     return rows;
   }();

@@ -7,6 +7,7 @@
 
 #include "moesaic/formats/bytes.h"
 #include "moesaic/formats/checkpoint.h"
+#include "moesaic/formats/gguf_checkpoint.h"
 #include "moesaic/models/decoder_config.h"
 #include "moesaic/models/seq2seq_lm.h"
 
@@ -28,6 +29,10 @@ std::shared_ptr<SingleModel> make_model(const Json& config, const std::string& w
                                         const torch::TensorOptions& options);
 /// The registered model_type names.
 std::vector<std::string> known_model_types();
+
+/// How models of this config.json lie in a GGUF file. Throws UsageError for a family that llama.cpp's files don't know
+/// here.
+const formats::GgufArchitecture& gguf_architecture(const Json& config, const std::string& where);
 
 /// Opens a folder with config.json, or a .gguf file of a registered architecture. With `weights` false only the config
 /// of a folder is read (one without weights is fine). Throws DataError / FormatError with a hint.
