@@ -170,7 +170,7 @@ def test_only_routers_are_trained(folder, trained, tmp_path):
     assert changed == {"router"}
     printed = tiny_run.run("train", run_file(folder, "planned"), "--dry-run")
     routers = sum(t.numel() for name, t in after.items() if "router" in name)
-    assert f"trainable  {routers} (" in printed
+    assert f"trainable  {routers} (" in printed and "frozen experts" in printed
     assert f"experts    {folder / 'a'}: 4 of 14 sites" in printed
     assert (trained / "router_stats.jsonl").stat().st_size > 0
 
