@@ -31,24 +31,36 @@ void check_bases(const std::vector<MixPart>& parts) {
   }
 }
 
-/// Where the parts' targets are the same, these; else every site by its path.
+/// The parts' targets, where these are the same or lists of names that may be joined; else every site by its path.
 void take_targets(const std::vector<MixPart>& parts, const std::set<std::string>& sites, AdapterConfig& config) {
+  using Names = std::vector<std::string>;
   const AdapterConfig& first = parts.front().config;
-  const bool same = std::all_of(parts.begin(), parts.end(), [&](const MixPart& part) {
-    const AdapterConfig& each = part.config;
-    return each.targets == first.targets && each.exclude == first.exclude && each.spelling == first.spelling &&
-           each.layers_to_transform == first.layers_to_transform;
-  });
   config.spelling = first.spelling;
+  bool same = true, lists = true;
+  Names joined;
+  for (const MixPart& part : parts) {
+    const AdapterConfig& each = part.config;
+    const auto* names = std::get_if<Names>(&each.targets);
+    same &= each.targets == first.targets && each.exclude == first.exclude && each.spelling == first.spelling &&
+            each.layers_to_transform == first.layers_to_transform;
+    lists &= names != nullptr && each.exclude == TargetPattern() && each.spelling == first.spelling &&
+             each.layers_to_transform.empty();
+    if (!lists) continue;
+    for (const std::string& name : *names) {
+      if (std::find(joined.begin(), joined.end(), name) == joined.end()) joined.push_back(name);
+    }
+  }
   if (same) {
     config.targets = first.targets;
     config.exclude = first.exclude;
     config.layers_to_transform = first.layers_to_transform;
-    return;
+  } else if (lists) {
+    config.targets = joined;
+  } else {
+    Names paths;
+    for (const std::string& site : sites) paths.push_back(formats::spelled(config.spelling, site));
+    config.targets = paths;
   }
-  std::vector<std::string> paths;
-  for (const std::string& site : sites) paths.push_back(formats::spelled(config.spelling, site));
-  config.targets = paths;
 }
 
 /// The largest rank at linears of each name; the most frequent one is the config's, the others are patterns.

@@ -131,6 +131,13 @@ Prepared open_mix(const RunConfig& run, const Place& place) {
   const auto adapter = std::static_pointer_cast<adapters::Adapter>(made.learner);
   const auto routers = std::make_shared<adapters::Routers>(adapter);
   made.learner = routers;
+  int64_t frozen = 0;
+  for (const nn::Parameter& parameter : adapter->parameters()) {
+    if (parameter.kind != nn::Parameter::Kind::kRouter) frozen += static_cast<int64_t>(parameter.tensor.nbytes());
+  }
+  made.more_memory = [frozen](int64_t) {
+    return std::vector<std::pair<std::string, int64_t>>{{"frozen experts", frozen}};
+  };
   if (run.adapters.empty()) {
     made.plan.add("experts", fmt::format("those of {}, frozen", run.adapter_name_or_path));
     return made;

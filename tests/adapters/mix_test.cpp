@@ -117,11 +117,22 @@ TEST_F(Mix, EvenRoutersGiveTheMeanOfTheParts) {
   EXPECT_GT(got.abs().max().item<double>(), 0.1);
 }
 
-TEST_F(Mix, PartsOfTheSameTargetsKeepThem) {
-  const auto folder = mix({read_mix_part(save(first(), "one")), read_mix_part(save(first(), "other"))}, {});
-  const AdapterConfig config = parse_adapter_config(folder, "mix");
-  EXPECT_EQ(config.targets, first().targets);
-  EXPECT_TRUE(config.rank_pattern.items().empty());
+TEST_F(Mix, TargetsAreTheParts) {
+  using Names = std::vector<std::string>;
+  const MixPart one = read_mix_part(save(first(), "one"));
+  auto targets_with = [&](const AdapterConfig& config) {
+    return parse_adapter_config(mix({one, read_mix_part(save(config, "other"))}, {}), "mix");
+  };
+  EXPECT_EQ(targets_with(first()).targets, first().targets);
+  EXPECT_TRUE(targets_with(first()).rank_pattern.items().empty());
+  AdapterConfig other = first();
+  other.targets = Names{"down_proj", "o_proj"};
+  EXPECT_EQ(targets_with(other).targets, TargetPattern(Names{"q_proj", "o_proj", "down_proj"}));
+  other.exclude = Names{"layers.0.mlp.down_proj"};
+  EXPECT_EQ(targets_with(other).targets,
+            TargetPattern(Names{"model.layers.0.self_attn.o_proj", "model.layers.0.self_attn.q_proj",
+                                "model.layers.1.mlp.down_proj", "model.layers.1.self_attn.o_proj",
+                                "model.layers.1.self_attn.q_proj"}));
 }
 
 TEST_F(Mix, ArrowsAreFirstRightSingularVectors) {
