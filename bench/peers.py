@@ -52,9 +52,12 @@ def training(job):
     if job["method"] in ("lora", "ia3"):
         import peft
 
-        model = peft.get_peft_model(model, peft.LoraConfig(
-            task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM", r=job["rank"], lora_alpha=16, target_modules=linears) if job["method"] == "lora"
-            else peft.IA3Config(task_type="CAUSAL_LM"))
+        # transformers 5 keeps the experts of a layer in one tensor.
+        experts = hasattr(model.config, "num_local_experts")
+        lora = peft.LoraConfig(
+            task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM", r=job["rank"], lora_alpha=16, target_modules=linears,
+            target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if experts else None)
+        model = peft.get_peft_model(model, lora if job["method"] == "lora" else peft.IA3Config(task_type="CAUSAL_LM"))
         parameters = [p for p in model.parameters() if p.requires_grad]
     elif job["method"] in ("molora", "mov"):
         sys.path.insert(0, str(ROOT / "tests" / "parity"))

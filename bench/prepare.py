@@ -73,6 +73,21 @@ def t5_folder():
     return folder
 
 
+def sparse_folder(experts, top_k, width):
+    """A Mixtral as wide as SmolLM2-135M, of six layers, random weights, with its tokenizer."""
+    folder = CACHE / f"mixtral-{experts}x{width}-top{top_k}"
+    if not (folder / "tokenizer_config.json").exists():
+        import transformers
+
+        transformers.set_seed(1)
+        transformers.MixtralForCausalLM(transformers.MixtralConfig(
+            vocab_size=VOCABULARY, hidden_size=576, intermediate_size=width, num_hidden_layers=6, num_attention_heads=9,
+            num_key_value_heads=3, max_position_embeddings=2048, tie_word_embeddings=True, num_local_experts=experts,
+            num_experts_per_tok=top_k)).save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(huggingface_folder()).save_pretrained(folder)
+    return folder
+
+
 def choice_questions(count):
     """Questions as those of T0's sets are long: prompts of 30 to 150 tokens, 2 to 4 choices of 1 to 12, EOS behind each."""
     draw = random.Random(4)

@@ -366,6 +366,30 @@ def t5_rows(threads, repeats, quick, log):
         log(f"  they agree on {sum(a == b == c for a, b, c in zip(*words))} of {len(words[0])} tokens")
 
 
+def sparse_rows(threads, repeats, quick, log):
+    """Mixtrals as wide as SmolLM2: few wide experts, and many narrow ones. transformers computes them as it does by
+    default, experts in groups."""
+    for experts, top_k, width in ((8, 2, 1536), (64, 8, 192)):
+        model = str(prepare.sparse_folder(experts, top_k, width))
+        shape = f"{experts} experts of {width}, top {top_k}"
+        job, tokens = uniform_jobs(threads, quick, sequences=4)
+        log(f"{shape}, training, {tokens}")
+        g = rounds({f"{who}-{method}": {**job(method), "model": model} for method in ("frozen", "lora")
+                    for who in ("ours", "hf" if method == "frozen" else "peft")}, repeats, log)
+        yield compare("M8", f"{shape}, frozen forward + dX of {tokens}: transformers", g["ours-frozen"], g["hf-frozen"], 1.1)
+        yield compare("M4", f"{shape}, LoRA r=4 of all linears, step of {tokens}: PEFT", g["ours-lora"], g["peft-lora"], 1.5)
+        yield compare("M4", f"{shape}, LoRA step: our own frozen forward + dX", g["ours-lora"], g["ours-frozen"])
+        yield compare_memory("M9", f"{shape}, LoRA, peak above the loaded model: PEFT", g["ours-lora"], g["peft-lora"], 4)
+        new_tokens = 8 if quick else 32
+        job = {"kind": "generate", "model": model, "prompt": prepare.prompt(16 if quick else 64), "new_tokens": 1,
+               "threads": threads}
+        log(f"{shape}, greedy decode, {new_tokens} tokens")
+        g = rounds({"ours": job, "hf": job, "ours-int8": {**job, "quantize": True}}, repeats, log,
+                   lambda c: c.decode(new_tokens))
+        yield compare("M6", f"{shape}, greedy decode: transformers", g["ours"], g["hf"], 1.3, "tok/s")
+        yield compare("M6", f"{shape}, greedy decode in int8: our own float32", g["ours-int8"], g["ours"], None, "tok/s")
+
+
 BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"  # ends with us
 
 
@@ -404,8 +428,8 @@ def load_rows(threads, repeats, quick, log):
 
 
 SECTIONS = {"lora": lora_rows, "molora": molora_rows, "mov": mov_rows, "instructions": instruction_rows,
-            "generation": generation_rows, "scoring": scoring_rows, "start": start_rows, "t5": t5_rows, "calm": calm_rows,
-            "load": load_rows}
+            "generation": generation_rows, "scoring": scoring_rows, "start": start_rows, "t5": t5_rows, "sparse": sparse_rows,
+            "calm": calm_rows, "load": load_rows}
 
 
 def versions():

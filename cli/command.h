@@ -44,6 +44,7 @@ Runner add_export(CLI::App& app, CommonOptions& common);
 Runner add_generate(CLI::App& app, CommonOptions& common);
 Runner add_inspect(CLI::App& app, CommonOptions& common);
 Runner add_merge(CLI::App& app, CommonOptions& common);
+Runner add_mix(CLI::App& app, CommonOptions& common);
 Runner add_models(CLI::App& app, CommonOptions& common);
 Runner add_routes(CLI::App& app, CommonOptions& common);
 Runner add_score(CLI::App& app, CommonOptions& common);

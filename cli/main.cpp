@@ -30,6 +30,7 @@ constexpr Verb kVerbs[] = {
     {"convert", "A checkpoint of the paper's released code as a composition", add_convert},
     {"upcycle", "A sparse mixture-of-experts model made out of dense ones", add_upcycle},
     {"merge", "Fold an adapter with one expert into its base model", add_merge},
+    {"mix", "LoRAs you have as the experts of one MoLoRA, without training", add_mix},
     {"export", "A model or adapter in the form transformers or PEFT load", add_export},
     {"generate", "Answer one prompt or a file of prompts", add_generate},
     {"chat", "Talk with a model in the terminal", add_chat},

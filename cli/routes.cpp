@@ -45,7 +45,7 @@ int run_routes(Options options, const CommonOptions& common) {
   const eval::EvalModel model = loaded.for_evaluation();
   MOESAIC_CHECK(loaded.model->needs().routed || !loaded.model->structure().is_null(), UsageError,
                 "routes: no router and no connection here: --adapter is missing or has one expert per site; expected a "
-                "mov or molora of several experts, or a composition as --model");
+                "mov or molora of several experts, or a sparse model or a composition as --model");
   spdlog::info("computing in {}", loaded.computes_in());
   const std::string asked = loaded.settle_asking(options.ask, options.eval);
   std::vector<eval::TaskRoutes> results;

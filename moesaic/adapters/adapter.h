@@ -26,29 +26,31 @@ struct RouterConfig {
   double init_std = 0.02;                  // of the normal distribution that a router's weights begin with
   double jitter = 0.0;                     // multiplicative uniform(1-j, 1+j) on the router's input while training
   double temperature = 1.0;                // divides the logits
+  std::string logits = "signed";           // signed | absolute: their magnitude, as the sign of arrows is arbitrary
   bool head_wise = true;  // mov at heads: a vector and a router row per head, or one of each over all heads
 };
 
 /// Everything that defines an adapter. Parsed from a run's keys or from adapter_config.json.
 struct AdapterConfig {
-  std::string method;                        // lora | ia3 | mov | molora
-  int64_t num_experts = 1;                   // at every site, or the largest of `layer_experts`
-  std::map<int64_t, int64_t> layer_experts;  // experts by layer; empty = num_experts everywhere
-  int64_t lora_rank = 8;                     // r of each expert
-  double lora_alpha = 16;                    // the delta is multiplied by alpha / r
-  double lora_dropout = 0.0;                 // of the low-rank input, while training
-  bool use_rslora = false;                   // alpha / sqrt(r) instead
-  bool use_dora = false;                     // lora: a magnitude per row of the sum; see Method::fold. Frozen only
-  std::string bias = "none";                 // lora: none | lora_only | all: biases of the base that the file holds
-  TargetPattern targets;                     // names or dotted suffixes, or one full regex
-  TargetPattern feedforward;                 // (IA)^3 and MoV: targets that scale their input; see scales_input
-  TargetPattern exclude;                     // same rule as targets, taken away
-  PatternValues<int64_t> rank_pattern;       // lora_rank of the sites a pattern matches
-  PatternValues<double> alpha_pattern;       // lora_alpha likewise
-  std::vector<int64_t> layers_to_transform;  // empty = all
-  std::vector<std::string> modules_to_save;  // modules whose weights the file holds whole; see replacements.h
-  bool ensure_weight_tying = false;          // of these: a tied head and embedding stay one
-  std::string spelling;                      // how these name the sites of a multi-modal model; formats/config.h
+  std::string method;                          // lora | ia3 | mov | molora
+  int64_t num_experts = 1;                     // at every site, or the largest of `layer_experts`
+  std::map<int64_t, int64_t> layer_experts;    // experts by layer; empty = num_experts everywhere
+  int64_t lora_rank = 8;                       // r of each expert
+  double lora_alpha = 16;                      // the delta is multiplied by alpha / r
+  double lora_dropout = 0.0;                   // of the low-rank input, while training
+  bool use_rslora = false;                     // alpha / sqrt(r) instead
+  bool use_dora = false;                       // lora: a magnitude per row of the sum; see Method::fold. Frozen only
+  std::string bias = "none";                   // lora: none | lora_only | all: biases of the base that the file holds
+  TargetPattern targets;                       // names or dotted suffixes, or one full regex
+  TargetPattern feedforward;                   // (IA)^3 and MoV: targets that scale their input; see scales_input
+  TargetPattern exclude;                       // same rule as targets, taken away
+  std::vector<std::string> target_parameters;  // of PEFT's file, until settle_expert_pairs has seen to it
+  PatternValues<int64_t> rank_pattern;         // lora_rank of the sites a pattern matches
+  PatternValues<double> alpha_pattern;         // lora_alpha likewise
+  std::vector<int64_t> layers_to_transform;    // empty = all
+  std::vector<std::string> modules_to_save;    // modules whose weights the file holds whole; see replacements.h
+  bool ensure_weight_tying = false;            // of these: a tied head and embedding stay one
+  std::string spelling;                        // how these name the sites of a multi-modal model; formats/config.h
   /// Where keys are scaled: auto | output | post_qk_norm (after the per-head norm, which would cancel a gain before
   /// it). auto: post_qk_norm for mov on models with q/k norm, else output (what PEFT's (IA)^3 does).
   std::string k_site = "auto";
@@ -164,6 +166,8 @@ const Method& method_of(const std::string& name);
 /// Throws ConfigError with the known types; `where` names the file.
 const Method& method_of_peft_type(const std::string& peft_type, const std::string& where);
 std::vector<std::string> method_names();
+/// Warns when an adapter of `config`, read from `where`, was trained on other weights than those of `base_fingerprint`.
+void warn_of_other_base(const AdapterConfig& config, const std::string& base_fingerprint, const std::string& where);
 /// The linear, embedding or head that a tensor of a method belongs to; "" for a router's and for any other tensor.
 std::string module_of(const std::string& tensor);
 /// Folds an adapter with one expert per site into a model's tensors (names and layouts of Hugging Face), in float32:

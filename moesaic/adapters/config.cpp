@@ -134,15 +134,16 @@ AdapterConfig parse_adapter_config(const OrderedJson& ordered, const std::string
   AdapterConfig config;
   config.method = method_of_peft_type(get<std::string>(json, "peft_type", where), where).name;
   check_keys(json,
-             {"peft_type", "target_modules", "exclude_modules", "feedforward_modules", "r", "lora_alpha",
-              "lora_dropout", "use_rslora", "use_dora", "bias", "rank_pattern", "alpha_pattern", "layers_to_transform",
-              "modules_to_save", "ensure_weight_tying", "base_model_name_or_path", "moesaic"},
+             {"peft_type", "target_modules", "target_parameters", "exclude_modules", "feedforward_modules", "r",
+              "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "rank_pattern", "alpha_pattern",
+              "layers_to_transform", "modules_to_save", "ensure_weight_tying", "base_model_name_or_path", "moesaic"},
              where);
 
   config.targets = parse_targets(json, "target_modules", where);
   if (const auto* name = std::get_if<std::string>(&config.targets); name != nullptr && *name == "all-linear") {
     config.targets = ".*";
   }
+  config.target_parameters = get_or<std::vector<std::string>>(json, "target_parameters", {}, where);
   config.exclude = parse_targets(json, "exclude_modules", where);
   config.feedforward = parse_targets(json, "feedforward_modules", where);
   if (!method_of(config.method).low_rank &&
@@ -240,6 +241,7 @@ RouterConfig parse_router_config(const Json& json, const std::string& where) {
   router.init_std = get_or(json, "init_std", router.init_std, where);
   router.jitter = get_or(json, "jitter", router.jitter, where);
   router.temperature = get_or(json, "temperature", router.temperature, where);
+  router.logits = get_or(json, "logits", router.logits, where);
   router.head_wise = get_or(json, "head_wise", router.head_wise, where);
   return router;
 }
@@ -254,6 +256,7 @@ Json router_config_json(const RouterConfig& router) {
           {"init_std", router.init_std},
           {"jitter", router.jitter},
           {"temperature", router.temperature},
+          {"logits", router.logits},
           {"head_wise", router.head_wise}};
 }
 
@@ -293,6 +296,8 @@ void validate(const AdapterConfig& config, const std::string& where) {
          fmt::format("router.jitter: got {}, expected 0 to below 1", router.jitter));
   expect(router.temperature > 0 && std::isfinite(router.temperature),
          fmt::format("router.temperature: got {}, expected a number > 0", router.temperature));
+  expect(router.logits == "signed" || router.logits == "absolute",
+         fmt::format("router.logits: got '{}', expected signed or absolute", router.logits));
   expect(
       router.head_wise || (method.mixes && !method.low_rank),
       fmt::format("router.head_wise: got false with {}, expected true: only mov has vectors per head", config.method));

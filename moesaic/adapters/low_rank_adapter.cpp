@@ -23,7 +23,7 @@ class LowRankAdapter : public Adapter {
       for (const char* module : kWholeModules) paths.push_back(formats::spelled(config_.spelling, module));
     }
     matches_ = count_matches(config_.targets, paths);
-    check_layer_experts(config_, sites);
+    check_experts(config_, sites);
     const int64_t hidden = sites.linears.front().in;
     const auto options = torch::TensorOptions().dtype(torch::kFloat32);
     for (const nn::LinearSite& site : sites.linears) {

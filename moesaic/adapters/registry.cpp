@@ -1,5 +1,6 @@
 // The methods, and what every one of them shares.
 #include "moesaic/adapters/adapter.h"
+#include "moesaic/adapters/expert_pairs.h"
 #include "moesaic/adapters/low_rank_adapter.h"
 #include "moesaic/adapters/replacements.h"
 #include "moesaic/adapters/scale_adapter.h"
@@ -86,11 +87,15 @@ AdapterConfig resolve_targets(AdapterConfig config, const std::string& preset, c
                 "lora_target: got '{}', expected reference, all-linear or a list of modules", preset);
   // Of encoder-decoders the sites of the published MoLoRA are the default.
   const bool reference = preset == "reference" || (preset.empty() && sites.task_type == "SEQ_2_SEQ_LM");
+  // The rows of an expert are routed already.
+  auto takes = [&](const nn::LinearSite& site) { return !(method.mixes && site.routed); };
+  if (!std::all_of(sites.linears.begin(), sites.linears.end(), takes)) config.exclude = kRoutedSites;
   std::vector<std::string> targets, feedforward;
   for (const nn::Role role : reference ? method.reference : method.all_linear) {
     for (const nn::LinearSite& site : sites.linears) {
       const std::string name = site.name.substr(site.name.rfind('.') + 1);
-      if (site.role != role || std::find(targets.begin(), targets.end(), name) != targets.end()) continue;
+      if (site.role != role || !takes(site)) continue;
+      if (std::find(targets.begin(), targets.end(), name) != targets.end()) continue;
       targets.push_back(name);
       if (!method.low_rank && role == nn::Role::kDown) feedforward.push_back(name);
     }
@@ -102,7 +107,7 @@ AdapterConfig resolve_targets(AdapterConfig config, const std::string& preset, c
 
 void fold(const formats::AdapterFolder& adapter, const std::string& where, formats::TensorMap& model) {
   torch::NoGradGuard no_grad;
-  const AdapterConfig config = parse_adapter_config(adapter, where + "/adapter_config.json");
+  AdapterConfig config = parse_adapter_config(adapter, where + "/adapter_config.json");
   MOESAIC_CHECK(
       config.num_experts == 1, UsageError,
       "{}: {} with {} experts can't be merged: its router mixes the experts anew for every token, so no single "
@@ -112,6 +117,9 @@ void fold(const formats::AdapterFolder& adapter, const std::string& where, forma
   MOESAIC_CHECK(config.k_site != "post_qk_norm", UsageError,
                 "{}: its key scales act behind the per-head norm and can't be folded into a linear", where);
   formats::TensorMap left = adapter.tensors;
+  std::set<std::string> modules;
+  for (const auto& [name, _] : model) modules.insert(name.substr(0, name.rfind('.')));
+  settle_expert_pairs(config, left, modules);
   constexpr const char *kEmbedding = "model.embed_tokens.weight", *kHead = "lm_head.weight";
   const bool tied = !model.contains(kHead);
   const auto replacements = take_replacements(config, left, tied, formats::declarations(model));
@@ -128,6 +136,13 @@ void fold(const formats::AdapterFolder& adapter, const std::string& where, forma
   }
   if (tied && (has_pair("model.embed_tokens") || has_pair("lm_head"))) model.try_emplace(kHead, model.at(kEmbedding));
   formats::check_fits(fold_into(model, config, std::move(left)), where, "the model", "wrong base model?");
+}
+
+void warn_of_other_base(const AdapterConfig& config, const std::string& base_fingerprint, const std::string& where) {
+  const std::string& own = config.base_fingerprint;
+  if (own.empty() || base_fingerprint.empty() || formats::may_be_same_weights(own, base_fingerprint)) return;
+  spdlog::warn("{}: the adapter was trained on other base weights (its base: {}, this one: {}). Results may differ.",
+               where, own.substr(0, 19), base_fingerprint.substr(0, 19));
 }
 
 void Adapter::set_trainable(bool on) {
@@ -233,14 +248,13 @@ std::shared_ptr<Adapter> Adapter::open(const std::filesystem::path& dir, nn::Sit
   const formats::AdapterFolder folder = formats::read_adapter_folder(dir);
   const std::string where = (dir / "adapter_config.json").string();
   AdapterConfig config = parse_adapter_config(folder, where);
-  if (!config.base_fingerprint.empty() && !base_fingerprint.empty() &&
-      !formats::may_be_same_weights(config.base_fingerprint, base_fingerprint)) {
-    spdlog::warn("{}: the adapter was trained on other base weights (its base: {}, this one: {}). Results may differ.",
-                 where, config.base_fingerprint.substr(0, 19), base_fingerprint.substr(0, 19));
-  }
+  warn_of_other_base(config, base_fingerprint, where);
   try {
     const Method& method = method_of(config.method);
     formats::TensorMap tensors = folder.tensors;
+    std::set<std::string> modules;
+    for (const nn::LinearSite& site : sites.linears) modules.insert(site.name);
+    settle_expert_pairs(config, tensors, modules);
     formats::Declarations base;
     for (const nn::WeightSite& site : sites.weights) base[site.name] = {site.shape};
     auto replacements = take_replacements(config, tensors, sites.tied_head, base);

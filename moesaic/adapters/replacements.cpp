@@ -133,6 +133,16 @@ bool acts_whole(const std::string& tensor) {
   return std::find(std::begin(kWholeModules), std::end(kWholeModules), module) != std::end(kWholeModules);
 }
 
+std::vector<std::string> acting_whole(const AdapterConfig& config, const formats::TensorMap& tensors) {
+  constexpr size_t kNamed = 4;
+  std::vector<std::string> found;
+  if (config.use_dora) found.emplace_back("use_dora");
+  for (const auto& [name, tensor] : tensors) {
+    if (acts_whole(name) && found.size() < kNamed) found.push_back(name);
+  }
+  return found;
+}
+
 formats::TensorMap take_whole_pairs(const AdapterConfig& config, formats::TensorMap& tensors) {
   formats::TensorMap taken;
   if (config.method != "lora") return taken;

@@ -31,6 +31,9 @@ std::vector<Replacement> take_replacements(const AdapterConfig& config, formats:
 /// Whether a tensor of an adapter's file is a weight of the model, or belongs to a pair of embedding or head.
 bool acts_whole(const std::string& tensor);
 
+/// What in an adapter acts through a weight of the model as a whole: "use_dora", and its first tensors that do.
+std::vector<std::string> acting_whole(const AdapterConfig& config, const formats::TensorMap& tensors);
+
 /// Takes the tensors of pairs that act as a whole out of a file's `tensors`.
 formats::TensorMap take_whole_pairs(const AdapterConfig& config, formats::TensorMap& tensors);
 

@@ -5,7 +5,14 @@
 
 namespace moesaic::adapters {
 
-void check_layer_experts(const AdapterConfig& config, const nn::Sites& sites) {
+void check_experts(const AdapterConfig& config, const nn::Sites& sites) {
+  const auto routed = std::find_if(sites.linears.begin(), sites.linears.end(), [&](const nn::LinearSite& site) {
+    return site.routed && config.adapts(site.name, site.layer) && config.experts_at(site.layer) > 1;
+  });
+  MOESAIC_CHECK(routed == sites.linears.end(), UsageError,
+                "{}: got {} experts of {} there, expected one: it is an expert itself, whose tokens are routed to it\n"
+                "hint: lora_target all-linear leaves such sites out for {}; lora and ia3 take them, too",
+                routed == sites.linears.end() ? "" : routed->name, config.num_experts, config.method, config.method);
   if (config.layer_experts.empty()) return;
   std::set<int64_t> layers, absent, foreign;
   for (const nn::LinearSite& site : sites.linears) {
@@ -36,6 +43,7 @@ moe::Router make_router(const AdapterConfig& config, const std::string& path, in
   router.options.topk_mode = moe::parse_topk_mode(config.router.topk_mode);
   router.options.jitter = config.router.jitter;
   router.options.temperature = config.router.temperature;
+  router.options.absolute = config.router.logits == "absolute";
   int64_t width = own_width;
   if (router.options.input == moe::RouterInput::kLayerInput) width = hidden;
   if (router.options.input == moe::RouterInput::kSentence) {

@@ -6,9 +6,9 @@
 
 namespace moesaic::adapters {
 
-/// Throws UsageError listing every layer with a targeted linear that `layer_experts` leaves out, and every layer of it
-/// that the model has not.
-void check_layer_experts(const AdapterConfig& config, const nn::Sites& sites);
+/// Throws UsageError for several experts at a site whose rows a sparse model has routed already; listing every layer
+/// with a targeted linear that `layer_experts` leaves out, and every layer of it that the model has not.
+void check_experts(const AdapterConfig& config, const nn::Sites& sites);
 
 /// The router of one site: weight [E, d_u] ~ Normal(0, init_std); undefined when E = 1.
 /// own_width: width of the site's own input; hidden: d, the width of layer_input and of pooled states.

@@ -18,7 +18,7 @@ class ScaleAdapter : public Adapter {
     }
     MOESAIC_CHECK(config_.k_site == "output" || sites.has_qk_norm, UsageError,
                   "k_site: got post_qk_norm, expected output: this model ({}) has no query/key norm", sites.model_type);
-    check_layer_experts(config_, sites);
+    check_experts(config_, sites);
     const std::vector<nn::ScaleSite> places = usable_places(sites);
     std::vector<std::string> paths;
     for (const nn::ScaleSite& place : places) paths.push_back(formats::spelled(config_.spelling, place.name));

@@ -220,6 +220,8 @@ void Composition::train_adapters(bool on) {
 nn::Needs Composition::needs() const {
   nn::Needs all = LanguageModel::needs();
   for (const auto& [place, adapter] : adapters()) all.routed = all.routed || adapter->needs().routed;
+  all.routed = all.routed || anchor_.model->needs().routed;
+  for (const auto& member : augmenting_) all.routed = all.routed || member.model->needs().routed;
   return all;
 }
 

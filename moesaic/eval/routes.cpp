@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kBatchTokens = 4096;
 constexpr int64_t kMaxWeights = 4'000'000;
+constexpr size_t kMaxColumns = 16;  // experts in a line of the table
 constexpr const char* kCsvHead = "task,adapter,site,layer,expert,mean_prob,prob_std,top1_share,rows\n";
 
 double rounded(double value) { return std::round(value * 1e4) / 1e4; }
@@ -265,7 +266,10 @@ std::string routes_table(const OrderedJson& routes) {
     for (const auto& [owner, sites] : task["routers"].items()) {
       std::vector<double> sums, counts;  // by expert: layers may have different numbers of them
       double entropy = 0, load = 0;
+      size_t experts = 0, dead = 0;
       for (const auto& site : sites) {
+        experts += site["mean_prob"].size();
+        if (site.contains("dead")) dead += site["dead"].size();
         const auto mean = site["mean_prob"].get<std::vector<double>>();
         sums.resize(std::max(sums.size(), mean.size()));
         counts.resize(sums.size());
@@ -277,9 +281,13 @@ std::string routes_table(const OrderedJson& routes) {
         load = std::max(load, site["max_load"].get<double>());
       }
       for (size_t e = 0; e < sums.size(); ++e) sums[e] /= counts[e];
-      text += fmt::format("{:<{}}  {:<{}}  {:>8}  {:>8.3f}  {:>8.3f}  {:.3f}\n", name, width, owner, owner_width,
+      const size_t shown = std::min(sums.size(), kMaxColumns);
+      text += fmt::format("{:<{}}  {:<{}}  {:>8}  {:>8.3f}  {:>8.3f}  {:.3f}", name, width, owner, owner_width,
                           task["tokens"].get<int64_t>(), entropy / static_cast<double>(sites.size()), load,
-                          fmt::join(sums, " "));
+                          fmt::join(sums.begin(), sums.begin() + static_cast<int64_t>(shown), " "));
+      if (shown < sums.size()) text += fmt::format(" ... ({} experts)", sums.size());
+      if (dead > 0) text += fmt::format("  dead: {} of {}", dead, experts);
+      text += "\n";
     }
   }
   if (routes["structure"].is_null()) return text;

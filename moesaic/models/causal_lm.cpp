@@ -122,6 +122,14 @@ OrderedJson CausalLM::sizes() const {
     sizes["num_experts"] = config_.sparse->experts;
     sizes["num_experts_per_tok"] = config_.sparse->top_k;
     sizes["expert_width"] = config_.sparse->width;
+    double active = 0;  // what a token's way leads through
+    const std::string experts = fmt::format(".{}.experts.", config_.sparse->names.block);
+    const double share = static_cast<double>(config_.sparse->top_k) / static_cast<double>(config_.sparse->experts);
+    for (const auto& item : named_parameters()) {
+      const bool of_expert = item.key().find(experts) != std::string::npos;
+      active += static_cast<double>(item.value().numel()) * (of_expert ? share : 1.0);
+    }
+    sizes["active_parameters"] = std::llround(active);
     if (config_.sparse->shared_width > 0) sizes["shared_expert_width"] = config_.sparse->shared_width;
   }
   return sizes;
@@ -171,7 +179,14 @@ int64_t CausalLM::exact_memory() const {
 }
 
 AllWeights::AllWeights(std::shared_ptr<SingleModel> model, formats::ModelFolder folder)
-    : model_(std::move(model)), folder_(std::move(folder)) {}
+    : model_(std::move(model)), folder_(std::move(folder)) {
+  const auto* decoder = dynamic_cast<const CausalLM*>(model_.get());
+  const auto sparse = decoder != nullptr ? decoder->config().sparse : std::nullopt;
+  MOESAIC_CHECK(!sparse || sparse->top_k > 1 || !sparse->renormalize, UsageError,
+                "num_experts_per_tok: got 1 for a {} that is trained, expected 2 or more, or norm_topk_prob false: the "
+                "weight of the one expert is always 1, so its router gets no gradient",
+                model_->facts().model_type);
+}
 
 std::vector<nn::Parameter> AllWeights::parameters() {
   using Kind = nn::Parameter::Kind;

@@ -25,7 +25,7 @@ struct JointWeights {
   torch::Tensor down;                  // [K, in], float32: every A, then the router weights
   int64_t rank_rows;                   // rows of `down` that are A's
   std::vector<int64_t> leaf_rows;      // rows of each leaf, in order
-  bool trains;                         // a leaf requires a gradient
+  int64_t first_trained;               // row of `down` before which no leaf trains: 0, rank_rows or K
 };
 
 /// x [N, in] -> U = x A^T [N, sum E*r], L = fp32(x) W_r^T [N, sum E] and, with a matrix, y = x W^T + b [N, O].
@@ -54,7 +54,7 @@ struct JointLinear : torch::autograd::Function<JointLinear> {
     ctx->saved_data["down"] = joint->down;
     ctx->saved_data["rank_rows"] = joint->rank_rows;
     ctx->saved_data["leaf_rows"] = joint->leaf_rows;
-    ctx->saved_data["trains"] = joint->trains;
+    ctx->saved_data["first_trained"] = joint->first_trained;
     if (!joint->matrix) return {u, logits};
     ctx->saved_data["matrix"] = c10::IValue::make_capsule(c10::make_intrusive<KeptMatrix>(joint->matrix));
     return {u, logits, joint->matrix->product(x, joint->bias)};
@@ -66,7 +66,8 @@ struct JointLinear : torch::autograd::Function<JointLinear> {
     const int64_t rank_rows = ctx->saved_data["rank_rows"].toInt();
     const int64_t router_rows = down.size(0) - rank_rows;
     const std::vector<int64_t> leaf_rows = ctx->saved_data["leaf_rows"].toIntVector();
-    const bool trains = ctx->saved_data["trains"].toBool();
+    const int64_t first = ctx->saved_data["first_trained"].toInt();
+    const bool trains = first < down.size(0), ranks_train = trains && first == 0;
     const bool same_dtype = x.scalar_type() == down.scalar_type();
 
     torch::Tensor gx;
@@ -78,14 +79,14 @@ struct JointLinear : torch::autograd::Function<JointLinear> {
         gx = torch::zeros_like(x);
       }
     }
-    torch::Tensor gdown;  // [K, in] float32
+    torch::Tensor gdown;  // [K - first, in] float32
     if (same_dtype) {
       const torch::Tensor gc = torch::cat({grads[0], grads[1]}, 1);
-      if (trains) gdown = nn::thin_outer(gc, x, 1.0);
+      if (trains) gdown = nn::thin_outer(gc.narrow(1, first, gc.size(1) - first), x, 1.0);
       if (gx.defined()) nn::thin_add(gc, down, 1.0, gx);
     } else {
       const torch::Tensor gu = grads[0].contiguous();
-      if (trains) gdown = at::mm(gu.t(), x).to(down.scalar_type());
+      if (ranks_train) gdown = at::mm(gu.t(), x).to(down.scalar_type());
       if (gx.defined()) nn::thin_add(gu, down.narrow(0, 0, rank_rows).to(x.scalar_type()), 1.0, gx);
       if (router_rows > 0) {
         const torch::Tensor routers = down.narrow(0, rank_rows, router_rows);
@@ -95,13 +96,13 @@ struct JointLinear : torch::autograd::Function<JointLinear> {
           if (trains) grouters.addmm_(gl.t(), wide_rows(x, begin, count));
           if (gx.defined()) gx.narrow(0, begin, count).add_(at::mm(gl, routers).to(x.scalar_type()));
         });
-        if (trains) gdown = torch::cat({gdown, grouters}, 0);
+        if (trains) gdown = ranks_train ? torch::cat({gdown, grouters}, 0) : grouters;
       }
     }
     variable_list result{gx, torch::Tensor()};
     int64_t row = 0;
     for (int64_t rows : leaf_rows) {
-      result.push_back(trains ? gdown.narrow(0, row, rows) : torch::Tensor());
+      result.push_back(row < first ? torch::Tensor() : gdown.narrow(0, row - first, rows));
       row += rows;
     }
     return result;
@@ -276,7 +277,9 @@ std::shared_ptr<LowRankGroup> LowRankGroup::of(nn::LinearGroup& group) {
 }
 
 bool LowRankGroup::trains() const {
-  return std::any_of(experts_.begin(), experts_.end(), [](const auto& e) { return e->a.requires_grad(); });
+  return std::any_of(experts_.begin(), experts_.end(), [](const auto& e) {
+    return e->a.requires_grad() || (e->router.defined() && e->router.weight.requires_grad());
+  });
 }
 
 int64_t LowRankGroup::saved_per_row() const {
@@ -365,13 +368,14 @@ torch::Tensor LowRankGroup::gate(const torch::Tensor& x, const torch::Tensor& u,
 }
 
 torch::Tensor LowRankGroup::forward(const torch::Tensor& x, const nn::LinearGroup& group, nn::Pass& pass) {
-  bool dropout = false;
+  bool dropout = false, pairs_train = false, routers_train = false;
   std::vector<torch::Tensor> leaves, bs;
   std::vector<int64_t> columns;
   std::vector<double> scales;
-  JointWeights joint{nullptr, {}, down_, 0, {}, trains()};
+  JointWeights joint{nullptr, {}, down_, 0, {}, 0};
   for (const auto& e : experts_) {
     dropout |= pass.training && e->dropout > 0;
+    pairs_train |= e->a.requires_grad();
     leaves.push_back(e->a.view({e->width(), -1}));
     joint.rank_rows += e->width();
     bs.push_back(e->b);
@@ -380,8 +384,11 @@ torch::Tensor LowRankGroup::forward(const torch::Tensor& x, const nn::LinearGrou
     MOESAIC_ASSERT(e->a.size(-1) == x.size(1) && e->b.size(0) == e->width());
   }
   for (const auto& e : experts_) {
-    if (e->router.defined() && e->router.options.plain()) leaves.push_back(e->router.weight);
+    if (!e->router.defined() || !e->router.options.plain()) continue;
+    leaves.push_back(e->router.weight);
+    routers_train |= e->router.weight.requires_grad();
   }
+  joint.first_trained = pairs_train ? 0 : routers_train ? joint.rank_rows : down_.size(0);
   for (const torch::Tensor& leaf : leaves) joint.leaf_rows.push_back(leaf.size(0));
 
   torch::Tensor y, u, logits;

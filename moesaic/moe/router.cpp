@@ -57,6 +57,7 @@ torch::Tensor Router::logits(const torch::Tensor& u, const nn::Pass& pass) const
   } else {
     product = u.element_size() == 2 ? WideLinear::apply(u, weight) : at::linear(u.to(weight.scalar_type()), weight);
   }
+  if (options.absolute) product = product.abs();
   return options.temperature == 1.0 ? product : product / options.temperature;
 }
 

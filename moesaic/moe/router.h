@@ -19,8 +19,9 @@ struct RouterOptions {
   TopkMode topk_mode = TopkMode::kMask;     // what becomes of the kept weights
   double jitter = 0.0;                      // multiplicative uniform(1-j, 1+j) on the router's input while training
   double temperature = 1.0;                 // divides the logits
+  bool absolute = false;                    // logits are |u W_r^T| / temperature
   /// Soft merging from the site's own input with nothing that changes logits: the fused paths apply.
-  bool plain() const { return input == RouterInput::kToken && top_k == 0 && jitter == 0.0; }
+  bool plain() const { return input == RouterInput::kToken && top_k == 0 && jitter == 0.0 && !absolute; }
 };
 
 /// What each row has of the experts.
@@ -29,7 +30,7 @@ struct Choice {
   torch::Tensor weights;  // [N, k] float32
 };
 
-/// A site's router: logits = fp32(u) W_r^T / temperature.
+/// A site's router: logits = fp32(u) W_r^T / temperature, or their magnitude.
 struct Router {
   torch::Tensor weight;  // [E, d_u] float32; undefined when there is one expert
   RouterOptions options;

@@ -16,6 +16,16 @@ void add_to(std::vector<double>& sums, const torch::Tensor& values) {
   for (size_t e = 0; e < sums.size(); ++e) sums[e] += row.data_ptr<double>()[e];
 }
 
+void add_kept(SiteRouting& site, const torch::Tensor& weights) {
+  const torch::Tensor kept = (weights > 0).to(torch::kFloat64);
+  const auto experts = static_cast<size_t>(weights.size(1));
+  if (kept.sum(1).max().item<double>() >= static_cast<double>(experts)) return;
+  site.kept.resize(experts, 0.0);
+  site.together.resize(experts * experts, 0.0);
+  add_to(site.kept, kept.sum(0));
+  add_to(site.together, kept.t().mm(kept).flatten());
+}
+
 /// What a summary says of one or many routers.
 struct Means {
   double entropy_share = 0, load_cv = 0, max_load = 0;
@@ -56,6 +66,26 @@ double SiteRouting::load_cv() const {
   return std::sqrt(squares * mean) / mean;
 }
 
+OrderedJson SiteRouting::kept_json() const {
+  if (kept.empty()) return OrderedJson::object();
+  const double all = std::accumulate(kept.begin(), kept.end(), 0.0);
+  std::vector<double> share, partner_share;
+  std::vector<int64_t> dead, partner;
+  for (int64_t e = 0; e < experts(); ++e) {
+    share.push_back(rounded(kept[e] / all));
+    if (kept[e] / all < 0.1 / static_cast<double>(experts())) dead.push_back(e);
+    int64_t best = -1;
+    double most = 0;
+    for (int64_t other = 0; other < experts(); ++other) {
+      const double both = together[e * experts() + other];
+      if (other != e && both > most) std::tie(best, most) = std::pair(other, both);
+    }
+    partner.push_back(best);
+    partner_share.push_back(best < 0 ? 0.0 : rounded(most / kept[e]));
+  }
+  return {{"kept_share", share}, {"dead", dead}, {"partner", partner}, {"partner_share", partner_share}};
+}
+
 void RoutingStats::add(const std::vector<nn::RoutingRecord>& records) {
   torch::NoGradGuard no_grad;
   for (const nn::RoutingRecord& record : records) {
@@ -78,6 +108,7 @@ void RoutingStats::add(const std::vector<nn::RoutingRecord>& records) {
     const torch::Tensor top = probs.argmax(1).bincount({}, experts).to(torch::kCPU).contiguous();
     for (int64_t e = 0; e < experts; ++e) site.top1[e] += top.data_ptr<int64_t>()[e];
     site.rows += probs.size(0);
+    add_kept(site, record.weights.detach());
   }
 }
 
@@ -101,6 +132,7 @@ OrderedJson RoutingStats::json() const {
                              {"entropy", rounded(site.entropy())},
                              {"entropy_share", rounded(site.entropy_share())},
                              {"max_load", rounded(site.max_load())}};
+      result[owner][name].update(site.kept_json());
     }
   }
   return result;

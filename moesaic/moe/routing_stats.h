@@ -20,6 +20,8 @@ struct SiteRouting {
   std::vector<double> weight_sum;       // [E] sum of w
   std::vector<int64_t> top1;            // [E] rows where the expert was the most probable (first on ties)
   double entropy_sum = 0;               // sum of -sum_e p_e ln p_e, nats
+  std::vector<double> kept;             // [E] rows that have the expert; empty where every row has all
+  std::vector<double> together;         // [E, E] rows that have both
 
   int64_t experts() const { return static_cast<int64_t>(prob_sum.size()); }
   double mean_prob(int64_t expert) const { return prob_sum[expert] / static_cast<double>(rows); }
@@ -32,6 +34,10 @@ struct SiteRouting {
   double max_load() const;
   /// Coefficient of variation of the loads: 0 when they are equal.
   double load_cv() const;
+  /// Of a router that keeps k experts a row: {kept_share [E] (of all kept), dead (the experts below a tenth of an equal
+  /// share), partner [E] (whom an expert's rows have most often beside it, -1: nobody), partner_share [E] (how many of
+  /// them)}; else {}.
+  OrderedJson kept_json() const;
 };
 
 /// Routing by owner (RoutingRecord::owner) and site. Filled pass by pass from Pass::routing; no padding exists, so

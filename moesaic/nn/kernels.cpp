@@ -26,7 +26,8 @@ torch::Tensor wide_buffer(int number, int64_t rows, int64_t columns) {
   torch::Tensor& buffer = buffers[number];
   if (!buffer.defined() || buffer.numel() < rows * columns) {
     buffer = torch::Tensor();
-    buffer = torch::empty({rows * columns}, torch::kFloat32);
+    // At once as large as most need: what it outgrew would be another hole, and pages that nobody touches are none.
+    buffer = torch::empty({std::max(rows * columns, kWideNumbers)}, torch::kFloat32);
   }
   return buffer.narrow(0, 0, rows * columns).view({rows, columns});
 }

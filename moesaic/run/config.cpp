@@ -2,6 +2,7 @@
 
 #include <regex>
 
+#include "moesaic/adapters/mix.h"
 #include "moesaic/adapters/replacements.h"
 #include "moesaic/base/device.h"
 #include "moesaic/base/yaml.h"
@@ -189,18 +190,13 @@ struct AdapterKeys {
   std::vector<std::string> silent;
 };
 
-AdapterKeys adapter_keys(const fs::path& dir) {
-  const formats::AdapterFolder folder = formats::read_adapter_folder(dir);
-  const adapters::AdapterConfig config = adapters::parse_adapter_config(folder, (dir / "adapter_config.json").string());
-  std::vector<std::string> frozen;
-  if (config.use_dora) frozen.emplace_back("use_dora");
-  for (const auto& [name, tensor] : folder.tensors) {
-    if (adapters::acts_whole(name) && frozen.size() < 4) frozen.push_back(name);
-  }
+AdapterKeys adapter_keys(const formats::AdapterFolder& folder, const std::string& where) {
+  const adapters::AdapterConfig config = adapters::parse_adapter_config(folder, where + "/adapter_config.json");
+  const std::vector<std::string> frozen = adapters::acting_whole(config, folder.tensors);
   MOESAIC_CHECK(frozen.empty(), UsageError,
                 "{}: got an adapter with {} for a run to begin with, expected one without: what acts through a weight "
                 "of the model as a whole is used, not trained\nhint: `moesaic merge` it into its base and begin there",
-                dir.string(), fmt::join(frozen, ", "));
+                where, fmt::join(frozen, ", "));
   AdapterKeys keys;
   OrderedJson& values = keys.values;
   values["finetuning_type"] = config.method;
@@ -237,8 +233,8 @@ AdapterKeys adapter_keys(const fs::path& dir) {
   }
   if (config.num_experts > 1) {
     values["router"] = adapters::router_config_json(config.router);
-    for (const char* key :
-         {"type", "top_k", "topk_mode", "input", "sentence_dim", "sentence_source", "temperature", "head_wise"}) {
+    for (const char* key : {"type", "top_k", "topk_mode", "input", "sentence_dim", "sentence_source", "temperature",
+                            "logits", "head_wise"}) {
       keys.silent.push_back(fmt::format("router.{}", key));
     }
   }
@@ -268,16 +264,21 @@ const OrderedJson* at_dotted(const OrderedJson& json, const std::string& key) {
   return block == json.end() || !block->is_object() ? nullptr : at_dotted(*block, key.substr(dot + 1));
 }
 
-/// A run that begins with an adapter's numbers has its settings, too. What `user` says otherwise is an error, or, when
-/// the run goes on with a checkpoint, said and done.
-void take_adapter_settings(const OrderedJson& user, const std::string& where, OrderedJson& json) {
-  const std::string type = json.at("finetuning_type").is_string() ? json["finetuning_type"].get<std::string>() : "";
-  const std::vector<std::string> methods = adapters::method_names();
-  if (std::find(methods.begin(), methods.end(), type) == methods.end()) return;
-  const auto begun = adapter_begun(json, where);
-  if (!begun) return;
-  const auto& [dir, resumed] = *begun;
-  AdapterKeys keys = adapter_keys(dir);
+/// What the folders under `adapters` say in a run's words when they are the experts; the router is the run's.
+AdapterKeys mix_keys(const std::vector<std::string>& dirs) {
+  std::vector<adapters::MixPart> parts;
+  for (const std::string& dir : dirs) parts.push_back(adapters::read_mix_part(dir));
+  AdapterKeys keys = adapter_keys(adapters::mix(parts, {}), fmt::format("{}", fmt::join(dirs, ", ")));
+  std::erase_if(keys.silent, [](const std::string& key) { return key.starts_with("router."); });
+  keys.silent.insert(keys.silent.end(), {"lora_target", "layers_to_transform"});
+  keys.values.erase("router");
+  return keys;
+}
+
+/// Puts the settings of the adapter `begun` into `json`. What `user` says otherwise is an error, or, when the run goes
+/// on with a checkpoint (`resumed`), said and done.
+void take_keys(AdapterKeys keys, const std::string& begun, bool resumed, const OrderedJson& user,
+               const std::string& where, OrderedJson& json) {
   OrderedJson given = user;
   for (auto it = given.begin(); it != given.end();) it = it->is_null() ? given.erase(it) : std::next(it);
   if (given.contains("lora_target")) keys.values.erase("feedforward_modules");
@@ -306,13 +307,13 @@ void take_adapter_settings(const OrderedJson& user, const std::string& where, Or
     }
   }
   if (!differences.empty() && resumed) {
-    spdlog::warn("{}: was made with other settings than this run's, which it goes on with: {}", dir.string(),
+    spdlog::warn("{}: was made with other settings than this run's, which it goes on with: {}", begun,
                  fmt::join(differences, "; "));
   }
   MOESAIC_CHECK(differences.empty() || resumed, UsageError,
-                "{}: the run begins with the adapter {}, whose numbers mean something else with other settings: {}\n"
+                "{}: the run begins with {}, whose numbers mean something else with other settings: {}\n"
                 "hint: leave these keys out, and the adapter's own are taken",
-                where, dir.string(), fmt::join(differences, "; "));
+                where, begun, fmt::join(differences, "; "));
   OrderedJson taken = keys.values;
   taken.merge_patch(given);
   json.merge_patch(taken);
@@ -323,6 +324,30 @@ void take_adapter_settings(const OrderedJson& user, const std::string& where, Or
       json[key] = (*source)[key];
       break;
     }
+  }
+}
+
+/// A run that begins with an adapter's numbers has its settings, too; so has one whose experts are adapters.
+void take_adapter_settings(const OrderedJson& user, const std::string& where, OrderedJson& json) {
+  const std::string type = json.at("finetuning_type").is_string() ? json["finetuning_type"].get<std::string>() : "";
+  const std::vector<std::string> methods = adapters::method_names();
+  const bool mixes = type == kMix;
+  if (!mixes && std::find(methods.begin(), methods.end(), type) == methods.end()) return;
+  const std::vector<std::string> parts = names(json, "adapters", where);
+  auto take = [&](AdapterKeys keys, const std::string& begun, bool resumed) {
+    if (mixes) {
+      MOESAIC_CHECK(keys.values["finetuning_type"] == "molora", UsageError,
+                    "{}: finetuning_type mix: got {}, an adapter of type {}, expected a MoLoRA, whose routers are "
+                    "trained",
+                    where, begun, keys.values["finetuning_type"].get<std::string>());
+      keys.values.erase("finetuning_type");
+    }
+    take_keys(std::move(keys), begun, resumed, user, where, json);
+  };
+  if (mixes && !parts.empty()) take(mix_keys(parts), fmt::format("a mix of {}", fmt::join(parts, ", ")), false);
+  if (const auto begun = adapter_begun(json, where)) {
+    const auto& [dir, resumed] = *begun;
+    take(adapter_keys(formats::read_adapter_folder(dir), dir.string()), dir.string(), resumed);
   }
 }
 
@@ -393,17 +418,19 @@ void each_composition_key(Config& run, Visit visit) {
 /// Keys whose values are read by hand.
 std::vector<RunKey> other_keys() {
   const RunConfig run;
-  static const std::string kTypes =
-      fmt::format("{}, `full`, or `calm`: the connections of the composition that `model_name_or_path` names",
-                  fmt::join(
-                      [] {
-                        std::vector<std::string> names;
-                        for (const std::string& name : adapters::method_names()) {
-                          names.push_back(fmt::format("`{}` ({})", name, adapters::method_of(name).summary));
-                        }
-                        return names;
-                      }(),
-                      ", "));
+  static const std::string kTypes = fmt::format(
+      "{}, `full`, `mix`: the routers alone of a MoLoRA whose experts are LoRAs that one has, or `calm`: the "
+      "connections "
+      "of the composition that `model_name_or_path` names",
+      fmt::join(
+          [] {
+            std::vector<std::string> names;
+            for (const std::string& name : adapters::method_names()) {
+              names.push_back(fmt::format("`{}` ({})", name, adapters::method_of(name).summary));
+            }
+            return names;
+          }(),
+          ", "));
   std::vector<RunKey> keys{
       {"model_name_or_path",
        nullptr,
@@ -429,6 +456,12 @@ std::vector<RunKey> other_keys() {
        {kModel,
         "start from this adapter's numbers instead of new ones, and with its settings: rank, alpha, targets, experts, "
         "router. A run that says otherwise is an error"}},
+      {"adapters",
+       Json::array(),
+       {kModel,
+        "`mix`: folders of LoRAs of this base, PEFT's or ours: the experts, with their ranks, alphas and targets, "
+        "which may differ. Or `adapter_name_or_path` names a MoLoRA, as `moesaic mix` makes them, whose routers go on "
+        "from where they stand"}},
       {"num_experts",
        nullptr,
        {kModel,
@@ -519,6 +552,9 @@ std::vector<RunKey> other_keys() {
       {"init_std", "of the router's start values"},
       {"jitter", "its input is multiplied by uniform(1-j, 1+j) while training"},
       {"temperature", "logits are divided by it"},
+      {"logits",
+       "`signed`; `absolute`: their magnitude, for router rows whose sign means nothing, as those of `mix --router "
+       "arrow`"},
       {"head_wise",
        "MoV at keys, values and queries: a vector and a routing per head, vectors [E, H, k], router [E, k]; false: "
        "over all heads together, vectors [E, H·k], router [E, H·k]"},
@@ -755,7 +791,14 @@ RunConfig parse_run_config(const OrderedJson& given, const std::string& where) {
   problems.attempt([&] { run.adapter_name_or_path = get_or<std::string>(json, "adapter_name_or_path", "", where); });
   problems.attempt([&] { parse_tokenizer(json.at("tokenizer"), where + ": tokenizer", run); });
 
-  adapter.method = run.finetuning_type;
+  adapter.method = subject != nullptr && subject->method != nullptr ? subject->method->name : run.finetuning_type;
+  problems.attempt([&] {
+    run.adapters = names(json, "adapters", where);
+    MOESAIC_CHECK(run.adapters.empty() || run.finetuning_type == kMix, UsageError,
+                  "{}: adapters: got {} for {}, expected finetuning_type {}, or none\nhint: adapter_name_or_path names "
+                  "the one that a run begins with",
+                  where, json["adapters"].dump(), run.finetuning_type, kMix);
+  });
   each_adapter_key(adapter, read);
   each_render_key(run.render, read);
   problems.attempt([&] { data::check_options(run.render); });

@@ -18,6 +18,7 @@ struct RunConfig {
   int64_t tokenizer_vocab_size = 0;        // above 0: trained on the run's texts
   std::string finetuning_type = "molora";  // what is trained: a name of subject.h's table
   std::string adapter_name_or_path;        // start from this adapter's numbers
+  std::vector<std::string> adapters;       // `mix`: folders of the LoRAs that are its experts
   adapters::AdapterConfig adapter;         // targets are empty when `target_preset` names them
   std::string target_preset;               // reference | all-linear | ""
   Json dataset, eval_dataset;              // as data::resolve_datasets takes them

@@ -11,6 +11,7 @@
 #include "moesaic/generate/generate.h"
 #include "moesaic/run/open.h"
 #include "moesaic/train/checkpoint.h"
+#include "moesaic/train/memory.h"
 
 namespace moesaic::run {
 
@@ -47,6 +48,7 @@ void check_output(const RunConfig& config) {
   check_writable(dir, "output_dir");
   if (!config.state_cache_dir.empty()) check_writable(config.state_cache_dir, "state_cache_dir");
   std::vector<fs::path> inputs{config.model_name_or_path, config.adapter_name_or_path, config.tokenizer};
+  inputs.insert(inputs.end(), config.adapters.begin(), config.adapters.end());
   if (config.init == "random" && inputs[0].filename() == "config.json") inputs[0] = inputs[0].parent_path();
   check_not_an_input(dir, inputs);
   const auto checkpoints = train::list_checkpoints(dir);
@@ -86,6 +88,7 @@ Run::Run(RunConfig config, bool dry)
   if (!dry) {
     lock_ = std::make_unique<FolderLock>(config_.train.output_dir);
     check_output(config_);
+    train::avoid_heap_holes(format_.dtype, device_);
   }
   config_.resolved["bf16"] = format_.dtype == torch::kBFloat16;
   auto opened = [this](const formats::Checkpoint& checkpoint) {
@@ -109,10 +112,11 @@ Run::Run(RunConfig config, bool dry)
 }
 
 void Run::open_data(const formats::Checkpoint& checkpoint) {
-  if (config_.render.template_name == "auto" && !config_.adapter_name_or_path.empty()) {
+  const std::string begun = config_.adapters.empty() ? config_.adapter_name_or_path : config_.adapters.front();
+  if (config_.render.template_name == "auto" && !begun.empty()) {
     formats::TokenizerFiles files;  // with what the adapter that the run goes on with brings of its own
     files.chat_templates = checkpoint.chat_templates();
-    formats::adapt(files, config_.adapter_name_or_path);
+    formats::adapt(files, begun);
     const std::shared_ptr<const tokenizer::Tokenizer> tokenizer = tokenizer::Tokenizer::open(checkpoint);
     std::shared_ptr<tokenizer::ChatTemplate> chat;
     if (!files.chat_templates.empty()) {
@@ -561,6 +565,9 @@ void Run::write_card(const train::TrainResult& result) const {
                       result.best ? fmt::format(", best {} {:.4f} at step {}", result.best->metric, result.best->value,
                                                 result.best->step)
                                   : "");
+  if (!config_.adapters.empty()) {
+    card += fmt::format("Its experts, which stayed as they were: `{}`.\n\n", fmt::join(config_.adapters, "`, `"));
+  }
   card += "| data | rows | examples drawn | rate |\n|---|---|---|---|\n";
   for (const auto& count : mixture_->counts()) {
     card += fmt::format("| {} | {} | {} | {:.3f} |\n", count.name, count.rows, count.drawn, count.rate);

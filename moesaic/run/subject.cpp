@@ -1,5 +1,6 @@
 #include "moesaic/run/subject.h"
 
+#include "moesaic/adapters/mix.h"
 #include "moesaic/base/check.h"
 #include "moesaic/base/device.h"
 #include "moesaic/base/seed.h"
@@ -113,6 +114,46 @@ Prepared open_adapter(const RunConfig& run, const Place& place) {
   return made;
 }
 
+// --- the routers of a mix
+
+void check_mix(RunConfig& run, const std::string& where) {
+  check_adapter(run, where);
+  MOESAIC_CHECK(
+      run.adapters.empty() != run.adapter_name_or_path.empty(), UsageError,
+      "{}: finetuning_type mix: got {}, expected one: adapters (a list of LoRA folders) are new experts, "
+      "adapter_name_or_path is a MoLoRA whose routers are trained",
+      where,
+      run.adapters.empty() ? "neither adapters nor adapter_name_or_path" : "both adapters and adapter_name_or_path");
+}
+
+Prepared open_mix(const RunConfig& run, const Place& place) {
+  Prepared made = open_adapter(run, place);
+  const auto adapter = std::static_pointer_cast<adapters::Adapter>(made.learner);
+  const auto routers = std::make_shared<adapters::Routers>(adapter);
+  made.learner = routers;
+  if (run.adapters.empty()) {
+    made.plan.add("experts", fmt::format("those of {}, frozen", run.adapter_name_or_path));
+    return made;
+  }
+  std::vector<adapters::MixPart> parts;
+  for (const std::string& dir : run.adapters) {
+    parts.push_back(adapters::read_mix_part(dir));
+    adapters::warn_of_other_base(parts.back().config, adapter->config().base_fingerprint, dir);
+  }
+  formats::AdapterFolder experts = adapters::mix(parts, run.adapter.router);
+  for (const nn::Parameter& router : routers->parameters()) experts.tensors[router.name + ".weight"] = router.tensor;
+  try {
+    adapter->load_tensors(experts.tensors);
+  } catch (const DataError& error) {
+    throw DataError(fmt::format("adapters {}: they don't fit the run's model_name_or_path: {}",
+                                fmt::join(run.adapters, ", "), error.what()));
+  }
+  for (size_t e = 0; e < parts.size(); ++e) {
+    made.plan.add(e == 0 ? "experts" : "", adapters::describe(parts[e], experts) + ", frozen");
+  }
+  return made;
+}
+
 // --- all weights
 
 void check_full(RunConfig& run, const std::string& where) {
@@ -203,6 +244,7 @@ const std::vector<Subject>& subjects() {
       const adapters::Method& method = adapters::method_of(name);
       all.push_back({method.name, &method, check_adapter, open_adapter});
     }
+    all.push_back({kMix, &adapters::method_of("molora"), check_mix, open_mix});
     all.push_back({"calm", nullptr, check_calm, open_calm});
     all.push_back({"full", nullptr, check_full, open_full});
     return all;

@@ -47,6 +47,9 @@ struct Subject {
   Prepared (*open)(const RunConfig& run, const Place& place);
 };
 
+/// The finetuning_type that trains the routers of a MoLoRA alone.
+inline constexpr const char* kMix = "mix";
+
 /// Throws UsageError with the known names.
 const Subject& subject_of(const std::string& finetuning_type);
 

@@ -1,10 +1,12 @@
 #include "moesaic/train/memory.h"
 
+#include <malloc.h>
 #include <unistd.h>
 
 #include <fstream>
 #include <set>
 
+#include "moesaic/nn/kernels.h"
 #include "moesaic/nn/loss.h"
 
 namespace moesaic::train {
@@ -69,9 +71,16 @@ MemoryEstimate estimate_memory(models::LanguageModel& model, nn::Learner& learne
   const int64_t logits = std::min(nn::cross_entropy_chunk_bytes(device), targets * facts.vocab_size * 4);
   // In half precision they stand in float32 beside themselves.
   add("loss", (element < 4 ? logits + logits / 2 : logits) + 3 * targets * facts.width * element);
-  // What oneDNN compiles for bfloat16, of which the program keeps 96 products (cli/threads.cpp): measured.
+  // What oneDNN compiles for bfloat16, of which the program keeps 96 products (cli/threads.cpp): measured. About as
+  // much are the buffers of products in float32 stretches.
   if (device.is_cpu() && element < 4) add("compiled products", kCompiledProducts);
   return estimate;
+}
+
+void avoid_heap_holes(torch::ScalarType dtype, torch::Device device) {
+#if defined(__GLIBC__)
+  if (nn::multiplies_wide(torch::empty({0}, torch::dtype(dtype).device(device)))) mallopt(M_MMAP_THRESHOLD, 1 << 20);
+#endif
 }
 
 }  // namespace moesaic::train

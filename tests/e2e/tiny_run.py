@@ -23,18 +23,18 @@ METHODS = dict(re.findall(r"`(\w+)` \(([^)]*)\)", re.search(
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "is", "not"]
 
 
-def make_model(folder, initializer_range=0.02, **changes):
+def make_model(folder, initializer_range=0.02, kind=transformers.LlamaConfig, **changes):
     vocabulary = {word: i for i, word in enumerate(["<s>", "</s>", "<unk>"] + WORDS)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>",
                                          unk_token="<unk>").save_pretrained(folder)
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**{
+    config = kind(**{
         "vocab_size": len(vocabulary), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0,
         "eos_token_id": 1, "initializer_range": initializer_range, **changes})
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 def make_run(folder, initializer_range=0.02, **changes):

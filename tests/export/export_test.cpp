@@ -3,6 +3,7 @@
 #include <torch/torch.h>
 
 #include "moesaic/adapters/adapter.h"
+#include "moesaic/adapters/mix.h"
 #include "moesaic/export/merge.h"
 #include "moesaic/export/peft.h"
 #include "moesaic/models/causal_lm.h"
@@ -156,6 +157,21 @@ TEST_F(Export, EveryExpertBecomesAnAdapterOfItsOwn) {
       // It loads as an ordinary adapter: every tensor claimed, every target served.
       EXPECT_GT((logits(base(), written[e]) - logits(base())).abs().max().item<double>(), 1e-3);
     }
+  }
+}
+
+TEST_F(Export, AMixTakenApartIsWhatItWasMadeOf) {
+  const std::vector<fs::path> parts{make_adapter("lora", 1, kAllLinear), folder_ / "other"};
+  fs::rename(make_adapter("molora", 2, {"q_proj", "down_proj"}), folder_ / "two");
+  fs::rename(export_peft(folder_ / "two", folder_ / "apart").front(), parts[1]);
+  auto mix = adapters::mix({adapters::read_mix_part(parts[0]), adapters::read_mix_part(parts[1])}, {});
+  mix.tensors.merge(adapters::arrow_routers(mix));
+  formats::write_adapter_folder(folder_ / "mix", mix);
+  const auto written = export_peft(folder_ / "mix", folder_ / "again");
+  ASSERT_EQ(written.size(), 2u);
+  for (size_t e = 0; e < 2; ++e) {
+    EXPECT_TRUE(logits(base(), written[e]).allclose(logits(base(), parts[e]), 1e-4, 1e-5)) << e;
+    EXPECT_FALSE(logits(base(), written[e]).allclose(logits(base(), parts[1 - e]), 1e-2, 1e-2)) << e;
   }
 }
 

@@ -64,8 +64,10 @@ struct Fixture {
         const auto each = torch::einsum("nd,erd,ero->neo", {input, e->a, b});
         torch::Tensor p = torch::ones({input.size(0), 1}, input.options());
         if (e->experts > 1) {
-          p = topk_weights((at::linear(input, e->router.weight) / e->router.options.temperature).softmax(-1),
-                           e->router.options.top_k, e->router.options.topk_mode);
+          const RouterOptions& options = e->router.options;
+          const torch::Tensor logits = at::linear(input, e->router.weight);
+          p = topk_weights(((options.absolute ? logits.abs() : logits) / options.temperature).softmax(-1),
+                           options.top_k, options.topk_mode);
         }
         y = y + e->scale * torch::einsum("ne,neo->no", {p, each});
       }
@@ -196,6 +198,15 @@ TEST(LowRankGroup, TemperatureFlattensTheRouter) {
   expect_equals_naive(fixture, kTolerance, /*collect_routing=*/true);
 }
 
+TEST(LowRankGroup, AbsoluteLogits) {
+  RouterOptions options;
+  options.absolute = true;
+  options.temperature = 0.5;
+  Fixture fixture({21, 16, {12, 4}, {0, 1}, 5, 2}, options);
+  expect_equals_naive(fixture, kTolerance);
+  expect_equals_naive(fixture, kTolerance, /*collect_routing=*/true);
+}
+
 TEST(LowRankGroup, NoGradientReachesAFrozenInput) {
   Fixture fixture({9, 16, {12}, {0}, 3, 2});
   nn::Pass pass;
@@ -293,6 +304,59 @@ TEST(LowRankGroup, AFrozenAdapterGetsNoGradientButPassesOneOn) {
   (fixture.group.forward(fixture.x, pass) * fixture.direction).sum().backward();
   EXPECT_TRUE(fixture.x.grad().allclose(want, 1e-5, 1e-6));
   EXPECT_FALSE(e.a.grad().defined());
+}
+
+/// With the pairs frozen, the gradients of x and of the routers are what they are with everything trained. `first`: the
+/// input requires none, as at the lowest adapted block.
+void expect_routers_alone_learn(const RouterOptions& options, torch::ScalarType dtype, bool first) {
+  const double tolerance = dtype == torch::kBFloat16 ? 0.02 : 1e-4;
+  Fixture fixture({19, 16, {12, 4}, {0, 1}, 3, 2}, options, dtype);
+  nn::Pass pass;
+  const auto want = fixture.gradients(fixture.group.forward(fixture.x, pass));
+  for (auto leaf : fixture.leaves()) leaf.mutable_grad() = torch::Tensor();
+  for (const auto& e : fixture.experts) {
+    e->a.set_requires_grad(false);
+    e->b.set_requires_grad(false);
+  }
+  EXPECT_TRUE(fixture.group.delta->trains());
+  const torch::Tensor x = first ? fixture.x.detach() : fixture.x;
+  (fixture.group.forward(x, pass) * fixture.direction).sum().backward();
+  const auto leaves = fixture.leaves();
+  for (size_t i = 0; i < leaves.size(); ++i) {
+    const bool learns = i == 0 ? !first : i % 3 == 0;  // x, then a, b and router of each site
+    ASSERT_EQ(leaves[i].grad().defined(), learns) << i;
+    if (learns) EXPECT_TRUE(leaves[i].grad().allclose(want[i], tolerance, tolerance)) << i;
+  }
+}
+
+TEST(LowRankGroup, RoutersLearnWhereTheirExpertsAreFrozen) {
+  RouterOptions top, absolute;
+  top.top_k = 2;
+  absolute.absolute = true;
+  for (const bool first : {false, true}) {
+    expect_routers_alone_learn({}, torch::kFloat32, first);
+    expect_routers_alone_learn({}, torch::kBFloat16, first);
+    expect_routers_alone_learn(top, torch::kFloat32, first);
+    expect_routers_alone_learn(absolute, torch::kFloat32, first);
+  }
+}
+
+TEST(LowRankGroup, AFrozenAdapterBesideATrainedOne) {
+  // The frozen one's rows come first; a gradient for them would be another leaf's.
+  Fixture fixture({19, 16, {12}, {0, 0}, 3, 2});
+  nn::Pass pass;
+  const auto want = fixture.gradients(fixture.group.forward(fixture.x, pass));
+  for (auto leaf : fixture.leaves()) leaf.mutable_grad() = torch::Tensor();
+  for (torch::Tensor* leaf : {&fixture.experts[0]->a, &fixture.experts[0]->b, &fixture.experts[0]->router.weight}) {
+    leaf->set_requires_grad(false);
+  }
+  (fixture.group.forward(fixture.x, pass) * fixture.direction).sum().backward();
+  const auto leaves = fixture.leaves();
+  for (size_t i = 0; i < leaves.size(); ++i) {
+    const bool learns = i == 0 || i > 3;
+    ASSERT_EQ(leaves[i].grad().defined(), learns) << i;
+    if (learns) EXPECT_TRUE(leaves[i].grad().allclose(want[i], 1e-4, 1e-5)) << i;
+  }
 }
 
 TEST(LowRankGroup, RemovedExpertsLeaveTheRestAsItWas) {

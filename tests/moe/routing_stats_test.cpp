@@ -38,6 +38,28 @@ TEST(RoutingStats, SumsOverPasses) {
   EXPECT_NEAR(site["entropy_share"].get<double>(), a.entropy() / std::log(2.0), 1e-6);
 }
 
+TEST(RoutingStats, WhatTopKKeeps) {
+  // Of four experts two a row: {0, 1} three times, {0, 2} once; the fourth never.
+  auto row = [](int64_t other) {
+    torch::Tensor weights = torch::zeros({1, 4});
+    weights[0][0] = weights[0][other] = 0.5;
+    return weights;
+  };
+  const torch::Tensor weights = torch::cat({row(1), row(1), row(1), row(2)}), probs = torch::full({4, 4}, 0.25);
+  RoutingStats stats;
+  stats.add({{"base", "gate", 0, false, probs.log(), probs, weights.narrow(0, 0, 3), 1}});
+  stats.add({{"base", "gate", 0, false, probs.log(), probs, weights.narrow(0, 3, 1), 1}});
+  const OrderedJson site = stats.json()["base"]["gate"];
+  EXPECT_EQ(site["kept_share"], OrderedJson({0.5, 0.375, 0.125, 0.0}));
+  EXPECT_EQ(site["dead"], OrderedJson({3}));
+  EXPECT_EQ(site["partner"], OrderedJson({1, 0, 0, -1}));
+  EXPECT_EQ(site["partner_share"], OrderedJson({0.75, 1.0, 1.0, 0.0}));
+  // Soft merging keeps all.
+  stats = {};
+  stats.add({record("a", probs)});
+  EXPECT_FALSE(stats.json()["a4"]["a"].contains("dead"));
+}
+
 TEST(RoutingStats, OwnersAreKeptApart) {
   RoutingStats stats;
   stats.add(

@@ -46,20 +46,22 @@ def parts_of(model):
 class Mixing:
     """The `router` block of an adapter, and the inputs a router may read besides its own."""
 
-    def __init__(self, input="token", top_k=0, topk_mode="mask", temperature=1.0, sentence_dim=0, head_wise=True):
+    def __init__(self, input="token", top_k=0, topk_mode="mask", temperature=1.0, sentence_dim=0, head_wise=True,
+                 logits="signed"):
         self.input, self.top_k, self.topk_mode, self.temperature = input, top_k, topk_mode, temperature
-        self.sentence_dim, self.head_wise = sentence_dim, head_wise
+        self.sentence_dim, self.head_wise, self.logits = sentence_dim, head_wise, logits
         self.sentence = None  # [d_e], of the sequence being run
         self.routed = {}  # by router: the logits [rows, E] and the weights [rows, E] of every sequence run
 
     def block(self):
         return {"type": "top_k" if self.top_k else "soft", "top_k": self.top_k, "topk_mode": self.topk_mode,
                 "input": self.input, "temperature": self.temperature, "sentence_dim": self.sentence_dim,
-                "sentence_source": "column", "head_wise": self.head_wise}
+                "sentence_source": "column", "head_wise": self.head_wise, "logits": self.logits}
 
     def weights(self, router, u):
         """u [..., d_u] -> what mixes the experts, [..., E]."""
         logits = torch.einsum("...d,ed->...e", u.float(), router) / self.temperature
+        logits = logits.abs() if self.logits == "absolute" else logits
         weights = self._weights(torch.softmax(logits, dim=-1))
         rows = slice(0, 1) if self.input == "sentence" else slice(None)  # one decision a sequence
         self.routed.setdefault(id(router), []).append((logits.flatten(0, -2)[rows], weights.flatten(0, -2)[rows]))

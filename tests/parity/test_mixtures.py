@@ -15,6 +15,8 @@ ROUTERS = {
     "top2-mask": dict(top_k=2),
     "top2-renorm": dict(top_k=2, topk_mode="renorm"),
     "top2-residual": dict(top_k=2, topk_mode="residual"),
+    "absolute": dict(logits="absolute", temperature=0.7),
+    "absolute-top2-renorm": dict(logits="absolute", top_k=2, topk_mode="renorm"),
     "layer-input": dict(input="layer_input"),
     "ffn-product": dict(input="ffn_product"),
     "sentence": dict(input="sentence", sentence_dim=9),

@@ -96,6 +96,10 @@ function heatTable(rows, columns, value, low, high, upright) {
 
 function drawHeat() {
   const shown = sites();
+  const keeps = tasks.every(task => shown.every(site => figures(task, site).kept_share));
+  const places = el('metric').querySelector('[value=kept_share]');
+  places.hidden = places.disabled = !keeps;
+  if (!keeps && el('metric').value === places.value) el('metric').value = 'mean_prob';
   const metric = el('metric').value;
   const experts = Math.max(...shown.map(site => chosen()[site].experts));
   const at = (t, site, e) => figures(tasks[t], site)[metric][e];
