@@ -19,6 +19,7 @@ class Lora {
  public:
   explicit Lora(const std::filesystem::path& dir) : where_(dir.string()), folder_(formats::read_adapter_folder(dir)) {
     const auto config = adapters::parse_adapter_config(folder_, where_ + "/adapter_config.json");
+    fingerprint_ = config.base_fingerprint;
     MOESAIC_CHECK(config.method == "lora", UsageError, "{}: got an adapter of {}, expected lora: one pair per matrix",
                   where_, config.method);
     std::vector<std::string> others;
@@ -55,17 +56,20 @@ class Lora {
     return model.at(name);
   }
 
-  /// Throws DataError for pairs of modules that `base` has not.
+  /// Throws DataError for pairs of modules that `base` has not; warns when it was trained on other weights.
   void check_fits(const formats::Checkpoint& base) const {
     for (const auto& [name, _] : folder_.tensors) {
       const std::string weight = adapters::module_of(name) + ".weight";
       MOESAIC_CHECK(base.contains(weight), DataError, "{}: '{}' belongs to no tensor of {}: wrong base model?", where_,
                     name, base.path().string());
     }
+    if (!fingerprint_.empty() && !formats::may_be_same_weights(fingerprint_, base.fingerprint())) {
+      spdlog::warn("{}: the adapter was trained on other weights than {}'s", where_, base.path().string());
+    }
   }
 
  private:
-  std::string where_;
+  std::string where_, fingerprint_;  // fingerprint_: of the weights it was trained on; "" when it doesn't say
   formats::AdapterFolder folder_;
 };
 

@@ -12,7 +12,7 @@ import transformers
 import yaml
 from safetensors.torch import load_file
 
-from tiny_run import WORDS, moesaic, run
+from tiny_run import WORDS, moesaic, run, train
 
 SIZES = dict(vocab_size=13, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=None)
@@ -387,6 +387,17 @@ def test_an_adapter_that_an_expert_cannot_hold_is_refused(bases, tmp_path):
     model = peft.get_peft_model(load(bases["llama"]), peft.IA3Config(target_modules=FFN, feedforward_modules=FFN))
     model.save_pretrained(tmp_path / "ia3")
     assert "expected lora" in refused(tmp_path, base_model=bases["llama"], method="lora", adapters=[tmp_path / "ia3"] * 2)
+
+
+def test_our_own_adapters_are_taken_and_one_of_other_weights_is_named(tmp_path):
+    train(tmp_path, "lora", finetuning_type="lora", num_experts=None, lora_target=FFN)
+    run("upcycle", write_keys(tmp_path, base_model=tmp_path / "model", method="lora", adapters=[tmp_path / "lora"] * 2),
+        tmp_path / "out")
+    merged_folder = tmp_path / "merged"
+    run("merge", tmp_path / "lora", merged_folder)
+    assert difference(load(tmp_path / "out"), load(merged_folder)) < EQUAL
+    done = moesaic("upcycle", tmp_path / "moe.yaml", tmp_path / "other", f"base_model={merged_folder}")
+    assert done.returncode == 0 and "was trained on other weights" in done.stderr
 
 
 # mergekit-moe's files
