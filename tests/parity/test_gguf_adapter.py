@@ -94,8 +94,8 @@ def test_what_llama_cpp_has_not_is_refused(driver, models, tmp_path):
                    mask=common.masks(ids))
         done = export("--model", folder, tmp_path / name, tmp_path / "adapter.gguf")
         assert done.returncode == 2 and message in done.stderr, done.stderr
-    wrapped = test_peft.peft_model("llama", peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], use_dora=True))
-    wrapped.save_pretrained(tmp_path / "dora")
+    dora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], use_dora=True)
+    peft.get_peft_model(common.make_model("llama"), dora).save_pretrained(tmp_path / "dora")
     done = export("--model", folder, tmp_path / "dora", tmp_path / "adapter.gguf")
     assert done.returncode == 2 and "use_dora" in done.stderr, done.stderr
     done = export("--model", folder, tmp_path / "adapter.gguf")
