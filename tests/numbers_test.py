@@ -70,6 +70,15 @@ def start():
     return [f"{ours[0]:.2f}", *starts, f"{ours[1]:.0f}", *peaks]
 
 
+def sparse(experts, width, top_k):
+    """The frozen step, LoRA's step and its memory, and decoding."""
+    shape = f"{experts} experts of {width}, top {top_k}, "
+    return [*faster("sparse-1", shape + "frozen forward + dX of 4x256: transformers"),
+            *faster("sparse-1", shape + "LoRA r=4 of all linears, step of 4x256: PEFT"),
+            f"{bench('sparse-1', shape + 'LoRA, peak above the loaded model: PEFT')['ratio']:.1f}",
+            *faster("sparse-1", shape + "greedy decode: transformers")]
+
+
 def demo_skills(kind, difference):
     """Questions; base, MoLoRA and LoRA with their errors; the difference and its interval."""
     found = load(tables.STUDIES / "demo.json")["tables"]
@@ -129,6 +138,8 @@ MEASURED = {
     "the same model ranking the choices of 64 questions, 1 thread, against transformers": lambda: [
         figure for what in ("choice by choice", "the choices of a question side by side")
         for figure in faster("scoring-1", f"choices ranked by an encoder-decoder, float32: transformers, {what}")],
+    "a sparse model as wide as SmolLM2, 4x256 tokens, 1 thread, two of 8 wide experts a token": lambda: sparse(8, 1536, 2),
+    "the same with eight of 64 narrow experts": lambda: sparse(64, 192, 8),
     "start to first token, SmolLM2, page cache warm": start,
     "17 small real tasks in one MoLoRA, 400 steps, held-out exact match": first_mixture,
     "`moesaic demo calm`, seeds 0 to 2: one model knows keys, one calculates, joined they calculate with keys never "
