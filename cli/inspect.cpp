@@ -109,16 +109,28 @@ const char* name_of(nn::ScaleKind kind) {
   return "";
 }
 
-/// Names of the points where experts may act, with how many layers have each.
+/// Names of the points where experts may act, with how many layers have each. Those of a sparse model's experts, the
+/// same in all of a layer, are "experts.*.<name>".
 OrderedJson site_table(const nn::Sites& sites) {
-  auto last = [](const std::string& name) { return name.substr(name.rfind('.') + 1); };
+  std::set<std::string> others;  // of experts but the first
+  std::set<std::string> routed;
+  for (const nn::LinearSite& site : sites.linears) {
+    if (!site.routed) continue;
+    routed.insert(site.name);
+    if (site.name.find(".experts.0.") == std::string::npos) others.insert(site.name);
+  }
+  auto last = [&](const std::string& name) {
+    return (routed.contains(name) ? "experts.*." : "") + name.substr(name.rfind('.') + 1);
+  };
   OrderedJson linears = OrderedJson::object(), scales = OrderedJson::object();
   for (const nn::LinearSite& site : sites.linears) {
+    if (others.contains(site.name)) continue;
     OrderedJson& entry = linears[last(site.name)];
     if (entry.is_null()) entry = {{"layers", 0}, {"in", site.in}, {"out", site.out}};
     entry["layers"] = entry["layers"].get<int64_t>() + 1;
   }
   for (const nn::ScaleSite& site : sites.scales) {
+    if (others.contains(site.name)) continue;
     OrderedJson& entry = scales[last(site.name) + " " + name_of(site.kind)];
     if (entry.is_null()) entry = {{"layers", 0}, {"heads", site.heads}, {"width", site.width}};
     entry["layers"] = entry["layers"].get<int64_t>() + 1;

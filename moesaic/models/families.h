@@ -24,8 +24,11 @@ Seq2SeqConfig parse_mt5(ConfigReader& reader);
 Seq2SeqConfig parse_umt5(ConfigReader& reader);
 Seq2SeqConfig parse_t5gemma(ConfigReader& reader);
 
-/// Qwen's windows: layers from max_window_layers on slide when use_sliding_window is set.
-void read_qwen_windows(ConfigReader& reader, DecoderConfig& config);
+/// Whether a layer has Qwen's window where layer_types does not say it.
+using Slides = bool (*)(int64_t layer, int64_t max_window_layers);
+inline bool slides_from(int64_t layer, int64_t max_window_layers) { return layer >= max_window_layers; }
+/// Qwen's windows, when use_sliding_window is set.
+void read_qwen_windows(ConfigReader& reader, DecoderConfig& config, Slides slides);
 
 extern const formats::GgufArchitecture kLlamaGguf, kQwen2Gguf, kQwen3Gguf, kGemmaGguf, kGemma2Gguf, kGemma3Gguf;
 extern const formats::GgufArchitecture kQwen2MoeGguf, kQwen3MoeGguf, kOlmoeGguf, kGraniteMoeGguf;

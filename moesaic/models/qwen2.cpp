@@ -3,19 +3,19 @@
 
 namespace moesaic::models {
 
-void read_qwen_windows(ConfigReader& reader, DecoderConfig& config) {
+void read_qwen_windows(ConfigReader& reader, DecoderConfig& config, Slides slides) {
   int64_t window = 0;
   if (reader.flag("use_sliding_window", false) &&
       (!reader.mentions("sliding_window") || reader.has("sliding_window"))) {
     window = reader.size("sliding_window", 4096, int64_t{1} << 30);
   }
-  int64_t first_sliding = 28;
+  int64_t layers = 28;
   if (reader.has("max_window_layers") && reader.json().at("max_window_layers") != 0) {
-    first_sliding = reader.size("max_window_layers", std::nullopt, int64_t{1} << 30);
+    layers = reader.size("max_window_layers", std::nullopt, int64_t{1} << 30);
   } else if (reader.has("max_window_layers")) {
-    first_sliding = 0;
+    layers = 0;
   }
-  const auto sliding = read_layer_types(reader, config, [&](int64_t i) { return window > 0 && i >= first_sliding; });
+  const auto sliding = read_layer_types(reader, config, [&](int64_t i) { return window > 0 && slides(i, layers); });
   if (std::find(sliding.begin(), sliding.end(), 1) == sliding.end()) return;
   if (window == 0)
     reader.error("layer_types", "has sliding_attention, but use_sliding_window is off or there is no sliding_window");
@@ -34,7 +34,7 @@ DecoderConfig parse_qwen2(ConfigReader& reader) {
                .max_position = 32'768});
   config.qkv_bias = true;
   config.rope = read_flat_rope(reader, config);
-  read_qwen_windows(reader, config);
+  read_qwen_windows(reader, config, slides_from);
   return config;
 }
 
@@ -49,17 +49,9 @@ DecoderConfig parse_qwen2_moe(ConfigReader& reader) {
                .max_position = 32'768});
   config.qkv_bias = reader.flag("qkv_bias", true);
   config.rope = read_flat_rope(reader, config);
-  // Where the file does not say it, every second layer below max_window_layers slides.
-  const bool slides = reader.flag("use_sliding_window", false);
-  const int64_t window = slides ? reader.size("sliding_window", 4096, int64_t{1} << 30) : 0;
-  const int64_t below = reader.size("max_window_layers", 28, int64_t{1} << 30);
-  const auto sliding =
-      read_layer_types(reader, config, [&](int64_t i) { return slides && (i + 1) % 2 != 0 && i < below; });
-  if (std::find(sliding.begin(), sliding.end(), 1) != sliding.end()) {
-    if (window == 0) reader.error("layer_types", "has sliding_attention, but use_sliding_window is off");
-    config.sliding_window = window;
-    config.layer_is_sliding = sliding;
-  }
+  // Every second layer below max_window_layers.
+  read_qwen_windows(reader, config,
+                    [](int64_t i, int64_t max_window_layers) { return (i + 1) % 2 != 0 && i < max_window_layers; });
   config.sparse = read_sparse(reader, config,
                               {.experts = 60,
                                .top_k = 4,

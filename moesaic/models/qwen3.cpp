@@ -16,7 +16,7 @@ DecoderConfig parse_qwen3(ConfigReader& reader) {
   config.qkv_bias = config.o_bias = reader.flag("attention_bias", false);
   config.qk_norm = true;
   config.rope = read_flat_rope(reader, config);
-  read_qwen_windows(reader, config);
+  read_qwen_windows(reader, config, slides_from);
   return config;
 }
 

@@ -144,6 +144,17 @@ TEST(SparseModels, GoldenChoices) {
   EXPECT_THAT(weights, testing::Pointwise(testing::FloatNear(1e-5), {0.67825f, 0.22759f, 0.06551f}));
 }
 
+TEST(SparseModels, WindowsOfQwen2Moe) {
+  auto sliding = [](int64_t max_window_layers) {
+    Json config = config_of("qwen2_moe", goldens()["qwen2_moe"]);
+    config.update({{"use_sliding_window", true}, {"sliding_window", 4}, {"max_window_layers", max_window_layers}});
+    return parse_decoder_config(config, "here").layer_is_sliding;
+  };
+  EXPECT_EQ(sliding(28), (std::vector<uint8_t>{1, 0, 1}));
+  EXPECT_EQ(sliding(1), (std::vector<uint8_t>{1, 0, 0}));
+  EXPECT_TRUE(sliding(0).empty());
+}
+
 TEST(SparseModels, RefusedConfigs) {
   auto parse = [](const Json& changes) {
     Json config = config_of("mixtral", goldens()["mixtral"]);

@@ -213,13 +213,16 @@ def make_model(name, folder=None, seed=0):
 def round_linears_to_int8(model):
     """Every linear's weight rounded to 8 bits with one scale per row, max |row| / 127; a tied embedding stays, and so do
     routers and a shared expert's gate."""
-    for name, parameter in model.named_parameters():
-        holder = model.get_submodule(name.rpartition(".")[0])
-        is_linear = isinstance(holder, torch.nn.Linear) and not name.endswith("shared_expert_gate.weight")
-        if parameter.dim() < 2 or not (is_linear or ".experts." in name):
-            continue
-        scale = parameter.detach().abs().amax(-1, keepdim=True) / 127
-        parameter.data = (parameter.detach() / scale).round() * scale
+    def rounded(weight):
+        scale = weight.detach().abs().amax(-1, keepdim=True) / 127
+        return torch.nn.Parameter((weight.detach() / scale).round() * scale)
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and not name.endswith("shared_expert_gate"):
+            module.weight = rounded(module.weight)  # a head's own where it is tied
+        elif name.endswith(".experts"):
+            for own, weight in list(module.named_parameters(recurse=False)):
+                setattr(module, own, rounded(weight))
     return model
 
 
