@@ -75,7 +75,6 @@ void unstack(AdapterConfig& config, formats::TensorMap& tensors, const std::set<
   }
   for (const std::string& name : found) {
     const bool inner = name.ends_with(inner_end), of_gate_up = gate_up && (inner || !down);
-    const std::string end = inner ? inner_end : pair_end;
     std::string other = name;
     other.replace(other.rfind("lora_A"), std::strlen("lora_A"), "lora_B");
     const auto block = block_of(name, modules);

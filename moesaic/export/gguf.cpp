@@ -9,19 +9,19 @@
 #include "moesaic/formats/expert_names.h"
 #include "moesaic/formats/gguf_checkpoint.h"
 #include "moesaic/formats/gguf_writer.h"
+#include "moesaic/models/causal_lm.h"
 #include "moesaic/models/registry.h"
 
 namespace moesaic::exporting {
 namespace {
 
-/// Every linear of a model of this config.json, and how many heads its rows are cut into.
-std::map<std::string, int64_t> heads_of_linears(const Json& config, const std::string& where) {
-  const auto model = models::make_model(config, where, torch::TensorOptions(torch::kMeta));
-  const auto parsed = models::parse_decoder_config(config, where);
+/// Every linear of a model, and how many heads its rows are cut into.
+std::map<std::string, int64_t> heads_of_linears(const models::DecoderConfig& config) {
+  models::CausalLM model(config, torch::TensorOptions(torch::kMeta));
   std::map<std::string, int64_t> heads;
-  for (const nn::LinearSite& site : model->sites().linears) {
-    heads[site.name] = site.role == nn::Role::kQuery ? parsed.num_heads
-                       : site.role == nn::Role::kKey ? parsed.num_kv_heads
+  for (const nn::LinearSite& site : model.sites().linears) {
+    heads[site.name] = site.role == nn::Role::kQuery ? config.num_heads
+                       : site.role == nn::Role::kKey ? config.num_kv_heads
                                                      : 0;
   }
   return heads;
@@ -50,12 +50,14 @@ std::string gguf_adapter(const std::filesystem::path& adapter_dir, const Json& b
   const auto folder = formats::read_adapter_folder(adapter_dir);
   const std::string from = adapter_dir.string();
   auto config = adapters::parse_adapter_config(folder, (adapter_dir / "adapter_config.json").string());
-  MOESAIC_CHECK(adapters::method_of(config.method).low_rank && config.num_experts == 1, UsageError,
+  const adapters::Method& method = adapters::method_of(config.method);
+  MOESAIC_CHECK(method.low_rank && config.num_experts == 1, UsageError,
                 "{}: {} with {} experts: llama.cpp adds one low-rank pair to a linear\nhint: `moesaic export --format "
                 "peft` writes each expert of a MoLoRA as a LoRA of its own; (IA)^3 can be merged",
                 from, config.method, config.num_experts);
   const formats::GgufArchitecture& architecture = models::gguf_architecture(base_config, where);
-  const auto heads = heads_of_linears(base_config, where);
+  const models::DecoderConfig base = models::parse_decoder_config(base_config, where);
+  const auto heads = heads_of_linears(base);
   std::set<std::string> modules;
   for (const auto& [site, _] : heads) modules.insert(site);
   formats::TensorMap tensors = folder.tensors;
@@ -65,7 +67,7 @@ std::string gguf_adapter(const std::filesystem::path& adapter_dir, const Json& b
                 "{}: got {}, expected low-rank pairs of linears alone\nhint: `moesaic merge` it", from,
                 fmt::join(whole, ", "));
 
-  const auto names = formats::expert_names(base_config.at("model_type").get<std::string>());
+  const auto names = formats::expert_names(base.model_type);
   struct Pair {
     std::map<int64_t, torch::Tensor> a, b;  // by expert; of a dense linear under 0
     bool stack = false;
@@ -81,12 +83,11 @@ std::string gguf_adapter(const std::filesystem::path& adapter_dir, const Json& b
                   architecture.name);
     Pair& pair = pairs[gguf];
     pair.stack = expert.has_value();
-    torch::Tensor values = tensor.to(torch::kFloat32);
+    torch::Tensor values = method.expert_tensor(config, name, tensor, 0).second.to(torch::kFloat32);
     const bool is_a = name.ends_with(".lora_A.weight");
     if (!is_a) {
-      // llama.cpp multiplies by alpha / r alone.
-      const double scale = config.scale_at(site) * static_cast<double>(config.rank_at(site)) / config.lora_alpha;
-      if (std::abs(scale - 1.0) > 1e-12) values = values * scale;
+      // llama.cpp multiplies by alpha / r, one alpha for all; here it is 1.
+      values = values * (config.scale_at(site) * static_cast<double>(config.rank_at(site)));
       if (architecture.interleaved_heads && known->second > 0) values = interleaved(values, known->second);
     }
     (is_a ? pair.a : pair.b)[expert ? expert->second : 0] = values;
@@ -96,8 +97,8 @@ std::string gguf_adapter(const std::filesystem::path& adapter_dir, const Json& b
   file.add("general.type", std::string("adapter"));
   file.add("general.architecture", std::string(architecture.name));
   file.add("adapter.type", std::string("lora"));
-  file.add("adapter.lora.alpha", static_cast<float>(config.lora_alpha));
-  const int64_t experts = names ? models::parse_decoder_config(base_config, where).sparse->experts : 0;
+  file.add("adapter.lora.alpha", 1.0f);
+  const int64_t experts = base.sparse ? base.sparse->experts : 0;
   for (const auto& [name, pair] : pairs) {
     for (const auto& [end, parts] : {std::pair(".lora_a", &pair.a), {".lora_b", &pair.b}}) {
       std::vector<torch::Tensor> all;

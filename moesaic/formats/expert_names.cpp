@@ -35,13 +35,17 @@ class Unstacker {
 
   void add(const std::string& stored, const std::vector<int64_t>& shape) {
     const std::string layer = layer_of(stored);
-    if (const auto part = behind(stored, layer + "shared_mlp."); part && !layer.empty()) {
+    if (layer.empty()) {
+      put(stored, {stored});
+      return;
+    }
+    if (const auto part = behind(stored, layer + "shared_mlp.")) {
       add_shared(layer + names_.block + ".shared_expert.", stored, *part, shape);
       return;
     }
     std::optional<std::string> part;
     for (const char* block : {"mlp.", "block_sparse_moe."}) {
-      if (!part && !layer.empty()) part = behind(stored, layer + block);
+      if (!part) part = behind(stored, layer + block);
     }
     if (!part || !add_part(layer + names_.block + ".", stored, *part, shape)) put(stored, {stored});
   }
@@ -59,22 +63,22 @@ class Unstacker {
       put(block + part, shape.size() == 1 ? StoredRows{stored, 0, 1} : StoredRows{stored});
       return true;
     }
-    if (!part.starts_with("experts.") && !part.starts_with("shared_expert.") && !part.ends_with("put_linear.weight")) {
+    const bool granite_in = part == "input_linear.weight", granite_out = part == "output_linear.weight";
+    if (!part.starts_with("experts.") && !part.starts_with("shared_expert.") && !granite_in && !granite_out) {
       return false;
     }
-    const std::string own = own_name(part);
+    const std::string own = own_name(granite_out ? "experts.down_proj.weight" : part);
     if (shape.size() != 3 || shape[0] > kMaxExperts) {
       put(block + own, {stored});
       return true;
     }
-    const bool both = part.starts_with("experts.gate_up_proj") || part == "input_linear.weight";
-    const std::string out = part == "output_linear.weight" ? own_name("experts.down_proj.weight") : own;
+    const bool both = part.starts_with("experts.gate_up_proj") || granite_in;
     for (int64_t e = 0; e < shape[0]; ++e) {
       const std::string expert = fmt::format("{}experts.{}.", block, e);
       if (both) {
         add_halves(expert, stored, e * shape[1], shape[1]);
       } else {
-        put(expert + out.substr(std::strlen("experts.")), {stored, e * shape[1], shape[1]});
+        put(expert + own.substr(std::strlen("experts.")), {stored, e * shape[1], shape[1]});
       }
     }
     return true;

@@ -101,13 +101,9 @@ torch::Tensor SparseFfnImpl::routed(const torch::Tensor& x, nn::Pass& pass) {
   for (size_t e = 0; e < experts_.size(); ++e) {
     if (groups.counts[e] == 0) continue;
     const torch::Tensor input = learns ? inputs[e] : x.index_select(0, rows[e]);
-    nn::FeedForward& expert = experts_[e];
-    if (expert->adapted()) {
-      nn::Pass part = pass_of(pass, rows[e], input);
-      sum.index_add_(0, rows[e], expert->forward(input, part, weights[e]));
-    } else {
-      sum.index_add_(0, rows[e], expert->forward(input, pass, weights[e]));
-    }
+    std::optional<nn::Pass> own;  // where adapters read it
+    if (experts_[e]->adapted()) own = pass_of(pass, rows[e], input);
+    sum.index_add_(0, rows[e], experts_[e]->forward(input, own ? *own : pass, weights[e]));
   }
   return sum;
 }

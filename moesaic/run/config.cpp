@@ -421,8 +421,7 @@ std::vector<RunKey> other_keys() {
   const RunConfig run;
   static const std::string kTypes = fmt::format(
       "{}, `full`, `mix`: the routers alone of a MoLoRA whose experts are LoRAs that one has, or `calm`: the "
-      "connections "
-      "of the composition that `model_name_or_path` names",
+      "connections of the composition that `model_name_or_path` names",
       fmt::join(
           [] {
             std::vector<std::string> names;

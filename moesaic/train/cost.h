@@ -34,10 +34,10 @@ struct Cost {
 };
 
 /// What one micro-batch takes, forward and backward. Of a linear [out, in] and n rows: 2 n in out forward, as much for
-/// the gradient of its input, and as much again where it is trained itself (or, with checkpointing, is run twice);
-/// 6 n of every number of an adapter; an expert of a sparse model has k / E of the rows; attention 4 n m d forward (m: rows that a row sees; half of them when causal) and
-/// twice that backward; the head over the targets. Of an encoder-decoder each half reads its own tokens. Elementwise
-/// work is not counted. Works on the meta device.
+/// the gradient of its input, and as much again where it is trained itself (or, with checkpointing, is run twice); 6 n
+/// of every number of an adapter; an expert of a sparse model has k / E of the rows; attention 4 n m d forward (m: rows
+/// that a row sees; half of them when causal) and twice that backward; the head over the targets. Of an encoder-decoder
+/// each half reads its own tokens. Elementwise work is not counted. Works on the meta device.
 Cost micro_batch_cost(models::LanguageModel& model, nn::Learner& learner, const MicroBatchShape& shape,
                       bool checkpointing);
 

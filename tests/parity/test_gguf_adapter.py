@@ -28,19 +28,20 @@ def deltas(path):
     result = {}
     for name in [name.removesuffix(".lora_a") for name in parts if name.endswith(".lora_a")]:
         a, b = parts.pop(f"{name}.lora_a"), parts.pop(f"{name}.lora_b")
-        result[name] = fields["adapter.lora.alpha"] / b.shape[-1] * b @ a
+        alpha = fields["adapter.lora.alpha"]
+        result[name] = (alpha / b.shape[-1] if alpha else 1.0) * b @ a  # llama.cpp takes an alpha of 0 for none given
     assert not parts
     return fields["general.architecture"], result
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(use_rslora=True),
-                                      dict(rank_pattern={"q_proj": 5}, alpha_pattern={"v_proj": 2})],
-                         ids=["plain", "rslora", "patterns"])
+                                      dict(rank_pattern={"q_proj": 5}, alpha_pattern={"v_proj": 2}), dict(lora_alpha=0)],
+                         ids=["plain", "rslora", "patterns", "no-effect"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
 def test_linears(name, settings, models, tmp_path):
     model, folder = models(name)
-    wrapped = test_peft.peft_model(name, peft.LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA,
-                                                         target_modules=test_peft.ALL_LINEAR, **settings))
+    wrapped = test_peft.peft_model(name, peft.LoraConfig(**{
+        "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA, "target_modules": test_peft.ALL_LINEAR, **settings}))
     wrapped.save_pretrained(tmp_path / "adapter")
     done = export("--model", folder, tmp_path / "adapter", tmp_path / "adapter.gguf")
     assert done.returncode == 0, done.stderr
@@ -83,6 +84,21 @@ def test_stacks_of_experts(name, models, tmp_path):
     assert ours.keys() == expected.keys()
     for key, delta in expected.items():
         common.assert_close(ours[key], delta, key, 1e-5)
+
+
+def test_a_mixture_of_one(driver, models, tmp_path):
+    """Its tensors have an axis of experts in our files."""
+    _, folder = models("qwen2")
+    ids = common.sequences()
+    driver.run(tmp_path / "out.safetensors", model=folder, save_adapter=tmp_path / "adapter", sequences=ids,
+               create={"method": "molora", "experts": 1, "rank": RANK, "alpha": ALPHA}, mask=common.masks(ids))
+    done = export("--model", folder, tmp_path / "adapter", tmp_path / "adapter.gguf")
+    assert done.returncode == 0, done.stderr
+    tensors = common.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    a, b = (tensors[f"base_model.model.model.layers.1.mlp.up_proj.lora_{which}.weight"] for which in "AB")
+    assert a.shape[0] == b.shape[0] == 1
+    common.assert_close(deltas(tmp_path / "adapter.gguf")[1]["blk.1.ffn_up.weight"], ALPHA / RANK * b[0] @ a[0], "delta",
+                        1e-5)
 
 
 def test_what_llama_cpp_has_not_is_refused(driver, models, tmp_path):
