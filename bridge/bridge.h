@@ -1,5 +1,5 @@
-// The C side of the Rust crate in this folder: tokenizers (tokenizer.json), minijinja (chat templates and
-// those over rows of data) and fancy-regex (patterns in files).
+// The C side of the Rust crate in this folder: tokenizers (tokenizer.json), minijinja (chat templates and those over rows
+// of data), fancy-regex (patterns in files) and hyper (HTTP).
 //
 // Handles are opaque, immutable after set-up and safe to share between threads. Texts are UTF-8 with explicit lengths.
 // A function that can fail writes its reason to `error`, which the caller passes empty; no panic leaves the crate. A
@@ -85,5 +85,45 @@ BridgePattern* bridge_pattern_new(const char* source, size_t size, BridgeText* e
 void bridge_pattern_free(BridgePattern* pattern);
 /// Whether the whole text matches; fails when that takes too many steps.
 bool bridge_pattern_matches(const BridgePattern* pattern, const char* text, size_t size, bool* out, BridgeText* error);
+
+/// An HTTP/1.1 server on a thread of its own.
+struct BridgeHttp;
+struct BridgeHttpLimits {
+  size_t body_bytes;
+  size_t header_bytes;
+  size_t headers;
+  size_t connections;
+  size_t queued_bytes;    // of a streamed answer that its client has not taken
+  size_t queued_pieces;   // likewise
+  double header_seconds;  // for a request's head, counted from the last answer of its connection
+  double body_seconds;
+};
+/// Both are called from the server's thread, with views that live as long as the call, and must neither block nor throw.
+struct BridgeHttpHandler {
+  void* context;
+  /// head: {"method", "path", "headers": [[name, value], ...]}, names in lower case. Wants one bridge_http_respond, or
+  /// bridge_http_begin and later bridge_http_end, with this id, from any thread.
+  void (*request)(void* context, uint64_t id, BridgeView head, BridgeView body);
+  /// The client of an unfinished exchange left.
+  void (*gone)(void* context, uint64_t id);
+};
+/// Listens when it returns; port 0: a free one. Null on failure.
+BridgeHttp* bridge_http_start(const char* host, size_t size, uint16_t port, BridgeHttpLimits limits,
+                              BridgeHttpHandler handler, BridgeText* error);
+/// Ends everything at once.
+void bridge_http_free(BridgeHttp* http);
+uint16_t bridge_http_port(const BridgeHttp* http);
+size_t bridge_http_connections(const BridgeHttp* http);
+/// headers: JSON list of [name, value]. An exchange whose client left is ignored, here and below.
+bool bridge_http_respond(const BridgeHttp* http, uint64_t id, uint16_t status, BridgeView headers, BridgeView body,
+                         BridgeText* error);
+/// The head of an answer that comes in pieces.
+bool bridge_http_begin(const BridgeHttp* http, uint64_t id, uint16_t status, BridgeView headers, BridgeText* error);
+/// Never blocks. 0: on its way; 1: the client left; 2: it reads too slowly, and the piece is dropped.
+int32_t bridge_http_send(const BridgeHttp* http, uint64_t id, BridgeView data);
+/// abort: the connection breaks, without the end that a whole answer has.
+void bridge_http_end(const BridgeHttp* http, uint64_t id, bool abort);
+/// Takes no new connections; those there are close behind their answers.
+void bridge_http_drain(const BridgeHttp* http);
 
 }  // extern "C"

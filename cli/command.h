@@ -48,6 +48,7 @@ Runner add_mix(CLI::App& app, CommonOptions& common);
 Runner add_models(CLI::App& app, CommonOptions& common);
 Runner add_routes(CLI::App& app, CommonOptions& common);
 Runner add_score(CLI::App& app, CommonOptions& common);
+Runner add_serve(CLI::App& app, CommonOptions& common);
 Runner add_study(CLI::App& app, CommonOptions& common);
 Runner add_train(CLI::App& app, CommonOptions& common);
 Runner add_upcycle(CLI::App& app, CommonOptions& common);

@@ -34,6 +34,7 @@ constexpr Verb kVerbs[] = {
     {"export", "A model or adapter in the form transformers or PEFT load", add_export},
     {"generate", "Answer one prompt or a file of prompts", add_generate},
     {"chat", "Talk with a model in the terminal", add_chat},
+    {"serve", "Answer over HTTP as OpenAI's API does, every request with its own mixture of adapters", add_serve},
     {"score", "Log-probability of every token of a text", add_score},
     {"eval", "Score a model on task files: rank classification and generation", add_eval},
     {"compare", "Runs side by side: what they differ in, what came of it; a table, a page, CSV and JSON", add_compare},

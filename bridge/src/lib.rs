@@ -1,4 +1,5 @@
-//! C ABI over `tokenizers`, `minijinja` and `fancy-regex`; bridge.h is its other half and says what each function does.
+//! C ABI over `tokenizers`, `minijinja`, `fancy-regex` and `hyper`; bridge.h is its other half and says what each function does.
+mod http;
 mod pattern;
 mod row_template;
 mod template;
@@ -8,6 +9,7 @@ use std::os::raw::c_char;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::{Mutex, Once};
 
+use http::Http;
 use pattern::Pattern;
 use row_template::RowTemplate;
 use template::ChatTemplate;
@@ -315,4 +317,70 @@ pub unsafe extern "C" fn bridge_pattern_matches(
         *out = matched;
     }
     matched.is_some()
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_http_start(
+    host: *const c_char,
+    size: usize,
+    port: u16,
+    limits: http::Limits,
+    handler: http::Handler,
+    error: *mut Text,
+) -> *mut Http {
+    guard(error, || Http::start(utf8(host, size)?, port, limits, handler))
+        .map_or(std::ptr::null_mut(), |http| Box::into_raw(Box::new(http)))
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_http_free(http: *mut Http) {
+    release(http);
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_http_port(http: *const Http) -> u16 {
+    (*http).port()
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_http_connections(http: *const Http) -> usize {
+    (*http).connections()
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_http_respond(
+    http: *const Http,
+    id: u64,
+    status: u16,
+    headers: View,
+    body: View,
+    error: *mut Text,
+) -> bool {
+    guard(error, || (*http).respond(id, status, bytes(headers.data, headers.size), bytes(body.data, body.size))).is_some()
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_http_begin(http: *const Http, id: u64, status: u16, headers: View, error: *mut Text) -> bool {
+    guard(error, || (*http).begin(id, status, bytes(headers.data, headers.size))).is_some()
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_http_send(http: *const Http, id: u64, data: View) -> i32 {
+    guard(std::ptr::null_mut(), || Ok((*http).send(id, bytes(data.data, data.size)))).unwrap_or(1)
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_http_end(http: *const Http, id: u64, abort: bool) {
+    guard(std::ptr::null_mut(), || {
+        (*http).end(id, abort);
+        Ok(())
+    });
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_http_drain(http: *const Http) {
+    guard(std::ptr::null_mut(), || {
+        (*http).drain();
+        Ok(())
+    });
 }

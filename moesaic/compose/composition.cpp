@@ -4,12 +4,10 @@
 #include "moesaic/base/seed.h"
 #include "moesaic/base/sha256.h"
 #include "moesaic/models/registry.h"
+#include "moesaic/nn/kernels.h"
 
 namespace moesaic::compose {
 namespace {
-
-/// Rows of a frozen pass, for each thread, from which MKL computes every row of a product alike whatever their number.
-constexpr int64_t kRowsPerThread = 16;
 
 std::vector<int64_t> flat(const std::vector<std::vector<int64_t>>& sequences) {
   std::vector<int64_t> all;
@@ -127,6 +125,13 @@ void validate(const CompositionConfig& config, const models::DecoderConfig& anch
 
 CompositionMemory::CompositionMemory(nn::KvCache anchor_cache, std::vector<Stream> all)
     : anchor(std::move(anchor_cache)), streams(std::move(all)) {}
+
+int64_t CompositionMemory::token_bytes() const {
+  int64_t bytes = anchor.token_bytes();
+  // An augmenting model's tokens may be smaller; twice as many are rare.
+  for (const Stream& stream : streams) bytes += 2 * (stream.model.token_bytes() + stream.connections.token_bytes());
+  return bytes;
+}
 
 void CompositionMemory::truncate(int64_t b, int64_t length) {
   anchor.truncate(b, length);
@@ -374,17 +379,13 @@ nn::RaggedBatch batch_of(const std::vector<std::vector<int64_t>>& sequences, tor
 
 /// The frozen states of `sequences`, [rows, D] per block; a sequence's do not depend on the others.
 std::vector<torch::Tensor> compute_frozen_states(models::SingleModel& model, const std::vector<int64_t>& blocks,
-                                                 std::vector<std::vector<int64_t>> sequences) {
+                                                 const std::vector<std::vector<int64_t>>& sequences) {
   torch::NoGradGuard no_grad;
-  const auto rows = std::ssize(flat(sequences));
-  const int64_t wanted = model.device().is_cpu() ? kRowsPerThread * at::get_num_threads() : 0;
-  if (rows < wanted) sequences.emplace_back(wanted - rows, /*any id*/ 0);
+  const nn::AlikeRows alike(nn::AlikeRows::Number::kMany);
   const nn::RaggedBatch batch = batch_of(sequences, model.device());
   nn::Pass pass;
   model.prepare(batch, pass);
-  std::vector<torch::Tensor> states = states_at(model, batch, blocks, pass);
-  for (torch::Tensor& state : states) state = state.slice(0, 0, rows);
-  return states;
+  return states_at(model, batch, blocks, pass);
 }
 
 }  // namespace

@@ -88,6 +88,7 @@ class CompositionMemory : public models::Memory {
 
   int64_t sequences() const override { return anchor.batch_size(); }
   int64_t length(int64_t b) const override { return anchor.length(b); }
+  int64_t token_bytes() const override;
   void truncate(int64_t b, int64_t length) override;
 
   nn::KvCache anchor;

@@ -4,74 +4,14 @@
 #include <span>
 
 #include "moesaic/base/check.h"
-#include "moesaic/base/seed.h"
 #include "moesaic/generate/beam_search.h"
+#include "moesaic/generate/engine.h"
 #include "moesaic/generate/sampling.h"
 #include "moesaic/generate/stop.h"
 #include "moesaic/models/finite.h"
 
 namespace moesaic::generate {
 namespace {
-
-/// The tokenizer outlives a call; the decoder wants shared ownership.
-std::shared_ptr<const tokenizer::Tokenizer> borrow(const tokenizer::Tokenizer& tokenizer) {
-  return {std::shared_ptr<const void>(), &tokenizer};
-}
-
-/// One answer in the making.
-class Answer {
- public:
-  Answer(int64_t index, std::vector<int64_t> seen, const tokenizer::Tokenizer& tokenizer,
-         const SamplingOptions& options)
-      : index_(index),
-        seen_(std::move(seen)),
-        options_(options),
-        sampler_(options, derive_seed(options.seed, "answer",
-                                      static_cast<uint64_t>(options.first * options.num_return_sequences + index))),
-        decoder_(borrow(tokenizer)),
-        stops_(options.stop) {}
-
-  int64_t prompt() const { return index_ / options_.num_return_sequences; }
-  bool done() const { return !result_.finish_reason.empty(); }
-  Generation take() { return std::move(result_); }
-
-  /// Draws the next token from `logits` [V] and returns it.
-  int64_t step(std::span<float> logits, const StreamCallback& stream) {
-    const int64_t token = sampler_.next(logits, seen_);
-    seen_.push_back(token);
-    result_.ids.push_back(token);
-    if (std::find(options_.eos_ids.begin(), options_.eos_ids.end(), token) != options_.eos_ids.end()) {
-      finish("stop", stream);
-      return token;
-    }
-    const bool wanted = show(stops_.push(decoder_.push(token)), stream);
-    if (!wanted || stops_.found()) {
-      result_.finish_reason = "stop";
-    } else if (static_cast<int64_t>(result_.ids.size()) >= options_.max_new_tokens) {
-      finish("length", stream);
-    }
-    return token;
-  }
-
- private:
-  bool show(const std::string& piece, const StreamCallback& stream) {
-    result_.text += piece;
-    return piece.empty() || !stream || stream(index_, piece);
-  }
-  void finish(const char* reason, const StreamCallback& stream) {
-    show(stops_.push(decoder_.finish()), stream);
-    show(stops_.finish(), stream);
-    result_.finish_reason = stops_.found() ? "stop" : reason;
-  }
-
-  int64_t index_;              // among the answers to all prompts
-  std::vector<int64_t> seen_;  // what the answer goes on, and the answer
-  const SamplingOptions& options_;
-  Sampler sampler_;
-  tokenizer::StreamDecoder decoder_;
-  StopStrings stops_;
-  Generation result_;
-};
 
 /// The last row of every sequence; undefined when there are no others.
 torch::Tensor last_rows(const nn::RaggedBatch& batch) {
@@ -109,30 +49,33 @@ class Texts {
   RoutingCallback routing_;
 };
 
-/// Draws tokens for `live` until all are done. `texts` has seen everything but `logits`' next tokens. With one answer
-/// it is kept as it is at the end, without the last token.
-void decode(Texts& texts, std::vector<Answer*> live, torch::Tensor logits, const StreamCallback& stream) {
-  while (true) {
-    std::vector<std::vector<int64_t>> tokens;
-    std::vector<int64_t> kept, sequences;
-    std::vector<Answer*> next;
-    for (size_t row = 0; row < live.size(); ++row) {
-      const std::span<float> values(logits[static_cast<int64_t>(row)].data_ptr<float>(), logits.size(1));
-      const int64_t token = live[row]->step(values, stream);
-      if (live[row]->done()) continue;
-      tokens.push_back({token});
-      kept.push_back(static_cast<int64_t>(row));
-      sequences.push_back(live[row]->prompt());
-      next.push_back(live[row]);
-    }
-    if (next.empty()) return;
-    if (next.size() < live.size()) {
-      texts.keep(kept);
-      live = next;
-    }
-    logits = texts.run(tokens, sequences);
+/// Puts the pieces of all requests' answers together.
+class Collector : public Listener {
+ public:
+  /// `first`: the number of the first answer among all.
+  Collector(int64_t first, int64_t answers, const StreamCallback& stream)
+      : results(answers), first_(first), stream_(stream) {}
+
+  void began(int64_t tokens, std::vector<TokenLogprob>) override { reused = tokens; }
+  bool more(int64_t answer, Piece piece) override {
+    Generation& result = results[answer];
+    result.ids.push_back(piece.id);
+    result.text += piece.text;
+    result.finish_reason = piece.finish_reason;
+    const bool wanted = piece.text.empty() || !stream_ || stream_(first_ + answer, piece.text);
+    if (!wanted) result.finish_reason = "stop";
+    return wanted;
   }
-}
+  void failed(std::exception_ptr error) override { this->error = error; }
+
+  std::vector<Generation> results;
+  int64_t reused = 0;
+  std::exception_ptr error;
+
+ private:
+  int64_t first_;
+  const StreamCallback& stream_;
+};
 
 /// A finished beam.
 Generation generation_of(const Hypothesis& answer, const tokenizer::Tokenizer& tokenizer,
@@ -253,36 +196,39 @@ std::vector<Generation> generate(models::LanguageModel& model, const tokenizer::
   if (prompts.empty()) return {};
   torch::NoGradGuard no_grad;
   const models::Text text = text_of(model, prompts);
-  std::vector<int64_t> sequences(prompts.size());
-  std::iota(sequences.begin(), sequences.end(), 0);
-  const std::unique_ptr<models::Memory> memory = model.memory(std::ssize(prompts));
-  Texts texts(model, *memory, hooks.routing);
-  torch::Tensor logits = texts.run(text, sequences);
-  std::vector<std::vector<int64_t>> continued;
-  for (const Prompt& prompt : prompts) continued.push_back(model.continued(prompt.ids));
-  if (options.num_beams > 1) return search(texts, logits, std::move(continued), tokenizer, options);
-  std::vector<Answer> answers;
-  std::vector<Answer*> live;
-  std::vector<int64_t> rows;
-  answers.reserve(prompts.size() * options.num_return_sequences);
-  for (const int64_t b : sequences) {
-    for (int64_t i = 0; i < options.num_return_sequences; ++i) {
-      rows.push_back(b);
-      live.push_back(&answers.emplace_back(std::ssize(answers), continued[b], tokenizer, options));
-    }
+  if (options.num_beams > 1) {
+    std::vector<int64_t> sequences(prompts.size());
+    std::iota(sequences.begin(), sequences.end(), 0);
+    const std::unique_ptr<models::Memory> memory = model.memory(std::ssize(prompts));
+    Texts texts(model, *memory, hooks.routing);
+    const torch::Tensor logits = texts.run(text, sequences);
+    std::vector<std::vector<int64_t>> continued;
+    for (const Prompt& prompt : prompts) continued.push_back(model.continued(prompt.ids));
+    return search(texts, logits, std::move(continued), tokenizer, options);
   }
-  if (rows.size() > sequences.size()) {
-    texts.keep(rows);
-    logits = logits.index_select(0, torch::tensor(rows, torch::kInt64));
+  Engine engine(model, tokenizer, {.routing = hooks.routing});
+  std::vector<std::shared_ptr<Collector>> collectors;
+  SamplingOptions own = options;
+  for (const Prompt& prompt : prompts) {
+    const int64_t first = std::ssize(collectors) * options.num_return_sequences;
+    collectors.push_back(std::make_shared<Collector>(first, options.num_return_sequences, hooks.stream));
+    engine.submit({prompt, own}, collectors.back());
+    ++own.first;
   }
-  decode(texts, live, logits, hooks.stream);
+  while (engine.step()) {
+  }
   std::vector<Generation> results;
-  for (Answer& answer : answers) results.push_back(answer.take());
+  for (const auto& collector : collectors) {
+    if (collector->error) std::rethrow_exception(collector->error);
+    for (Generation& answer : collector->results) results.push_back(std::move(answer));
+  }
   return results;
 }
 
 Session::Session(models::LanguageModel& model, const tokenizer::Tokenizer& tokenizer)
-    : model_(model), tokenizer_(tokenizer), memory_(model.memory(1)) {}
+    : engine_(std::make_unique<Engine>(model, tokenizer, EngineOptions{.kept = 1, .alike = false})) {}
+
+Session::~Session() = default;
 
 Generation Session::answer(const Prompt& prompt, const SamplingOptions& options, const StreamCallback& stream) {
   validate(options);
@@ -290,34 +236,13 @@ Generation Session::answer(const Prompt& prompt, const SamplingOptions& options,
                 "a conversation: got num_beams {} and num_return_sequences {}, expected 1: it goes on from one answer "
                 "as it was written",
                 options.num_beams, options.num_return_sequences);
-  torch::NoGradGuard no_grad;
-  models::Text text = text_of(model_, {prompt});
-  // Sentence embeddings of the model are those of the whole prompt.
-  const bool embedded = model_.needs().sentence == nn::Needs::Sentence::kHidden;
-  reused_ = 0;
-  if (prompt.sentence == last_.sentence && prompt.mixture == last_.mixture && (!embedded || prompt.ids == last_.ids)) {
-    const auto differ = std::mismatch(prompt.ids.begin(), prompt.ids.end(), seen_.begin(), seen_.end()).first;
-    // The last token is always computed: its logits are what comes next.
-    reused_ = std::min<int64_t>(differ - prompt.ids.begin(), std::ssize(prompt.ids) - 1);
+  const auto collector = std::make_shared<Collector>(0, 1, stream);
+  engine_->submit({prompt, options}, collector);
+  while (engine_->step()) {
   }
-  if (std::max(prompt.ids.size(), seen_.size()) > static_cast<uint64_t>(model_.exact_memory())) reused_ = 0;
-  last_ = prompt;
-  if (reused_ > 0) {
-    memory_->truncate(0, reused_);
-    reused_ = memory_->length(0);
-  }
-  if (reused_ == 0) memory_ = model_.memory(1);  // without the last prompt's vectors and weights
-  seen_.resize(reused_);
-  text.tokens =
-      nn::RaggedBatch::from_sequences({{prompt.ids.begin() + reused_, prompt.ids.end()}}, model_.facts().device);
-  Texts texts(model_, *memory_, nullptr);
-  Answer answer(0, model_.continued(prompt.ids), tokenizer_, options);
-  decode(texts, {&answer}, texts.run(text, {0}), stream);
-  Generation result = answer.take();
-  seen_ = prompt.ids;
-  seen_.insert(seen_.end(), result.ids.begin(), result.ids.end());
-  seen_.resize(memory_->length(0));
-  return result;
+  if (collector->error) std::rethrow_exception(collector->error);
+  reused_ = collector->reused;
+  return std::move(collector->results[0]);
 }
 
 namespace {

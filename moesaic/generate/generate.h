@@ -27,6 +27,11 @@ struct SamplingOptions {
   int64_t num_return_sequences = 1;      // answers to each prompt: the best beams, or as many draws
   uint64_t seed = 0;                     // of the sampling
   int64_t first = 0;                     // number of the first prompt among all of this seed
+  int64_t min_new_tokens = 0;            // no eos_ids before
+  double frequency_penalty = 0;          // taken from a token's logit for each time the answer holds it
+  double presence_penalty = 0;           // taken once from each token that the answer holds
+  std::vector<std::pair<int64_t, double>> logit_bias{};  // added to tokens' logits; -infinity forbids
+  bool include_stop = false;                             // the stop string found stays in the answer
 };
 
 /// What is asked, and with which adapters.
@@ -73,10 +78,13 @@ std::vector<Generation> generate(models::LanguageModel& model, const tokenizer::
                                  const std::vector<Prompt>& prompts, const SamplingOptions& options,
                                  const Hooks& hooks = {});
 
+class Engine;
+
 /// One conversation whose memory is kept from answer to answer.
 class Session {
  public:
   Session(models::LanguageModel& model, const tokenizer::Tokenizer& tokenizer);
+  ~Session();
   /// Answers `prompt`, the whole conversation so far. Only what differs from the tokens already seen is computed; other
   /// sentence vectors or adapter weights than last time make everything before worthless and it is computed again.
   Generation answer(const Prompt& prompt, const SamplingOptions& options, const StreamCallback& stream = nullptr);
@@ -84,11 +92,7 @@ class Session {
   int64_t reused() const { return reused_; }
 
  private:
-  models::LanguageModel& model_;
-  const tokenizer::Tokenizer& tokenizer_;
-  std::unique_ptr<models::Memory> memory_;
-  Prompt last_;
-  std::vector<int64_t> seen_;  // the tokens that memory_ holds
+  std::unique_ptr<Engine> engine_;
   int64_t reused_ = 0;
 };
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <map>
 #include <numeric>
 
 #include "moesaic/base/check.h"
@@ -30,6 +31,14 @@ void apply_repetition_penalty(std::span<float> logits, const std::vector<int64_t
   for (int64_t token : tokens) {
     float& logit = logits[token];
     logit = static_cast<float>(logit < 0 ? logit * penalty : logit / penalty);
+  }
+}
+
+void apply_penalties(std::span<float> logits, std::span<const int64_t> answer, double frequency, double presence) {
+  std::map<int64_t, int64_t> counts;
+  for (const int64_t token : answer) ++counts[token];
+  for (const auto& [token, count] : counts) {
+    logits[token] -= static_cast<float>(frequency * static_cast<double>(count) + presence);
   }
 }
 
@@ -95,7 +104,17 @@ void validate(const SamplingOptions& options) {
   expect(options.min_p >= 0 && options.min_p <= 1, "min_p", options.min_p, "0 (off) to 1");
   expect(options.repetition_penalty > 0 && std::isfinite(options.repetition_penalty), "repetition_penalty",
          options.repetition_penalty, "above 0 (1 = off)");
+  expect(options.min_new_tokens >= 0 && options.min_new_tokens <= options.max_new_tokens, "min_new_tokens",
+         static_cast<double>(options.min_new_tokens), "0 to max_new_tokens");
+  for (const auto& [name, value] : {std::pair("frequency_penalty", options.frequency_penalty),
+                                    std::pair("presence_penalty", options.presence_penalty)}) {
+    expect(value >= -2 && value <= 2, name, value, "-2 to 2 (0 = off)");
+  }
   const bool beams = options.num_beams > 1;
+  expect(!beams || (options.logit_bias.empty() && options.frequency_penalty == 0 && options.presence_penalty == 0 &&
+                    options.min_new_tokens == 0),
+         "num_beams", static_cast<double>(options.num_beams),
+         "1 with logit_bias, min_new_tokens, frequency_penalty or presence_penalty");
   expect(options.num_beams >= 1, "num_beams", static_cast<double>(options.num_beams), "1 (no beam search) or more");
   expect(!beams || options.temperature == 0, "temperature", options.temperature,
          "0 with num_beams: a beam draws nothing");
@@ -116,12 +135,22 @@ void validate(const SamplingOptions& options) {
   MOESAIC_CHECK(wrong.empty(), UsageError, "sampling options out of range:{}", wrong);
 }
 
-int64_t Sampler::next(std::span<float> logits, const std::vector<int64_t>& seen) {
+int64_t Sampler::next(std::span<float> logits, const std::vector<int64_t>& seen, int64_t prompt) {
+  auto largest = [&] { return std::max_element(logits.begin(), logits.end()); };
+  check_logits(std::isfinite(*largest()) && std::none_of(logits.begin(), logits.end(), [](float z) { return std::isnan(z); }),
+               seen.size());
+  const std::span<const int64_t> answer(seen.data() + prompt, seen.size() - prompt);
   if (options_.repetition_penalty != 1.0) apply_repetition_penalty(logits, seen, options_.repetition_penalty);
-  auto best = std::max_element(logits.begin(), logits.end());
-  const bool finite =
-      std::isfinite(*best) && std::none_of(logits.begin(), logits.end(), [](float z) { return std::isnan(z); });
-  check_logits(finite, seen.size());
+  if (options_.frequency_penalty != 0 || options_.presence_penalty != 0) {
+    apply_penalties(logits, answer, options_.frequency_penalty, options_.presence_penalty);
+  }
+  for (const auto& [token, bias] : options_.logit_bias) logits[token] += static_cast<float>(bias);
+  if (std::ssize(answer) < options_.min_new_tokens) {
+    for (const int64_t id : options_.eos_ids) logits[id] = kRemoved;
+  }
+  const auto best = largest();
+  MOESAIC_CHECK(std::isfinite(*best), UsageError,
+                "logit_bias: it forbids every token after {}, expected at least one that is left", seen.size());
   if (options_.temperature == 0) return best - logits.begin();
   apply_filters(logits, options_);
   const auto [weights, sum] = exponentials(logits);

@@ -10,7 +10,9 @@ std::string StopStrings::push(const std::string& piece) {
   held_ += piece;
   size_t stop_at = std::string::npos;
   for (const std::string& stop : stops_) {
-    if (!stop.empty()) stop_at = std::min(stop_at, held_.find(stop));
+    const size_t at = stop.empty() ? std::string::npos : held_.find(stop);
+    if (at < stop_at) what_ = stop;
+    stop_at = std::min(stop_at, at);
   }
   if (stop_at != std::string::npos) {
     found_ = true;

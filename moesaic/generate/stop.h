@@ -15,10 +15,12 @@ class StopStrings {
   /// What was held back, at the end of the answer.
   std::string finish();
   bool found() const { return found_; }
+  /// The stop string that was found.
+  const std::string& what() const { return what_; }
 
  private:
   std::vector<std::string> stops_;
-  std::string held_;
+  std::string held_, what_;
   bool found_ = false;
 };
 

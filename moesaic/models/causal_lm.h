@@ -21,6 +21,7 @@ class CacheMemory : public Memory {
   explicit CacheMemory(nn::KvCache of) : cache(std::move(of)) {}
   int64_t sequences() const override { return cache.batch_size(); }
   int64_t length(int64_t b) const override { return cache.length(b); }
+  int64_t token_bytes() const override { return cache.token_bytes(); }
   void truncate(int64_t b, int64_t length) override { cache.truncate(b, length); }
 
   nn::KvCache cache;

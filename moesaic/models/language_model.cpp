@@ -25,7 +25,10 @@ torch::Tensor of_beginning(const torch::Tensor& kept, const torch::Tensor& fresh
 /// Which sequences of the text begin with it.
 std::vector<uint8_t> beginnings(const Text& text, const Memory* memory) {
   std::vector<uint8_t> begins;
-  for (int64_t b = 0; b < text.tokens.batch_size(); ++b) begins.push_back(memory == nullptr || memory->length(b) == 0);
+  for (int64_t b = 0; b < text.tokens.batch_size(); ++b) {
+    const bool has_rows = text.tokens.offsets[b] < text.tokens.offsets[b + 1];
+    begins.push_back(memory == nullptr || (has_rows && memory->length(b) == 0));
+  }
   return begins;
 }
 
@@ -77,7 +80,7 @@ int64_t LanguageModel::scratch_bytes(int64_t tokens) {
 
 std::vector<std::string> LanguageModel::source_texts(int64_t, const std::vector<int64_t>&) const { return {}; }
 
-void LanguageModel::attach(const std::string& name, std::shared_ptr<nn::Attachment> attachment) {
+void LanguageModel::attach(const std::string& name, std::shared_ptr<nn::Attachment> attachment, Memory* memory) {
   const nn::Needs before = needs(), wants = attachment->needs();
   for (const auto& other : attachments_) {
     MOESAIC_CHECK(other->owner() != name, UsageError,
@@ -99,6 +102,25 @@ void LanguageModel::attach(const std::string& name, std::shared_ptr<nn::Attachme
                 name, attachments_.size() + 1);
   attachment->name_as(name, std::ssize(attachments_));
   attachments_.push_back(std::move(attachment));
+  if (memory == nullptr || memory->sequences() == 0) return;
+  const torch::Tensor kept = memory->mixture;
+  const torch::Tensor none = torch::zeros({memory->sequences(), 1}, torch::dtype(torch::kFloat32).device(facts().device));
+  memory->mixture = kept.defined() ? torch::cat({kept, none}, 1) : none;
+}
+
+std::shared_ptr<nn::Attachment> LanguageModel::detach(const std::string& name, Memory* memory) {
+  const int64_t gone = column(name);
+  std::shared_ptr<nn::Attachment> attachment = std::move(attachments_[gone]);
+  attachments_.erase(attachments_.begin() + gone);
+  attachment->detach();
+  for (int64_t c = gone; c < std::ssize(attachments_); ++c) attachments_[c]->name_as(attachments_[c]->owner(), c);
+  if (memory != nullptr && memory->mixture.defined()) {
+    const torch::Tensor& kept = memory->mixture;
+    memory->mixture = attachments_.empty()
+                          ? torch::Tensor()
+                          : torch::cat({kept.narrow(1, 0, gone), kept.narrow(1, gone + 1, kept.size(1) - gone - 1)}, 1);
+  }
+  return attachment;
 }
 
 int64_t LanguageModel::column(const std::string& name) const {
@@ -163,15 +185,27 @@ torch::Tensor LanguageModel::sentence_vectors(const Text& text, const Memory* me
                 "prompts: got {} for {} sequences", text.prompts.size(), batch);
   torch::NoGradGuard no_grad;
   nn::AdapterDisabled disabled;
-  const nn::RaggedBatch prompts =
-      text.prompts.empty() ? text.tokens : nn::RaggedBatch::from_sequences(text.prompts, facts().device);
-  const torch::Tensor hidden = prompt_states(prompts);
-  std::vector<torch::Tensor> means;
+  std::vector<int64_t> beginning;
+  std::vector<std::vector<int64_t>> prompts;
   for (int64_t b = 0; b < batch; ++b) {
-    means.push_back(
-        hidden.slice(0, prompts.offsets[b], prompts.offsets[b + 1]).mean(0, /*keepdim=*/false, torch::kFloat32));
+    if (!begins[b]) continue;
+    beginning.push_back(b);
+    if (!text.prompts.empty()) prompts.push_back(text.prompts[b]);
   }
-  return of_beginning(kept, torch::stack(means), begins);
+  const bool whole = text.prompts.empty() && std::ssize(beginning) == batch;
+  for (size_t i = 0; i < beginning.size() && text.prompts.empty() && !whole; ++i) {
+    const torch::Tensor ids =
+        text.tokens.tokens.slice(0, text.tokens.offsets[beginning[i]], text.tokens.offsets[beginning[i] + 1]).cpu();
+    prompts.emplace_back(ids.data_ptr<int64_t>(), ids.data_ptr<int64_t>() + ids.numel());
+  }
+  const nn::RaggedBatch read = whole ? text.tokens : nn::RaggedBatch::from_sequences(prompts, facts().device);
+  const torch::Tensor hidden = prompt_states(read);
+  torch::Tensor means = torch::zeros({batch, hidden.size(1)}, torch::dtype(torch::kFloat32).device(hidden.device()));
+  for (size_t i = 0; i < beginning.size(); ++i) {
+    means[beginning[i]].copy_(
+        hidden.slice(0, read.offsets[i], read.offsets[i + 1]).mean(0, /*keepdim=*/false, torch::kFloat32));
+  }
+  return of_beginning(kept, means, begins);
 }
 
 torch::Tensor LanguageModel::mixture_rows(const Text& text, const Memory* memory) const {

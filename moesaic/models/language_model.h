@@ -40,6 +40,8 @@ class Memory {
   virtual int64_t sequences() const = 0;
   /// Tokens of sequence b.
   virtual int64_t length(int64_t b) const = 0;
+  /// Bytes that one more token of a sequence takes, at most.
+  virtual int64_t token_bytes() const = 0;
   /// Drops everything of sequence b behind its first `length` tokens; all of it where these can't be had alone (half of
   /// what an encoder has read). length() tells.
   virtual void truncate(int64_t b, int64_t length) = 0;
@@ -106,8 +108,10 @@ class LanguageModel {
 
   /// Takes an adapter made for the first part's sites under its name; the model owns it from here on. Its column of
   /// `mixture` is its number. Throws UsageError when the name is taken, or when one adapter reads sentence embeddings
-  /// of the model and another of a column.
-  void attach(const std::string& name, std::shared_ptr<nn::Attachment> attachment);
+  /// of the model and another of a column. The sequences of `memory` give it weight 0.
+  void attach(const std::string& name, std::shared_ptr<nn::Attachment> attachment, Memory* memory = nullptr);
+  /// Gives the adapter `name` back; those behind it move up a column, in `memory` too. Throws as column() does.
+  std::shared_ptr<nn::Attachment> detach(const std::string& name, Memory* memory = nullptr);
   const std::vector<std::shared_ptr<nn::Attachment>>& attachments() const { return attachments_; }
   /// Column of the adapter `name`; throws UsageError with the names there are.
   int64_t column(const std::string& name) const;

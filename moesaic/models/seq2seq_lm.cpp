@@ -84,6 +84,8 @@ int64_t Seq2SeqMemory::length(int64_t b) const {
   return sources.length(b) + std::max<int64_t>(answers.length(b) - 1, 0);
 }
 
+int64_t Seq2SeqMemory::token_bytes() const { return answers.token_bytes(); }
+
 void Seq2SeqMemory::truncate(int64_t b, int64_t length) {
   const bool keeps_source = length > 0 && length >= sources.length(b);
   answers.truncate(b, keeps_source ? length - sources.length(b) + 1 : 0);

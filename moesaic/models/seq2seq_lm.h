@@ -47,6 +47,7 @@ class Seq2SeqMemory : public Memory {
   int64_t sequences() const override { return answers.batch_size(); }
   /// The source's tokens and the answer's; the start token stands in the place of the source's last one.
   int64_t length(int64_t b) const override;
+  int64_t token_bytes() const override;
   void truncate(int64_t b, int64_t length) override;
 
   nn::KvCache answers;

@@ -367,7 +367,99 @@ torch::Tensor LowRankGroup::gate(const torch::Tensor& x, const torch::Tensor& u,
   return torch::cat(gated, 1);
 }
 
+namespace {
+
+/// What a row needs to know of the experts at one linear.
+struct MixedExperts {
+  const LowRankExperts* experts;
+  int64_t target;         // first column of their linear
+  const float* a;         // [E r, in]
+  const float* b;         // [E r, out]
+  const float* router;    // [E, in] of a plain router, else null
+  torch::Tensor weights;  // [N, E] of another router
+};
+
+/// u[e, :] *= softmax(logits / temperature)[e].
+void gate_row(float* u, float* logits, int64_t experts, int64_t rank, double temperature) {
+  const float inverse = static_cast<float>(1.0 / temperature), top = *std::max_element(logits, logits + experts);
+  float sum = 0;
+  for (int64_t e = 0; e < experts; ++e) sum += logits[e] = std::exp((logits[e] - top) * inverse);
+  for (int64_t e = 0; e < experts; ++e) {
+    for (int64_t i = 0; i < rank; ++i) u[e * rank + i] *= logits[e] / sum;
+  }
+}
+
+/// y[begin, end) += what `mixed` adds there, times `weight`. x: [N, in]; y: [N, O]; both float32.
+void add_experts(const torch::Tensor& x, const MixedExperts& mixed, float weight, int64_t begin, int64_t end,
+                 torch::Tensor& y) {
+  const LowRankExperts& own = *mixed.experts;
+  const int64_t in = x.size(1), width = own.width(), count = end - begin, out = own.b.size(1);
+  const float* rows = x.data_ptr<float>() + begin * x.stride(0);
+  std::vector<float> u(count * width), logits;
+  nn::kernels().thin_dots(rows, x.stride(0), mixed.a, width, in, 1.0f, u.data(), width, 0, count);
+  if (mixed.router != nullptr) {
+    logits.resize(count * own.experts);
+    nn::kernels().thin_dots(rows, x.stride(0), mixed.router, own.experts, in, 1.0f, logits.data(), own.experts, 0,
+                            count);
+  }
+  for (int64_t n = 0; n < count; ++n) {
+    float* ranks = u.data() + n * width;
+    if (mixed.router != nullptr) {
+      gate_row(ranks, logits.data() + n * own.experts, own.experts, own.rank, own.router.options.temperature);
+    } else if (mixed.weights.defined()) {
+      const float* of_row = mixed.weights.data_ptr<float>() + (begin + n) * own.experts;
+      for (int64_t i = 0; i < width; ++i) ranks[i] *= of_row[i / own.rank];
+    }
+    for (int64_t i = 0; weight != 1 && i < width; ++i) ranks[i] *= weight;
+  }
+  nn::kernels().thin_add(u.data(), width, mixed.b, width, out, static_cast<float>(own.scale),
+                         y.data_ptr<float>() + begin * y.stride(0) + mixed.target, y.stride(0), 0, count);
+}
+
+}  // namespace
+
+torch::Tensor LowRankGroup::forward_mixed(const torch::Tensor& x, const nn::LinearGroup& group, nn::Pass& pass) const {
+  constexpr int64_t kRowGrain = 4;
+  torch::Tensor y = group.base(x, pass);
+  const torch::Tensor input = x.to(torch::kFloat32).contiguous();
+  const bool narrow = y.scalar_type() != torch::kFloat32;
+  torch::Tensor sum = narrow ? torch::zeros(y.sizes(), torch::kFloat32) : y;
+  const std::vector<nn::MixtureRun> runs = pass.mixture_runs();
+  auto weight_of = [](const LowRankExperts& e, const nn::MixtureRun& run) {
+    return e.column < 0 ? 1.0f : run.weights[e.column];
+  };
+  std::vector<MixedExperts> used;
+  for (const auto& e : experts_) {
+    if (std::all_of(runs.begin(), runs.end(), [&](const auto& run) { return weight_of(*e, run) == 0; })) continue;
+    MixedExperts mixed{e.get(), group.column(e->index), e->a.data_ptr<float>(), e->b.data_ptr<float>(), nullptr, {}};
+    if (e->router.defined() && e->router.options.plain()) {
+      mixed.router = e->router.weight.data_ptr<float>();
+    } else if (e->router.defined()) {
+      const bool own_input = e->router.options.input == RouterInput::kToken ||
+                             e->router.options.input == RouterInput::kFfnProduct;
+      mixed.weights = own_input ? e->router.route(e->router.logits(x, pass), pass, 1) : e->router.route_from_pass(pass);
+      mixed.weights = mixed.weights.contiguous();
+    }
+    used.push_back(std::move(mixed));
+  }
+  if (used.empty()) return y;
+  at::parallel_for(0, x.size(0), kRowGrain, [&](int64_t first, int64_t last) {
+    for (const nn::MixtureRun& run : runs) {
+      const int64_t begin = std::max(first, run.begin), end = std::min(last, run.end);
+      for (const MixedExperts& mixed : used) {
+        const float weight = weight_of(*mixed.experts, run);
+        if (begin < end && weight != 0) add_experts(input, mixed, weight, begin, end, sum);
+      }
+    }
+  });
+  return narrow ? y.add_(sum) : y;
+}
+
 torch::Tensor LowRankGroup::forward(const torch::Tensor& x, const nn::LinearGroup& group, nn::Pass& pass) {
+  const bool learns = torch::GradMode::is_enabled() && (x.requires_grad() || trains());
+  if (pass.mixture.defined() && pass.routing == nullptr && !learns && !pass.training && x.is_cpu()) {
+    return forward_mixed(x, group, pass);
+  }
   bool dropout = false, pairs_train = false, routers_train = false;
   std::vector<torch::Tensor> leaves, bs;
   std::vector<int64_t> columns;

@@ -54,6 +54,9 @@ class LowRankGroup : public nn::GroupAdapter {
   int64_t saved_per_row() const override;
 
  private:
+  /// forward() where every row has its own weights of the adapters and nothing learns: a row computes those alone that
+  /// it gives a weight to, and gets the same bits whatever is beside it.
+  torch::Tensor forward_mixed(const torch::Tensor& x, const nn::LinearGroup& group, nn::Pass& pass) const;
   void fuse();
   /// The gated ranks [N, sum E*r] from U and the logits of plain routers.
   torch::Tensor gate(const torch::Tensor& x, const torch::Tensor& u, const torch::Tensor& logits, nn::Pass& pass) const;

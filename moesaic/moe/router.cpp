@@ -2,6 +2,7 @@
 
 #include "moesaic/base/check.h"
 #include "moesaic/moe/wide_rows.h"
+#include "moesaic/nn/kernels.h"
 
 namespace moesaic::moe {
 namespace {
@@ -55,7 +56,13 @@ torch::Tensor Router::logits(const torch::Tensor& u, const nn::Pass& pass) const
     const torch::Tensor input = u.to(weight.scalar_type());
     product = at::linear(input * torch::empty_like(input).uniform_(1.0 - options.jitter, 1.0 + options.jitter), weight);
   } else {
-    product = u.element_size() == 2 ? WideLinear::apply(u, weight) : at::linear(u.to(weight.scalar_type()), weight);
+    const bool alike = nn::AlikeRows::now() != nn::AlikeRows::Number::kAny && !torch::GradMode::is_enabled();
+    std::vector<int64_t> shape = u.sizes().vec();
+    shape.back() = weight.size(0);
+    const torch::Tensor wide = u.element_size() == 2 && !alike ? u : u.to(weight.scalar_type());
+    product = alike                ? nn::thin_dots(wide.reshape({-1, u.size(-1)}), weight).view(shape)
+              : u.element_size() == 2 ? WideLinear::apply(u, weight)
+                                      : at::linear(wide, weight);
   }
   if (options.absolute) product = product.abs();
   return options.temperature == 1.0 ? product : product / options.temperature;

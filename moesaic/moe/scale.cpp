@@ -2,6 +2,7 @@
 
 #include "moesaic/base/check.h"
 #include "moesaic/moe/wide_rows.h"
+#include "moesaic/nn/kernels.h"
 
 namespace moesaic::moe {
 namespace {
@@ -178,15 +179,33 @@ struct ScaledRows : torch::autograd::Function<ScaledRows> {
 ScaleExperts::ScaleExperts(torch::Tensor v, Router r, double effect)
     : vectors(std::move(v)), router(std::move(r)), effect_(effect) {}
 
+namespace {
+
+bool are_alike() { return nn::AlikeRows::now() != nn::AlikeRows::Number::kAny; }
+
+/// weights v: [N, E] x [E, f].
+torch::Tensor mixed_vectors(const torch::Tensor& weights, const torch::Tensor& v) {
+  if (!are_alike()) return at::mm(weights, v);
+  torch::Tensor m = torch::zeros({weights.size(0), v.size(1)}, v.options().requires_grad(false));
+  nn::thin_add(weights, v, 1.0, m);
+  return m;
+}
+
+}  // namespace
+
 torch::Tensor ScaleExperts::merge(const torch::Tensor& weights) const {
   // Residual top-k: 1 + sum w (v - 1), so that a small kept mass does not shrink the activation.
   const bool residual = router.options.top_k > 0 && router.options.topk_mode == TopkMode::kResidual;
   const torch::Tensor v = residual ? vectors - 1 : vectors;
   torch::Tensor m;
   if (vectors.dim() == 2) {
-    m = at::mm(weights, v);
+    m = mixed_vectors(weights, v);
   } else if (weights.dim() == 2) {
-    m = at::mm(weights, v.flatten(1)).view({-1, v.size(1), v.size(2)});
+    m = mixed_vectors(weights, v.flatten(1)).view({-1, v.size(1), v.size(2)});
+  } else if (are_alike()) {
+    std::vector<torch::Tensor> heads;
+    for (int64_t h = 0; h < v.size(1); ++h) heads.push_back(mixed_vectors(weights.select(1, h), v.select(1, h)));
+    m = torch::stack(heads, 1);
   } else {
     m = at::bmm(weights.transpose(0, 1), v.transpose(0, 1)).transpose(0, 1);
   }
@@ -213,19 +232,27 @@ torch::Tensor ScaleExperts::merged(const torch::Tensor& own_input, nn::Pass& pas
 
 bool ScaleExperts::fused(const torch::Tensor& input, const nn::Pass& pass) const {
   return router.defined() && router.options.plain() && router.options.temperature == 1.0 && effect_ == 1.0 &&
-         pass.routing == nullptr && !(pass.mixture.defined() && column >= 0) &&
+         !are_alike() && pass.routing == nullptr && !(pass.mixture.defined() && column >= 0) &&
          (input.scalar_type() == vectors.scalar_type() || input.scalar_type() == torch::kBFloat16);
+}
+
+bool ScaleExperts::unused(const nn::Pass& pass) const {
+  if (!pass.mixture.defined() || column < 0 || pass.routing != nullptr || !pass.mixture.is_cpu()) return false;
+  const std::vector<nn::MixtureRun> runs = pass.mixture_runs();
+  return std::all_of(runs.begin(), runs.end(), [&](const nn::MixtureRun& run) { return run.weights[column] == 0; });
 }
 
 int64_t ScaleExperts::saved_per_row() const { return vectors.size(0) * (vectors.dim() == 3 ? vectors.size(1) : 1); }
 
 torch::Tensor ScaleExperts::forward(const torch::Tensor& y, nn::Pass& pass) {
+  if (unused(pass)) return y;
   if (y.dim() == 3 && vectors.dim() == 2) return forward(y.flatten(1), pass).view(y.sizes());
   if (y.dim() == 3 && fused(y, pass)) return MovHeads::apply(y, router.weight, vectors);
   return ScaledRows::apply(y, merged(y, pass), y, /*gated=*/false);
 }
 
 torch::Tensor ScaleExperts::forward_ffn(const torch::Tensor& act, const torch::Tensor& up, nn::Pass& pass) {
+  if (unused(pass)) return act * up;
   if (fused(act, pass)) return MovFfn::apply(act, up, router.weight, vectors);
   const bool product = router.defined() && router.options.input == RouterInput::kFfnProduct;
   return ScaledRows::apply(act, merged(product ? act * up : act, pass), up, /*gated=*/true);

@@ -37,6 +37,8 @@ class ScaleExperts : public nn::ScaleAdapter {
   /// The merged scale for weights [N, E] or [N, H, E]: [N, f] or [N, H, k].
   torch::Tensor merge(const torch::Tensor& weights) const;
   torch::Tensor merged(const torch::Tensor& own_input, nn::Pass& pass) const;
+  /// No row gives it a weight: its scale is one everywhere.
+  bool unused(const nn::Pass& pass) const;
   /// Plain soft merging with nothing to watch and nothing to weigh: the fused functions apply.
   bool fused(const torch::Tensor& input, const nn::Pass& pass) const;
 

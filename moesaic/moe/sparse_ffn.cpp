@@ -2,6 +2,8 @@
 
 #include <numeric>
 
+#include "moesaic/nn/kernels.h"
+
 namespace moesaic::moe {
 namespace {
 
@@ -112,7 +114,7 @@ torch::Tensor SparseFfnImpl::forward(const torch::Tensor& x, nn::Pass& pass) {
   const torch::Tensor y = routed(x, pass);
   if (!shared_) return y;
   torch::Tensor gate;
-  if (shared_gate_) gate = wide(at::linear(x, shared_gate_->weight).flatten()).sigmoid();
+  if (shared_gate_) gate = wide(nn::linear_rows(x, shared_gate_->weight, {}).flatten()).sigmoid();
   return y + shared_->forward(x, pass, gate);
 }
 

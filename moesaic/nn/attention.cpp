@@ -3,7 +3,7 @@
 #include <ATen/Parallel.h>
 
 #include "moesaic/base/check.h"
-#include "moesaic/nn/kernel_table.h"
+#include "moesaic/nn/kernels.h"
 #include "moesaic/nn/kv_cache.h"
 #include "moesaic/nn/rope.h"
 #include "moesaic/nn/source.h"
@@ -198,57 +198,86 @@ torch::Tensor cuda_flash_attention(const torch::Tensor& q, const torch::Tensor& 
                                                   options.causal, false, options.scale, left, right));
 }
 
-/// One new position per sequence, float32 on the CPU: a task per sequence and KV head.
-torch::Tensor decode_attention(const torch::Tensor& q,
-                               const std::vector<std::pair<torch::Tensor, torch::Tensor>>& cached,
-                               const AttentionOptions& options) {
-  const int64_t heads = q.size(1), k = q.size(2), kv_heads = cached.front().first.size(1), group = heads / kv_heads;
-  torch::Tensor out = at::empty(q.sizes(), q.options());
+/// Neighbouring rows [begin, end) of one sequence, and how many of its keys the last of them sees.
+struct Stretch {
+  size_t sequence;
+  int64_t begin, end, keys;
+};
+
+/// Single positions, float32 on the CPU: a task per row and KV head. q, out: [N, H, k], contiguous.
+void decode_attention(const torch::Tensor& q, const std::vector<Stretch>& singles,
+                      const std::vector<std::pair<torch::Tensor, torch::Tensor>>& cached,
+                      const AttentionOptions& options, const torch::Tensor& out) {
+  if (singles.empty()) return;
+  const int64_t heads = q.size(1), k = q.size(2), kv_heads = cached[singles[0].sequence].first.size(1);
+  const int64_t group = heads / kv_heads;
   const float* q_data = q.data_ptr<float>();
   float* out_data = out.data_ptr<float>();
-  const int64_t tasks = static_cast<int64_t>(cached.size()) * kv_heads;
-  const int64_t work = 2 * group * k * cached.front().first.size(0);  // multiply-adds of a task
-  std::vector<torch::Tensor> biases;                                  // [H, 1, T] of each sequence
-  for (const auto& [keys, values] : cached) {
-    if (options.bias) biases.push_back(options.bias.ptr()->forward(1, keys.size(0)));
+  const int64_t tasks = std::ssize(singles) * kv_heads;
+  const int64_t work = 2 * group * k * singles[0].keys;  // multiply-adds of a task
+  std::vector<torch::Tensor> biases;                     // [H, 1, T] of each row
+  for (const Stretch& row : singles) {
+    if (options.bias) biases.push_back(options.bias.ptr()->forward(1, row.keys));
   }
   at::parallel_for(0, tasks, std::max<int64_t>((64 << 10) / work, 1), [&](int64_t begin, int64_t end) {
     std::vector<float> scores;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / kv_heads, head = task % kv_heads;
-      const auto& [keys, values] = cached[b];
-      const int64_t total = keys.size(0), length = options.window > 0 ? std::min(total, options.window) : total;
+      const int64_t i = task / kv_heads, head = task % kv_heads;
+      const auto& [keys, values] = cached[singles[i].sequence];
+      const int64_t total = singles[i].keys, length = options.window > 0 ? std::min(total, options.window) : total;
       const int64_t start = (total - length) * kv_heads * k + head * k;
       scores.resize(group * length);
-      const int64_t row = (b * heads + head * group) * k;
-      const int64_t bias_stride = biases.empty() ? 0 : biases[b].stride(0);
-      const float* bias = biases.empty() ? nullptr : biases[b].data_ptr<float>() + head * group * bias_stride;
+      const int64_t row = (singles[i].begin * heads + head * group) * k;
+      const int64_t bias_stride = biases.empty() ? 0 : biases[i].stride(0);
+      const float* bias = biases.empty() ? nullptr : biases[i].data_ptr<float>() + head * group * bias_stride;
       kernels().attend(q_data + row, keys.data_ptr<float>() + start, values.data_ptr<float>() + start, kv_heads * k,
                        length, group, k, static_cast<float>(options.scale), static_cast<float>(options.softcap), bias,
                        bias_stride, scores.data(), out_data + row);
     }
   });
-  return out;
+}
+
+/// The rows of each sequence whose keys and values [T, H_kv, k] are `cached`; the rows are its last. Under AlikeRows
+/// they are cut where their positions are multiples of 32, since fused kernels round a row as suits those beside it.
+std::vector<Stretch> stretches(const std::vector<int64_t>& offsets,
+                               const std::vector<std::pair<torch::Tensor, torch::Tensor>>& cached, bool causal) {
+  constexpr int64_t kBlock = 32;
+  const bool cut = causal && AlikeRows::now() != AlikeRows::Number::kAny;
+  std::vector<Stretch> all;
+  for (size_t b = 0; b < cached.size(); ++b) {
+    const int64_t end = offsets[b + 1];
+    if (offsets[b] == end) continue;
+    const int64_t behind = cached[b].first.size(0) - end;  // a row's position less its number
+    for (int64_t begin = offsets[b]; begin < end;) {
+      const int64_t next = cut ? std::min(((begin + behind) / kBlock + 1) * kBlock - behind, end) : end;
+      all.push_back({b, begin, next, causal ? next + behind : cached[b].first.size(0)});
+      begin = next;
+    }
+  }
+  return all;
 }
 
 /// Queries against the keys and values [T, H_kv, k] of their own sequences, where there are queries.
-torch::Tensor attention_to(const torch::Tensor& q, const std::vector<int64_t>& offsets,
+torch::Tensor attention_to(const torch::Tensor& queries, const std::vector<int64_t>& offsets,
                            const std::vector<std::pair<torch::Tensor, torch::Tensor>>& cached,
                            const AttentionOptions& options) {
-  const size_t batch = cached.size();
-  bool single = true;  // one row per sequence
-  for (size_t b = 0; b < batch; ++b) single = single && offsets[b + 1] - offsets[b] == 1;
-  if (single && q.is_cpu() && q.scalar_type() == torch::kFloat32)
-    return decode_attention(q.contiguous(), cached, options);
-  std::vector<torch::Tensor> parts;
-  for (size_t b = 0; b < batch; ++b) {
-    if (offsets[b] == offsets[b + 1]) continue;
-    const torch::Tensor rows = q.slice(0, offsets[b], offsets[b + 1]);
-    const auto& [keys, values] = cached[b];
-    parts.push_back(options.softcap == 0 ? fused_attention(rows, keys, values, options)
-                                         : plain_attention(rows, keys, values, options));
+  const torch::Tensor q = queries.contiguous();
+  const bool has_kernel = q.is_cpu() && q.scalar_type() == torch::kFloat32;
+  torch::Tensor out = at::empty(q.sizes(), q.options());
+  std::vector<Stretch> singles;
+  for (const Stretch& rows : stretches(offsets, cached, options.causal)) {
+    if (has_kernel && rows.end - rows.begin == 1) {
+      singles.push_back(rows);
+      continue;
+    }
+    const torch::Tensor own = q.slice(0, rows.begin, rows.end);
+    const auto& [keys, values] = cached[rows.sequence];
+    const torch::Tensor k = keys.narrow(0, 0, rows.keys), v = values.narrow(0, 0, rows.keys);
+    out.slice(0, rows.begin, rows.end)
+        .copy_(options.softcap == 0 ? fused_attention(own, k, v, options) : plain_attention(own, k, v, options));
   }
-  return at::cat(parts);
+  decode_attention(q, singles, cached, options, out);
+  return out;
 }
 
 /// Appends the three points of a linear to the sites.
@@ -316,7 +345,7 @@ torch::Tensor cached_attention(const torch::Tensor& q, const torch::Tensor& k, c
                                const Pass& pass, const AttentionOptions& options) {
   const std::vector<int64_t>& offsets = pass.offsets;
   const int64_t batch = static_cast<int64_t>(offsets.size()) - 1;
-  bool fresh = true;  // nothing cached yet
+  bool fresh = AlikeRows::now() == AlikeRows::Number::kAny;  // nothing cached yet
   std::vector<std::pair<torch::Tensor, torch::Tensor>> cached(batch);
   for (int64_t b = 0; b < batch; ++b) {
     auto rows = [&](const torch::Tensor& x) { return x.slice(0, offsets[b], offsets[b + 1]); };

@@ -2,6 +2,7 @@
 
 #include "moesaic/base/check.h"
 #include "moesaic/nn/half_rows.h"
+#include "moesaic/nn/kernels.h"
 #include "moesaic/nn/split.h"
 
 namespace moesaic::nn {
@@ -130,7 +131,10 @@ torch::Tensor FeedForwardImpl::branch(const torch::Tensor& x, Pass& pass, const 
   if (!gated()) return weighted(branch_slot_.apply(activation(gate_up_.forward(x, pass), kind_), pass), row_weights);
   if (branch_slot_.empty()) return gated_linear_unit(gate_up_.forward(x, pass), kind_, row_weights);
   const auto parts = gate_up_.parts(x, pass);
-  torch::Tensor act = activation(parts[0], kind_);
+  // Under AlikeRows a row rounds as without adapters that scale the branch of others.
+  const bool alike = AlikeRows::now() != AlikeRows::Number::kAny && !torch::GradMode::is_enabled();
+  torch::Tensor act = alike ? gated_linear_unit(torch::cat({parts[0], torch::ones_like(parts[0])}, 1), kind_)
+                            : activation(parts[0], kind_);
   const auto& adapters = branch_slot_.adapters;
   for (size_t i = 0; i + 1 < adapters.size(); ++i) act = adapters[i]->forward(act, pass);
   return weighted(adapters.back()->forward_ffn(act, parts[1], pass), row_weights);

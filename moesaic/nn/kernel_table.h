@@ -7,6 +7,9 @@ namespace moesaic::nn {
 
 enum class GluKind { kSilu, kGeluTanh, kRelu };  // kRelu has no kernel here
 
+/// From how many rows on the wider panels of AVX512 pay.
+constexpr int64_t kWidePanelRows = 48;
+
 /// Every function works on the rows or columns [begin, end) it is given, so that the caller can split the work over
 /// threads. All tensors are float32 and contiguous along their last axis unless said.
 struct KernelTable {
@@ -27,7 +30,8 @@ struct KernelTable {
   void (*gemv_int8)(const int16_t* x, int64_t x_stride, const float* x_scales, int64_t rows, const int8_t* w,
                     const float* scales, const float* bias, float* y, int64_t in, int64_t out, int64_t begin,
                     int64_t end);
-  /// The same for many rows.
+  /// The same for many rows, to the last bit; in the AVX512 table from kWidePanelRows rows on with pieces of 256 terms
+  /// instead of 512, between which it rounds.
   void (*gemm_int8)(const int16_t* x, int64_t x_stride, const float* x_scales, int64_t rows, const int8_t* w,
                     const float* scales, const float* bias, float* y, int64_t in, int64_t out, int64_t begin,
                     int64_t end);

@@ -115,12 +115,31 @@ const KernelTable& kernels() {
 #endif
 }
 
+namespace {
+
+using Number = AlikeRows::Number;
+
+/// Whether own kernels take a product of so many rows.
+bool are_few(int64_t rows) { return AlikeRows::now() == Number::kAny ? rows <= kGemvRows : AlikeRows::now() == Number::kFew; }
+
+/// `x` with rows of zeros behind it, as many as AlikeRows wants for its products; undefined where it needs none.
+torch::Tensor padded(const torch::Tensor& x) {
+  const int64_t missing = AlikeRows::kRowsPerThread * at::get_num_threads() - x.size(0);
+  if (AlikeRows::now() != Number::kMany || !x.is_cpu() || missing <= 0) return {};
+  return torch::cat({x, torch::zeros({missing, x.size(1)}, x.options())});
+}
+
+}  // namespace
+
 torch::Tensor linear_rows(const torch::Tensor& x, const torch::Tensor& weight, const torch::Tensor& bias) {
   const int64_t rows = x.size(0), in = x.size(1), out = weight.size(0);
   const auto dtype = x.scalar_type();
-  const bool few = rows > 0 && rows <= kGemvRows && x.is_cpu() && weight.is_contiguous() &&
-                   weight.scalar_type() == dtype && (dtype == torch::kFloat32 || dtype == torch::kBFloat16);
   const bool gradient = wants_gradient(x, weight);
+  if (const torch::Tensor more = gradient ? torch::Tensor() : padded(x); more.defined()) {
+    return linear_rows(more, weight, bias).narrow(0, 0, rows);
+  }
+  const bool few = rows > 0 && are_few(rows) && x.is_cpu() && weight.is_contiguous() &&
+                   weight.scalar_type() == dtype && (dtype == torch::kFloat32 || dtype == torch::kBFloat16);
   if (multiplies_wide(x) && weight.scalar_type() == dtype && !(gradient && weight.requires_grad())) {
     if (gradient) return WideProduct::apply(x, weight, bias.defined() ? std::optional(bias) : std::nullopt);
     if (!few) return wide_linear(x, weight, bias);
@@ -178,7 +197,12 @@ torch::Tensor thin_dots(const torch::Tensor& x, const torch::Tensor& a) {
 void thin_add(const torch::Tensor& g, const torch::Tensor& a, double scale, torch::Tensor y) {
   const int64_t rank = a.size(0), d = a.size(1);
   if (!is_thin(y, g, rank)) {
-    if (multiplies_wide(g)) {
+    if (AlikeRows::now() != Number::kAny && is_thin(y, g, kThinRank)) {
+      for (int64_t k = 0; k < rank; k += kThinRank) {
+        const int64_t count = std::min(kThinRank, rank - k);
+        thin_add(g.narrow(1, k, count), a.narrow(0, k, count), scale, y);
+      }
+    } else if (multiplies_wide(g)) {
       y.add_(back_rows(g, a), scale);
     } else {
       y.addmm_(g, a, 1.0, scale);
@@ -232,6 +256,11 @@ torch::Tensor linear_rows_int8(const torch::Tensor& x, const torch::Tensor& quan
       !(torch::GradMode::is_enabled() && x.requires_grad()), UsageError,
       "int8 weights are for decoding only: a gradient was asked for. Hint: load the model without --quantize");
   const int64_t rows = x.size(0), in = x.size(1), out = quantized.size(0);
+  const bool wide_panels = &kernels() == &kAvx512Kernels;  // which round otherwise than the kernels for few rows
+  if (wide_panels && rows < kWidePanelRows && AlikeRows::now() == Number::kMany) {
+    const torch::Tensor more = torch::cat({x, torch::zeros({kWidePanelRows - rows, in}, x.options())});
+    return linear_rows_int8(more, quantized, scales, bias).narrow(0, 0, rows);
+  }
   if (!x.is_cpu()) return at::linear(x, (quantized.to(torch::kFloat32) * scales.unsqueeze(1)).to(x.dtype()), bias);
 
   const torch::Tensor input = x.to(torch::kFloat32).contiguous();
@@ -249,6 +278,7 @@ torch::Tensor linear_rows_int8(const torch::Tensor& x, const torch::Tensor& quan
   at::parallel_for(0, rows, std::max<int64_t>(kGemvGrain / in, 1), [&](int64_t begin, int64_t end) {
     table.quantize_int16(x_data, x_int16.data(), stride, x_scales.data(), in, begin, end);
   });
+  const auto gemm = wide_panels && AlikeRows::now() == Number::kFew ? kAvx2Kernels.gemm_int8 : table.gemm_int8;
   if (rows <= kGemvRows) {
     for_columns(in, out, [&](int64_t begin, int64_t end) {
       table.gemv_int8(x_int16.data(), stride, x_scales.data(), rows, q, scale_data, bias_data, y_data, in, out, begin,
@@ -256,8 +286,7 @@ torch::Tensor linear_rows_int8(const torch::Tensor& x, const torch::Tensor& quan
     });
   } else {
     at::parallel_for(0, out, kGemmColumns, [&](int64_t begin, int64_t end) {
-      table.gemm_int8(x_int16.data(), stride, x_scales.data(), rows, q, scale_data, bias_data, y_data, in, out, begin,
-                      end);
+      gemm(x_int16.data(), stride, x_scales.data(), rows, q, scale_data, bias_data, y_data, in, out, begin, end);
     });
   }
   return y.to(x.dtype());

@@ -6,6 +6,28 @@
 
 namespace moesaic::nn {
 
+/// A product rounds its rows as suits their number. While one of these lives, products of this thread without a gradient
+/// on the CPU give a row the same bits whatever is beside it: kFew by kernels that read the weights once, for up to some
+/// dozens of rows; kMany by the library, which gets at least kRowsPerThread rows a thread and then computes each alike.
+/// The two differ from each other in their last bits.
+class AlikeRows {
+ public:
+  enum class Number { kAny, kFew, kMany };
+  static constexpr int64_t kRowsPerThread = 16;
+
+  explicit AlikeRows(Number number) : previous_(now()) { now() = number; }
+  ~AlikeRows() { now() = previous_; }
+  AlikeRows(const AlikeRows&) = delete;
+  AlikeRows& operator=(const AlikeRows&) = delete;
+  static Number& now() {
+    thread_local Number value = Number::kAny;
+    return value;
+  }
+
+ private:
+  Number previous_;
+};
+
 /// y = x W^T + b. x: [M, in]; weight: [out, in] of x's dtype; bias: [out] or undefined. Returns [M, out].
 /// A few rows without autograd on the CPU go through an own GEMV that reads the weight once; everything else is
 /// at::linear, differentiable as usual.

@@ -45,9 +45,15 @@ inline Floats select(Ints mask, Floats yes, Floats no) {
 }
 #ifdef __AVX512F__
 inline float sum(Floats v) { return _mm512_reduce_add_ps(v); }
+inline int32_t sum(Ints v) { return _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(v)); }
 inline float max(Floats v) { return _mm512_reduce_max_ps(v); }
 #else
 inline float sum(Floats v) {
+  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+  return v[0] + v[1];
+}
+inline int32_t sum(Ints v) {
   v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
   v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
   return v[0] + v[1];
@@ -108,11 +114,12 @@ inline void store_piece(float* p, Floats v, int64_t count) {
 
 // GEMV ---------------------------------------------------------------------------------------------------------------
 
+constexpr int64_t kChains = 4, kStep = kChains * kLanes;  // sums of a dot product that run side by side
+
 /// M rows of x times one row of w, which is read once. One weight row at a time: a single stream from memory is faster
 /// than several side by side.
 template <int M, class W>
 inline void dot_row(const float* x, const W* w, int64_t in, const float* bias, float* y, int64_t out) {
-  constexpr int64_t kChains = 4, kStep = kChains * kLanes;
   constexpr int64_t kAhead = 2048 / sizeof(W), kLine = 64 / sizeof(W);  // of what is fetched before it is wanted
   Floats acc[M][kChains] = {};
   int64_t i = 0;
@@ -134,10 +141,58 @@ inline void dot_row(const float* x, const W* w, int64_t in, const float* bias, f
   }
 }
 
+/// M rows of x times O rows of w: every sum is made as dot_row makes it, to the last bit, but chain after chain, so that
+/// a tile's sums fill the registers.
+template <int M, int O, class W>
+inline void dot_tile(const float* x, const W* w, int64_t in, const float* bias, float* y, int64_t out) {
+  const int64_t steps = in / kStep * kStep, vectors = in / kLanes * kLanes;
+  Floats chains[kChains][M][O];
+  for (int64_t c = 0; c < kChains; ++c) {
+    Floats acc[M][O] = {};
+    auto add = [&](int64_t i) {
+      Floats ws[O];
+      for (int o = 0; o < O; ++o) ws[o] = load(w + o * in + i);
+      for (int m = 0; m < M; ++m) {
+        const Floats xs = load(x + m * in + i);
+        for (int o = 0; o < O; ++o) acc[m][o] += xs * ws[o];
+      }
+    };
+    for (int64_t i = c * kLanes; i < steps; i += kStep) add(i);
+    for (int64_t i = steps; c == 0 && i < vectors; i += kLanes) add(i);
+    for (int m = 0; m < M; ++m) {
+      for (int o = 0; o < O; ++o) chains[c][m][o] = acc[m][o];
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int o = 0; o < O; ++o) {
+      float total = sum((chains[0][m][o] + chains[1][m][o]) + (chains[2][m][o] + chains[3][m][o]));
+      for (int64_t j = vectors; j < in; ++j) total += x[m * in + j] * load_one(w + o * in + j);
+      y[m * out + o] = bias ? total + bias[o] : total;
+    }
+  }
+}
+
+/// All rows of x times O rows of w.
+template <int O, class W>
+inline void dot_rows(const float* x, int64_t rows, const W* w, int64_t in, const float* bias, float* y, int64_t out) {
+  int64_t m = 0;
+  for (; m + 4 <= rows; m += 4) dot_tile<4, O>(x + m * in, w, in, bias, y + m * out, out);
+  if (rows - m == 3) dot_tile<3, O>(x + m * in, w, in, bias, y + m * out, out);
+  if (rows - m == 2) dot_tile<2, O>(x + m * in, w, in, bias, y + m * out, out);
+  if (rows - m == 1) dot_tile<1, O>(x + m * in, w, in, bias, y + m * out, out);
+}
+
 template <class W>
 inline void gemv(const float* x, int64_t rows, const W* w, const float* bias, float* y, int64_t in, int64_t out,
                  int64_t begin, int64_t end) {
-  for (int64_t o = begin; o < end; ++o) {
+  constexpr int kTile = 3;  // rows of w, with 4 of x, whose sums fill 16 registers
+  int64_t o = begin;
+  if (rows > 2) {
+    for (; o + kTile <= end; o += kTile) {
+      dot_rows<kTile>(x, rows, w + o * in, in, bias ? bias + o : nullptr, y + o, out);
+    }
+  }
+  for (; o < end; ++o) {
     const float* offset = bias ? bias + o : nullptr;
     int64_t m = 0;
     for (; m + 2 <= rows; m += 2) dot_row<2>(x + m * in, w + o * in, in, offset, y + m * out + o, out);
@@ -218,36 +273,43 @@ inline __m256i same_pair(int32_t pair) { return _mm256_set1_epi32(pair); }
 inline Ints add_pairs(Ints acc, __m256i a, __m256i b) { return acc + reinterpret_cast<Ints>(_mm256_madd_epi16(a, b)); }
 #endif
 
-/// The dot product of an int16 row with an int8 row.
-inline float dot_int8(const int16_t* x, const int8_t* w, int64_t in) {
-  Floats total{};
+/// The dot product of up to kDepth terms of an int16 row with an int8 row.
+inline int32_t dot_int8(const int16_t* x, const int8_t* w, int64_t in) {
+  int32_t total = 0;
   int64_t i = 0;
 #ifdef __AVX2__
-  constexpr int64_t kChains = 4, kStep = kPairs * kChains;
+  constexpr int64_t kStepInt8 = kPairs * kChains;
   constexpr int64_t kPrefetch = 2048;  // bytes ahead; +15 % when the weights come from memory
-  while (i + kPairs <= in) {
-    Ints acc[kChains] = {};
-    const int64_t stop = i + kDepth < in ? i + kDepth : in;
-    for (; i + kStep <= stop; i += kStep) {
-      for (int64_t line = 0; line < kStep; line += 64) __builtin_prefetch(w + i + kPrefetch + line);
-      for (int64_t c = 0; c < kChains; ++c) {
-        acc[c] = add_pairs(acc[c], load_wide(w + i + kPairs * c), load_int16(x + i + kPairs * c));
-      }
+  Ints acc[kChains] = {};
+  for (; i + kStepInt8 <= in; i += kStepInt8) {
+    for (int64_t line = 0; line < kStepInt8; line += 64) __builtin_prefetch(w + i + kPrefetch + line);
+    for (int64_t c = 0; c < kChains; ++c) {
+      acc[c] = add_pairs(acc[c], load_wide(w + i + kPairs * c), load_int16(x + i + kPairs * c));
     }
-    for (; i + kPairs <= stop; i += kPairs) acc[0] = add_pairs(acc[0], load_wide(w + i), load_int16(x + i));
-    total += __builtin_convertvector((acc[0] + acc[1]) + (acc[2] + acc[3]), Floats);
   }
+  for (; i + kPairs <= in; i += kPairs) acc[0] = add_pairs(acc[0], load_wide(w + i), load_int16(x + i));
+  total = sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
 #endif
-  int64_t rest = 0;
-  for (; i < in; ++i) rest += static_cast<int64_t>(x[i]) * w[i];
-  return sum(total) + static_cast<float>(rest);
+  for (; i < in; ++i) total += static_cast<int32_t>(x[i]) * w[i];
+  return total;
+}
+
+/// What an exact piece of a dot product adds to an output.
+inline float with_piece(float before, int32_t piece, float scale, float x_scale) {
+  const float product = static_cast<float>(piece) * scale * x_scale;
+  return product + before;
 }
 
 void gemv_int8(const int16_t* x, int64_t x_stride, const float* x_scales, int64_t rows, const int8_t* w,
                const float* scales, const float* bias, float* y, int64_t in, int64_t out, int64_t begin, int64_t end) {
   for (int64_t o = begin; o < end; ++o) {
     for (int64_t m = 0; m < rows; ++m) {
-      y[m * out + o] = dot_int8(x + m * x_stride, w + o * in, in) * scales[o] * x_scales[m] + (bias ? bias[o] : 0.0f);
+      float total = bias ? bias[o] : 0.0f;
+      for (int64_t k = 0; k < in; k += kDepth) {
+        const int32_t piece = dot_int8(x + m * x_stride + k, w + o * in + k, in - k < kDepth ? in - k : kDepth);
+        total = with_piece(total, piece, scales[o], x_scales[m]);
+      }
+      y[m * out + o] = total;
     }
   }
 }
@@ -280,7 +342,7 @@ inline void pack_panel(const int8_t* w, int64_t in, int64_t columns, int64_t k, 
 
 /// R rows of x (`x_stride` apart) times a panel: sums [R, kTileColumns].
 template <int64_t R>
-inline void tile_int8(const int16_t* x, int64_t x_stride, const int16_t* panel, int64_t depth, float* sums) {
+inline void tile_int8(const int16_t* x, int64_t x_stride, const int16_t* panel, int64_t depth, int32_t* sums) {
   Ints acc[R][2] = {};
   for (int64_t k = 0; k < depth; k += 2) {
     const int16_t* pairs = panel + k * kTileColumns;
@@ -302,7 +364,7 @@ inline void tile_int8(const int16_t* x, int64_t x_stride, const int16_t* panel, 
   }
   for (int64_t r = 0; r < R; ++r) {
     for (int half = 0; half < 2; ++half) {
-      store(sums + r * kTileColumns + half * kLanes, __builtin_convertvector(acc[r][half], Floats));
+      __builtin_memcpy(sums + r * kTileColumns + half * kLanes, &acc[r][half], sizeof(Ints));
     }
   }
 }
@@ -310,12 +372,11 @@ inline void tile_int8(const int16_t* x, int64_t x_stride, const int16_t* panel, 
 void gemm_int8(const int16_t* x, int64_t x_stride, const float* x_scales, int64_t rows, const int8_t* w,
                const float* scales, const float* bias, float* y, int64_t in, int64_t out, int64_t begin, int64_t end) {
 #ifdef __AVX512F__
-  constexpr int64_t kFewRows = 48;  // packing the wider panel does not pay
-  if (rows < kFewRows)
+  if (rows < kWidePanelRows)
     return kAvx2Kernels.gemm_int8(x, x_stride, x_scales, rows, w, scales, bias, y, in, out, begin, end);
 #endif
   int16_t panel[kPanelDepth * kTileColumns];
-  float sums[kTileRows * kTileColumns];
+  int32_t sums[kTileRows * kTileColumns];
   for (int64_t o = begin; o < end; o += kTileColumns) {
     const int64_t columns = end - o < kTileColumns ? end - o : kTileColumns;
     for (int64_t k = 0; k < in; k += kPanelDepth) {
@@ -339,8 +400,8 @@ void gemm_int8(const int16_t* x, int64_t x_stride, const float* x_scales, int64_
         for (int64_t r = 0; r < count; ++r) {
           float* target = y + (m + r) * out + o;
           for (int64_t c = 0; c < columns; ++c) {
-            const float product = sums[r * kTileColumns + c] * scales[o + c] * x_scales[m + r];
-            target[c] = product + (k > 0 ? target[c] : bias ? bias[o + c] : 0.0f);
+            const float before = k > 0 ? target[c] : bias ? bias[o + c] : 0.0f;
+            target[c] = with_piece(before, sums[r * kTileColumns + c], scales[o + c], x_scales[m + r]);
           }
         }
       }

@@ -6,13 +6,15 @@ namespace moesaic::nn {
 namespace {
 
 constexpr int64_t kFirstCapacity = 64;  // tokens
+constexpr int64_t kDoubled = 256;       // tokens up to which buffers double; longer ones grow by a quarter
 
 /// `buffer` with room for `needed` rows, its first `used` rows kept.
 torch::Tensor grown(const torch::Tensor& buffer, int64_t used, int64_t needed, int64_t kv_heads, int64_t head_dim,
                     const torch::TensorOptions& options) {
   const int64_t capacity = buffer.defined() ? buffer.size(0) : 0;
   if (needed <= capacity) return buffer;
-  torch::Tensor larger = torch::empty({std::max({needed, 2 * capacity, kFirstCapacity}), kv_heads, head_dim}, options);
+  const int64_t more = capacity < kDoubled ? 2 * capacity : capacity + capacity / 4;
+  torch::Tensor larger = torch::empty({std::max({needed, more, kFirstCapacity}), kv_heads, head_dim}, options);
   if (used > 0) larger.narrow(0, 0, used).copy_(buffer.narrow(0, 0, used));
   return larger;
 }
@@ -79,6 +81,11 @@ void KvCache::keep(const std::vector<int64_t>& rows) {
     }
   }
   lengths_ = std::move(lengths);
+}
+
+int64_t KvCache::token_bytes() const {
+  const int64_t numbers = 2 * std::ssize(keys_) * kv_heads_ * head_dim_;
+  return numbers * static_cast<int64_t>(c10::elementSize(c10::typeMetaToScalarType(options_.dtype())));
 }
 
 void KvCache::add(int64_t count) {

@@ -7,7 +7,7 @@
 
 namespace moesaic::nn {
 
-/// Grows by doubling; sequences have their own lengths, and join and leave. Scaled keys and values are stored (a token
+/// Grows by doubling, later by a quarter; sequences have their own lengths, and join and leave. Scaled keys and values are stored (a token
 /// is scaled once).
 class KvCache {
  public:
@@ -28,6 +28,8 @@ class KvCache {
   void keep(const std::vector<int64_t>& rows);
   /// `count` empty sequences join behind the others.
   void add(int64_t count);
+  /// Bytes of one token in all layers.
+  int64_t token_bytes() const;
 
  private:
   int64_t kv_heads_, head_dim_;

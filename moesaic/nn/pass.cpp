@@ -50,6 +50,21 @@ Pass Pass::over_source() const {
   return other;
 }
 
+std::vector<MixtureRun> Pass::mixture_runs() const {
+  std::vector<MixtureRun> runs;
+  if (!mixture.defined()) return runs;
+  const int64_t adapters = mixture.size(1), rows = segments.size(0);
+  const float* weights = mixture.data_ptr<float>();
+  const auto* sequence = segments.data_ptr<int64_t>();
+  for (int64_t n = 0; n < rows; ++n) {
+    const float* own = weights + sequence[n] * adapters;
+    const bool goes_on = n > 0 && (runs.back().weights == own || std::equal(own, own + adapters, runs.back().weights));
+    if (!goes_on) runs.push_back({n, n, own});
+    runs.back().end = n + 1;
+  }
+  return runs;
+}
+
 torch::Tensor Pass::adapter_weight(int64_t column) const {
   if (!mixture.defined() || column < 0) return {};
   MOESAIC_ASSERT(column < mixture.size(1) && mixture.size(0) == std::ssize(offsets) - 1);

@@ -59,6 +59,12 @@ struct ReadingRecord {
   std::vector<std::vector<int64_t>> sources;  // per sequence the source's S token ids
 };
 
+/// Neighbouring rows [begin, end) with the same weights of the attached adapters, [A].
+struct MixtureRun {
+  int64_t begin, end;
+  const float* weights;
+};
+
 /// One forward pass: what its caller asks for, and what the model fills in on the way.
 struct Pass {
   // Asked for by the caller.
@@ -90,6 +96,9 @@ struct Pass {
   Pass over_source() const;
   /// mixture[:, column] of every row, [N, 1] float32; undefined when there is no mixture or column is negative.
   torch::Tensor adapter_weight(int64_t column) const;
+  /// All rows in runs of one mixture; none when there is no mixture. Their weights live as long as `mixture`, which is
+  /// on the CPU.
+  std::vector<MixtureRun> mixture_runs() const;
 };
 
 }  // namespace moesaic::nn

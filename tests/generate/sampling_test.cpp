@@ -72,13 +72,39 @@ TEST(MinP, IsRelativeToTheMostProbable) {
 TEST(Sampler, GreedyTakesTheFirstOfTheLargest) {
   Sampler sampler({}, 0);
   std::vector<float> logits{1, 3, 3, 2};
-  EXPECT_EQ(sampler.next(logits, {}), 1);
+  EXPECT_EQ(sampler.next(logits, {}, 0), 1);
 }
 
 TEST(Sampler, GreedyHonoursTheRepetitionPenalty) {
   Sampler sampler({.repetition_penalty = 2.0}, 0);
   std::vector<float> logits{3, 2};
-  EXPECT_EQ(sampler.next(logits, {0}), 1);
+  EXPECT_EQ(sampler.next(logits, {0}, 0), 1);
+}
+
+TEST(Sampler, PenaltiesCountTheAnswerAlone) {
+  std::vector<float> logits{3, 3, 3, 3};
+  apply_penalties(logits, std::vector<int64_t>{1, 2, 2}, 0.5, 0.25);
+  EXPECT_THAT(logits, ElementsAre(3, 2.25f, 1.75f, 3));
+  Sampler sampler({.presence_penalty = 1.0}, 0);
+  logits = {3, 2.5, 0, 0};
+  EXPECT_EQ(sampler.next(logits, {0, 0}, 2), 0) << "the prompt's tokens go free";
+  logits = {3, 2.5, 0, 0};
+  EXPECT_EQ(sampler.next(logits, {0, 0}, 1), 1);
+}
+
+TEST(Sampler, BiasForbidsAndTheEndWaitsForItsTime) {
+  const float none = -std::numeric_limits<float>::infinity();
+  Sampler biased({.logit_bias = {{0, none}, {2, 5.0}}}, 0);
+  std::vector<float> logits{9, 3, 0, 0};
+  EXPECT_EQ(biased.next(logits, {}, 0), 2);
+  Sampler everything({.logit_bias = {{0, none}, {1, none}}}, 0);
+  logits = {9, 3};
+  EXPECT_THROW(everything.next(logits, {}, 0), UsageError);
+  Sampler patient({.eos_ids = {0}, .min_new_tokens = 2}, 0);
+  for (int64_t length = 0; length < 3; ++length) {
+    logits = {9, 3};
+    EXPECT_EQ(patient.next(logits, std::vector<int64_t>(1 + length, 1), 1), length < 2 ? 1 : 0);
+  }
 }
 
 TEST(Sampler, DrawsWithTheProbabilitiesOfTheTemperature) {
@@ -88,7 +114,7 @@ TEST(Sampler, DrawsWithTheProbabilitiesOfTheTemperature) {
   int first = 0;
   for (int i = 0; i < draws; ++i) {
     std::vector<float> logits = logits_of({0.8, 0.2});
-    first += sampler.next(logits, {}) == 0;
+    first += sampler.next(logits, {}, 0) == 0;
   }
   // five standard deviations: 5 sqrt(2/9 / 20000) = 0.0167
   EXPECT_NEAR(first / static_cast<double>(draws), 2.0 / 3.0, 0.0167);
@@ -100,7 +126,7 @@ TEST(Sampler, FiltersInTransformersOrder) {
   Sampler sampler({.temperature = 1.0, .top_k = 3, .top_p = 0.75}, 1);
   for (int i = 0; i < 200; ++i) {
     std::vector<float> logits = logits_of({0.1, 0.4, 0.2, 0.3});
-    const int64_t token = sampler.next(logits, {});
+    const int64_t token = sampler.next(logits, {}, 0);
     EXPECT_TRUE(token == 1 || token == 3) << token;
   }
 }
@@ -111,7 +137,7 @@ TEST(Sampler, FiltersWhatTheTemperatureLeaves) {
   Sampler sampler({.temperature = 0.5, .top_p = 0.6}, 1);
   for (int i = 0; i < 100; ++i) {
     std::vector<float> logits = logits_of({0.3, 0.5, 0.2});
-    EXPECT_EQ(sampler.next(logits, {}), 1);
+    EXPECT_EQ(sampler.next(logits, {}, 0), 1);
   }
 }
 
@@ -120,9 +146,9 @@ TEST(Sampler, SameSeedSameTokens) {
   std::vector<int64_t> from_a, from_b, from_c;
   for (int i = 0; i < 50; ++i) {
     std::vector<float> logits(100, 0.0f), copy = logits, other = logits;
-    from_a.push_back(a.next(logits, {}));
-    from_b.push_back(b.next(copy, {}));
-    from_c.push_back(c.next(other, {}));
+    from_a.push_back(a.next(logits, {}, 0));
+    from_b.push_back(b.next(copy, {}, 0));
+    from_c.push_back(c.next(other, {}, 0));
   }
   EXPECT_EQ(from_a, from_b);
   EXPECT_NE(from_a, from_c);
@@ -131,8 +157,8 @@ TEST(Sampler, SameSeedSameTokens) {
 TEST(Sampler, RefusesLogitsThatAreNotNumbers) {
   Sampler sampler({}, 0);
   std::vector<float> nan{1, std::nanf(""), 0}, none{kGone, kGone};
-  EXPECT_THROW(sampler.next(nan, {}), DataError);
-  EXPECT_THROW(sampler.next(none, {}), DataError);
+  EXPECT_THROW(sampler.next(nan, {}, 0), DataError);
+  EXPECT_THROW(sampler.next(none, {}, 0), DataError);
 }
 
 TEST(Validate, NamesEverythingOutOfRange) {
