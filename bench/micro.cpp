@@ -109,7 +109,8 @@ void attention(benchmark::State& state) {
 }
 BENCHMARK(attention)->ArgName("window")->Arg(0)->Arg(128)->Unit(benchmark::kMillisecond);
 
-/// One token through weights that lie in memory, not in the cache: 64 matrices of 576 x 1536 in turn.
+/// A few rows through weights that lie in memory, not in the cache: 64 matrices of 576 x 1536 in turn. alike: by kernels
+/// that round a row alike whatever their number.
 void gemv(benchmark::State& state) {
   torch::NoGradGuard no_grad;
   constexpr int64_t kMatrices = 64;
@@ -121,13 +122,17 @@ void gemv(benchmark::State& state) {
   }
   const torch::Tensor x = torch::randn({state.range(1), kHidden}), scales = torch::full({kFeedForward}, 0.01f);
   size_t next = 0;
+  const nn::AlikeRows alike(state.range(2) != 0 ? nn::AlikeRows::Number::kFew : nn::AlikeRows::Number::kAny);
   for (auto _ : state) {
     const torch::Tensor& weight = weights[next++ % kMatrices];
     benchmark::DoNotOptimize(int8 ? nn::linear_rows_int8(x, weight, scales, {}) : nn::linear_rows(x, weight, {}));
   }
   state.SetBytesProcessed(state.iterations() * weights[0].nbytes());
 }
-BENCHMARK(gemv)->ArgNames({"int8", "rows"})->ArgsProduct({{0, 1}, {1, 4}})->Unit(benchmark::kMicrosecond);
+BENCHMARK(gemv)
+    ->ArgNames({"int8", "rows", "alike"})
+    ->ArgsProduct({{0, 1}, {1, 4, 8, 16, 32, 64}, {0, 1}})
+    ->Unit(benchmark::kMicrosecond);
 
 /// The head with a frozen matrix: loss and the hidden states' gradient over all rows.
 void cross_entropy(benchmark::State& state) {

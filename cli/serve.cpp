@@ -50,7 +50,8 @@ void read_config(CLI::App& app, const std::string& file) {
   for (const CLI::Option* option : app.get_options()) {
     for (const std::string& name : option->get_lnames()) known.push_back(name);
   }
-  for (const auto& [key, value] : read_yaml(file).items()) {
+  const OrderedJson keys = read_yaml(file);
+  for (const auto& [key, value] : keys.items()) {
     const std::string where = fmt::format("{}: {}", file, key);
     // Lists have the plural of their flag's name.
     const bool plural = key.ends_with('s') && std::find(known.begin(), known.end(), key) == known.end();

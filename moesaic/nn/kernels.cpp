@@ -8,7 +8,7 @@
 namespace moesaic::nn {
 namespace {
 
-constexpr int64_t kGemvRows = 4;             // more rows: MKL's GEMM is faster
+constexpr int64_t kGemvRows = 16;            // more rows: products of large tiles are faster
 constexpr int64_t kGemvGrain = 32 << 10;     // weights per task; less is not worth waking a thread
 constexpr int64_t kQuantizedPart = 1 << 20;  // weights that are float32 at once while they are quantised
 constexpr int64_t kGemmColumns = 64;         // output columns per task of an int8 GEMM

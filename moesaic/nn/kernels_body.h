@@ -21,6 +21,12 @@ typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 constexpr int64_t kLine = 16;  // floats of a cache line
 
+/// A number as a type.
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
 inline Floats load(const float* p) {
   Floats v;
   __builtin_memcpy(&v, p, sizeof v);
@@ -294,15 +300,74 @@ inline int32_t dot_int8(const int16_t* x, const int8_t* w, int64_t in) {
   return total;
 }
 
+/// M rows of x (`x_stride` apart) times O rows of w (`in` apart), up to kDepth terms: sums [M, O].
+template <int M, int O>
+inline void dots_int8(const int16_t* x, int64_t x_stride, const int8_t* w, int64_t in, int64_t depth, int32_t* sums) {
+  int64_t i = 0;
+#ifdef __AVX2__
+  constexpr int64_t kPrefetch = 1024;  // bytes ahead
+  Ints acc[M][O] = {};
+  for (; i + kPairs <= depth; i += kPairs) {
+    decltype(load_wide(w)) ws[O];
+    for (int o = 0; o < O; ++o) {
+      __builtin_prefetch(w + o * in + i + kPrefetch);
+      ws[o] = load_wide(w + o * in + i);
+    }
+    for (int m = 0; m < M; ++m) {
+      const auto xs = load_int16(x + m * x_stride + i);
+      for (int o = 0; o < O; ++o) acc[m][o] = add_pairs(acc[m][o], ws[o], xs);
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int o = 0; o < O; ++o) sums[m * O + o] = sum(acc[m][o]);
+  }
+#else
+  for (int j = 0; j < M * O; ++j) sums[j] = 0;
+#endif
+  for (; i < depth; ++i) {
+    for (int m = 0; m < M; ++m) {
+      for (int o = 0; o < O; ++o) sums[m * O + o] += static_cast<int32_t>(x[m * x_stride + i]) * w[o * in + i];
+    }
+  }
+}
+
 /// What an exact piece of a dot product adds to an output.
 inline float with_piece(float before, int32_t piece, float scale, float x_scale) {
   const float product = static_cast<float>(piece) * scale * x_scale;
   return product + before;
 }
 
+/// M rows times O rows of w, whole: y [M, O], rows `out` apart.
+template <int M, int O>
+inline void tile_rows_int8(const int16_t* x, int64_t x_stride, const float* x_scales, const int8_t* w,
+                           const float* scales, const float* bias, float* y, int64_t in, int64_t out) {
+  int32_t sums[M * O];
+  for (int64_t k = 0; k < in; k += kDepth) {
+    dots_int8<M, O>(x + k, x_stride, w + k, in, in - k < kDepth ? in - k : kDepth, sums);
+    for (int m = 0; m < M; ++m) {
+      for (int o = 0; o < O; ++o) {
+        float& target = y[m * out + o];
+        target = with_piece(k > 0 ? target : bias ? bias[o] : 0.0f, sums[m * O + o], scales[o], x_scales[m]);
+      }
+    }
+  }
+}
+
 void gemv_int8(const int16_t* x, int64_t x_stride, const float* x_scales, int64_t rows, const int8_t* w,
                const float* scales, const float* bias, float* y, int64_t in, int64_t out, int64_t begin, int64_t end) {
-  for (int64_t o = begin; o < end; ++o) {
+  constexpr int kTile = 4, kColumns = 2;
+  int64_t o = begin;
+  for (; rows > 1 && o + kColumns <= end; o += kColumns) {
+    auto tile = [&](auto count, int64_t m) {
+      tile_rows_int8<decltype(count)::value, kColumns>(x + m * x_stride, x_stride, x_scales + m, w + o * in, scales + o,
+                                                       bias ? bias + o : nullptr, y + m * out + o, in, out);
+    };
+    int64_t m = 0;
+    for (; m + kTile <= rows; m += kTile) tile(Constant<kTile>(), m);
+    for (; m + 2 <= rows; m += 2) tile(Constant<2>(), m);
+    if (m < rows) tile(Constant<1>(), m);
+  }
+  for (; o < end; ++o) {
     for (int64_t m = 0; m < rows; ++m) {
       float total = bias ? bias[o] : 0.0f;
       for (int64_t k = 0; k < in; k += kDepth) {

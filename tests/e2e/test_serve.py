@@ -1,0 +1,373 @@
+"""`moesaic serve`: what the openai package and plain HTTP see of it, on a tiny model with adapters of several methods."""
+
+import base64
+import concurrent.futures
+import hashlib
+import http.client
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import threading
+import time
+
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+import tiny_run
+from tiny_run import command, run
+
+pytestmark = tiny_run.float32_only
+TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}is {% endif %}"
+
+
+class Server:
+    """A server on a free port of loopback, for as long as the `with` lasts."""
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __enter__(self):
+        self.process = subprocess.Popen(command("serve", *self.arguments, "--port", 0, "--dtype", "float32"),
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.lines = []
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if found := re.search(r"listening on http://127.0.0.1:(\d+)", line):
+                self.port = int(found[1])
+                break
+        else:
+            raise AssertionError("".join(self.lines))
+        self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout), daemon=True)
+        self.reader.start()
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                assert self.process.wait(timeout=60) == 0, self.lines
+            finally:
+                self.process.kill()
+
+    def ask(self, path, body=None, method=None, headers=None, raw=None):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        data = raw if raw is not None else None if body is None else json.dumps(body).encode()
+        connection.request(method or ("GET" if data is None else "POST"), path, data, headers or {})
+        answer = connection.getresponse()
+        text = answer.read()
+        connection.close()
+        return answer, text
+
+    def json(self, path, body=None, expect=200, **more):
+        answer, text = self.ask(path, body, **more)
+        assert answer.status == expect, text
+        return json.loads(text)
+
+    def client(self, **changes):
+        return openai.OpenAI(**{"base_url": f"http://127.0.0.1:{self.port}/v1", "api_key": "none", "max_retries": 0, **changes})
+
+    def idle(self):
+        """Whether nothing runs or waits, within ten seconds."""
+        for _ in range(200):
+            values = {sample.name: sample.value for family in text_string_to_metric_families(self.ask("/metrics")[1].decode())
+                      for sample in family.samples if not sample.labels}
+            if values["vllm:num_requests_running"] == values["vllm:num_requests_waiting"] == 0:
+                return True
+            time.sleep(0.05)
+        return False
+
+
+ADAPTERS = {"lora": {"finetuning_type": "lora", "num_experts": 1}, "molora": {"num_experts": 3},
+            "ia3": {"finetuning_type": "ia3", "num_experts": 1}, "mov": {"finetuning_type": "mov", "num_experts": 3},
+            "top": {"num_experts": 4, "router": {"top_k": 2}}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("serve")
+    tiny_run.make_run(path, initializer_range=0.3)
+    (path / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    for name, changes in ADAPTERS.items():
+        tiny_run.train(path, name, **changes)
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    adapters = [flag for name in ADAPTERS for flag in ("--adapter", folder / name)]
+    with Server("--model", folder / "model", *adapters, "--mixture", "both=lora:0.5,mov:1", "--served_name", "tiny",
+                "--adapter_root", folder, "--allow_runtime_load", "--request_log", folder / "log.jsonl") as running:
+        yield running
+
+
+def completion(server, prompt="red is", **more):
+    return server.json("/v1/completions", {"prompt": prompt, "max_tokens": 6, "temperature": 0, **more})
+
+
+def greedy(folder, prompt, *flags):
+    out = run("generate", "--model", folder / "model", "--raw", "--json", "--max_new_tokens", 6, "-p", prompt, *flags)
+    return json.loads(out)["text"]
+
+
+# --- who answers -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["tiny", *ADAPTERS])
+def test_a_model_answers_as_generate_does(folder, server, name):
+    flags = () if name == "tiny" else ("--adapter", folder / name)
+    assert completion(server, model=name)["choices"][0]["text"] == greedy(folder, "red is", *flags)
+
+
+def test_mixtures_weigh_adapters(folder, server):
+    flags = ("--adapter", f"{folder / 'lora'}:0.5", "--adapter", folder / "mov")
+    expected = greedy(folder, "red is", *flags)
+    assert completion(server, model="both")["choices"][0]["text"] == expected
+    asked = completion(server, lora=[{"name": "lora", "scale": 0.5}, {"name": "mov", "scale": 1}])
+    assert asked["choices"][0]["text"] == expected
+    assert completion(server, lora=[])["choices"] == completion(server, model="base")["choices"]
+
+
+def test_models_are_listed(server):
+    models = server.json("/v1/models")["data"]
+    assert [model["id"] for model in models] == ["tiny", *sorted([*ADAPTERS, "both"])]
+    assert server.json("/v1/models/molora")["moesaic"] | {"bytes": 0, "sha256": ""} == {
+        "method": "molora", "experts": 3, "rank": 2, "bytes": 0, "sha256": ""}
+
+
+@pytest.mark.parametrize("body, status, param", [
+    ({"model": "nobody"}, 404, "model"), ({"lora": [{"name": "nobody", "scale": 1}]}, 404, "model"),
+    ({"lora": [{"name": "lora"}]}, 400, "lora[0].scale"), ({"lora": [{"nmae": "lora", "scale": 1}]}, 400, "lora[0].name"),
+    ({"temprature": 0}, 400, "temprature"), ({"temperature": "hot"}, 400, "temperature"), ({"n": 0}, 400, "n"),
+    ({"max_tokens": 1.5}, 400, "max_tokens"), ({"max_tokens": 1000}, 400, "max_tokens"), ({"top_p": 0}, 400, "top_p"),
+    ({"stop": 3}, 400, "stop"), ({"logit_bias": {"x": 1}}, 400, "logit_bias"), ({"stream": 1}, 400, "stream"),
+    ({"response_format": {"type": "json_object"}}, 400, "response_format"), ({"mirostat": 2}, 400, "mirostat"),
+    ({"best_of": 3}, 400, "best_of"), ({"prompt": []}, 400, "prompt"), ({"prompt": [[99]]}, 400, "prompt"),
+    ({"prompt": "red " * 70}, 400, "prompt"), ({"prompt": {"text": "red"}}, 400, "prompt")])
+def test_what_can_not_be_answered_is_refused_by_name(server, body, status, param):
+    error = server.json("/v1/completions", {"prompt": "red", "max_tokens": 2, **body}, expect=status)["error"]
+    assert error["param"] == param and error["code"] == status and error["message"]
+
+
+def test_fields_that_are_not_known_are_counted(server):
+    assert completion(server, some_field_of_tomorrow=1)["choices"]
+    assert "moesaic:unknown_fields_total 1\n" in server.ask("/metrics")[1].decode()
+
+
+# --- the openai package ----------------------------------------------------------------------------------------------
+
+def test_the_openai_client_chats_streams_and_completes(server):
+    client = server.client()
+    assert "molora" in [model.id for model in client.models.list()]
+    chat = client.chat.completions.create(model="tiny", messages=[{"role": "developer", "content": "red"},
+                                                                    {"role": "user", "content": [{"type": "text", "text": "cat"}]}],
+                                          temperature=0, max_completion_tokens=5, logprobs=True, top_logprobs=2)
+    text = chat.choices[0].message.content
+    tokens = chat.choices[0].logprobs.content
+    assert chat.usage.completion_tokens == len(tokens) and len(tokens[0].top_logprobs) == 2
+    assert tokens[0].logprob == tokens[0].top_logprobs[0].logprob
+    with client.chat.completions.stream(model="tiny", messages=[{"role": "system", "content": "red"}, {"role": "user", "content": "cat"}],
+                                        temperature=0, max_completion_tokens=5, stream_options={"include_usage": True}) as stream:
+        stream.until_done()
+        final = stream.get_final_completion()
+    assert final.choices[0].message.content == text and final.usage.completion_tokens == len(tokens)
+    whole = client.completions.create(model="lora", prompt="red is", max_tokens=6, temperature=0)
+    pieces = list(client.completions.create(model="lora", prompt="red is", max_tokens=6, temperature=0, stream=True))
+    assert "".join(piece.choices[0].text for piece in pieces) == whole.choices[0].text
+    assert pieces[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+    vector = client.embeddings.create(model="lora", input=["red cat", "dog"])
+    plain = server.json("/v1/embeddings", {"model": "lora", "input": ["red cat", "dog"]})
+    for got, expected in zip(vector.data, plain["data"]):
+        assert got.embedding == pytest.approx(expected["embedding"], abs=1e-7)
+        assert math.hypot(*got.embedding) == pytest.approx(1, abs=1e-5)
+    with pytest.raises(openai.BadRequestError, match="no chat template"):  # it was trained on plain text
+        client.chat.completions.create(model="lora", messages=[{"role": "user", "content": "red"}])
+    with pytest.raises(openai.NotFoundError, match="molora"):
+        client.completions.create(model="nobody", prompt="red")
+
+
+def test_many_answers_to_many_prompts(server):
+    asked = {"prompt": ["red is", "cat not"], "n": 3, "temperature": 1, "seed": 5, "max_tokens": 4}
+    choices = server.json("/v1/completions", asked)["choices"]
+    assert [choice["index"] for choice in choices] == list(range(6))
+    assert server.json("/v1/completions", asked)["choices"] == choices
+    assert server.json("/v1/completions", asked | {"seed": 6})["choices"] != choices
+    drawn = server.json("/v1/completions", asked | {"seed": None})
+    assert server.json("/v1/completions", asked | {"seed": drawn["moesaic"]["seed"]})["choices"] == drawn["choices"]
+
+
+# --- scores, as lm-evaluation-harness asks for them ------------------------------------------------------------------
+
+def test_prompts_are_scored(folder, server):
+    ids = server.json("/tokenize", {"prompt": "red is green", "add_special_tokens": False})["tokens"]
+    assert server.json("/detokenize", {"tokens": ids})["prompt"] == "red is green"
+    assert server.json("/tokenizer_info")["bos_token"] == "<s>"
+    answer = server.json("/v1/completions", {"model": "lora", "prompt": [ids, ids[:2]], "max_tokens": 1, "logprobs": 1,
+                                             "seed": 1234, "echo": True, "temperature": 0})
+    scored = json.loads(run("score", "--model", folder / "model", "--adapter", folder / "lora", "--text", "red is green", "--json"))
+    for choice, length in zip(answer["choices"], (3, 2)):
+        logprobs = choice["logprobs"]
+        assert logprobs["token_logprobs"][0] is None and len(logprobs["token_logprobs"]) == length + 1
+        assert logprobs["token_logprobs"][-1] == max(logprobs["top_logprobs"][-1].values())
+    assert answer["choices"][0]["text"].startswith("red is green")
+    assert answer["choices"][0]["logprobs"]["token_logprobs"][1:3] == pytest.approx(scored["logprobs"], abs=1e-5)
+    only = server.json("/v1/completions", {"prompt": "red is", "echo": True, "max_tokens": 0, "logprobs": 0})
+    assert only["choices"][0]["text"] == "red is" and only["usage"]["completion_tokens"] == 0
+
+
+# --- alone and in company --------------------------------------------------------------------------------------------
+
+def test_every_request_gets_the_bits_it_gets_alone(server):
+    names = ["tiny", *ADAPTERS, "both"]
+    words = tiny_run.WORDS
+    asked = [{"model": names[i % len(names)], "prompt": " ".join(words[(i * 3 + j) % 10] for j in range(1 + i % 40)),
+              "max_tokens": 1 + i % 7, "temperature": i % 2, "seed": i, "logprobs": 1} for i in range(80)]
+
+    def ask(body):
+        return server.json("/v1/completions", body)["choices"]
+
+    alone = [ask(body) for body in asked]
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        together = list(pool.map(ask, asked))
+    assert together == alone
+    assert server.idle()
+
+
+def test_adapters_come_and_go(folder, server, tmp_path):
+    shutil.copytree(folder / "lora", folder / "late")
+    body = {"lora_name": "late", "lora_path": str(folder / "late")}
+    assert server.ask("/v1/load_lora_adapter", body)[1] == b"Success: LoRA adapter 'late' added successfully."
+    lora = completion(server, model="lora")["choices"]
+    assert completion(server, model="late")["choices"] == lora
+    assert server.json("/v1/load_lora_adapter", body, expect=409)
+    shutil.copytree(folder / "mov", folder / "late", dirs_exist_ok=True)
+    server.ask("/v1/load_lora_adapter", body | {"load_inplace": True})
+    assert completion(server, model="late")["choices"] == completion(server, model="mov")["choices"] != lora
+    for path, status in ((tmp_path, 404), (folder / "late" / ".." / ".." / "other", 404), (folder / "model", 422)):
+        server.json("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": str(path)}, expect=status)
+    (folder / "late" / "adapter_model.safetensors").write_bytes(b"\xff" * 100)
+    server.json("/v1/load_lora_adapter", body | {"load_inplace": True}, expect=422)
+    assert completion(server, model="late")["choices"] == completion(server, model="mov")["choices"], "what was there stays"
+    server.json("/v1/unload_lora_adapter", {"lora_name": "lora"}, expect=409)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        running = pool.submit(completion, server, "red cat", model="late", max_tokens=40, ignore_eos=True)
+        time.sleep(0.02)
+        assert b"removed" in server.ask("/v1/unload_lora_adapter", {"lora_name": "late"})[1]
+        assert running.result()["usage"]["completion_tokens"] == 40
+    server.json("/v1/completions", {"model": "late", "prompt": "red"}, expect=404)
+    assert completion(server, model="mov")["choices"], "others answer on"
+
+
+# --- HTTP ------------------------------------------------------------------------------------------------------------
+
+def test_malformed_requests_are_told_so(server):
+    for raw, status in ((b"{", 400), (b"[]", 400), (b'"x"', 400), (b'{"prompt": "\xff"}', 400), (b"[" * 100000, 400),
+                        (b'{"prompt": "\\ud800"}', 400), (b" " * (9 << 20), 413)):
+        answer, text = server.ask("/v1/completions", raw=raw)
+        assert answer.status == status and json.loads(text)["error"]["code"] == status
+    assert server.ask("/v1/completions", raw=b"x", headers={"content-type": "multipart/form-data"})[0].status == 415
+    assert server.ask("/v1/nothing")[0].status == 404
+    assert server.ask("/lora-adapters", [{"id": 0, "scale": 1}])[0].status == 405
+    assert server.ask("/v1/completions", {"prompt": "red"}, headers={"origin": "http://evil.example"})[0].status == 403
+    assert server.ask("/v1/models", headers={"host": "evil.example"})[0].status == 421
+    for garbage in (b"\x00\xff garbage\r\n\r\n", b"POST /v1/completions HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+                    b"GET / HTTP/1.1\r\n" + b"x: y\r\n" * 300 + b"\r\n"):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+            connection.sendall(garbage)
+            assert re.match(rb"HTTP/1.1 4\d\d", connection.recv(4096))
+    assert server.json("/version") and server.ask("/health")[0].status == 200
+
+
+def test_headers_go_round(server):
+    answer, _ = server.ask("/v1/completions", {"prompt": "red", "max_tokens": 1}, headers={"x-request-id": "mine-1"})
+    assert answer.getheader("x-request-id") == "mine-1" and re.fullmatch("[0-9a-f]{16}", answer.getheader("x-moesaic-mixture"))
+
+
+def test_who_leaves_frees_what_ran_for_it(server):
+    before = server.ask("/metrics")[1].decode()
+    for streams in (True, False):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        connection.request("POST", "/v1/completions", json.dumps(
+            {"prompt": "red", "max_tokens": 60, "ignore_eos": True, "stream": streams, "n": 16, "temperature": 1}).encode())
+        if streams:
+            connection.getresponse().read(10)
+        else:
+            time.sleep(0.02)
+        connection.sock.shutdown(socket.SHUT_RDWR)
+        connection.close()
+    assert server.idle()
+    cancelled = re.compile(r"^moesaic:cancelled_total (\d+)", re.MULTILINE)
+    assert int(cancelled.search(server.ask("/metrics")[1].decode())[1]) >= int(cancelled.search(before)[1]) + 1
+
+
+def test_a_page_is_there(server):
+    answer, text = server.ask("/")
+    assert answer.getheader("content-type").startswith("text/html") and "default-src 'none'" in answer.getheader("content-security-policy")
+    assert b"<script>" in text and b"http://" not in text and b"https://" not in text
+
+
+def test_metrics_and_log_agree(folder, server):
+    metrics = {}
+    for family in text_string_to_metric_families(server.ask("/metrics")[1].decode()):
+        for sample in family.samples:
+            metrics[sample.name] = metrics.get(sample.name, 0) + sample.value
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert metrics["vllm:generation_tokens_total"] == sum(row["new_tokens"] for row in rows)
+    assert {row["status"] for row in rows} <= {200, 499} and not any("prompt" in row for row in rows)
+
+
+# --- life ------------------------------------------------------------------------------------------------------------
+
+def test_keys_limits_and_the_end(folder, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("".join(f"{name} {hashlib.sha256(name.encode()).hexdigest()}{role}\n" for name, role in (("ann", ""), ("bob", " admin"))))
+    config = tmp_path / "serve.yaml"
+    config.write_text(f"model: {folder / 'model'}\nadapters: {{a: {folder / 'lora'}}}\nmixtures: {{half: {{a: 0.5}}}}\n"
+                      f"api_keys: {keys}\nmax_queue: 2\nmax_seqs: 1\nmax_request_time: 30\n")
+    with Server("--config", config) as server:
+        assert server.json("/v1/models", expect=401) and server.ask("/health")[0].status == 200
+        ann = {"authorization": "Bearer ann"}
+        assert [model["id"] for model in server.json("/v1/models", headers=ann)["data"]] == ["model", "a", "half"]
+        assert server.json("/v1/load_lora_adapter", {"lora_name": "x"}, expect=403, headers={"authorization": "Bearer bob"})
+        long = {"prompt": "red", "max_tokens": 60, "ignore_eos": True, "temperature": 1, "n": 16}
+        with concurrent.futures.ThreadPoolExecutor(60) as pool:
+            asked = [pool.submit(server.ask, "/v1/completions", long, None, ann) for _ in range(60)]
+            answers = [one.result()[0] for one in asked]
+        statuses = [answer.status for answer in answers]
+        assert set(statuses) == {200, 429} and statuses.count(200) >= 3
+        assert all(int(answer.getheader("retry-after")) >= 1 for answer in answers if answer.status == 429)
+        with pytest.raises(openai.InternalServerError, match="time is over"):
+            server.client(api_key="ann").completions.create(model="a", prompt="red", max_tokens=60, timeout=30, 
+                                                              extra_body={"timeout": 0.001, "ignore_eos": True})
+        slow = threading.Thread(target=lambda: answers.append(server.ask("/v1/completions", long, None, ann)[0]))
+        slow.start()
+        time.sleep(0.05)
+        server.process.send_signal(signal.SIGTERM)
+        slow.join()
+        assert answers[-1].status in (200, 503) and server.process.wait(timeout=60) == 0
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--host", "0.0.0.0"], "expected a loopback address"), (["--allow_runtime_load"], "adapter_root"),
+    (["--max_seqs", "0"], "max_seqs: got 0"), (["--mixture", "x=nobody:1"], "got 'nobody:1'"),
+    (["--config", "missing.yaml"], "missing.yaml"), (["--max_model_len", "1000"], "max_model_len: got 1000"),
+    (["--api_keys", "missing"], "can't read this file"), (["--kv_memory", "1e9GiB"], "kv_memory")])
+def test_settings_that_can_not_be_are_refused(folder, arguments, message):
+    done = tiny_run.moesaic("serve", "--model", folder / "model", "--port", 0, *arguments)
+    assert done.returncode in (2, 3) and message in done.stderr, done.stderr
+
+
+def test_a_dry_run_says_what_it_takes(folder):
+    done = tiny_run.moesaic("serve", folder / "molora", "--dry_run")
+    assert done.returncode == 0 and "keys and values" in done.stderr and "model molora" in done.stderr, done.stderr
+
+
+def test_a_config_with_an_unknown_key_is_refused(folder, tmp_path):
+    (tmp_path / "serve.yaml").write_text("max_seq: 3\n")
+    done = tiny_run.moesaic("serve", "--model", folder / "model", "--config", tmp_path / "serve.yaml")
+    assert done.returncode == 2 and "did you mean 'max_seqs'" in done.stderr
