@@ -257,7 +257,31 @@ def llama_generate(job):
     return run
 
 
-KINDS = {"training": training, "calm": calm_training, "generate": hf_generate, "score": score, "ct2": ct2_generate,
+def peft_mixed(job):
+    """Prompts side by side, each with the adapter that `names` has for it, as PEFT's adapter_names does."""
+    import peft
+    import torch
+
+    model = None
+    for name, folder in job["adapters"].items():
+        if model is None:
+            model = peft.PeftModel.from_pretrained(load(job), folder, adapter_name=name)
+        else:
+            model.load_adapter(folder, adapter_name=name)
+    model.eval()
+    prompts = torch.tensor(job["prompts"])
+
+    def run(_):
+        with torch.no_grad():
+            ids = model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), adapter_names=job["names"],
+                                 do_sample=False, pad_token_id=0, max_new_tokens=job["new_tokens"],
+                                 min_new_tokens=job["new_tokens"])[:, prompts.shape[1]:]
+        return {"tokens": ids.numel(), "ids": ids.tolist()}
+
+    return run
+
+
+KINDS = {"peft_mixed": peft_mixed, "training": training, "calm": calm_training, "generate": hf_generate, "score": score, "ct2": ct2_generate,
          "ct2_translate": ct2_translate, "llama": llama_generate}
 
 

@@ -31,6 +31,34 @@ def huggingface_folder():
     return folder
 
 
+def lora_folders(count, rank):
+    """LoRAs of all of SmolLM2's linears in PEFT's layout, random numbers."""
+    shapes = {"self_attn.q_proj": (576, 576), "self_attn.k_proj": (192, 576), "self_attn.v_proj": (192, 576),
+              "self_attn.o_proj": (576, 576), "mlp.gate_proj": (1536, 576), "mlp.up_proj": (1536, 576),
+              "mlp.down_proj": (576, 1536)}
+    folders = [CACHE / f"lora-r{rank}-{i}" for i in range(count)]
+    for i, folder in enumerate(folders):
+        if (folder / "adapter_config.json").exists():
+            continue
+        import safetensors.torch
+        import torch
+
+        torch.manual_seed(i)
+        tensors = {}
+        for layer in range(30):
+            for module, (out, width) in shapes.items():
+                name = f"base_model.model.model.layers.{layer}.{module}"
+                tensors[f"{name}.lora_A.weight"] = 0.02 * torch.randn(rank, width)
+                tensors[f"{name}.lora_B.weight"] = 0.01 * torch.randn(out, rank)
+        folder.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps({
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank,
+            "base_model_name_or_path": str(huggingface_folder()),
+            "target_modules": [module.split(".")[1] for module in shapes]}))
+    return [str(folder) for folder in folders]
+
+
 def calm_pair():
     """An anchor of SmolLM2-135M's shape and an augmenting model of 44 million, random weights, SmolLM2's tokenizer;
     ((anchor, augmenting), connected blocks)."""

@@ -6,17 +6,21 @@ range is over the rounds. CPU seconds (of all threads) stand beside wall seconds
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import datetime
 import functools
+import http.client
 import importlib.metadata
 import json
 import os
 import pathlib
 import random
+import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 
 import prepare
@@ -71,6 +75,44 @@ class Contestant:
         return max(r["peak_rss"] for r in self.runs) - self.base_rss
 
 
+class Served(Contestant):
+    """A running `moesaic serve`, asked for all of a job's prompts at once over HTTP."""
+
+    def __init__(self, name, job):
+        self.name, self.job, self.runs = name, job, []
+        adapters = [flag for key, folder in job["adapters"].items() for flag in ("--adapter", f"{key}={folder}")]
+        self.process = subprocess.Popen(
+            [BUILD / "moesaic", "serve", "--model", job["model"], "--port", "0", "--threads", str(job["threads"]), "--dtype",
+             "float32", "--quantize", "int8" if job.get("quantize") else "none", *adapters, *job.get("flags", [])],
+            stderr=subprocess.PIPE, text=True)
+        for line in self.process.stderr:
+            if found := re.search(r"listening on http://127.0.0.1:(\d+)", line):
+                break
+        self.port = int(found[1])
+        threading.Thread(target=self.process.stderr.read, daemon=True).start()
+
+    def cpu_seconds(self):
+        fields = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def complete(self, prompt, name, new_tokens):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port)
+        connection.request("POST", "/v1/completions", json.dumps({
+            "model": name, "prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}))
+        return json.loads(connection.getresponse().read())["usage"]["completion_tokens"]
+
+    def ask(self, line):
+        job = {**self.job, **json.loads(line)}
+        cpu, wall = self.cpu_seconds(), time.perf_counter()
+        with concurrent.futures.ThreadPoolExecutor(len(job["prompts"])) as pool:
+            tokens = sum(pool.map(self.complete, job["prompts"], job["names"], [job["new_tokens"]] * len(job["prompts"])))
+        return {"seconds": time.perf_counter() - wall, "cpu_seconds": self.cpu_seconds() - cpu, "tokens": tokens, "ids": []}
+
+    def close(self):
+        self.process.terminate()
+        self.process.wait()
+
+
 def row(job, what, unit, ours, peer, ratio, must, **more):
     """A row of a section's table; `must`: the ratio asked for, or None."""
     numbers = {key: round(value, 4) for key, value in dict(ours=ours, peer=peer, ratio=ratio, **more).items()}
@@ -79,7 +121,7 @@ def row(job, what, unit, ours, peer, ratio, must, **more):
 
 def rounds(jobs, repeats, log, run=Contestant.run):
     """Runs a group; {name: Contestant}, closed. One warm-up round is not counted."""
-    group = {name: Contestant(name, job) for name, job in jobs.items()}
+    group = {name: (Served if job["kind"] == "serve" else Contestant)(name, job) for name, job in jobs.items()}
     for index in range(repeats + 1):
         for contestant in group.values():
             run(contestant)
@@ -243,6 +285,52 @@ def scoring_rows(threads, repeats, quick, log):
     what = "choices ranked by an encoder-decoder, float32: transformers"
     yield compare("C14", f"{what}, choice by choice", g["ours"], g["hf"], 3)
     yield compare("C14", f"{what}, the choices of a question side by side", g["ours"], g["hf-batched"])
+
+
+def serve_rows(threads, repeats, quick, log):
+    streams, new_tokens = (4, 4) if quick else (16, 32)
+    model = str(prepare.huggingface_folder())
+    adapters = {f"a{i}": folder for i, folder in enumerate(prepare.lora_folders(streams, 8))}
+    text = prepare.prompt(24 * streams)
+    job = {"kind": "serve", "model": model, "adapters": adapters, "threads": threads, "new_tokens": 1,
+           "prompts": [text[24 * i:24 * (i + 1)] for i in range(streams)], "flags": ["--prefix_texts", "0"]}
+    base, mixed = ["base"] * streams, list(adapters)
+    log(f"{streams} streams, {new_tokens} tokens each, rank 8")
+    rate = rounds({"base": {**job, "names": base}, "mixed": {**job, "names": mixed},
+                   "peft": {**job, "kind": "peft_mixed", "names": mixed},
+                   "fast": {**job, "names": base, "flags": [*job["flags"], "--no-deterministic"]},
+                   "base-int8": {**job, "names": base, "quantize": True}, "mixed-int8": {**job, "names": mixed, "quantize": True}},
+                  repeats, log, lambda c: c.decode(new_tokens))
+    what = f"decoding, {streams} streams over HTTP, {streams} LoRAs r=8"
+    for id, ours, peer, must, name in [
+            ("B1", "mixed", "base", 0.85, "float32: our own base"),
+            ("B2", "mixed", "peft", 2.2, "float32: PEFT's adapter_names, in process"),
+            ("B1", "mixed-int8", "base-int8", 0.85, "int8: our own base"),
+            ("B2", "mixed-int8", "peft", 3.5, "int8: PEFT's adapter_names in float32, in process")]:
+        yield compare(id, f"{what}, {name}", rate[ours], rate[peer], must, "tok/s")
+    yield compare("B10", f"decoding, {streams} streams of the base, same bits in any company: without that promise",
+                  rate["base"], rate["fast"], 0.95, "tok/s")
+
+    log("one stream, and the same in process")
+    one = {**job, "adapters": {}, "prompts": [text[:32]], "names": ["base"], "quantize": True}
+    rate = rounds({"served": one, "ours-process": {"kind": "generate", "model": model, "prompt": text[:32], "new_tokens": 1,
+                                                   "threads": threads, "quantize": True}},
+                  repeats, log, lambda c: c.decode(2 * new_tokens))
+    yield compare("B6", "decoding, one stream over HTTP, int8: the same in process", rate["served"], rate["ours-process"],
+                  0.95, "tok/s")
+
+    log("a prompt of 512 tokens again, with another end")
+    long = prepare.prompt(600)[:64 if quick else 512]
+    kept = {**one, "quantize": False, "flags": []}
+
+    def first(contestant):
+        contestant.round = getattr(contestant, "round", 0) + 1
+        head = [contestant.round, *long] if contestant.name == "cold" else long
+        contestant.run(prompts=[[*head, contestant.round, contestant.round + 1]])
+
+    group = rounds({"kept": kept, "cold": kept}, repeats, log, first)
+    yield compare("B8", f"first token of a prompt whose first {len(long)} tokens were read before: not read", group["kept"],
+                  group["cold"], 1 / 0.15)
 
 
 # A process of its own, for a child's peak begins at that of the process that starts it.
@@ -429,7 +517,7 @@ def load_rows(threads, repeats, quick, log):
 
 SECTIONS = {"lora": lora_rows, "molora": molora_rows, "mov": mov_rows, "instructions": instruction_rows,
             "generation": generation_rows, "scoring": scoring_rows, "start": start_rows, "t5": t5_rows, "sparse": sparse_rows,
-            "calm": calm_rows, "load": load_rows}
+            "serve": serve_rows, "calm": calm_rows, "load": load_rows}
 
 
 def versions():

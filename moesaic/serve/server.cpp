@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <fstream>
+#include <set>
 #include <sstream>
 
 #include "moesaic/base/check.h"
@@ -11,6 +12,7 @@
 #include "moesaic/formats/adapter_folder.h"
 #include "moesaic/formats/tokenizer_files.h"
 #include "moesaic/nn/kernels.h"
+#include "moesaic/nn/linear.h"
 #include "moesaic/serve/fields.h"
 #include "moesaic/serve/pages.h"
 
@@ -79,6 +81,25 @@ std::string hash_of_adapter(fs::path dir) {
   return sha256_hex(sha256_of_file(dir / "adapter_config.json") + sha256_of_file(dir / "adapter_model.safetensors"));
 }
 
+/// Whether this machine's library gives a row of a product of many the same bits whatever is beside it; tried at each
+/// shape of the model's linears.
+bool library_is_alike(models::LanguageModel& model) {
+  torch::NoGradGuard no_grad;
+  const nn::AlikeRows alike(nn::AlikeRows::Number::kMany);
+  constexpr int64_t kRows[] = {1, 20, 37, 64, 130, 300};
+  std::set<std::pair<int64_t, size_t>> tried;
+  for (const nn::LinearSite& site : model.parts().front().sites->linears) {
+    if (!tried.insert({site.in, site.group->outs().size()}).second) continue;
+    const torch::Tensor x = torch::randn({kRows[5], site.in}).to(model.facts().device, model.facts().dtype);
+    const torch::Tensor expected = site.group->matrix()->product(x, {});
+    for (const int64_t rows : kRows) {
+      const torch::Tensor y = site.group->matrix()->product(x.narrow(0, 0, rows), {});
+      if (!torch::equal(y, expected.narrow(0, 0, rows))) return false;
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 void validate(const ServeOptions& options) {
@@ -139,6 +160,10 @@ Server::Server(run::Opened opened, const std::string& path, const std::vector<ru
       keys_.push_back({owner, hash, role == "admin"});
     }
     MOESAIC_CHECK(!keys_.empty(), DataError, "{}: holds no key, expected at least one", options_.api_keys);
+  }
+  if (options_.deterministic && !library_is_alike(*opened_.model)) {
+    spdlog::warn("deterministic: this machine's matrix library rounds rows as suits their number: answers may differ in "
+                 "their last bits with the company they are in");
   }
   ServiceOptions wanted;
   wanted.engine.most_answers = options_.max_seqs;

@@ -18,6 +18,7 @@ import time
 
 import openai
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 import tiny_run
@@ -305,6 +306,21 @@ def test_who_leaves_frees_what_ran_for_it(server):
     assert int(cancelled.search(server.ask("/metrics")[1].decode())[1]) >= int(cancelled.search(before)[1]) + 1
 
 
+def test_a_stream_that_fails_says_so_and_breaks(server):
+    body = {"prompt": ["red"] * 200, "max_tokens": 60, "ignore_eos": True, "stream": True, "timeout": 0.3}
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request("POST", "/v1/completions", json.dumps(body).encode())
+    answer = connection.getresponse()
+    assert answer.status == 200
+    with pytest.raises(http.client.IncompleteRead) as broken:
+        answer.read()
+    assert b"time is over" in broken.value.partial[-300:] and b"[DONE]" not in broken.value.partial
+    del body["prompt"], body["timeout"]
+    with pytest.raises(openai.APIError, match="time is over"):
+        list(server.client().completions.create(prompt=["red"] * 200, model="tiny", **{k: body[k] for k in ("max_tokens", "stream")},
+                                                extra_body={"timeout": 0.3, "ignore_eos": True}))
+
+
 def test_a_page_is_there(server):
     answer, text = server.ask("/")
     assert answer.getheader("content-type").startswith("text/html") and "default-src 'none'" in answer.getheader("content-security-policy")
@@ -319,6 +335,68 @@ def test_metrics_and_log_agree(folder, server):
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert metrics["vllm:generation_tokens_total"] == sum(row["new_tokens"] for row in rows)
     assert {row["status"] for row in rows} <= {200, 499} and not any("prompt" in row for row in rows)
+
+
+def test_whatever_comes_every_good_request_gets_its_answer(folder, server):
+    """Good requests among broken bodies, unknown names, clients that leave and adapters that can't be loaded."""
+    names = ["tiny", *ADAPTERS, "both"]
+    good = [{"model": names[i % len(names)], "prompt": "red is " * (1 + i % 9), "max_tokens": 1 + i % 5, "temperature": 0,
+             "logprobs": 0} for i in range(len(names) * 3)]
+    alone = [server.json("/v1/completions", body)["choices"] for body in good]
+    (folder / "broken").mkdir()
+    (folder / "broken" / "adapter_config.json").write_text("{")
+
+    def leave(i):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+            body = json.dumps({"prompt": "red", "max_tokens": 50, "ignore_eos": True, "stream": i % 2 == 0}).encode()
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body) + body[:i % 80 or None])
+            time.sleep(0.01 * (i % 3))
+
+    def act(i):
+        kind = i % 6
+        if kind == 0:
+            return leave(i)
+        if kind == 1:
+            return server.ask("/v1/completions", raw=b"{" * (i % 300))[0].status == 400
+        if kind == 2:
+            return server.ask("/v1/load_lora_adapter", {"lora_name": f"x{i}", "lora_path": str(folder / "broken")})[0].status == 422
+        number = i % len(good)
+        return server.json("/v1/completions", good[number])["choices"] == alone[number]
+
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        outcomes = list(pool.map(act, range(600)))
+    assert all(outcome is not False for outcome in outcomes)
+    assert server.idle() and server.json("/ready")["status"] == "ready"
+
+
+# --- other models ----------------------------------------------------------------------------------------------------
+
+def test_a_composition_answers_with_adapters_beside_its_anchor(folder, tmp_path):
+    make_augmenting(tmp_path / "aug")
+    (tmp_path / "compose.yaml").write_text(yaml.safe_dump({
+        "anchor": str(folder / "model"), "augmenting": str(tmp_path / "aug"), "output_dir": str(tmp_path / "calm"),
+        "connections": [{"anchor": 0, "aug": 1}, {"anchor": 1, "aug": 3}], "output_init": "normal"}))
+    run("compose", tmp_path / "compose.yaml")
+    with Server("--model", tmp_path / "calm", "--adapter", folder / "lora") as server:
+        alone = [completion(server, prompt="cat dog is", model=name, logprobs=0)["choices"] for name in ("base", "lora")]
+        for flags, choices in (((), alone[0]), (("--adapter", folder / "lora"), alone[1])):
+            out = run("generate", "--model", tmp_path / "calm", "--raw", "--json", "--max_new_tokens", 6, "-p", "cat dog is", *flags)
+            assert json.loads(out)["text"] == choices[0]["text"]
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            together = list(pool.map(lambda i: completion(server, prompt="cat dog is" if i < 8 else "red " * i,
+                                                          model=("base", "lora")[i % 2], logprobs=0)["choices"], range(16)))
+        assert together[:8] == alone * 4
+
+
+def test_an_encoder_decoder_answers(tmp_path):
+    make_t5(tmp_path / "model")
+    with Server("--model", tmp_path / "model") as server:
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            together = list(pool.map(lambda i: completion(server, prompt=("red cat", "dog")[i % 2])["choices"][0]["text"], range(6)))
+    for prompt, text in (("red cat", together[0]), ("dog", together[1])):
+        out = run("generate", "--model", tmp_path / "model", "--raw", "--json", "--max_new_tokens", 6, "-p", prompt)
+        assert json.loads(out)["text"] == text
+    assert together == together[:2] * 3
 
 
 # --- life ------------------------------------------------------------------------------------------------------------

@@ -45,6 +45,43 @@ TEST(LinearRows, EqualsDoubleForAnyShapeRowCountAndDtype) {
   }
 }
 
+/// Rows 0 .. n-1 of a product have the bits that each has alone.
+void expect_alike(AlikeRows::Number number, const std::function<torch::Tensor(const torch::Tensor&)>& product,
+                  const torch::Tensor& x) {
+  const AlikeRows alike(number);
+  std::vector<torch::Tensor> alone;
+  for (int64_t n = 0; n < x.size(0); ++n) alone.push_back(product(x.narrow(0, n, 1)));
+  for (int64_t rows : {2, 3, 4, 5, 7, 8, 12, 16, 17, 33, 48, 64, 100}) {
+    for (int64_t first : {int64_t{0}, x.size(0) - rows}) {
+      const torch::Tensor together = product(x.narrow(0, first, rows));
+      for (int64_t n = 0; n < rows; ++n) {
+        EXPECT_TRUE(torch::equal(together.narrow(0, n, 1), alone[first + n])) << rows << " rows, row " << n;
+      }
+    }
+  }
+}
+
+TEST(AlikeRows, GiveARowTheSameBitsInAnyCompany) {
+  torch::manual_seed(0);
+  torch::NoGradGuard no_grad;
+  using enum AlikeRows::Number;
+  for (auto [in, out] : std::vector<std::pair<int64_t, int64_t>>{{576, 192}, {1536, 61}, {33, 7}, {64, 1}}) {
+    const auto x = torch::randn({110, in}), w = torch::randn({out, in}), b = torch::randn({out});
+    const auto [q, scales] = quantize_rows_int8(w);
+    for (const auto number : {kFew, kMany}) {
+      expect_alike(number, [&](const auto& rows) { return linear_rows(rows, w, b); }, x);
+      expect_alike(number, [&, &q = q, &scales = scales](const auto& rows) { return linear_rows_int8(rows, q, scales, b); }, x);
+      expect_alike(number, [&](const auto& rows) { return thin_dots(rows, w.narrow(0, 0, std::min<int64_t>(out, 40))); }, x);
+      const auto g = torch::randn({110, 40}), a = torch::randn({40, in});
+      expect_alike(number, [&](const auto& rows) {
+        torch::Tensor y = rows.clone();
+        thin_add(rows.narrow(1, 0, std::min<int64_t>(in, 40)), a.narrow(0, 0, std::min<int64_t>(in, 40)), 0.5, y);
+        return y;
+      }, x);
+    }
+  }
+}
+
 TEST(LinearRows, StaysDifferentiableForFewRows) {
   const auto x = torch::tensor({{1.f, 2.f}}).requires_grad_(true);
   const auto w = torch::tensor({{3.f, 4.f}, {5.f, 6.f}});
@@ -159,6 +196,32 @@ TEST(Kernels, AttendEqualsSoftmaxOnEveryInstructionSet) {
         if (biased) scores = scores + bias.slice(1, 0, length);
         const auto expected = at::matmul(at::softmax(scores, -1), values.select(1, 1).to(torch::kFloat64));
         EXPECT_LT(relative_error(out, expected), kFloatTolerance) << length << " keys of " << k;
+      }
+    }
+  }
+}
+
+TEST(Kernels, Int8ProductsOfFewAndManyRowsAreOneToTheLastBit) {
+  torch::manual_seed(1);
+  for (const int64_t in : {7, 64, 512, 513, 1536}) {
+    constexpr int64_t kOut = 37, kMost = 19;
+    const auto w = torch::randint(-127, 128, {kOut, in}, torch::kInt8);
+    const auto x = torch::randint(-32767, 32768, {kMost, in + in % 2}, torch::kInt16);
+    if (in % 2 == 1) x.narrow(1, in, 1).zero_();
+    const auto scales = torch::rand({kOut}), x_scales = torch::rand({kMost}), bias = torch::randn({kOut});
+    torch::Tensor first;
+    for (const KernelTable* table : tables()) {
+      for (const int64_t rows : {1, 2, 3, 4, 6, 19}) {
+        auto product = [&](auto function) {
+          torch::Tensor y = torch::zeros({rows, kOut});
+          function(x.data_ptr<int16_t>(), x.size(1), x_scales.data_ptr<float>(), rows, w.data_ptr<int8_t>(),
+                   scales.data_ptr<float>(), bias.data_ptr<float>(), y.data_ptr<float>(), in, kOut, 0, kOut);
+          return y;
+        };
+        const torch::Tensor few = product(table->gemv_int8);
+        if (!first.defined()) first = product(table->gemm_int8);
+        EXPECT_TRUE(torch::equal(few, product(table->gemm_int8))) << in << " wide, " << rows << " rows";
+        EXPECT_TRUE(torch::equal(few[0], first[0]));
       }
     }
   }
