@@ -109,8 +109,8 @@ void attention(benchmark::State& state) {
 }
 BENCHMARK(attention)->ArgName("window")->Arg(0)->Arg(128)->Unit(benchmark::kMillisecond);
 
-/// A few rows through weights that lie in memory, not in the cache: 64 matrices of 576 x 1536 in turn. alike: by kernels
-/// that round a row alike whatever their number.
+/// A few rows through weights that lie in memory, not in the cache: 64 matrices of 576 x 1536 in turn. alike: by
+/// kernels that round a row alike whatever their number.
 void gemv(benchmark::State& state) {
   torch::NoGradGuard no_grad;
   constexpr int64_t kMatrices = 64;

@@ -1,5 +1,5 @@
-// The C side of the Rust crate in this folder: tokenizers (tokenizer.json), minijinja (chat templates and those over rows
-// of data), fancy-regex (patterns in files) and hyper (HTTP).
+// The C side of the Rust crate in this folder: tokenizers (tokenizer.json), minijinja (chat templates and those over
+// rows of data), fancy-regex (patterns in files) and hyper (HTTP).
 //
 // Handles are opaque, immutable after set-up and safe to share between threads. Texts are UTF-8 with explicit lengths.
 // A function that can fail writes its reason to `error`, which the caller passes empty; no panic leaves the crate. A
@@ -98,7 +98,8 @@ struct BridgeHttpLimits {
   double header_seconds;  // for a request's head, counted from the last answer of its connection
   double body_seconds;
 };
-/// Both are called from the server's thread, with views that live as long as the call, and must neither block nor throw.
+/// Both are called from the server's thread, with views that live as long as the call, and must neither block nor
+/// throw.
 struct BridgeHttpHandler {
   void* context;
   /// head: {"method", "path", "headers": [[name, value], ...]}, names in lower case. Wants one bridge_http_respond, or

@@ -23,8 +23,8 @@ struct Options {
 /// The values of a file's key as its flag takes them: a list gives several, a map NAME=VALUE each.
 std::vector<std::string> flag_values(const OrderedJson& value, const std::string& where) {
   auto scalar = [&](const OrderedJson& each) {
-    MOESAIC_CHECK(each.is_primitive() && !each.is_null(), UsageError, "{}: got {}, expected a value, a list or names with values",
-                  where, each.dump());
+    MOESAIC_CHECK(each.is_primitive() && !each.is_null(), UsageError,
+                  "{}: got {}, expected a value, a list or names with values", where, each.dump());
     return each.is_string() ? each.get<std::string>() : each.dump();
   };
   std::vector<std::string> values;
@@ -58,7 +58,8 @@ void read_config(CLI::App& app, const std::string& file) {
     CLI::Option* option = app.get_option_no_throw("--" + (plural ? key.substr(0, key.size() - 1) : key));
     if (option == nullptr || key == "config") {
       const std::string near = nearest_name(key, known);
-      throw UsageError(fmt::format("{}: unknown key '{}'{}", file, key, near.empty() ? "" : fmt::format(", did you mean '{}'?", near)));
+      throw UsageError(fmt::format("{}: unknown key '{}'{}", file, key,
+                                   near.empty() ? "" : fmt::format(", did you mean '{}'?", near)));
     }
     if (option->count() > 0) continue;
     try {
@@ -83,8 +84,10 @@ int run_serve(CLI::App& app, Options& options, const CommonOptions& common) {
   int64_t weights = 0;
   for (const torch::Tensor& weight : loaded.model->weights()) weights += static_cast<int64_t>(weight.nbytes());
   const int64_t left = static_cast<int64_t>(memory_of_machine()) - weights;
-  options.serve.kv_memory = options.kv_memory > 0 ? static_cast<int64_t>(options.kv_memory) : std::max<int64_t>(left / 2, 1);
-  MOESAIC_CHECK(options.serve.kv_memory < left, UsageError, "kv_memory: got {} MiB, expected less than the {} MiB that the weights leave",
+  options.serve.kv_memory =
+      options.kv_memory > 0 ? static_cast<int64_t>(options.kv_memory) : std::max<int64_t>(left / 2, 1);
+  MOESAIC_CHECK(options.serve.kv_memory < left, UsageError,
+                "kv_memory: got {} MiB, expected less than the {} MiB that the weights leave",
                 options.serve.kv_memory >> 20, std::max<int64_t>(left, 0) >> 20);
   serve::Server server(std::move(loaded), from.model, from.adapters, options.serve);
   for (const std::string& line : server.plan()) spdlog::info("{}", line);
@@ -114,20 +117,25 @@ Runner add_serve(CLI::App& app, CommonOptions& common) {
   add("--served_name", serve.served_name, "The base's name beside 'base'; empty = that of its file or folder");
   add("--host", serve.host, "Address to listen at");
   add("--port", serve.port, "Port; 0 takes a free one");
-  repeated(add("--mixture", serve.mixtures, "Several adapters under one name: NAME=ADAPTER:SCALE[,ADAPTER:SCALE ...]; may be repeated"));
-  add("--api_keys", serve.api_keys, "File of keys, a line each: NAME SHA256-OF-THE-KEY [admin]; empty = anyone may ask");
-  app.add_flag("--allow_runtime_load", serve.allow_runtime_load, "Adapters may be loaded and unloaded by requests of admins")
+  repeated(add("--mixture", serve.mixtures,
+               "Several adapters under one name: NAME=ADAPTER:SCALE[,ADAPTER:SCALE ...]; may be repeated"));
+  add("--api_keys", serve.api_keys,
+      "File of keys, a line each: NAME SHA256-OF-THE-KEY [admin]; empty = anyone may ask");
+  app.add_flag("--allow_runtime_load", serve.allow_runtime_load,
+               "Adapters may be loaded and unloaded by requests of admins")
       ->group(group);
   repeated(add("--adapter_root", serve.adapter_roots, "Folder below which such adapters lie; may be repeated"));
   repeated(add("--allowed_host", serve.allowed_hosts, "Name by which it may be called beside --host; may be repeated"));
-  repeated(add("--cors_origin", serve.cors_origins, "Origin whose pages may ask, https://example.org; may be repeated"));
+  repeated(
+      add("--cors_origin", serve.cors_origins, "Origin whose pages may ask, https://example.org; may be repeated"));
   app.add_flag("--insecure", serve.insecure, "Listen at other than loopback addresses without keys")->group(group);
   add("--request_log", serve.request_log, "File for a JSON line about each request, - = standard output");
   group = "Engine";
   add("--max_seqs", serve.max_seqs, "Answers in the making side by side");
   add("--max_queue", serve.max_queue, "Requests that wait; more are refused with 429");
   add("--max_model_len", serve.max_model_len, "Tokens of a prompt and its answer; 0 = the model's context");
-  app.add_option("--kv_memory", options->kv_memory, "Memory for keys and values: 4GiB; 0 = half of what the weights leave")
+  app.add_option("--kv_memory", options->kv_memory,
+                 "Memory for keys and values: 4GiB; 0 = half of what the weights leave")
       ->capture_default_str()
       ->transform(CLI::AsSizeValue(/*kb_is_1000=*/false))
       ->group(group);

@@ -3,11 +3,12 @@
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::ffi::c_void;
+use std::future::Future;
 use std::net::ToSocketAddrs;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::task::{Context, Poll};
+use std::task::{ready, Context, Poll};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -50,6 +51,8 @@ unsafe impl Send for Handler {}
 unsafe impl Sync for Handler {}
 
 const BACKLOG: u32 = 4096;
+/// Between the last piece of a stream that breaks and its end.
+const FLUSH: Duration = Duration::from_millis(50);
 
 /// The pieces of one streamed answer that were not written yet.
 struct Queue {
@@ -98,6 +101,7 @@ enum AnswerBody {
         receiver: mpsc::UnboundedReceiver<Result<Bytes, std::io::Error>>,
         bytes: Arc<AtomicUsize>,
         pieces: Arc<AtomicUsize>,
+        breaking: Option<Pin<Box<tokio::time::Sleep>>>,
         _departure: Departure,
     },
 }
@@ -109,15 +113,22 @@ impl Body for AnswerBody {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         match &mut *self {
             AnswerBody::Whole(data) => Poll::Ready(data.take().map(|data| Ok(Frame::data(data)))),
-            AnswerBody::Pieces { receiver, bytes, pieces, .. } => receiver.poll_recv(cx).map(|piece| {
-                piece.map(|piece| {
-                    piece.map(|data| {
-                        bytes.fetch_sub(data.len(), Ordering::Relaxed);
-                        pieces.fetch_sub(1, Ordering::Relaxed);
-                        Frame::data(data)
-                    })
-                })
-            }),
+            AnswerBody::Pieces { receiver, bytes, pieces, breaking, .. } => {
+                if breaking.is_none() {
+                    match ready!(receiver.poll_recv(cx)) {
+                        None => return Poll::Ready(None),
+                        Some(Ok(data)) => {
+                            bytes.fetch_sub(data.len(), Ordering::Relaxed);
+                            pieces.fetch_sub(1, Ordering::Relaxed);
+                            return Poll::Ready(Some(Ok(Frame::data(data))));
+                        }
+                        // hyper drops what it has not written when a body fails: it gets the time to write it.
+                        Some(Err(_)) => *breaking = Some(Box::pin(tokio::time::sleep(FLUSH))),
+                    }
+                }
+                ready!(breaking.as_mut().expect("it was set above").as_mut().poll(cx));
+                Poll::Ready(Some(Err(std::io::Error::other("the answer failed"))))
+            }
         }
     }
 
@@ -314,7 +325,7 @@ impl Http {
         let (bytes, pieces) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
         // Replaced by the exchange's own once the answer is on its way.
         let nobody = Departure { shared: self.shared.clone(), id: 0 };
-        let body = AnswerBody::Pieces { receiver, bytes: bytes.clone(), pieces: pieces.clone(), _departure: nobody };
+        let body = AnswerBody::Pieces { receiver, bytes: bytes.clone(), pieces: pieces.clone(), breaking: None, _departure: nobody };
         let answer = response(status, headers, body)?;
         let mut exchanges = self.shared.exchanges.lock().unwrap();
         if let Some(Exchange::Waiting(waiting)) = exchanges.remove(&id) {

@@ -19,10 +19,10 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using Number = nn::AlikeRows::Number;
 
-constexpr int64_t kBlock = 32;          // prompts are cut where their positions are multiples: attention's blocks
-constexpr int64_t kScoredRows = 64;     // prompt rows whose logits exist at once
-constexpr double kGrowth = 1.25;        // of a cache's buffers, beyond what they hold
-constexpr double kUnattended = 4;       // times step_seconds may pass while nobody waits for a next token
+constexpr int64_t kBlock = 32;       // prompts are cut where their positions are multiples: attention's blocks
+constexpr int64_t kScoredRows = 64;  // prompt rows whose logits exist at once
+constexpr double kGrowth = 1.25;     // of a cache's buffers, beyond what they hold
+constexpr double kUnattended = 4;    // times step_seconds may pass while nobody waits for a next token
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
@@ -42,9 +42,8 @@ TokenLogprob logprob_of(std::span<const float> logits, int64_t token, int64_t co
   std::vector<int32_t> order(logits.size());
   std::iota(order.begin(), order.end(), 0);
   const int64_t most = std::min<int64_t>(count, std::ssize(order));
-  std::partial_sort(order.begin(), order.begin() + most, order.end(), [&](int32_t a, int32_t b) {
-    return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
-  });
+  std::partial_sort(order.begin(), order.begin() + most, order.end(),
+                    [&](int32_t a, int32_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; });
   for (int64_t i = 0; i < most; ++i) result.top.emplace_back(order[i], logits[order[i]] - norm);
   return result;
 }
@@ -57,10 +56,10 @@ class Answer {
         request_(request),
         prompt_(std::ssize(continued)),
         seen_(std::move(continued)),
-        sampler_(request.sampling,
-                 derive_seed(request.sampling.seed, "answer",
-                             static_cast<uint64_t>(request.sampling.first * request.sampling.num_return_sequences +
-                                                   index))),
+        sampler_(
+            request.sampling,
+            derive_seed(request.sampling.seed, "answer",
+                        static_cast<uint64_t>(request.sampling.first * request.sampling.num_return_sequences + index))),
         decoder_(borrow(tokenizer)),
         stops_(request.sampling.stop) {}
 
@@ -177,7 +176,8 @@ int64_t Engine::answers() const {
 
 bool Engine::reads_in_parts(const Job& job) const {
   const auto most = static_cast<int64_t>(job.request.prompt.ids.size()) + job.request.sampling.max_new_tokens;
-  return !tokenizer_.prompts_apart() && most <= model_.exact_memory() && (model_.parts().size() == 1 || !options_.alike);
+  return !tokenizer_.prompts_apart() && most <= model_.exact_memory() &&
+         (model_.parts().size() == 1 || !options_.alike);
 }
 
 int64_t Engine::reserved(const Job& job) const {
@@ -243,7 +243,8 @@ bool Engine::step() {
   decode();
   decode_seconds_ = seconds_since(start);
   read();
-  return !waiting_.empty() || std::any_of(rows_.begin(), rows_.end(), [](const Row& row) { return row.job && !row.ended; });
+  return !waiting_.empty() ||
+         std::any_of(rows_.begin(), rows_.end(), [](const Row& row) { return row.job && !row.ended; });
 }
 
 /// Rows that ended go, or are kept.
@@ -290,14 +291,16 @@ std::pair<int64_t, int64_t> Engine::donor(const Job& job) const {
   const bool embedded = model_.needs().sentence == nn::Needs::Sentence::kHidden;
   for (size_t b = 0; b < rows_.size(); ++b) {
     const Row& row = rows_[b];
-    if (row.salt != job.request.salt || row.prompt.sentence != prompt.sentence || row.prompt.mixture != prompt.mixture ||
-        (embedded && row.prompt.ids != prompt.ids) || std::ssize(row.seen) > model_.exact_memory()) {
+    if (row.salt != job.request.salt || row.prompt.sentence != prompt.sentence ||
+        row.prompt.mixture != prompt.mixture || (embedded && row.prompt.ids != prompt.ids) ||
+        std::ssize(row.seen) > model_.exact_memory()) {
       continue;
     }
     // The last token is always run: its logits are what comes next. Answers' tokens round otherwise than prompts'.
     int64_t most = std::min<int64_t>(std::ssize(prompt.ids) - 1, std::ssize(row.seen));
     if (options_.alike) most = std::min<int64_t>(most, std::ssize(row.prompt.ids));
-    int64_t same = std::mismatch(prompt.ids.begin(), prompt.ids.begin() + most, row.seen.begin()).first - prompt.ids.begin();
+    int64_t same =
+        std::mismatch(prompt.ids.begin(), prompt.ids.begin() + most, row.seen.begin()).first - prompt.ids.begin();
     if (options_.alike) same = same / kBlock * kBlock;
     if (same > best.second) best = {static_cast<int64_t>(b), same};
   }
@@ -461,7 +464,8 @@ void Engine::read() {
     if (width > 0) text.sentence = torch::tensor(sentences).view({-1, width});
     // Weights of one throughout are left out: experts then run as in training.
     const bool mixed = std::any_of(mixture.begin(), mixture.end(), [](float weight) { return weight != 1; });
-    if (mixed || (adapters > 0 && memory_->mixture.defined())) text.mixture = torch::tensor(mixture).view({-1, adapters});
+    if (mixed || (adapters > 0 && memory_->mixture.defined()))
+      text.mixture = torch::tensor(mixture).view({-1, adapters});
     const torch::Tensor hidden = run(text);
     for (const size_t b : rows) {
       const auto first = rows_[b].prompt.ids.begin() + std::ssize(rows_[b].seen);

@@ -49,19 +49,19 @@ class Listener {
 };
 
 struct EngineOptions {
-  int64_t most_answers = INT64_MAX;      // in the making at once; a request with more of them runs alone
-  int64_t memory_bytes = INT64_MAX;      // of keys and values; requests wait until theirs fit
-  int64_t kept = 0;                      // texts that were read and are kept for prompts that begin alike
-  int64_t step_tokens = INT64_MAX;       // prompt tokens that a step reads at most
-  double step_seconds = 0;               // above 0: prompts are read in parts, so that a step takes about this long
-  bool alike = true;                     // an answer has the same bits whatever is beside it and was reused
-  RoutingCallback routing = nullptr;     // what routers decided; requests are numbered from 0 as submitted
+  int64_t most_answers = INT64_MAX;   // in the making at once; a request with more of them runs alone
+  int64_t memory_bytes = INT64_MAX;   // of keys and values; requests wait until theirs fit
+  int64_t kept = 0;                   // texts that were read and are kept for prompts that begin alike
+  int64_t step_tokens = INT64_MAX;    // prompt tokens that a step reads at most
+  double step_seconds = 0;            // above 0: prompts are read in parts, so that a step takes about this long
+  bool alike = true;                  // an answer has the same bits whatever is beside it and was reused
+  RoutingCallback routing = nullptr;  // what routers decided; requests are numbered from 0 as submitted
 };
 
 /// Steps a model through the texts of all requests. A step runs the answers' newest tokens together, then prompts, in
 /// parts where that is asked for. Alone or in company, read at once or in parts, with or without a part that was kept:
-/// with `alike`, decoders give the same bits in float32 and int8 on the CPU, for one number of threads. Compositions and
-/// encoder-decoders read a prompt at once and reuse none of it.
+/// with `alike`, decoders give the same bits in float32 and int8 on the CPU, for one number of threads. Compositions
+/// and encoder-decoders read a prompt at once and reuse none of it.
 ///
 /// Not for several threads.
 class Engine {
@@ -77,7 +77,8 @@ class Engine {
   /// Returns false when there is nothing left to do.
   bool step();
 
-  /// Gives the model an adapter; requests that were submitted before give it no weight. Throws as LanguageModel::attach.
+  /// Gives the model an adapter; requests that were submitted before give it no weight. Throws as
+  /// LanguageModel::attach.
   void attach(const std::string& name, std::shared_ptr<nn::Attachment> attachment);
   /// Takes it back; returns false, and does nothing, while a request gives it a weight.
   bool detach(const std::string& name);

@@ -13,23 +13,23 @@
 namespace moesaic::generate {
 
 struct SamplingOptions {
-  int64_t max_new_tokens = 256;          // an answer ends here at the latest
-  double temperature = 0.0;              // 0 = greedy
-  int64_t top_k = 0;                     // 0 = off
-  double top_p = 1.0;                    // the likeliest tokens of this mass; 1 = all
-  double min_p = 0.0;                    // tokens of at least this share of the likeliest; 0 = all
-  double repetition_penalty = 1.0;       // transformers' definition, over prompt and answer
-  std::vector<std::string> stop{};       // stop strings; cut from the answer
-  std::vector<int64_t> eos_ids{};        // end an answer
-  int64_t num_beams = 1;                 // above 1: beam search (BeamSearch)
-  double length_penalty = 1.0;           // of beams: above 0 favours long answers
-  std::string early_stopping = "false";  // of beams: false | true | never
-  int64_t num_return_sequences = 1;      // answers to each prompt: the best beams, or as many draws
-  uint64_t seed = 0;                     // of the sampling
-  int64_t first = 0;                     // number of the first prompt among all of this seed
-  int64_t min_new_tokens = 0;            // no eos_ids before
-  double frequency_penalty = 0;          // taken from a token's logit for each time the answer holds it
-  double presence_penalty = 0;           // taken once from each token that the answer holds
+  int64_t max_new_tokens = 256;                          // an answer ends here at the latest
+  double temperature = 0.0;                              // 0 = greedy
+  int64_t top_k = 0;                                     // 0 = off
+  double top_p = 1.0;                                    // the likeliest tokens of this mass; 1 = all
+  double min_p = 0.0;                                    // tokens of at least this share of the likeliest; 0 = all
+  double repetition_penalty = 1.0;                       // transformers' definition, over prompt and answer
+  std::vector<std::string> stop{};                       // stop strings; cut from the answer
+  std::vector<int64_t> eos_ids{};                        // end an answer
+  int64_t num_beams = 1;                                 // above 1: beam search (BeamSearch)
+  double length_penalty = 1.0;                           // of beams: above 0 favours long answers
+  std::string early_stopping = "false";                  // of beams: false | true | never
+  int64_t num_return_sequences = 1;                      // answers to each prompt: the best beams, or as many draws
+  uint64_t seed = 0;                                     // of the sampling
+  int64_t first = 0;                                     // number of the first prompt among all of this seed
+  int64_t min_new_tokens = 0;                            // no eos_ids before
+  double frequency_penalty = 0;                          // taken from a token's logit for each time the answer holds it
+  double presence_penalty = 0;                           // taken once from each token that the answer holds
   std::vector<std::pair<int64_t, double>> logit_bias{};  // added to tokens' logits; -infinity forbids
   bool include_stop = false;                             // the stop string found stays in the answer
 };

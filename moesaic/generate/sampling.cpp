@@ -137,8 +137,9 @@ void validate(const SamplingOptions& options) {
 
 int64_t Sampler::next(std::span<float> logits, const std::vector<int64_t>& seen, int64_t prompt) {
   auto largest = [&] { return std::max_element(logits.begin(), logits.end()); };
-  check_logits(std::isfinite(*largest()) && std::none_of(logits.begin(), logits.end(), [](float z) { return std::isnan(z); }),
-               seen.size());
+  check_logits(
+      std::isfinite(*largest()) && std::none_of(logits.begin(), logits.end(), [](float z) { return std::isnan(z); }),
+      seen.size());
   const std::span<const int64_t> answer(seen.data() + prompt, seen.size() - prompt);
   if (options_.repetition_penalty != 1.0) apply_repetition_penalty(logits, seen, options_.repetition_penalty);
   if (options_.frequency_penalty != 0 || options_.presence_penalty != 0) {

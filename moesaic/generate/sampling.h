@@ -12,7 +12,8 @@ namespace moesaic::generate {
 /// z_t / penalty where z_t > 0, z_t * penalty where z_t < 0, once for every token t that occurs in `seen`.
 /// Source: arXiv 1909.05858; transformers' RepetitionPenaltyLogitsProcessor.
 void apply_repetition_penalty(std::span<float> logits, const std::vector<int64_t>& seen, double penalty);
-/// z_t - frequency * (times that t occurs in `answer`) - presence, for every t that does. Source: OpenAI's API reference.
+/// z_t - frequency * (times that t occurs in `answer`) - presence, for every t that does. Source: OpenAI's API
+/// reference.
 void apply_penalties(std::span<float> logits, std::span<const int64_t> answer, double frequency, double presence);
 /// Keeps logits that are at least the k-th largest (ties stay), -inf elsewhere.
 void apply_top_k(std::span<float> logits, int64_t k);
@@ -35,8 +36,8 @@ void check_logits(bool finite, size_t tokens);
 class Sampler {
  public:
   Sampler(const SamplingOptions& options, uint64_t seed) : options_(options), random_(seed) {}
-  /// The next token after `seen`, of which the first `prompt` are what the answer goes on; changes `logits`. Greedy ties
-  /// go to the smallest id. Throws DataError when no logit is finite, UsageError when logit_bias leaves none.
+  /// The next token after `seen`, of which the first `prompt` are what the answer goes on; changes `logits`. Greedy
+  /// ties go to the smallest id. Throws DataError when no logit is finite, UsageError when logit_bias leaves none.
   int64_t next(std::span<float> logits, const std::vector<int64_t>& seen, int64_t prompt);
 
  private:

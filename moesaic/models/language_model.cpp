@@ -104,7 +104,8 @@ void LanguageModel::attach(const std::string& name, std::shared_ptr<nn::Attachme
   attachments_.push_back(std::move(attachment));
   if (memory == nullptr || memory->sequences() == 0) return;
   const torch::Tensor kept = memory->mixture;
-  const torch::Tensor none = torch::zeros({memory->sequences(), 1}, torch::dtype(torch::kFloat32).device(facts().device));
+  const torch::Tensor none =
+      torch::zeros({memory->sequences(), 1}, torch::dtype(torch::kFloat32).device(facts().device));
   memory->mixture = kept.defined() ? torch::cat({kept, none}, 1) : none;
 }
 

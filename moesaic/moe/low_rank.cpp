@@ -435,8 +435,8 @@ torch::Tensor LowRankGroup::forward_mixed(const torch::Tensor& x, const nn::Line
     if (e->router.defined() && e->router.options.plain()) {
       mixed.router = e->router.weight.data_ptr<float>();
     } else if (e->router.defined()) {
-      const bool own_input = e->router.options.input == RouterInput::kToken ||
-                             e->router.options.input == RouterInput::kFfnProduct;
+      const bool own_input =
+          e->router.options.input == RouterInput::kToken || e->router.options.input == RouterInput::kFfnProduct;
       mixed.weights = own_input ? e->router.route(e->router.logits(x, pass), pass, 1) : e->router.route_from_pass(pass);
       mixed.weights = mixed.weights.contiguous();
     }

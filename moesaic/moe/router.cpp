@@ -60,7 +60,7 @@ torch::Tensor Router::logits(const torch::Tensor& u, const nn::Pass& pass) const
     std::vector<int64_t> shape = u.sizes().vec();
     shape.back() = weight.size(0);
     const torch::Tensor wide = u.element_size() == 2 && !alike ? u : u.to(weight.scalar_type());
-    product = alike                ? nn::thin_dots(wide.reshape({-1, u.size(-1)}), weight).view(shape)
+    product = alike                   ? nn::thin_dots(wide.reshape({-1, u.size(-1)}), weight).view(shape)
               : u.element_size() == 2 ? WideLinear::apply(u, weight)
                                       : at::linear(wide, weight);
   }

@@ -6,10 +6,10 @@
 
 namespace moesaic::nn {
 
-/// A product rounds its rows as suits their number. While one of these lives, products of this thread without a gradient
-/// on the CPU give a row the same bits whatever is beside it: kFew by kernels that read the weights once, for up to some
-/// dozens of rows; kMany by the library, which gets at least kRowsPerThread rows a thread and then computes each alike.
-/// The two differ from each other in their last bits.
+/// A product rounds its rows as suits their number. While one of these lives, products of this thread without a
+/// gradient on the CPU give a row the same bits whatever is beside it: kFew by kernels that read the weights once, for
+/// up to some dozens of rows; kMany by the library, which gets at least kRowsPerThread rows a thread and then computes
+/// each alike. The two differ from each other in their last bits.
 class AlikeRows {
  public:
   enum class Number { kAny, kFew, kMany };

@@ -147,8 +147,8 @@ inline void dot_row(const float* x, const W* w, int64_t in, const float* bias, f
   }
 }
 
-/// M rows of x times O rows of w: every sum is made as dot_row makes it, to the last bit, but chain after chain, so that
-/// a tile's sums fill the registers.
+/// M rows of x times O rows of w: every sum is made as dot_row makes it, to the last bit, but chain after chain, so
+/// that a tile's sums fill the registers.
 template <int M, int O, class W>
 inline void dot_tile(const float* x, const W* w, int64_t in, const float* bias, float* y, int64_t out) {
   const int64_t steps = in / kStep * kStep, vectors = in / kLanes * kLanes;

@@ -7,8 +7,8 @@
 
 namespace moesaic::nn {
 
-/// Grows by doubling, later by a quarter; sequences have their own lengths, and join and leave. Scaled keys and values are stored (a token
-/// is scaled once).
+/// Grows by doubling, later by a quarter; sequences have their own lengths, and join and leave. Scaled keys and values
+/// are stored (a token is scaled once).
 class KvCache {
  public:
   KvCache(int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t batch_size, const torch::TensorOptions& options);

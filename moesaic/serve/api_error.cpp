@@ -9,26 +9,16 @@ namespace {
 
 const char* type_of(int status) {
   switch (status) {
-    case 400:
-      return "BadRequestError";
-    case 401:
-      return "AuthenticationError";
-    case 403:
-      return "PermissionDeniedError";
-    case 404:
-      return "NotFoundError";
-    case 409:
-      return "ConflictError";
-    case 422:
-      return "UnprocessableEntityError";
-    case 429:
-      return "RateLimitError";
-    case 503:
-      return "ServiceUnavailableError";
-    case 504:
-      return "TimeoutError";
-    default:
-      return status < 500 ? "BadRequestError" : "InternalServerError";
+    case 400: return "BadRequestError";
+    case 401: return "AuthenticationError";
+    case 403: return "PermissionDeniedError";
+    case 404: return "NotFoundError";
+    case 409: return "ConflictError";
+    case 422: return "UnprocessableEntityError";
+    case 429: return "RateLimitError";
+    case 503: return "ServiceUnavailableError";
+    case 504: return "TimeoutError";
+    default: return status < 500 ? "BadRequestError" : "InternalServerError";
   }
 }
 

@@ -19,12 +19,12 @@ using Weights = std::vector<std::pair<std::string, double>>;
 /// One model of the list.
 struct Entry {
   std::string name;
-  std::string parent;    // the base's name; "" of the base itself
-  std::string path;      // of its folder or file; "" of a mixture
-  Weights weights;       // none: the base
-  std::string hash;      // of its content: equal hashes answer alike
-  OrderedJson facts;     // what else the list says of it
-  int64_t created = 0;   // seconds since 1970
+  std::string parent;                                              // the base's name; "" of the base itself
+  std::string path;                                                // of its folder or file; "" of a mixture
+  Weights weights;                                                 // none: the base
+  std::string hash;                                                // of its content: equal hashes answer alike
+  OrderedJson facts;                                               // what else the list says of it
+  int64_t created = 0;                                             // seconds since 1970
   std::shared_ptr<const tokenizer::ChatTemplate> chat_template{};  // nullptr: it has none
 };
 

@@ -21,7 +21,9 @@ uint64_t random_number() {
   return (static_cast<uint64_t>(device()) << 32 | device()) >> 11;  // 53 bits: JSON's readers keep them
 }
 
-std::string unique_name(const char* prefix) { return fmt::format("{}-{:013x}{:013x}", prefix, random_number(), random_number()); }
+std::string unique_name(const char* prefix) {
+  return fmt::format("{}-{:013x}{:013x}", prefix, random_number(), random_number());
+}
 
 /// Token ids: [1, 2, 3].
 std::vector<int64_t> read_ids(Fields& fields, const OrderedJson& json, const std::string& name, int64_t vocab_size) {
@@ -86,7 +88,8 @@ void read_sampling(Fields& fields, const Surroundings& around, Completion& asked
   }
   if (const OrderedJson* bias = fields.find("logit_bias")) {
     if (!bias->is_object() || bias->size() > kMostBias) {
-      fields.refuse("logit_bias", fmt::format("an object of up to {} token ids with numbers from -100 to 100", kMostBias));
+      fields.refuse("logit_bias",
+                    fmt::format("an object of up to {} token ids with numbers from -100 to 100", kMostBias));
     }
     for (const auto& [text, value] : bias->items()) {
       size_t used = 0;
@@ -114,15 +117,17 @@ void read_lengths(Fields& fields, const Surroundings& around, Completion& asked)
   for (const std::vector<int64_t>& prompt : asked.prompts) {
     left = std::min<int64_t>(left, around.max_model_len - std::ssize(prompt));
     if (left < 1) {
-      throw ApiError(400, fmt::format("the prompt has {} tokens, expected {} at most: the model's context is {} tokens long",
-                                      prompt.size(), around.max_model_len - 1, around.max_model_len),
+      throw ApiError(400,
+                     fmt::format("the prompt has {} tokens, expected {} at most: the model's context is {} tokens long",
+                                 prompt.size(), around.max_model_len - 1, around.max_model_len),
                      asked.chat ? "messages" : "prompt");
     }
   }
   int64_t wanted = fields.integer(name, asked.chat ? left : std::min(kDefaultTokens, left), least);
   if (wanted > left) {
-    throw ApiError(400, fmt::format("{}: got {}, expected {} at most: that is what the prompt leaves of a context of {}",
-                                    name, wanted, left, around.max_model_len),
+    throw ApiError(400,
+                   fmt::format("{}: got {}, expected {} at most: that is what the prompt leaves of a context of {}",
+                               name, wanted, left, around.max_model_len),
                    name);
   }
   asked.prompt_only = wanted == 0;
@@ -136,7 +141,8 @@ void refuse_foreign(Fields& fields, int64_t answers) {
   for (const char* name : {"tools", "functions", "tool_choice", "function_call"}) {
     fields.only(name, {OrderedJson::array(), "none", "auto"}, "this server does not read tool calls yet");
   }
-  fields.only("response_format", {OrderedJson::object({{"type", "text"}})}, "this server does not constrain answers yet");
+  fields.only("response_format", {OrderedJson::object({{"type", "text"}})},
+              "this server does not constrain answers yet");
   for (const char* name : {"guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar", "json_schema",
                            "structured_outputs", "prompt_embeds", "audio"}) {
     fields.only(name, {}, lacks);
@@ -149,12 +155,13 @@ void refuse_foreign(Fields& fields, int64_t answers) {
   fields.only("length_penalty", {1, 1.0, 0, 0.0}, lacks);
   fields.only("typical_p", {1, 1.0}, lacks);
   fields.only("top_n_sigma", {-1, -1.0}, lacks);
-  for (const char* name : {"mirostat", "dry_multiplier", "xtc_probability", "tfs_z"}) fields.only(name, {0, 0.0}, lacks);
+  for (const char* name : {"mirostat", "dry_multiplier", "xtc_probability", "tfs_z"})
+    fields.only(name, {0, 0.0}, lacks);
   fields.only("continue_final_message", {false}, lacks);
   fields.only("store", {false}, "this server keeps nothing");
-  for (const char* name : {"user", "metadata", "priority", "parallel_tool_calls", "service_tier", "reasoning_effort",
-                           "prompt_cache_key", "safety_identifier", "skip_special_tokens", "spaces_between_special_tokens",
-                           "cache_prompt"}) {
+  for (const char* name :
+       {"user", "metadata", "priority", "parallel_tool_calls", "service_tier", "reasoning_effort", "prompt_cache_key",
+        "safety_identifier", "skip_special_tokens", "spaces_between_special_tokens", "cache_prompt"}) {
     fields.ignore(name);
   }
 }
@@ -194,7 +201,8 @@ OrderedJson read_messages(const OrderedJson& given) {
     }
     // Templates take one system message.
     if (role == "system" && !messages.empty() && messages.back()["role"] == "system") {
-      messages.back()["content"] = messages.back()["content"].get<std::string>() + "\n\n" + message["content"].get<std::string>();
+      messages.back()["content"] =
+          messages.back()["content"].get<std::string>() + "\n\n" + message["content"].get<std::string>();
     } else {
       messages.push_back(std::move(message));
     }
@@ -206,7 +214,8 @@ std::shared_ptr<const Entry> read_entry(Fields& fields, const std::string& path_
                                         std::string& model) {
   model = fields.text("model", "");
   if (!path_model.empty()) {
-    if (!model.empty() && model != path_model) fields.refuse("model", fmt::format("'{}', as the path says, or none", path_model));
+    if (!model.empty() && model != path_model)
+      fields.refuse("model", fmt::format("'{}', as the path says, or none", path_model));
     model = path_model;
   }
   const OrderedJson* lora = fields.find("lora");
@@ -250,7 +259,8 @@ Completion read_completion(const OrderedJson& body, bool chat, const std::string
     const OrderedJson* messages = fields.find("messages");
     if (messages == nullptr) fields.refuse("messages", "a list of messages");
     if (!asked.entry->chat_template) {
-      throw ApiError(400, fmt::format("model '{}' has no chat template: ask /v1/completions", asked.entry->name), "model");
+      throw ApiError(400, fmt::format("model '{}' has no chat template: ask /v1/completions", asked.entry->name),
+                     "model");
     }
     const OrderedJson* extra = fields.find("chat_template_kwargs");
     if (extra != nullptr && !extra->is_object()) fields.refuse("chat_template_kwargs", "an object");
@@ -279,12 +289,12 @@ Completion read_completion(const OrderedJson& body, bool chat, const std::string
 /// One answer to one prompt.
 struct Exchange::Choice {
   std::string text, finish;
-  std::vector<OrderedJson> content;                            // of chat: a token each
+  std::vector<OrderedJson> content;  // of chat: a token each
   OrderedJson tokens = OrderedJson::array(), values = OrderedJson::array(), top = OrderedJson::array(),
-              offsets = OrderedJson::array();                  // of completions
-  size_t offset = 0;                                           // of the next token's text
-  bool opened = false;                                         // its first chunk was sent
-  Clock::time_point last{};                                    // token
+              offsets = OrderedJson::array();  // of completions
+  size_t offset = 0;                           // of the next token's text
+  bool opened = false;                         // its first chunk was sent
+  Clock::time_point last{};                    // token
   int64_t count = 0;
 };
 
@@ -295,7 +305,9 @@ class Exchange::Prompt : public generate::Listener {
   void began(int64_t reused, std::vector<generate::TokenLogprob> prompt) override {
     exchange_->began(number_, reused, std::move(prompt));
   }
-  bool more(int64_t answer, generate::Piece piece) override { return exchange_->more(number_, answer, std::move(piece)); }
+  bool more(int64_t answer, generate::Piece piece) override {
+    return exchange_->more(number_, answer, std::move(piece));
+  }
   void failed(std::exception_ptr error) override { exchange_->failed(error); }
 
  private:
@@ -313,7 +325,8 @@ Exchange::Exchange(HttpServer& http, uint64_t id, Completion asked, const Surrou
       headers_(std::move(headers)),
       done_(std::move(done)),
       name_(unique_name(asked_.chat ? "chatcmpl" : "cmpl")),
-      created_(std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch()).count()),
+      created_(std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch())
+                   .count()),
       start_(Clock::now()),
       choices_(asked_.prompts.size() * asked_.sampling.num_return_sequences) {
   for (const auto& prompt : asked_.prompts) outcome_.prompt_tokens += std::ssize(prompt);
@@ -323,14 +336,15 @@ Exchange::~Exchange() = default;
 
 void Exchange::start(Service& service, const std::string& key) {
   service_ = &service;
-  const auto deadline = start_ + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(asked_.timeout));
+  const auto deadline =
+      start_ + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(asked_.timeout));
   for (size_t i = 0; i < asked_.prompts.size(); ++i) {
-    generate::Request request{{asked_.prompts[i]}, asked_.sampling, asked_.logprobs, asked_.echo && asked_.logprobs >= 0,
-                              asked_.salt};
+    generate::Request request{
+        {asked_.prompts[i]}, asked_.sampling, asked_.logprobs, asked_.echo && asked_.logprobs >= 0, asked_.salt};
     request.sampling.first = static_cast<int64_t>(i);
     try {
-      const int64_t number = service.submit({std::move(request), asked_.entry->weights,
-                                             std::make_shared<Prompt>(shared_from_this(), i), key, deadline});
+      const int64_t number = service.submit(
+          {std::move(request), asked_.entry->weights, std::make_shared<Prompt>(shared_from_this(), i), key, deadline});
       const std::lock_guard lock(mutex_);
       numbers_.push_back(number);
     } catch (const ApiError&) {
@@ -362,7 +376,8 @@ std::string Exchange::text_of(int64_t id) const { return around_.tokenizer.decod
 OrderedJson Exchange::token_json(const generate::TokenLogprob& token) const {
   auto entry = [&](int64_t id, float logprob) {
     const std::string text = text_of(id);
-    return OrderedJson{{"token", text}, {"logprob", logprob}, {"bytes", std::vector<uint8_t>(text.begin(), text.end())}};
+    return OrderedJson{
+        {"token", text}, {"logprob", logprob}, {"bytes", std::vector<uint8_t>(text.begin(), text.end())}};
   };
   OrderedJson json = entry(token.id, token.logprob);
   json["top_logprobs"] = OrderedJson::array();
@@ -389,7 +404,10 @@ void Exchange::add_logprob(Choice& choice, const generate::TokenLogprob* logprob
 
 OrderedJson Exchange::envelope() const {
   const char* object = asked_.chat ? (asked_.stream ? "chat.completion.chunk" : "chat.completion") : "text_completion";
-  return {{"id", name_}, {"object", object}, {"created", created_}, {"model", asked_.model.empty() ? asked_.entry->name : asked_.model}};
+  return {{"id", name_},
+          {"object", object},
+          {"created", created_},
+          {"model", asked_.model.empty() ? asked_.entry->name : asked_.model}};
 }
 
 OrderedJson Exchange::chunk(size_t choice, OrderedJson delta, OrderedJson logprobs, const std::string& finish) const {
@@ -435,7 +453,8 @@ void Exchange::began(size_t prompt, int64_t reused, std::vector<generate::TokenL
   if (asked_.stream && !begun_) {
     begun_ = true;
     Headers headers = headers_;
-    headers.insert(headers.end(), {{"content-type", "text/event-stream; charset=utf-8"}, {"cache-control", "no-cache"},
+    headers.insert(headers.end(), {{"content-type", "text/event-stream; charset=utf-8"},
+                                   {"cache-control", "no-cache"},
                                    {"x-accel-buffering", "no"}});
     http_.begin(id_, 200, headers);
   }

@@ -18,9 +18,9 @@ struct Surroundings {
   const Catalog& catalog;
   std::vector<int64_t> eos_ids;
   int64_t vocab_size = 0;
-  int64_t max_model_len = 0;       // tokens of a prompt and its answer
-  double max_request_time = 600;   // seconds
-  std::string fingerprint;         // system_fingerprint
+  int64_t max_model_len = 0;      // tokens of a prompt and its answer
+  double max_request_time = 600;  // seconds
+  std::string fingerprint;        // system_fingerprint
 };
 
 /// A body, read and checked.
@@ -32,12 +32,12 @@ struct Completion {
   std::vector<std::string> texts;      // of the prompts, where they are echoed
   generate::SamplingOptions sampling;  // of every prompt; num_return_sequences is `n`
   bool stream = false, include_usage = false, echo = false;
-  bool prompt_only = false;            // max_tokens 0: the prompt's scores alone
-  int64_t logprobs = -1;               // how many of the likeliest tokens are told; -1: no log-probabilities
+  bool prompt_only = false;  // max_tokens 0: the prompt's scores alone
+  int64_t logprobs = -1;     // how many of the likeliest tokens are told; -1: no log-probabilities
   bool seed_given = false;
   std::string salt;
-  double timeout = 0;                      // seconds
-  std::vector<std::string> unknown{};      // fields that this server does not know
+  double timeout = 0;                  // seconds
+  std::vector<std::string> unknown{};  // fields that this server does not know
 };
 
 /// Reads a body. path_model: the model that the path names, "" for none. Throws ApiError.

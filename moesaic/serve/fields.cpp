@@ -26,8 +26,8 @@ std::string shown(const OrderedJson& value) { return json_text(value).substr(0, 
 
 Fields::Fields(const OrderedJson& json, std::string path) : json_(json), path_(std::move(path)) {
   if (json.is_object()) return;
-  throw ApiError(400, fmt::format("{}: got {}, expected a JSON object", path_.empty() ? "the body" : path_, shown(json)),
-                 path_);
+  throw ApiError(
+      400, fmt::format("{}: got {}, expected a JSON object", path_.empty() ? "the body" : path_, shown(json)), path_);
 }
 
 const OrderedJson* Fields::find(const std::string& name) {
@@ -40,7 +40,8 @@ bool Fields::has(const std::string& name) { return find(name) != nullptr; }
 
 void Fields::refuse(const std::string& name, const std::string& expected) {
   const OrderedJson* value = find(name);
-  throw ApiError(400, fmt::format("{}: got {}, expected {}", path_of(name), value ? shown(*value) : "nothing", expected),
+  throw ApiError(400,
+                 fmt::format("{}: got {}, expected {}", path_of(name), value ? shown(*value) : "nothing", expected),
                  path_of(name));
 }
 
@@ -57,9 +58,8 @@ int64_t Fields::integer(const std::string& name, int64_t fallback, int64_t least
   const std::string expected = most == std::numeric_limits<int64_t>::max()
                                    ? fmt::format("a whole number, {} or more", least)
                                    : fmt::format("a whole number, {} to {}", least, most);
-  const bool whole = value->is_number_integer() ||
-                     (value->is_number_float() && std::abs(value->get<double>()) < 9e15 &&
-                      value->get<double>() == std::floor(value->get<double>()));
+  const bool whole = value->is_number_integer() || (value->is_number_float() && std::abs(value->get<double>()) < 9e15 &&
+                                                    value->get<double>() == std::floor(value->get<double>()));
   if (!whole || (value->is_number_unsigned() && value->get<uint64_t>() > INT64_MAX)) refuse(name, expected);
   const int64_t number = value->is_number_float() ? static_cast<int64_t>(value->get<double>()) : value->get<int64_t>();
   if (number < least || number > most) refuse(name, expected);

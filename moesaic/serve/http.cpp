@@ -56,8 +56,8 @@ size_t HttpServer::connections() const { return bridge_http_connections(http_); 
 
 void HttpServer::respond(uint64_t id, int status, const Headers& headers, std::string_view body) {
   OwnedText error;
-  const bool ok =
-      bridge_http_respond(http_, id, static_cast<uint16_t>(status), view(header_json(headers)), view(body), error.out());
+  const bool ok = bridge_http_respond(http_, id, static_cast<uint16_t>(status), view(header_json(headers)), view(body),
+                                      error.out());
   if (!ok) throw std::logic_error(error.reason());
 }
 

@@ -36,8 +36,8 @@ struct HttpLimits {
   double body_seconds = 30;
 };
 
-/// Listens from its construction on, on a thread of its own. Answers may be given from any thread; those to clients that
-/// left go nowhere.
+/// Listens from its construction on, on a thread of its own. Answers may be given from any thread; those to clients
+/// that left go nowhere.
 class HttpServer {
  public:
   /// Both are called on the server's thread; they must not block.

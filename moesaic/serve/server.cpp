@@ -36,8 +36,9 @@ bool is_loopback(std::string_view host) {
 /// "example.org:8000", "[::1]:80" without the port.
 std::string_view without_port(std::string_view host) {
   const size_t bracket = host.rfind(']'), colon = host.rfind(':');
-  return colon != std::string_view::npos && (bracket == std::string_view::npos || colon > bracket) ? host.substr(0, colon)
-                                                                                                 : host;
+  return colon != std::string_view::npos && (bracket == std::string_view::npos || colon > bracket)
+             ? host.substr(0, colon)
+             : host;
 }
 
 /// Takes as long for any text of the same length.
@@ -53,7 +54,8 @@ std::string base64(std::string_view bytes) {
   std::string text;
   for (size_t i = 0; i < bytes.size(); i += 3) {
     uint32_t group = 0;
-    for (size_t j = i; j < i + 3; ++j) group = group << 8 | (j < bytes.size() ? static_cast<unsigned char>(bytes[j]) : 0u);
+    for (size_t j = i; j < i + 3; ++j)
+      group = group << 8 | (j < bytes.size() ? static_cast<unsigned char>(bytes[j]) : 0u);
     for (size_t k = 0; k < 4; ++k) text += i + k <= bytes.size() ? kLetters[group >> (18 - 6 * k) & 63] : '=';
   }
   return text;
@@ -61,7 +63,8 @@ std::string base64(std::string_view bytes) {
 
 /// How long a text may be: what config.json says; T5's positions are relative.
 int64_t context_of(const Json& config) {
-  const Json& text = config.contains("text_config") && config["text_config"].is_object() ? config["text_config"] : config;
+  const Json& text =
+      config.contains("text_config") && config["text_config"].is_object() ? config["text_config"] : config;
   return get_or<int64_t>(text, "max_position_embeddings", get_or<int64_t>(text, "n_positions", 2048, "config.json"),
                          "config.json");
 }
@@ -71,7 +74,8 @@ std::string folder_name(const fs::path& path) {
   const fs::path last = (plain.has_filename() ? plain : plain.parent_path()).filename();
   const std::string name = (last.extension() == ".gguf" ? last.stem() : last).string();
   std::string letters;
-  for (const unsigned char c : name) letters += std::isalnum(c) != 0 || c == '.' || c == '_' || c == '-' ? static_cast<char>(c) : '-';
+  for (const unsigned char c : name)
+    letters += std::isalnum(c) != 0 || c == '.' || c == '_' || c == '-' ? static_cast<char>(c) : '-';
   return letters.substr(0, 128);
 }
 
@@ -109,7 +113,8 @@ void validate(const ServeOptions& options) {
   };
   expect(options.max_seqs >= 1, "max_seqs", static_cast<double>(options.max_seqs), "1 or more");
   expect(options.max_queue >= 1, "max_queue", static_cast<double>(options.max_queue), "1 or more");
-  expect(options.max_model_len >= 0, "max_model_len", static_cast<double>(options.max_model_len), "0 (the model's) or more");
+  expect(options.max_model_len >= 0, "max_model_len", static_cast<double>(options.max_model_len),
+         "0 (the model's) or more");
   expect(options.kv_memory >= 1, "kv_memory", static_cast<double>(options.kv_memory), "some bytes");
   expect(options.prefix_texts >= 0, "prefix_texts", static_cast<double>(options.prefix_texts), "0 (none) or more");
   expect(options.step_ms > 0, "step_ms", options.step_ms, "above 0");
@@ -134,14 +139,20 @@ Server::Server(run::Opened opened, const std::string& path, const std::vector<ru
   const std::string name = options_.served_name.empty() ? folder_name(path) : options_.served_name;
   check_name(name);
   const int64_t context = std::min(context_of(opened_.checkpoint->config()), opened_.model->exact_memory());
-  MOESAIC_CHECK(options_.max_model_len <= context, UsageError, "max_model_len: got {}, expected {} at most, the model's",
-                options_.max_model_len, context);
+  MOESAIC_CHECK(options_.max_model_len <= context, UsageError,
+                "max_model_len: got {}, expected {} at most, the model's", options_.max_model_len, context);
   around_.max_model_len = options_.max_model_len > 0 ? options_.max_model_len : context;
   around_.max_request_time = options_.max_request_time;
   const std::string dtype = dtype_name(opened_.model->facts().dtype), weights = opened_.checkpoint->fingerprint();
   around_.fingerprint = fmt::format("moesaic-{}-{}-{}", kVersion, weights.substr(weights.rfind(':') + 1, 12), dtype);
-  catalog_.put({name, "", path, {}, sha256_hex(around_.fingerprint),
-                {{"method", "base"}, {"dtype", dtype}}, now_seconds(), opened_.chat_template});
+  catalog_.put({name,
+                "",
+                path,
+                {},
+                sha256_hex(around_.fingerprint),
+                {{"method", "base"}, {"dtype", dtype}},
+                now_seconds(),
+                opened_.chat_template});
   if (!options_.api_keys.empty()) {
     int64_t number = 0;
     std::ifstream file(options_.api_keys);
@@ -162,8 +173,9 @@ Server::Server(run::Opened opened, const std::string& path, const std::vector<ru
     MOESAIC_CHECK(!keys_.empty(), DataError, "{}: holds no key, expected at least one", options_.api_keys);
   }
   if (options_.deterministic && !library_is_alike(*opened_.model)) {
-    spdlog::warn("deterministic: this machine's matrix library rounds rows as suits their number: answers may differ in "
-                 "their last bits with the company they are in");
+    spdlog::warn(
+        "deterministic: this machine's matrix library rounds rows as suits their number: answers may differ in "
+        "their last bits with the company they are in");
   }
   ServiceOptions wanted;
   wanted.engine.most_answers = options_.max_seqs;
@@ -177,8 +189,10 @@ Server::Server(run::Opened opened, const std::string& path, const std::vector<ru
   service_ = std::make_unique<Service>(*opened_.model, *opened_.tokenizer, wanted);
   for (const run::AdapterReference& reference : adapters) {
     check_name(reference.name);
-    MOESAIC_CHECK(!catalog_.holds(reference.name), UsageError, "--adapter: two models have the name '{}'; name them apart: "
-                  "NAME=DIR", reference.name);
+    MOESAIC_CHECK(!catalog_.holds(reference.name), UsageError,
+                  "--adapter: two models have the name '{}'; name them apart: "
+                  "NAME=DIR",
+                  reference.name);
     service_->between_steps([&](generate::Engine& engine) { catalog_.put(open_adapter(reference, engine)); });
   }
   for (const std::string& mixture : options_.mixtures) {
@@ -197,7 +211,8 @@ Server::Server(run::Opened opened, const std::string& path, const std::vector<ru
       } catch (const std::exception&) {
       }
       const std::string adapter = part.substr(0, colon);
-      MOESAIC_CHECK(used > 0 && used == part.size() - colon - 1 && std::isfinite(scale) && catalog_.holds(adapter), UsageError,
+      MOESAIC_CHECK(used > 0 && used == part.size() - colon - 1 && std::isfinite(scale) && catalog_.holds(adapter),
+                    UsageError,
                     "--mixture {}: got '{}', expected the name of an adapter and its scale: NAME=ADAPTER:SCALE[,...]",
                     mixture, part);
       parts.emplace_back(adapter, scale);
@@ -212,9 +227,9 @@ Server::Server(run::Opened opened, const std::string& path, const std::vector<ru
     MOESAIC_CHECK(log_file_ != nullptr, UsageError, "request_log {}: can't write this file", options_.request_log);
   }
   for (size_t i = 0; i < kWorkers; ++i) workers_.emplace_back([this] { work(); });
-  http_ = std::make_unique<HttpServer>(
-      options_.host, options_.port, HttpLimits{},
-      HttpServer::Handler{[this](HttpRequest request) { take(std::move(request)); }, [this](uint64_t id) { gone(id); }});
+  http_ = std::make_unique<HttpServer>(options_.host, options_.port, HttpLimits{},
+                                       HttpServer::Handler{[this](HttpRequest request) { take(std::move(request)); },
+                                                           [this](uint64_t id) { gone(id); }});
 }
 
 Server::~Server() {
@@ -239,11 +254,11 @@ std::vector<std::string> Server::plan() const {
   int64_t weights = 0;
   for (const torch::Tensor& weight : opened_.model->weights()) weights += static_cast<int64_t>(weight.nbytes());
   const int64_t token = opened_.model->memory(0)->token_bytes();
-  std::vector<std::string> lines{
-      fmt::format("weights {} MiB", weights >> 20),
-      fmt::format("keys and values {} MiB at most: {} tokens of {} bytes", options_.kv_memory >> 20, options_.kv_memory / token, token),
-      fmt::format("context {} tokens, {} answers side by side, {} requests in the queue", around_.max_model_len,
-                  options_.max_seqs, options_.max_queue)};
+  std::vector<std::string> lines{fmt::format("weights {} MiB", weights >> 20),
+                                 fmt::format("keys and values {} MiB at most: {} tokens of {} bytes",
+                                             options_.kv_memory >> 20, options_.kv_memory / token, token),
+                                 fmt::format("context {} tokens, {} answers side by side, {} requests in the queue",
+                                             around_.max_model_len, options_.max_seqs, options_.max_queue)};
   for (const auto& entry : catalog_.all()) {
     lines.push_back(fmt::format("model {}: {}", entry->name, json_text(entry->facts)));
   }
@@ -259,9 +274,10 @@ Entry Server::open_adapter(const run::AdapterReference& reference, generate::Eng
   const nn::Needs needs = adapter->needs();
   if (needs.replaces || adapter->embeds()) {
     adapter->detach();
-    throw UsageError(fmt::format("{}: it replaces weights of the model (DoRA, or weights held whole), expected an adapter "
-                                 "that stands beside others\nhint: `moesaic merge` makes a model of it, to be served itself",
-                                 reference.dir.string()));
+    throw UsageError(
+        fmt::format("{}: it replaces weights of the model (DoRA, or weights held whole), expected an adapter "
+                    "that stands beside others\nhint: `moesaic merge` makes a model of it, to be served itself",
+                    reference.dir.string()));
   }
   // A name may be taken again while its old adapter still answers.
   const std::string own = fmt::format("{}#{}", reference.name, ++loaded_);
@@ -278,7 +294,8 @@ Entry Server::open_adapter(const run::AdapterReference& reference, generate::Eng
   formats::adapt(files, reference.dir);
   const std::shared_ptr<const Entry> base = catalog_.base();
   const adapters::AdapterConfig& config = adapter->config();
-  Entry entry{reference.name, base->name, reference.dir.string(), {{own, 1.0}}, "", {}, now_seconds(), opened_.chat_template};
+  Entry entry{reference.name, base->name,           reference.dir.string(), {{own, 1.0}}, "", {},
+              now_seconds(),  opened_.chat_template};
   entry.hash = sha256_hex(fmt::format("{} {} {}", base->hash, hash_of_adapter(reference.dir), reference.scale));
   entry.facts = {{"method", config.method}, {"experts", config.num_experts}};
   if (adapters::method_of(config.method).low_rank) entry.facts["rank"] = config.lora_rank;
@@ -345,7 +362,8 @@ Headers Server::headers_of(const HttpRequest& request) const {
   const std::string_view given = request.header("x-request-id");
   const bool printable = !given.empty() && given.size() <= 128 &&
                          std::all_of(given.begin(), given.end(), [](unsigned char c) { return c > 32 && c < 127; });
-  Headers headers{{"x-request-id", printable ? std::string(given) : fmt::format("req-{:x}-{}", now_seconds(), request.id)}};
+  Headers headers{
+      {"x-request-id", printable ? std::string(given) : fmt::format("req-{:x}-{}", now_seconds(), request.id)}};
   const std::string origin(request.header("origin"));
   const auto& allowed = options_.cors_origins;
   if (!origin.empty() && std::find(allowed.begin(), allowed.end(), origin) != allowed.end()) {
@@ -374,7 +392,8 @@ void Server::refuse(const HttpRequest& request, const ApiError& error) {
 void Server::check_origin(const HttpRequest& request) const {
   const std::string_view host = without_port(request.header("host")), origin = request.header("origin");
   const auto& hosts = options_.allowed_hosts;
-  const bool known = is_loopback(host) || host == options_.host || std::find(hosts.begin(), hosts.end(), host) != hosts.end();
+  const bool known =
+      is_loopback(host) || host == options_.host || std::find(hosts.begin(), hosts.end(), host) != hosts.end();
   if (!known && !host.empty() && keys_.empty()) {
     throw ApiError(421, fmt::format("host '{}': this server does not go by that name (allowed_host)", host));
   }
@@ -455,7 +474,8 @@ void Server::route(const HttpRequest& request, const Key& key) {
   if (get && path == "/ready") {
     const Load load = service_->load();
     if (service_->draining()) throw ApiError(503, "draining", "", 1);
-    if (load.seconds_since_step > kStall) throw ApiError(503, fmt::format("no step for {:.0f} s", load.seconds_since_step));
+    if (load.seconds_since_step > kStall)
+      throw ApiError(503, fmt::format("no step for {:.0f} s", load.seconds_since_step));
     return reply(request, 200, {{"status", "ready"}});
   }
   if (get && path == "/version") return reply(request, 200, {{"version", kVersion}});
@@ -478,17 +498,19 @@ void Server::route(const HttpRequest& request, const Key& key) {
   if (post && path == "/tokenize") return reply(request, 200, tokenize(body_of(request)));
   if (post && path == "/detokenize") return reply(request, 200, detokenize(body_of(request)));
   if (post && (path == "/v1/load_lora_adapter" || path == "/v1/unload_lora_adapter")) {
-    if (!options_.allow_runtime_load) throw ApiError(403, "adapters are not loaded at run time here (allow_runtime_load)");
+    if (!options_.allow_runtime_load)
+      throw ApiError(403, "adapters are not loaded at run time here (allow_runtime_load)");
     if (!key.admin) throw ApiError(403, "expected an admin's key");
     const bool loads = path == "/v1/load_lora_adapter";
     const OrderedJson body = body_of(request);
     loads ? load_adapter(body) : unload_adapter(body);
-    return text("text/plain", fmt::format("Success: LoRA adapter '{}' {} successfully.", body["lora_name"].get<std::string>(),
-                                          loads ? "added" : "removed"));
+    return text("text/plain", fmt::format("Success: LoRA adapter '{}' {} successfully.",
+                                          body["lora_name"].get<std::string>(), loads ? "added" : "removed"));
   }
   if (post && path == "/lora-adapters") {
-    throw ApiError(405, "a scale for everyone would change the answers of others' requests that run; expected \"lora\": "
-                        "[{\"name\", \"scale\"}] in the request itself");
+    throw ApiError(405,
+                   "a scale for everyone would change the answers of others' requests that run; expected \"lora\": "
+                   "[{\"name\", \"scale\"}] in the request itself");
   }
   throw ApiError(404, fmt::format("{} {}: there is no such route", request.method, request.path));
 }
@@ -496,7 +518,8 @@ void Server::route(const HttpRequest& request, const Key& key) {
 void Server::complete(const HttpRequest& request, const Key& key, bool chat, const std::string& model) {
   Completion asked = read_completion(body_of(request), chat, model, around_);
   for (size_t i = 0; i < asked.unknown.size(); ++i) metrics_.count("moesaic:unknown_fields_total");
-  if (!keys_.empty()) asked.salt = key.name + "\n" + asked.salt;  // no one learns what others asked from the time it takes
+  if (!keys_.empty())
+    asked.salt = key.name + "\n" + asked.salt;  // no one learns what others asked from the time it takes
   const std::shared_ptr<const Entry> entry = asked.entry;
   const std::string named = catalog_.holds(entry->name) ? entry->name : "mixed";
   metrics_.count("moesaic:mixture_requests_total", 1, fmt::format("model=\"{}\"", named));
@@ -570,7 +593,8 @@ OrderedJson Server::tokenize(const OrderedJson& body) const {
   std::string text;
   bool special = fields.flag("add_special_tokens", !fields.has("messages"));
   if (const OrderedJson* messages = fields.find("messages")) {
-    if (!entry->chat_template) throw ApiError(400, fmt::format("model '{}' has no chat template", entry->name), "messages");
+    if (!entry->chat_template)
+      throw ApiError(400, fmt::format("model '{}' has no chat template", entry->name), "messages");
     text = entry->chat_template->render(read_messages(*messages), fields.flag("add_generation_prompt", true));
   } else {
     if (!fields.has("prompt")) fields.refuse("prompt", "a text, or \"messages\"");
@@ -694,11 +718,12 @@ void Server::load_adapter(const OrderedJson& body) {
   }
   std::error_code error;
   const fs::path dir = fs::canonical(path, error);
-  const bool inside = !error && std::any_of(options_.adapter_roots.begin(), options_.adapter_roots.end(), [&](const auto& root) {
-    std::error_code ignored;
-    const fs::path below = dir.lexically_relative(fs::canonical(root, ignored));
-    return !below.empty() && *below.begin() != "..";
-  });
+  const bool inside =
+      !error && std::any_of(options_.adapter_roots.begin(), options_.adapter_roots.end(), [&](const auto& root) {
+        std::error_code ignored;
+        const fs::path below = dir.lexically_relative(fs::canonical(root, ignored));
+        return !below.empty() && *below.begin() != "..";
+      });
   // What lies elsewhere is not told apart from what is not there.
   if (!inside || !fs::is_directory(dir)) {
     throw ApiError(404, fmt::format("lora_path: no adapter at '{}' below an adapter_root", path), "lora_path");
@@ -706,12 +731,12 @@ void Server::load_adapter(const OrderedJson& body) {
   const std::lock_guard lock(loading_);
   const bool taken = catalog_.holds(name), reloads = in_place && attached_.contains(name);
   if (taken && !reloads) {
-    throw ApiError(409, fmt::format("lora_name: '{}' is taken; \"load_inplace\": true loads it anew", name), "lora_name");
+    throw ApiError(409, fmt::format("lora_name: '{}' is taken; \"load_inplace\": true loads it anew", name),
+                   "lora_name");
   }
   const std::string before = reloads ? attached_[name] : "";
   try {
-    service_->between_steps(
-        [&](generate::Engine& engine) { catalog_.put(open_adapter({name, dir, 1.0}, engine)); });
+    service_->between_steps([&](generate::Engine& engine) { catalog_.put(open_adapter({name, dir, 1.0}, engine)); });
   } catch (const Error& failure) {
     throw ApiError(422, failure.what(), "lora_path");
   }
@@ -725,7 +750,8 @@ void Server::unload_adapter(const OrderedJson& body) {
   fields.unknown();
   const std::lock_guard lock(loading_);
   const auto found = attached_.find(name);
-  if (found == attached_.end()) throw ApiError(404, fmt::format("lora_name: there is no adapter '{}'", name), "lora_name");
+  if (found == attached_.end())
+    throw ApiError(404, fmt::format("lora_name: there is no adapter '{}'", name), "lora_name");
   for (const auto& entry : catalog_.all()) {
     const bool uses = std::any_of(entry->weights.begin(), entry->weights.end(),
                                   [&](const auto& part) { return part.first == found->second; });
@@ -743,7 +769,8 @@ std::string Server::metrics() const {
   return metrics_.text({
       {"vllm:num_requests_running", "Requests whose answers are in the making", static_cast<double>(load.running)},
       {"vllm:num_requests_waiting", "Requests in the queue", static_cast<double>(load.waiting)},
-      {"vllm:kv_cache_usage_perc", "Share of the memory for keys and values that is reserved or kept", load.memory_share},
+      {"vllm:kv_cache_usage_perc", "Share of the memory for keys and values that is reserved or kept",
+       load.memory_share},
       {"moesaic:adapters_resident", "Adapters beside the base", static_cast<double>(catalog_.all().size() - 1)},
       {"moesaic:connections", "Open connections", static_cast<double>(http_->connections())},
   });

@@ -18,7 +18,7 @@ namespace moesaic::serve {
 
 /// Every setting of the server; docs/serve.md lists them with their flags.
 struct ServeOptions {
-  std::string served_name;                 // the base's; "" = its file's or folder's
+  std::string served_name;  // the base's; "" = its file's or folder's
   std::string host = "127.0.0.1";
   uint16_t port = 8000;                    // 0 = a free one
   std::vector<std::string> mixtures;       // NAME=ADAPTER:SCALE[,ADAPTER:SCALE ...]

@@ -12,8 +12,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr int64_t kAhead = 16;    // requests that the engine holds ready
-constexpr int64_t kTurn = 512;    // tokens that a key's turn is worth
+constexpr int64_t kAhead = 16;  // requests that the engine holds ready
+constexpr int64_t kTurn = 512;  // tokens that a key's turn is worth
 
 double seconds_since(Clock::time_point then) { return std::chrono::duration<double>(Clock::now() - then).count(); }
 
@@ -73,7 +73,8 @@ int64_t Service::submit(Ask ask) {
   if (draining_ || stopping_) throw ApiError(503, "the server is shutting down", "", 1);
   if (waiting_ >= options_.max_queue) {
     const double seconds = static_cast<double>(waiting_tokens_) / std::max(1.0, tokens_per_second_.load());
-    throw ApiError(429, fmt::format("{} requests wait, expected {} at most: come again later", waiting_, options_.max_queue),
+    throw ApiError(429,
+                   fmt::format("{} requests wait, expected {} at most: come again later", waiting_, options_.max_queue),
                    "", static_cast<int>(std::clamp(std::ceil(seconds), 1.0, 60.0)));
   }
   Waiting waiting{next_++, std::move(ask), Clock::now()};
@@ -129,8 +130,7 @@ int64_t Service::drain(double seconds) {
 Load Service::load() const {
   const std::lock_guard lock(mutex_);
   const bool working = busy_ || waiting_ > 0;
-  return {running_count_, waiting_,
-          static_cast<double>(bytes_) / static_cast<double>(options_.engine.memory_bytes),
+  return {running_count_, waiting_, static_cast<double>(bytes_) / static_cast<double>(options_.engine.memory_bytes),
           working ? seconds_since(last_step_) : 0};
 }
 

@@ -19,8 +19,8 @@ namespace moesaic::serve {
 
 struct ServiceOptions {
   generate::EngineOptions engine;
-  int64_t max_queue = 256;     // requests that wait
-  double queue_timeout = 60;   // seconds that one waits at most
+  int64_t max_queue = 256;    // requests that wait
+  double queue_timeout = 60;  // seconds that one waits at most
 };
 
 /// What a client asks of the service.
@@ -28,8 +28,8 @@ struct Ask {
   generate::Request request;  // prompt.mixture is made of `weights`
   Weights weights;
   std::shared_ptr<generate::Listener> listener;
-  std::string key;                                    // whose turn it is among those who wait
-  std::chrono::steady_clock::time_point deadline{};   // by when it is answered
+  std::string key;                                   // whose turn it is among those who wait
+  std::chrono::steady_clock::time_point deadline{};  // by when it is answered
 };
 
 /// Figures of the moment.
@@ -93,7 +93,7 @@ class Service {
   int64_t waiting_ = 0, waiting_tokens_ = 0, next_ = 1;
   std::vector<int64_t> cancelled_;
   std::deque<std::function<void(generate::Engine&)>> work_;
-  std::vector<std::string> leaving_;  // adapters
+  std::vector<std::string> leaving_;    // adapters
   std::map<int64_t, Running> running_;  // by the engine's number; the engine's thread alone
   std::atomic<int64_t> running_count_ = 0, bytes_ = 0;
   std::atomic<double> tokens_per_second_ = 100;

@@ -21,7 +21,9 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+import test_seq2seq
 import tiny_run
+from test_compose import make_augmenting
 from tiny_run import command, run
 
 pytestmark = tiny_run.float32_only
@@ -389,7 +391,7 @@ def test_a_composition_answers_with_adapters_beside_its_anchor(folder, tmp_path)
 
 
 def test_an_encoder_decoder_answers(tmp_path):
-    make_t5(tmp_path / "model")
+    test_seq2seq.make_model(tmp_path / "model")
     with Server("--model", tmp_path / "model") as server:
         with concurrent.futures.ThreadPoolExecutor(6) as pool:
             together = list(pool.map(lambda i: completion(server, prompt=("red cat", "dog")[i % 2])["choices"][0]["text"], range(6)))

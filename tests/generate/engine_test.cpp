@@ -156,7 +156,8 @@ TEST_F(EngineTest, CompanyChangesNoBit) {
   const Ids shared = random_ids(random, 70);
   for (int i = 0; i < 24; ++i) {
     Ids ids = random_ids(random, 1 + static_cast<int64_t>(random() % 90));
-    if (random() % 2 == 0) ids.insert(ids.begin(), shared.begin(), shared.begin() + static_cast<int64_t>(random() % 70));
+    if (random() % 2 == 0)
+      ids.insert(ids.begin(), shared.begin(), shared.begin() + static_cast<int64_t>(random() % 70));
     requests.push_back(request(ids, 1 + static_cast<int64_t>(random() % 12)));
     requests.back().prompt.mixture = mixtures[random() % mixtures.size()];
     if (random() % 3 == 0) requests.back().sampling.temperature = 1;

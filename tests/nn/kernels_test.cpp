@@ -70,14 +70,19 @@ TEST(AlikeRows, GiveARowTheSameBitsInAnyCompany) {
     const auto [q, scales] = quantize_rows_int8(w);
     for (const auto number : {kFew, kMany}) {
       expect_alike(number, [&](const auto& rows) { return linear_rows(rows, w, b); }, x);
-      expect_alike(number, [&, &q = q, &scales = scales](const auto& rows) { return linear_rows_int8(rows, q, scales, b); }, x);
-      expect_alike(number, [&](const auto& rows) { return thin_dots(rows, w.narrow(0, 0, std::min<int64_t>(out, 40))); }, x);
+      expect_alike(
+          number, [&, &q = q, &scales = scales](const auto& rows) { return linear_rows_int8(rows, q, scales, b); }, x);
+      expect_alike(
+          number, [&](const auto& rows) { return thin_dots(rows, w.narrow(0, 0, std::min<int64_t>(out, 40))); }, x);
       const auto g = torch::randn({110, 40}), a = torch::randn({40, in});
-      expect_alike(number, [&](const auto& rows) {
-        torch::Tensor y = rows.clone();
-        thin_add(rows.narrow(1, 0, std::min<int64_t>(in, 40)), a.narrow(0, 0, std::min<int64_t>(in, 40)), 0.5, y);
-        return y;
-      }, x);
+      expect_alike(
+          number,
+          [&](const auto& rows) {
+            torch::Tensor y = rows.clone();
+            thin_add(rows.narrow(1, 0, std::min<int64_t>(in, 40)), a.narrow(0, 0, std::min<int64_t>(in, 40)), 0.5, y);
+            return y;
+          },
+          x);
     }
   }
 }

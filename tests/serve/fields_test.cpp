@@ -26,7 +26,8 @@ TEST(Fields, NullIsAbsentAndTypesAreExact) {
   Fields fields(body);
   EXPECT_EQ(fields.integer("n", 7, 0), 7);
   EXPECT_EQ(fields.integer("whole", 0, 0), 3);
-  EXPECT_EQ(refusal([&] { fields.integer("half", 0, 0, 9); }), "400 half: half: got 1.5, expected a whole number, 0 to 9");
+  EXPECT_EQ(refusal([&] { fields.integer("half", 0, 0, 9); }),
+            "400 half: half: got 1.5, expected a whole number, 0 to 9");
   EXPECT_THAT(refusal([&] { fields.integer("large", 0, 0); }), HasSubstr("0 or more"));
   EXPECT_THAT(refusal([&] { fields.number("half", 0, 2, 3); }), HasSubstr("expected a number, 2 to 3"));
   EXPECT_THAT(refusal([&] { fields.text("text", ""); }), HasSubstr("got 3"));
@@ -53,7 +54,8 @@ TEST(Fields, ForeignFieldsAreTakenWhereTheySayNothing) {
   Fields fields(body);
   fields.only("best_of", {1}, "why");
   fields.only("absent", {}, "why");
-  EXPECT_EQ(refusal([&] { fields.only("mirostat", {0}, "why"); }), "400 mirostat: mirostat: got 2, expected 0 or none: why");
+  EXPECT_EQ(refusal([&] { fields.only("mirostat", {0}, "why"); }),
+            "400 mirostat: mirostat: got 2, expected 0 or none: why");
 }
 
 TEST(Catalog, NamesAreFoundOrTheKnownOnesTold) {

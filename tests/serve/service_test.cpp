@@ -39,9 +39,14 @@ struct Ended : generate::Listener {
 
 class ServiceTest : public ::testing::Test {
  protected:
-  Ask ask(const std::string& key, const std::shared_ptr<Ended>& listener, int64_t tokens = 4, double seconds = 60) const {
-    return {{{{5, 6, 7}}, {.max_new_tokens = tokens}}, {}, listener, key,
-            steady_clock::now() + std::chrono::duration_cast<steady_clock::duration>(std::chrono::duration<double>(seconds))};
+  Ask ask(const std::string& key, const std::shared_ptr<Ended>& listener, int64_t tokens = 4,
+          double seconds = 60) const {
+    return {{{{5, 6, 7}}, {.max_new_tokens = tokens}},
+            {},
+            listener,
+            key,
+            steady_clock::now() +
+                std::chrono::duration_cast<steady_clock::duration>(std::chrono::duration<double>(seconds))};
   }
   /// Nothing is admitted until the future's promise is kept.
   std::thread hold(Service& service, std::shared_future<void> until) const {
@@ -113,7 +118,8 @@ TEST_F(ServiceTest, TimeEndsRequestsThatWaitAndThatRun) {
   Service service(*model_, *tokenizer_, {.queue_timeout = 0.2});
   std::promise<void> go;
   std::thread holder = hold(service, go.get_future().share());
-  const auto late = std::make_shared<Ended>(), forgotten = std::make_shared<Ended>(), long_one = std::make_shared<Ended>();
+  const auto late = std::make_shared<Ended>(), forgotten = std::make_shared<Ended>(),
+             long_one = std::make_shared<Ended>();
   service.submit(ask("", late, 4, 0.05));
   service.submit(ask("", forgotten));
   std::this_thread::sleep_for(std::chrono::milliseconds(300));
