@@ -291,12 +291,20 @@ impl Http {
         let (draining, drained) = watch::channel(false);
         let (stop, stopped) = oneshot::channel::<()>();
         let accepting = accept(listener, shared.clone(), drained);
+        let connections = shared.clone();
         let thread = std::thread::Builder::new()
             .name("http".into())
             .spawn(move || {
                 runtime.block_on(async move {
                     tokio::spawn(accepting);
                     let _ = stopped.await;
+                    // What was answered is written.
+                    for _ in 0..100 {
+                        if connections.connections.load(Ordering::Relaxed) == 0 {
+                            break;
+                        }
+                        tokio::time::sleep(Duration::from_millis(10)).await;
+                    }
                 });
                 runtime.shutdown_background();
             })

@@ -393,11 +393,12 @@ void Engine::decode() {
 
 /// Prompt tokens that this step may read.
 int64_t Engine::budget() const {
-  if (options_.step_seconds <= 0 || seconds_per_token_ <= 0) return options_.step_tokens;
+  const int64_t most = std::max(options_.step_tokens, kBlock);
+  if (options_.step_seconds <= 0 || seconds_per_token_ <= 0) return most;
   const bool attended = std::any_of(rows_.begin(), rows_.end(), [](const Row& row) { return row.answer != nullptr; });
   const double seconds = attended ? options_.step_seconds - decode_seconds_ : kUnattended * options_.step_seconds;
   const auto tokens = static_cast<int64_t>(std::max(seconds, 0.0) / seconds_per_token_);
-  return std::clamp<int64_t>(tokens / kBlock * kBlock, kBlock, std::max(options_.step_tokens, kBlock));
+  return std::clamp<int64_t>(tokens / kBlock * kBlock, kBlock, most);
 }
 
 /// Reads prompts, in the order they came.

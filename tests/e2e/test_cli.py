@@ -89,7 +89,7 @@ def test_version_and_help():
     (["genrate"], "unknown command 'genrate'. Did you mean 'generate'?"),
     (["generate", "--modle", "x", "-p", "hi"], "unknown flag '--modle'. Did you mean '--model'?"),
     (["generate", "--temp", "1", "-p", "x"], "unknown flag '--temp'. Did you mean '--temperature'?"),
-    (["serve"], "unknown command 'serve'. See"),
+    (["fly"], "unknown command 'fly'. See"),
     (["generate", "-p", "hi"], "--model is required"),
     (["generate", "{f}/model", "--model", "{f}/lora", "-p", "hi"], "got two models"),
     (["generate", "--model", "{f}/model"], "give either -p TEXT or --prompts FILE"),

@@ -9,10 +9,12 @@ The commands are run as they stand, block by block, by bash. What stands in for 
 A block whose words can't be run here is in NOT_RUN with the cause.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 
@@ -20,6 +22,7 @@ import pytest
 import yaml
 
 import test_seq2seq
+from test_serve import Server
 from tiny_run import DTYPE, PROGRAM, ROOT, WORDS, make_model, make_run, moesaic, train
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -247,11 +250,35 @@ def stand_in(command, folder):
     (data / "dataset_info.json").write_text(json.dumps(info))
 
 
+@contextlib.contextmanager
+def serving(commands, folder):
+    """Starts the servers among `commands`, on free ports, and gives the others with those in the place of 8000."""
+    servers, others = [], []
+    for command in commands:
+        if not re.match(r"(build/)?moesaic serve ", command):
+            others.append(command.replace("localhost:8000", f"localhost:{servers[-1].port}") if servers else command)
+            continue
+        words = shlex.split(command, comments=True)[2:]
+        port = [words.index("--port")] if "--port" in words else []
+        servers.append(Server(*[word for i, word in enumerate(words) if i not in [*port, *(at + 1 for at in port)]], cwd=folder))
+        servers[-1].__enter__()
+    try:
+        yield others, len(servers)
+    finally:
+        for server in servers:
+            server.__exit__()
+
+
 def shell(commands, folder):
     """Runs what can be run here; each command must succeed."""
+    with serving(commands, folder) as (others, ran):
+        return ran + run_in_turn(others, folder)
+
+
+def run_in_turn(commands, folder):
     ran = 0
     for command in commands:
-        if not_run(command.strip()):
+        if not_run(command.strip()) or (command.startswith("curl ") and not shutil.which("curl")):
             continue
         stand_in(command, folder)
         done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=300,

@@ -33,12 +33,12 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_gene
 class Server:
     """A server on a free port of loopback, for as long as the `with` lasts."""
 
-    def __init__(self, *arguments):
-        self.arguments = arguments
+    def __init__(self, *arguments, **options):
+        self.arguments, self.options = arguments, options
 
     def __enter__(self):
         self.process = subprocess.Popen(command("serve", *self.arguments, "--port", 0, "--dtype", "float32"),
-                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **self.options)
         self.lines = []
         for line in self.process.stdout:
             self.lines.append(line)

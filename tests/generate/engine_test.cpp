@@ -139,6 +139,18 @@ TEST_F(EngineTest, LogprobsAreTheModelsOwn) {
   }
 }
 
+TEST_F(EngineTest, PromptsAreScoredInPartsAsAtOnce) {
+  std::mt19937 random(5);
+  Request wanted = request(random_ids(random, 100), 1);
+  wanted.prompt_logprobs = true;
+  const auto whole = alone(wanted), parts = alone(wanted, {.step_tokens = 1});
+  ASSERT_EQ(parts->prompt.size(), 99u);
+  for (size_t i = 0; i < 99; ++i) {
+    EXPECT_EQ(parts->prompt[i].id, wanted.prompt.ids[i + 1]);
+    EXPECT_EQ(parts->prompt[i].logprob, whole->prompt[i].logprob) << i;
+  }
+}
+
 /// Prompts, mixtures, arrivals and parts at random: everyone gets the bits that it gets alone.
 TEST_F(EngineTest, CompanyChangesNoBit) {
   model_->attach("lora", random_adapter(*model_, "lora", 1, 3, 1));
