@@ -140,6 +140,14 @@ MEASURED = {
         for figure in faster("scoring-1", f"choices ranked by an encoder-decoder, float32: transformers, {what}")],
     "a sparse model as wide as SmolLM2, 4x256 tokens, 1 thread, two of 8 wide experts a token": lambda: sparse(8, 1536, 2),
     "the same with eight of 64 narrow experts": lambda: sparse(64, 192, 8),
+    "16 streams over HTTP, each with a LoRA of its own (rank 8), 1 thread, decoding": lambda: [
+        figure for what in ("16 LoRAs r=8, float32: our own base", "16 LoRAs r=8, float32: PEFT's adapter_names, in process",
+                            "16 LoRAs r=8, int8: our own base",
+                            "16 LoRAs r=8, int8: PEFT's adapter_names in float32, in process")
+        for figure in faster("serve-1", f"decoding, 16 streams over HTTP, {what}")]
+        + faster("serve-1", "decoding, 16 streams of the base, same bits in any company: without that promise"),
+    "first token of a prompt of which 512 tokens were read before, 1 thread":
+        lambda: faster("serve-1", "first token of a prompt whose first 512 tokens were read before: not read"),
     "start to first token, SmolLM2, page cache warm": start,
     "17 small real tasks in one MoLoRA, 400 steps, held-out exact match": first_mixture,
     "`moesaic demo calm`, seeds 0 to 2: one model knows keys, one calculates, joined they calculate with keys never "

@@ -1,7 +1,6 @@
 #include "moesaic/generate/generate.h"
 
 #include <algorithm>
-#include <span>
 
 #include "moesaic/base/check.h"
 #include "moesaic/generate/beam_search.h"
