@@ -1,6 +1,7 @@
 # The front door. Set-up is tools/setup, the build is CMake's presets; see CONTRIBUTING.md.
-.PHONY: demo test build bench format lint asan fuzz clean
+.PHONY: demo test test-all build bench format lint asan fuzz clean
 ARGS ?=
+LABELS ?= -LE long
 FUZZ_SECONDS ?= 30
 SOURCES = $(shell git ls-files '*.cpp' '*.h')
 # clang-tidy takes a minute a file, most of it in LibTorch's headers: by default only files that differ from HEAD.
@@ -12,11 +13,14 @@ demo: ## install what is missing, build, run the main job on a real model
 	$(MAKE) --no-print-directory build/moesaic
 	build/moesaic demo $(ARGS)
 
-test: ## install what the tests need, build, run every test
+test: ## install what the tests need, build, run every test but those that take long
 	tools/setup test
 	cmake --preset release
 	cmake --build --preset release
-	ctest --test-dir build --output-on-failure -j "$$(nproc)" $(ARGS)
+	ctest --test-dir build --output-on-failure -j "$$(nproc)" $(LABELS) $(ARGS)
+
+test-all: LABELS =
+test-all: test ## those that take long, too
 
 build: ## leaves the program at build/moesaic
 	tools/setup build

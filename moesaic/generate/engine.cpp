@@ -147,9 +147,12 @@ int64_t Engine::submit(Request request, std::shared_ptr<Listener> listener) {
                   vocabulary - 1);
   }
   const nn::Needs wants = model_.needs();
-  MOESAIC_CHECK(wants.sentence != nn::Needs::Sentence::kColumn || !request.prompt.sentence.empty(), UsageError,
-                "sentence: got none, expected a list of {} numbers: an adapter's router reads them",
-                wants.sentence_width);
+  const auto given = std::ssize(request.prompt.sentence);
+  MOESAIC_CHECK(wants.sentence == nn::Needs::Sentence::kNone || given == wants.sentence_width ||
+                    (given == 0 && wants.sentence == nn::Needs::Sentence::kHidden),
+                UsageError,
+                "sentence: got {} numbers, expected {}: an adapter's router reads sentence embeddings from a data column",
+                given, wants.sentence_width);
   if (request.prompt.mixture.empty()) request.prompt.mixture.assign(model_.attachments().size(), 1.0);
   auto job = std::make_shared<Job>(Job{next_++, std::move(request), std::move(listener)});
   MOESAIC_CHECK(reserved(*job) <= options_.memory_bytes, UsageError,

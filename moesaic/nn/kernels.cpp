@@ -119,11 +119,14 @@ namespace {
 
 using Number = AlikeRows::Number;
 
-/// Whether own kernels take a product of so many rows. With one output the library's is a product with a vector, which
-/// rounds as suits its length.
-bool are_few(int64_t rows, int64_t out) {
+/// Whether the library rounds all rows of a large product alike: one output makes it a product with a vector, which
+/// rounds as suits its length, and narrow rows that begin at other places within 16 bytes are loaded otherwise.
+bool library_is_alike(const torch::Tensor& weight) { return weight.size(0) > 1 && weight.size(1) % 4 == 0; }
+
+/// Whether own kernels take a product of so many rows.
+bool are_few(int64_t rows, const torch::Tensor& weight) {
   if (AlikeRows::now() == Number::kAny) return rows <= kGemvRows;
-  return AlikeRows::now() == Number::kFew || out == 1;
+  return AlikeRows::now() == Number::kFew || !library_is_alike(weight);
 }
 
 /// `x` with rows of zeros behind it, as many as AlikeRows wants for its products; undefined where it needs none.
@@ -139,10 +142,10 @@ torch::Tensor linear_rows(const torch::Tensor& x, const torch::Tensor& weight, c
   const int64_t rows = x.size(0), in = x.size(1), out = weight.size(0);
   const auto dtype = x.scalar_type();
   const bool gradient = wants_gradient(x, weight);
-  if (const torch::Tensor more = gradient || out == 1 ? torch::Tensor() : padded(x); more.defined()) {
+  if (const torch::Tensor more = gradient || !library_is_alike(weight) ? torch::Tensor() : padded(x); more.defined()) {
     return linear_rows(more, weight, bias).narrow(0, 0, rows);
   }
-  const bool few = rows > 0 && are_few(rows, out) && x.is_cpu() && weight.is_contiguous() &&
+  const bool few = rows > 0 && are_few(rows, weight) && x.is_cpu() && weight.is_contiguous() &&
                    weight.scalar_type() == dtype && (dtype == torch::kFloat32 || dtype == torch::kBFloat16);
   if (multiplies_wide(x) && weight.scalar_type() == dtype && !(gradient && weight.requires_grad())) {
     if (gradient) return WideProduct::apply(x, weight, bias.defined() ? std::optional(bias) : std::nullopt);

@@ -98,6 +98,17 @@ std::vector<std::string> Fields::texts(const std::string& name, size_t most, siz
   return result;
 }
 
+std::vector<int64_t> Fields::token_ids(const std::string& name, const OrderedJson& json, int64_t vocab_size) {
+  std::vector<int64_t> ids;
+  for (const OrderedJson& id : json) {
+    if (!id.is_number_integer() || id.get<int64_t>() < 0 || id.get<int64_t>() >= vocab_size) {
+      refuse(name, fmt::format("token ids from 0 to {}", vocab_size - 1));
+    }
+    ids.push_back(id.get<int64_t>());
+  }
+  return ids;
+}
+
 void Fields::only(const std::string& name, const std::vector<OrderedJson>& values, const std::string& why) {
   const OrderedJson* value = find(name);
   if (value == nullptr || std::find(values.begin(), values.end(), *value) != values.end()) return;

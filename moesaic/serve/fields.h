@@ -28,6 +28,9 @@ class Fields {
   /// A text or a list of texts.
   std::vector<std::string> texts(const std::string& name, size_t most, size_t most_bytes);
 
+  /// `json`, a part of the field, as token ids.
+  std::vector<int64_t> token_ids(const std::string& name, const OrderedJson& json, int64_t vocab_size);
+
   /// A field that this server takes with one of these values alone.
   void only(const std::string& name, const std::vector<OrderedJson>& values, const std::string& why);
   /// A field that changes nothing here.

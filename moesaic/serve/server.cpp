@@ -15,6 +15,7 @@
 #include "moesaic/nn/linear.h"
 #include "moesaic/serve/fields.h"
 #include "moesaic/serve/pages.h"
+#include "moesaic/serve/texts.h"
 
 namespace moesaic::serve {
 namespace {
@@ -22,7 +23,6 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr size_t kWorkers = 2, kMostRequests = 4096;  // that wait for a worker
-constexpr int64_t kMostEmbedded = 256;                // texts of one request
 constexpr double kStall = 30;                         // seconds without a step, while there is something to do
 
 int64_t now_seconds() {
@@ -39,26 +39,6 @@ std::string_view without_port(std::string_view host) {
   return colon != std::string_view::npos && (bracket == std::string_view::npos || colon > bracket)
              ? host.substr(0, colon)
              : host;
-}
-
-/// Takes as long for any text of the same length.
-bool same_text(std::string_view a, std::string_view b) {
-  unsigned char difference = a.size() == b.size() ? 0 : 1;
-  for (size_t i = 0; i < std::min(a.size(), b.size()); ++i) difference |= static_cast<unsigned char>(a[i] ^ b[i]);
-  return difference == 0;
-}
-
-/// RFC 4648.
-std::string base64(std::string_view bytes) {
-  constexpr std::string_view kLetters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-  std::string text;
-  for (size_t i = 0; i < bytes.size(); i += 3) {
-    uint32_t group = 0;
-    for (size_t j = i; j < i + 3; ++j)
-      group = group << 8 | (j < bytes.size() ? static_cast<unsigned char>(bytes[j]) : 0u);
-    for (size_t k = 0; k < 4; ++k) text += i + k <= bytes.size() ? kLetters[group >> (18 - 6 * k) & 63] : '=';
-  }
-  return text;
 }
 
 /// How long a text may be: what config.json says; T5's positions are relative.
@@ -153,25 +133,7 @@ Server::Server(run::Opened opened, const std::string& path, const std::vector<ru
                 {{"method", "base"}, {"dtype", dtype}},
                 now_seconds(),
                 opened_.chat_template});
-  if (!options_.api_keys.empty()) {
-    int64_t number = 0;
-    std::ifstream file(options_.api_keys);
-    MOESAIC_CHECK(file.good(), UsageError, "api_keys {}: can't read this file", options_.api_keys);
-    for (std::string line; std::getline(file, line);) {
-      ++number;
-      std::istringstream words(line);
-      std::string owner, hash, role, rest;
-      if (!(words >> owner) || owner[0] == '#') continue;
-      words >> hash >> role;
-      const bool hex = hash.size() == 64 && hash.find_first_not_of("0123456789abcdef") == std::string::npos;
-      MOESAIC_CHECK(hex && (role.empty() || role == "user" || role == "admin") && !(words >> rest), DataError,
-                    "{}:{}: expected a name, the SHA-256 of its key in lower-case hex and, where it is not a user's, "
-                    "'admin'",
-                    options_.api_keys, number);
-      keys_.push_back({owner, hash, role == "admin"});
-    }
-    MOESAIC_CHECK(!keys_.empty(), DataError, "{}: holds no key, expected at least one", options_.api_keys);
-  }
+  if (!options_.api_keys.empty()) keys_ = read_keys(options_.api_keys);
   if (options_.deterministic && !library_is_alike(*opened_.model)) {
     spdlog::warn(
         "deterministic: this machine's matrix library rounds rows as suits their number: answers may differ in "
@@ -195,31 +157,7 @@ Server::Server(run::Opened opened, const std::string& path, const std::vector<ru
                   reference.name);
     service_->between_steps([&](generate::Engine& engine) { catalog_.put(open_adapter(reference, engine)); });
   }
-  for (const std::string& mixture : options_.mixtures) {
-    const size_t equals = mixture.find('=');
-    const std::string own = mixture.substr(0, equals);
-    check_name(own);
-    MOESAIC_CHECK(!catalog_.holds(own), UsageError, "--mixture {}: another model has this name", own);
-    std::vector<std::pair<std::string, double>> parts;
-    std::istringstream list(equals == std::string::npos ? "" : mixture.substr(equals + 1));
-    for (std::string part; std::getline(list, part, ',');) {
-      const size_t colon = part.rfind(':');
-      size_t used = 0;
-      double scale = 0;
-      try {
-        if (colon != std::string::npos) scale = std::stod(part.substr(colon + 1), &used);
-      } catch (const std::exception&) {
-      }
-      const std::string adapter = part.substr(0, colon);
-      MOESAIC_CHECK(used > 0 && used == part.size() - colon - 1 && std::isfinite(scale) && catalog_.holds(adapter),
-                    UsageError,
-                    "--mixture {}: got '{}', expected the name of an adapter and its scale: NAME=ADAPTER:SCALE[,...]",
-                    mixture, part);
-      parts.emplace_back(adapter, scale);
-    }
-    MOESAIC_CHECK(!parts.empty(), UsageError, "--mixture {}: expected NAME=ADAPTER:SCALE[,...]", mixture);
-    catalog_.put(catalog_.mixed(own, parts));
-  }
+  for (const std::string& mixture : options_.mixtures) add_mixture(mixture);
   if (options_.request_log == "-") {
     log_file_ = stdout;
   } else if (!options_.request_log.empty()) {
@@ -263,6 +201,33 @@ std::vector<std::string> Server::plan() const {
     lines.push_back(fmt::format("model {}: {}", entry->name, json_text(entry->facts)));
   }
   return lines;
+}
+
+/// NAME=ADAPTER:SCALE[,ADAPTER:SCALE ...].
+void Server::add_mixture(const std::string& mixture) {
+  const char* form = "NAME=ADAPTER:SCALE[,ADAPTER:SCALE ...]";
+  const size_t equals = mixture.find('=');
+  const std::string name = mixture.substr(0, equals);
+  check_name(name);
+  MOESAIC_CHECK(!catalog_.holds(name), UsageError, "--mixture {}: another model has this name", name);
+  std::vector<std::pair<std::string, double>> parts;
+  std::istringstream list(equals == std::string::npos ? "" : mixture.substr(equals + 1));
+  for (std::string part; std::getline(list, part, ',');) {
+    const size_t colon = part.rfind(':');
+    const std::string adapter = part.substr(0, colon),
+                      number = colon == std::string::npos ? "" : part.substr(colon + 1);
+    size_t used = 0;
+    double scale = 0;
+    try {
+      scale = std::stod(number, &used);
+    } catch (const std::exception&) {
+    }
+    MOESAIC_CHECK(used > 0 && used == number.size() && std::isfinite(scale) && catalog_.holds(adapter), UsageError,
+                  "--mixture {}: got '{}', expected the name of an adapter and its scale: {}", mixture, part, form);
+    parts.emplace_back(adapter, scale);
+  }
+  MOESAIC_CHECK(!parts.empty(), UsageError, "--mixture {}: expected {}", mixture, form);
+  catalog_.put(catalog_.mixed(name, parts));
 }
 
 /// Opens a folder as an adapter of the model, on the engine's thread.
@@ -406,17 +371,13 @@ void Server::check_origin(const HttpRequest& request) const {
   }
 }
 
-const Server::Key& Server::key_of(const HttpRequest& request) const {
-  static const Key anyone{"", "", true};
+const ApiKey& Server::key_of(const HttpRequest& request) const {
+  static const ApiKey anyone{"", "", true};
   if (keys_.empty()) return anyone;
   std::string_view given = request.header("authorization");
   if (given.starts_with("Bearer ")) given.remove_prefix(7);
   if (given.empty()) given = request.header("x-api-key");
-  const std::string hash = sha256_hex(given);
-  const Key* found = nullptr;
-  for (const Key& key : keys_) {
-    if (same_text(hash, key.sha256)) found = &key;
-  }
+  const ApiKey* found = matching(keys_, given);
   if (found == nullptr) throw ApiError(401, "the key is missing or wrong: expected \"Authorization: Bearer KEY\"");
   return *found;
 }
@@ -435,7 +396,7 @@ void Server::answer(const HttpRequest& request) {
       http_->respond(request.id, 204, headers_of(request), "");
       return;
     }
-    static const Key nobody{"", "", false};
+    static const ApiKey nobody{"", "", false};
     const bool open = request.path == "/" || request.path == "/ready" || request.path == "/version";
     route(request, open ? nobody : key_of(request));
   } catch (...) {
@@ -447,7 +408,7 @@ void Server::answer(const HttpRequest& request) {
   }
 }
 
-void Server::route(const HttpRequest& request, const Key& key) {
+void Server::route(const HttpRequest& request, const ApiKey& key) {
   const bool get = request.method == "GET", post = request.method == "POST";
   std::string path = request.path, model;
   if (path.starts_with("/m/")) {
@@ -482,7 +443,7 @@ void Server::route(const HttpRequest& request, const Key& key) {
   if (get && path == "/metrics") return text("text/plain; version=0.0.4; charset=utf-8", metrics());
   if (get && path == "/v1/models") return reply(request, 200, models());
   if (get && path.starts_with("/v1/models/")) return reply(request, 200, model_json(*catalog_.find(path.substr(11))));
-  if (get && path == "/tokenizer_info") return reply(request, 200, tokenizer_info());
+  if (get && path == "/tokenizer_info") return reply(request, 200, tokenizer_info(around_));
   if (get && path == "/lora-adapters") {
     OrderedJson list = OrderedJson::array();
     for (const auto& entry : catalog_.all()) {
@@ -494,9 +455,10 @@ void Server::route(const HttpRequest& request, const Key& key) {
   }
   if (post && path == "/v1/chat/completions") return complete(request, key, /*chat=*/true, model);
   if (post && path == "/v1/completions") return complete(request, key, /*chat=*/false, model);
-  if (post && path == "/v1/embeddings") return reply(request, 200, embeddings(body_of(request), model));
-  if (post && path == "/tokenize") return reply(request, 200, tokenize(body_of(request)));
-  if (post && path == "/detokenize") return reply(request, 200, detokenize(body_of(request)));
+  if (post && path == "/v1/embeddings")
+    return reply(request, 200, embeddings(body_of(request), model, around_, *opened_.model, *service_));
+  if (post && path == "/tokenize") return reply(request, 200, tokenize(body_of(request), around_));
+  if (post && path == "/detokenize") return reply(request, 200, detokenize(body_of(request), around_));
   if (post && (path == "/v1/load_lora_adapter" || path == "/v1/unload_lora_adapter")) {
     if (!options_.allow_runtime_load)
       throw ApiError(403, "adapters are not loaded at run time here (allow_runtime_load)");
@@ -515,7 +477,7 @@ void Server::route(const HttpRequest& request, const Key& key) {
   throw ApiError(404, fmt::format("{} {}: there is no such route", request.method, request.path));
 }
 
-void Server::complete(const HttpRequest& request, const Key& key, bool chat, const std::string& model) {
+void Server::complete(const HttpRequest& request, const ApiKey& key, bool chat, const std::string& model) {
   Completion asked = read_completion(body_of(request), chat, model, around_);
   for (size_t i = 0; i < asked.unknown.size(); ++i) metrics_.count("moesaic:unknown_fields_total");
   if (!keys_.empty())
@@ -547,7 +509,7 @@ void Server::complete(const HttpRequest& request, const Key& key, bool chat, con
   }
 }
 
-void Server::log(const HttpRequest& request, const Key& key, const std::string& model, const Entry* entry,
+void Server::log(const HttpRequest& request, const ApiKey& key, const std::string& model, const Entry* entry,
                  const Outcome& outcome) {
   if (log_file_ == nullptr) return;
   const OrderedJson line = {{"time", now_seconds()},
@@ -584,126 +546,6 @@ OrderedJson Server::models() const {
   OrderedJson list = OrderedJson::array();
   for (const auto& entry : catalog_.all()) list.push_back(model_json(*entry));
   return {{"object", "list"}, {"data", std::move(list)}};
-}
-
-OrderedJson Server::tokenize(const OrderedJson& body) const {
-  Fields fields(body);
-  std::string model;
-  const std::shared_ptr<const Entry> entry = read_entry(fields, "", catalog_, model);
-  std::string text;
-  bool special = fields.flag("add_special_tokens", !fields.has("messages"));
-  if (const OrderedJson* messages = fields.find("messages")) {
-    if (!entry->chat_template)
-      throw ApiError(400, fmt::format("model '{}' has no chat template", entry->name), "messages");
-    text = entry->chat_template->render(read_messages(*messages), fields.flag("add_generation_prompt", true));
-  } else {
-    if (!fields.has("prompt")) fields.refuse("prompt", "a text, or \"messages\"");
-    text = fields.text("prompt", "", size_t{8} << 20);
-  }
-  const bool names = fields.flag("return_token_strs", false);
-  fields.unknown();
-  const std::vector<int64_t> ids =
-      special ? opened_.tokenizer->encode_start(text).ids : opened_.tokenizer->encode(text, false);
-  OrderedJson json = {{"count", ids.size()}, {"max_model_len", around_.max_model_len}, {"tokens", ids}};
-  if (names) {
-    json["token_strs"] = OrderedJson::array();
-    for (const int64_t id : ids) json["token_strs"].push_back(opened_.tokenizer->id_to_token(id).value_or(""));
-  }
-  return json;
-}
-
-OrderedJson Server::detokenize(const OrderedJson& body) const {
-  Fields fields(body);
-  fields.ignore("model");
-  const OrderedJson* tokens = fields.find("tokens");
-  if (tokens == nullptr || !tokens->is_array()) fields.refuse("tokens", "a list of token ids");
-  std::vector<int64_t> ids;
-  for (const OrderedJson& id : *tokens) {
-    if (!id.is_number_integer() || id.get<int64_t>() < 0 || id.get<int64_t>() >= around_.vocab_size) {
-      fields.refuse("tokens", fmt::format("token ids from 0 to {}", around_.vocab_size - 1));
-    }
-    ids.push_back(id.get<int64_t>());
-  }
-  fields.unknown();
-  return {{"prompt", opened_.tokenizer->decode(ids, false)}};
-}
-
-OrderedJson Server::tokenizer_info() const {
-  const auto& special = opened_.tokenizer->special_tokens();
-  auto token = [&](const char* name) {
-    const auto found = special.find(name);
-    return found == special.end() ? OrderedJson(nullptr) : OrderedJson(found->second);
-  };
-  const auto& chat = catalog_.base()->chat_template;
-  return {{"eos_token", token("eos_token")},
-          {"bos_token", token("bos_token")},
-          {"pad_token", token("pad_token")},
-          {"chat_template", chat ? OrderedJson(chat->source()) : OrderedJson(nullptr)}};
-}
-
-OrderedJson Server::embeddings(const OrderedJson& body, const std::string& path_model) {
-  Fields fields(body);
-  std::string model;
-  const std::shared_ptr<const Entry> entry = read_entry(fields, path_model, catalog_, model);
-  const std::string format = fields.text("encoding_format", "float");
-  if (format != "float" && format != "base64") fields.refuse("encoding_format", "float or base64");
-  fields.only("dimensions", {}, "a text's vector is as wide as the model");
-  fields.ignore("user");
-  bool normalize = true;
-  if (const OrderedJson* own = fields.find("moesaic")) normalize = Fields(*own, "moesaic").flag("normalize", true);
-  const OrderedJson* input = fields.find("input");
-  if (input == nullptr || (input->is_array() && input->empty())) fields.refuse("input", "a text, texts or token ids");
-  const bool one = input->is_string() || (input->is_array() && input->front().is_number());
-  const OrderedJson list = one ? OrderedJson::array({*input}) : *input;
-  if (!list.is_array() || std::ssize(list) > kMostEmbedded) {
-    fields.refuse("input", fmt::format("{} texts at most", kMostEmbedded));
-  }
-  fields.unknown();
-  std::vector<generate::Prompt> prompts;
-  int64_t tokens = 0;
-  for (const OrderedJson& each : list) {
-    generate::Prompt& prompt = prompts.emplace_back();
-    try {
-      prompt.ids = each.is_string() ? around_.tokenizer.encode_start(each.get<std::string>()).ids
-                                    : each.get<std::vector<int64_t>>();
-    } catch (const OrderedJson::exception&) {
-      fields.refuse("input", "a text, texts or token ids");
-    }
-    const auto outside = [&](int64_t id) { return id < 0 || id >= around_.vocab_size; };
-    if (prompt.ids.empty() || std::ssize(prompt.ids) > around_.max_model_len ||
-        std::any_of(prompt.ids.begin(), prompt.ids.end(), outside)) {
-      fields.refuse("input", fmt::format("1 to {} tokens of the vocabulary in each text", around_.max_model_len));
-    }
-    tokens += std::ssize(prompt.ids);
-  }
-  OrderedJson data = OrderedJson::array();
-  for (size_t i = 0; i < prompts.size(); ++i) {
-    torch::Tensor vector;
-    service_->between_steps([&](generate::Engine&) {
-      torch::NoGradGuard no_grad;
-      const nn::AlikeRows alike(nn::AlikeRows::Number::kMany);
-      generate::Prompt& prompt = prompts[i];
-      prompt.mixture.assign(opened_.model->attachments().size(), 0.0);
-      for (const auto& [adapter, weight] : entry->weights) prompt.mixture[opened_.model->column(adapter)] += weight;
-      nn::Pass pass;
-      vector = opened_.model->hidden(generate::text_of(*opened_.model, {prompt}), pass)
-                   .mean(0, /*keepdim=*/false, torch::kFloat32)
-                   .cpu();
-    });
-    if (normalize) vector = vector / vector.norm();
-    OrderedJson one = {{"object", "embedding"}, {"index", i}};
-    const float* numbers = vector.data_ptr<float>();
-    if (format == "base64") {
-      one["embedding"] = base64({reinterpret_cast<const char*>(numbers), vector.nbytes()});
-    } else {
-      one["embedding"] = std::vector<float>(numbers, numbers + vector.numel());
-    }
-    data.push_back(std::move(one));
-  }
-  return {{"object", "list"},
-          {"data", std::move(data)},
-          {"model", model.empty() ? entry->name : model},
-          {"usage", {{"prompt_tokens", tokens}, {"total_tokens", tokens}}}};
 }
 
 void Server::load_adapter(const OrderedJson& body) {

@@ -12,7 +12,8 @@
 
 #include "moesaic/run/open.h"
 #include "moesaic/serve/api_error.h"
-#include "moesaic/serve/completions.h"
+#include "moesaic/serve/exchange.h"
+#include "moesaic/serve/keys.h"
 
 namespace moesaic::serve {
 
@@ -60,36 +61,28 @@ class Server {
   int64_t drain();
 
  private:
-  struct Key {
-    std::string name, sha256;
-    bool admin;
-  };
-
   void take(HttpRequest request);
   void gone(uint64_t id);
   void work();
   void answer(const HttpRequest& request);
-  void route(const HttpRequest& request, const Key& key);
-  void complete(const HttpRequest& request, const Key& key, bool chat, const std::string& model);
+  void route(const HttpRequest& request, const ApiKey& key);
+  void complete(const HttpRequest& request, const ApiKey& key, bool chat, const std::string& model);
   void reply(const HttpRequest& request, int status, const OrderedJson& json);
   void refuse(const HttpRequest& request, const ApiError& error);
   Headers headers_of(const HttpRequest& request) const;
   void check_origin(const HttpRequest& request) const;
-  const Key& key_of(const HttpRequest& request) const;
+  const ApiKey& key_of(const HttpRequest& request) const;
   OrderedJson body_of(const HttpRequest& request) const;
 
   OrderedJson models() const;
   OrderedJson model_json(const Entry& entry) const;
-  OrderedJson tokenize(const OrderedJson& body) const;
-  OrderedJson detokenize(const OrderedJson& body) const;
-  OrderedJson tokenizer_info() const;
-  OrderedJson embeddings(const OrderedJson& body, const std::string& model);
   std::string metrics() const;
   std::string page() const;
+  void add_mixture(const std::string& mixture);
   void load_adapter(const OrderedJson& body);
   void unload_adapter(const OrderedJson& body);
   Entry open_adapter(const run::AdapterReference& reference, generate::Engine& engine);
-  void log(const HttpRequest& request, const Key& key, const std::string& model, const Entry* entry,
+  void log(const HttpRequest& request, const ApiKey& key, const std::string& model, const Entry* entry,
            const Outcome& outcome);
 
   run::Opened opened_;
@@ -97,7 +90,7 @@ class Server {
   Surroundings around_;
   Catalog catalog_;
   Metrics metrics_;
-  std::vector<Key> keys_;
+  std::vector<ApiKey> keys_;
   std::map<std::string, std::string> attached_;  // adapter's name -> the name it is attached under
   std::mutex loading_;                           // one adapter comes or goes at a time
   int64_t loaded_ = 0;

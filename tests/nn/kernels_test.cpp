@@ -69,20 +69,22 @@ TEST(AlikeRows, GiveARowTheSameBitsInAnyCompany) {
     const auto x = torch::randn({110, in}), w = torch::randn({out, in}), b = torch::randn({out});
     const auto [q, scales] = quantize_rows_int8(w);
     for (const auto number : {kFew, kMany}) {
-      expect_alike(number, [&](const auto& rows) { return linear_rows(rows, w, b); }, x);
-      expect_alike(
-          number, [&, &q = q, &scales = scales](const auto& rows) { return linear_rows_int8(rows, q, scales, b); }, x);
-      expect_alike(
-          number, [&](const auto& rows) { return thin_dots(rows, w.narrow(0, 0, std::min<int64_t>(out, 40))); }, x);
-      const auto g = torch::randn({110, 40}), a = torch::randn({40, in});
-      expect_alike(
-          number,
-          [&](const auto& rows) {
-            torch::Tensor y = rows.clone();
-            thin_add(rows.narrow(1, 0, std::min<int64_t>(in, 40)), a.narrow(0, 0, std::min<int64_t>(in, 40)), 0.5, y);
-            return y;
-          },
-          x);
+      const auto thin = w.narrow(0, 0, std::min<int64_t>(out, 40));
+      const int64_t rank = std::min<int64_t>(in, 40);
+      const auto a = torch::randn({rank, in});
+      const std::map<std::string, std::function<torch::Tensor(const torch::Tensor&)>> products{
+          {"linear_rows", [&](const torch::Tensor& rows) { return linear_rows(rows, w, b); }},
+          {"int8", [&, &q = q, &scales = scales](const torch::Tensor& rows) { return linear_rows_int8(rows, q, scales, b); }},
+          {"thin_dots", [&](const torch::Tensor& rows) { return thin_dots(rows, thin); }},
+          {"thin_add", [&](const torch::Tensor& rows) {
+             torch::Tensor y = rows.clone();
+             thin_add(rows.narrow(1, 0, rank), a, 0.5, y);
+             return y;
+           }}};
+      for (const auto& [name, product] : products) {
+        SCOPED_TRACE(fmt::format("{} of {} x {}, {}", name, in, out, number == kFew ? "few" : "many"));
+        expect_alike(number, product, x);
+      }
     }
   }
 }
