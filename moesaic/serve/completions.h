@@ -20,7 +20,7 @@ struct Surroundings {
   int64_t vocab_size = 0;
   int64_t max_model_len = 0;      // tokens of a prompt and its answer
   double max_request_time = 600;  // seconds
-  std::string fingerprint;        // system_fingerprint
+  std::string fingerprint{};      // system_fingerprint
 };
 
 /// A body, read and checked.
