@@ -222,6 +222,7 @@ void Engine::attach(const std::string& name, std::shared_ptr<nn::Attachment> att
 
 bool Engine::detach(const std::string& name) {
   const int64_t column = model_.column(name);
+  leave();
   bool used = false;
   for (const auto& job : waiting_) used = used || job->request.prompt.mixture[column] != 0;
   for (const Row& row : rows_) used = used || (row.job && row.prompt.mixture[column] != 0);

@@ -205,6 +205,16 @@ TEST_F(EngineTest, EveryMixtureIsItsAdaptersAlone) {
   const auto with = alone(wanted);
   wanted.prompt.mixture = {0.0};
   const auto without = alone(wanted);
+  wanted.prompt.mixture = {0.5};
+  const auto half = alone(wanted);
+  formats::TensorMap tensors = lora->folder().tensors;
+  for (auto& [name, tensor] : tensors) {
+    if (name.find("lora_B") != std::string::npos) tensor = tensor * 0.5;
+  }
+  lora->load_tensors(tensors);
+  wanted.prompt.mixture = {1.0};
+  EXPECT_EQ(half->logprobs(), alone(wanted)->logprobs()) << "0.5 of a delta, which is exact in binary";
+  EXPECT_NE(half->logprobs(), with->logprobs());
   model_->detach("lora");
   const auto bare = alone(request(prompt));
   EXPECT_EQ(without->logprobs(), bare->logprobs());
@@ -236,6 +246,29 @@ TEST_F(EngineTest, AdaptersComeAndGoBetweenSteps) {
   EXPECT_NE(b->ids(), bare->ids());
   EXPECT_TRUE(engine.detach("b"));
   EXPECT_TRUE(model_->attachments().empty());
+}
+
+TEST_F(EngineTest, WhatWasReadWithAnAdapterLeavesWithIt) {
+  std::mt19937 random(3);
+  const Ids prompt = random_ids(random, 80);
+  Engine engine(*model_, *tokenizer_, {.kept = 8});
+  auto ask = [&](std::vector<double> mixture) {
+    Request wanted = request(prompt, 4);
+    wanted.prompt.mixture = std::move(mixture);
+    const auto heard = std::make_shared<Heard>();
+    engine.submit(wanted, heard);
+    while (engine.step()) {
+    }
+    EXPECT_EQ(heard->logprobs(), alone(wanted)->logprobs());
+    return heard->reused;
+  };
+  engine.attach("a", random_adapter(*model_, "lora", 1, 3, 1));
+  ask({1.0});
+  EXPECT_TRUE(engine.detach("a"));
+  EXPECT_EQ(ask({}), 0) << "the base has not read it";
+  engine.attach("b", random_adapter(*model_, "lora", 1, 3, 2));
+  EXPECT_EQ(ask({1.0}), 0) << "another adapter has its column";
+  EXPECT_EQ(ask({0.0}), 64) << "the base's text stays";
 }
 
 TEST_F(EngineTest, WhatWasReadWithOtherAdaptersOrSaltIsNotReused) {
