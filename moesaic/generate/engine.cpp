@@ -19,10 +19,11 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using Number = nn::AlikeRows::Number;
 
-constexpr int64_t kBlock = 32;       // prompts are cut where their positions are multiples: attention's blocks
-constexpr int64_t kScoredRows = 64;  // prompt rows whose logits exist at once
-constexpr double kGrowth = 1.25;     // of a cache's buffers, beyond what they hold
-constexpr double kUnattended = 4;    // times step_seconds may pass while nobody waits for a next token
+constexpr int64_t kBlock = 32;              // prompts are cut where their positions are multiples: attention's blocks
+constexpr int64_t kFirstPart = 8 * kBlock;  // tokens of a prompt that are read before it is known how long one takes
+constexpr int64_t kScoredRows = 64;         // prompt rows whose logits exist at once
+constexpr double kGrowth = 1.25;            // of a cache's buffers, beyond what they hold
+constexpr double kUnattended = 4;           // times step_seconds may pass while nobody waits for a next token
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
@@ -125,9 +126,9 @@ struct Engine::Row {
   std::unique_ptr<Answer> answer;  // null: its prompt is read
   Prompt prompt;                   // that it began with
   std::string salt;
-  std::vector<int64_t> seen;    // the tokens that the memory holds
-  std::optional<int64_t> next;  // drawn and not run yet
-  int64_t used = 0;             // step of its last use
+  std::vector<int64_t> seen{};    // the tokens that the memory holds
+  std::optional<int64_t> next{};  // drawn and not run yet
+  int64_t used = 0;               // step of its last use
   bool ended = false;
 };
 
@@ -148,11 +149,12 @@ int64_t Engine::submit(Request request, std::shared_ptr<Listener> listener) {
   }
   const nn::Needs wants = model_.needs();
   const auto given = std::ssize(request.prompt.sentence);
-  MOESAIC_CHECK(wants.sentence == nn::Needs::Sentence::kNone || given == wants.sentence_width ||
-                    (given == 0 && wants.sentence == nn::Needs::Sentence::kHidden),
-                UsageError,
-                "sentence: got {} numbers, expected {}: an adapter's router reads sentence embeddings from a data column",
-                given, wants.sentence_width);
+  MOESAIC_CHECK(
+      wants.sentence == nn::Needs::Sentence::kNone || given == wants.sentence_width ||
+          (given == 0 && wants.sentence == nn::Needs::Sentence::kHidden),
+      UsageError,
+      "sentence: got {} numbers, expected {}: an adapter's router reads sentence embeddings from a data column", given,
+      wants.sentence_width);
   if (request.prompt.mixture.empty()) request.prompt.mixture.assign(model_.attachments().size(), 1.0);
   auto job = std::make_shared<Job>(Job{next_++, std::move(request), std::move(listener)});
   MOESAIC_CHECK(reserved(*job) <= options_.memory_bytes, UsageError,
@@ -398,7 +400,8 @@ void Engine::decode() {
 /// Prompt tokens that this step may read.
 int64_t Engine::budget() const {
   const int64_t most = std::max(options_.step_tokens, kBlock);
-  if (options_.step_seconds <= 0 || seconds_per_token_ <= 0) return most;
+  if (options_.step_seconds <= 0) return most;
+  if (seconds_per_token_ <= 0) return std::min(most, kFirstPart);
   const bool attended = std::any_of(rows_.begin(), rows_.end(), [](const Row& row) { return row.answer != nullptr; });
   const double seconds = attended ? options_.step_seconds - decode_seconds_ : kUnattended * options_.step_seconds;
   const auto tokens = static_cast<int64_t>(std::max(seconds, 0.0) / seconds_per_token_);
