@@ -379,13 +379,18 @@ nn::RaggedBatch batch_of(const std::vector<std::vector<int64_t>>& sequences, tor
 
 /// The frozen states of `sequences`, [rows, D] per block; a sequence's do not depend on the others.
 std::vector<torch::Tensor> compute_frozen_states(models::SingleModel& model, const std::vector<int64_t>& blocks,
-                                                 const std::vector<std::vector<int64_t>>& sequences) {
+                                                 std::vector<std::vector<int64_t>> sequences) {
   torch::NoGradGuard no_grad;
-  const nn::AlikeRows alike(nn::AlikeRows::Number::kMany);
+  // As in the rest of a training, the library multiplies: with so many rows it computes each alike.
+  const auto rows = std::ssize(flat(sequences));
+  const int64_t wanted = model.device().is_cpu() ? nn::AlikeRows::kRowsPerThread * at::get_num_threads() : 0;
+  if (rows < wanted) sequences.emplace_back(wanted - rows, /*any id*/ 0);
   const nn::RaggedBatch batch = batch_of(sequences, model.device());
   nn::Pass pass;
   model.prepare(batch, pass);
-  return states_at(model, batch, blocks, pass);
+  std::vector<torch::Tensor> states = states_at(model, batch, blocks, pass);
+  for (torch::Tensor& state : states) state = state.slice(0, 0, rows);
+  return states;
 }
 
 }  // namespace

@@ -8,7 +8,8 @@
 namespace moesaic::nn {
 namespace {
 
-constexpr int64_t kGemvRows = 16;            // more rows: products of large tiles are faster
+constexpr int64_t kGemvRows = 4;             // more rows round as in training, where the library multiplies
+constexpr int64_t kGemvRowsInt8 = 16;        // more rows: packed panels are faster, with the same bits
 constexpr int64_t kGemvGrain = 32 << 10;     // weights per task; less is not worth waking a thread
 constexpr int64_t kQuantizedPart = 1 << 20;  // weights that are float32 at once while they are quantised
 constexpr int64_t kGemmColumns = 64;         // output columns per task of an int8 GEMM
@@ -286,7 +287,7 @@ torch::Tensor linear_rows_int8(const torch::Tensor& x, const torch::Tensor& quan
     table.quantize_int16(x_data, x_int16.data(), stride, x_scales.data(), in, begin, end);
   });
   const auto gemm = wide_panels && AlikeRows::now() == Number::kFew ? kAvx2Kernels.gemm_int8 : table.gemm_int8;
-  if (rows <= kGemvRows) {
+  if (rows <= kGemvRowsInt8) {
     for_columns(in, out, [&](int64_t begin, int64_t end) {
       table.gemv_int8(x_int16.data(), stride, x_scales.data(), rows, q, scale_data, bias_data, y_data, in, out, begin,
                       end);
