@@ -40,6 +40,7 @@ TokenLogprob logprob_of(std::span<const float> logits, int64_t token, int64_t co
   for (const float z : logits) sum += std::exp(z - largest);
   const float norm = largest + static_cast<float>(std::log(sum));
   TokenLogprob result{token, logits[token] - norm, {}};
+  if (count == 0) return result;
   std::vector<int32_t> order(logits.size());
   std::iota(order.begin(), order.end(), 0);
   const int64_t most = std::min<int64_t>(count, std::ssize(order));
@@ -73,7 +74,7 @@ class Answer {
     if (plain.empty()) return {token, std::nullopt};
     return {token, logprob_of(plain, token, request_.logprobs)};
   }
-  /// Takes the token; `length`: whether the answer may not become longer.
+  /// Takes the token that was drawn.
   Piece take(int64_t token) {
     seen_.push_back(token);
     Piece piece{token};

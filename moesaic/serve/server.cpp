@@ -165,6 +165,7 @@ Server::Server(run::Opened opened, const std::string& path, const std::vector<ru
     MOESAIC_CHECK(log_file_ != nullptr, UsageError, "request_log {}: can't write this file", options_.request_log);
   }
   for (size_t i = 0; i < kWorkers; ++i) workers_.emplace_back([this] { work(); });
+  const std::lock_guard lock(mutex_);  // it may be asked before it is assigned
   http_ = std::make_unique<HttpServer>(options_.host, options_.port, HttpLimits{},
                                        HttpServer::Handler{[this](HttpRequest request) { take(std::move(request)); },
                                                            [this](uint64_t id) { gone(id); }});
@@ -279,20 +280,21 @@ Entry Server::open_adapter(const run::AdapterReference& reference, generate::Eng
 
 /// On the HTTP server's thread.
 void Server::take(HttpRequest request) {
-  // Whether the process lives is told without waiting for anyone.
-  if (request.path == "/health" && request.method == "GET") {
-    http_->respond(request.id, 200, headers_of(request), "");
-    return;
-  }
+  const bool asks_health = request.path == "/health" && request.method == "GET";
   {
     const std::lock_guard lock(mutex_);
-    if (requests_.size() < kMostRequests) {
+    if (!asks_health && requests_.size() < kMostRequests) {
       requests_.push_back(std::move(request));
       changed_.notify_one();
       return;
     }
   }
-  refuse(request, ApiError(503, "too many requests wait to be read", "", 1));
+  // Whether the process lives is told without waiting for a worker.
+  if (asks_health) {
+    http_->respond(request.id, 200, headers_of(request), "");
+  } else {
+    refuse(request, ApiError(503, "too many requests wait to be read", "", 1));
+  }
 }
 
 void Server::gone(uint64_t id) {
