@@ -2,6 +2,7 @@
 // object of changes to it, runs it once.
 #include <iostream>
 
+#include "cli/products.h"
 #include "cli/threads.h"
 #include "moesaic/adapters/adapter.h"
 #include "moesaic/compose/folder.h"
@@ -46,6 +47,7 @@ Loaded load(const Json& job, const std::string& method) {
   const auto checkpoint = models::open_checkpoint(job["model"].get<std::string>());
   models::LoadOptions options;
   options.quantize_int8 = job.value("quantize", false);
+  options.dtype = job.value("bfloat16", false) ? torch::kBFloat16 : torch::kFloat32;
   loaded.model = models::load_model(*checkpoint, options);
   loaded.tokenizer = tokenizer::Tokenizer::open(*checkpoint);
   if (method.empty() || method == "frozen") return loaded;
@@ -236,6 +238,7 @@ int main() {
   at::set_num_threads(job["threads"]);
   if (job["kind"] == "generate" || job["kind"] == "calm_generate") cli::ask_for_huge_pages();  // as the program does
   const cli::SpinWatch watch;
+  cli::choose_products();
   const std::map<std::string, Run (*)(const Json&)> kinds{{"training", training},
                                                           {"generate", generation},
                                                           {"score", scoring},

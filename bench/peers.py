@@ -35,7 +35,7 @@ def load(job):
     torch.set_num_threads(job["threads"])
     seq2seq = transformers.AutoConfig.from_pretrained(job["model"]).is_encoder_decoder
     auto = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
-    model = auto.from_pretrained(job["model"], dtype=torch.float32)
+    model = auto.from_pretrained(job["model"], dtype=torch.bfloat16 if job.get("bfloat16") else torch.float32)
     for parameter in model.parameters():
         parameter.sum()  # weights are mapped lazily; what is measured above the base must not include them
     return model.requires_grad_(False)

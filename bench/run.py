@@ -175,6 +175,21 @@ def lora_rows(threads, repeats, quick, log):
     yield compare_memory("C1", "LoRA, peak above the loaded model: PEFT", g["ours-lora"], g["peft-lora"])
 
 
+def bfloat16_rows(threads, repeats, quick, log):
+    if "avx512_bf16" not in tables.machine():
+        log("bfloat16: left out, this processor multiplies it slower than float32")
+        return
+    job, tokens = uniform_jobs(threads, quick)
+    log(f"LoRA in bfloat16, {tokens}")
+    half = {**job("lora"), "bfloat16": True}
+    g = rounds({"ours-half": half, "peft-half": half, "ours-f32": job("lora")}, repeats, log)
+    what = f"LoRA r=4 all linears in bfloat16, step of {tokens}"
+    yield compare("C15", f"{what}: PEFT in bfloat16", g["ours-half"], g["peft-half"], 1.12)
+    yield compare("C15", f"{what}: our own in float32", g["ours-half"], g["ours-f32"], 1.0)
+    for peer, name, must in [("peft-half", "PEFT in bfloat16", None), ("ours-f32", "our own in float32", 1.0)]:
+        yield compare_memory("C15", f"LoRA in bfloat16, peak above the loaded model: {name}", g["ours-half"], g[peer], must)
+
+
 def molora_rows(threads, repeats, quick, log):
     # The plain form keeps [tokens, experts, width] at every linear: 8x256 needs more than 24 GiB.
     job, tokens = uniform_jobs(threads, quick, sequences=2)
@@ -515,7 +530,7 @@ def load_rows(threads, repeats, quick, log):
                       quiet["peft-lora"])
 
 
-SECTIONS = {"lora": lora_rows, "molora": molora_rows, "mov": mov_rows, "instructions": instruction_rows,
+SECTIONS = {"lora": lora_rows, "bfloat16": bfloat16_rows, "molora": molora_rows, "mov": mov_rows, "instructions": instruction_rows,
             "generation": generation_rows, "scoring": scoring_rows, "start": start_rows, "t5": t5_rows, "sparse": sparse_rows,
             "serve": serve_rows, "calm": calm_rows, "load": load_rows}
 

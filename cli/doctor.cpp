@@ -4,9 +4,12 @@
 #include <torch/torch.h>
 
 #include "cli/command.h"
+#include "cli/products.h"
 #include "moesaic/base/device.h"
 #include "moesaic/base/json.h"
 #include "moesaic/base/machine.h"
+#include "moesaic/nn/kernels.h"
+#include "moesaic/nn/product_speed.h"
 
 namespace moesaic::cli {
 namespace {
@@ -22,6 +25,17 @@ double gemm_seconds(c10::ScalarType dtype, int64_t rows, int64_t width) {
     if (i > 0) best = std::min(best, seconds);
   }
   return best;
+}
+
+/// Of SmolLM2-135M's linears and head, for a part of a prompt, a prompt and a training step.
+std::vector<nn::ProductShape> shapes() {
+  std::vector<nn::ProductShape> result;
+  for (const int64_t rows : {32, 256, 2048}) {
+    for (const bool back : {false, true}) result.push_back({rows, 576, 1536, back});
+  }
+  result.push_back({256, 576, 16384, false});
+  result.push_back({256, 576, 16384, true});
+  return result;
 }
 
 }  // namespace
@@ -60,13 +74,28 @@ Runner add_doctor(CLI::App& app, CommonOptions& common) {
         {"dtype_reason", format.reason},
         {"cpu_float32_gflops", std::round(flop / gemm_seconds(torch::kFloat32, kRows, kWidth) / 1e9)},
         {"cpu_bfloat16_gflops", std::round(flop / gemm_seconds(torch::kBFloat16, kRows, kWidth) / 1e9)},
+        {"products", nn::products() == nn::Products::kOwn ? "own" : "library"},
+        {"products_reason", choose_products()},
     };
+    for (const nn::ProductSpeed& speed : nn::measure_products(shapes())) {
+      const nn::ProductShape& shape = speed.shape;
+      const std::string name =
+          fmt::format("{} x {} x {}{}", shape.rows, shape.in, shape.out, shape.back ? " back" : "");
+      report["product_gflops"][name] = {{"own", std::round(speed.own)}, {"library", std::round(speed.library)}};
+    }
     if (*json) {
       say("{}\n", report.dump(2));
       return 0;
     }
+    const OrderedJson products = report["product_gflops"];
+    report.erase("product_gflops");
     for (const auto& [key, value] : report.items()) {
       say("{:<20} {}\n", key, value.is_string() ? value.get<std::string>() : value.dump());
+    }
+    say("\nfloat32 products, GFLOP/s: rows x in x out, back: of a gradient\n{:<24} {:>6} {:>8}\n", "", "own",
+        "library");
+    for (const auto& [shape, speed] : products.items()) {
+      say("{:<24} {:>6} {:>8}\n", shape, speed["own"].get<double>(), speed["library"].get<double>());
     }
     return 0;
   };

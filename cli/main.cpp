@@ -7,6 +7,7 @@
 
 #include "cli/command.h"
 #include "cli/memory_limit.h"
+#include "cli/products.h"
 #include "cli/streams.h"
 #include "cli/threads.h"
 #include "moesaic/base/device.h"
@@ -150,6 +151,7 @@ int run(int argc, char** argv) {
     set_threads(verb.first->threads);
     set_file_memory(cache_folder());
     const SpinWatch watch;
+    choose_products();
     const int code = verb.second();
     if (code == static_cast<int>(ExitCode::kOk)) check_printed();
     return code;

@@ -36,7 +36,7 @@ def machine():
     info = lscpu()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return (f"{info['Model name']}, {os.cpu_count()} CPUs, L3 {info.get('L3 cache', '?')}, {memory:.0f} GiB, "
-            f"{' '.join(flags(info))}; {platform.system()} {platform.release()}")
+            f"{' '.join(flags(info))}, family {info.get('CPU family', '?')} model {info.get('Model', '?')}; {platform.system()} {platform.release()}")
 
 
 def processor():

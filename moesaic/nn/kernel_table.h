@@ -7,8 +7,8 @@ namespace moesaic::nn {
 
 enum class GluKind { kSilu, kGeluTanh, kRelu };  // kRelu has no kernel here
 
-/// From how many rows on the wider panels of AVX512 pay.
-constexpr int64_t kWidePanelRows = 48;
+/// Terms of a row of activations that share a scale in 8 bits.
+constexpr int64_t kInt8Block = 64;
 
 /// Every function works on the rows or columns [begin, end) it is given, so that the caller can split the work over
 /// threads. All tensors are float32 and contiguous along their last axis unless said.
@@ -20,6 +20,11 @@ struct KernelTable {
   /// The same with bfloat16 weights (their raw bits).
   void (*gemv_bf16)(const float* x, int64_t rows, const uint16_t* w, const float* bias, float* y, int64_t in,
                     int64_t out, int64_t begin, int64_t end);
+  /// y[m, o] = sum_k x[m, k] W(k, o) + bias[o] for o in [begin, end) and k < depth, where W(k, o) is w[o, k], or w[k,
+  /// o] when `back`: x W^T and gy W. x: [rows, depth], y: [rows, ..], w, each with a stride of its rows; bias may be
+  /// null. Sums up to 288 terms at a time, in order, for every row alike: its bits don't depend on the rows beside it.
+  void (*gemm_f32)(const float* x, int64_t x_stride, int64_t rows, const float* w, int64_t w_stride, bool back,
+                   const float* bias, float* y, int64_t y_stride, int64_t depth, int64_t begin, int64_t end);
   /// q[m] = round(x[m] / x_scales[m]), x_scales[m] = max |x[m]| / 32767, for m in [begin, end). x: [rows, in]; q:
   /// [rows, q_stride], zero behind `in`.
   void (*quantize_int16)(const float* x, int16_t* q, int64_t q_stride, float* x_scales, int64_t in, int64_t begin,
@@ -30,11 +35,20 @@ struct KernelTable {
   void (*gemv_int8)(const int16_t* x, int64_t x_stride, const float* x_scales, int64_t rows, const int8_t* w,
                     const float* scales, const float* bias, float* y, int64_t in, int64_t out, int64_t begin,
                     int64_t end);
-  /// The same for many rows, to the last bit; in the AVX512 table from kWidePanelRows rows on with pieces of 256 terms
-  /// instead of 512, between which it rounds.
+  /// The same for many rows, to the last bit.
   void (*gemm_int8)(const int16_t* x, int64_t x_stride, const float* x_scales, int64_t rows, const int8_t* w,
                     const float* scales, const float* bias, float* y, int64_t in, int64_t out, int64_t begin,
                     int64_t end);
+  /// Activations in 8 bits for gemm_blocks: q = round(x / s) with s = max |x| / 127 of each block of kInt8Block terms
+  /// of a row, for m in [begin, end). x: [rows, in]; q: [rows, B kInt8Block], zero behind `in`; x_scales, offsets:
+  /// [rows, B], offset = -128 times the sum of the block's q.
+  void (*quantize_blocks)(const float* x, int8_t* q, float* x_scales, int32_t* offsets, int64_t in, int64_t begin,
+                          int64_t end);
+  /// y[m, o] = scales[o] sum_b x_scales[m, b] (q[m, b] . w[o, b]) + bias[o]: products of integers, exact in a block,
+  /// and the same for a row whatever is beside it. Fast in the AVX512 table alone. Shapes as above.
+  void (*gemm_blocks)(const int8_t* q, const float* x_scales, const int32_t* offsets, int64_t rows, const int8_t* w,
+                      const float* scales, const float* bias, float* y, int64_t in, int64_t out, int64_t begin,
+                      int64_t end);
   /// q[o] = round(w[o] / scales[o]), scales[o] = max |w[o]| / 127, for o in [begin, end). w, q: [out, in].
   void (*quantize_int8)(const float* w, int8_t* q, float* scales, int64_t in, int64_t begin, int64_t end);
 

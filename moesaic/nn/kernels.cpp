@@ -3,6 +3,8 @@
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 
+#include <atomic>
+
 #include "moesaic/base/check.h"
 
 namespace moesaic::nn {
@@ -13,6 +15,8 @@ constexpr int64_t kGemvRowsInt8 = 16;        // more rows: packed panels are fas
 constexpr int64_t kGemvGrain = 32 << 10;     // weights per task; less is not worth waking a thread
 constexpr int64_t kQuantizedPart = 1 << 20;  // weights that are float32 at once while they are quantised
 constexpr int64_t kGemmColumns = 64;         // output columns per task of an int8 GEMM
+constexpr int64_t kGemmPanel = 32;           // columns, and least rows, of a part of a float32 GEMM
+constexpr int64_t kGemmGrain = 1 << 20;      // multiplications of a part
 
 bool wants_gradient(const torch::Tensor& x, const torch::Tensor& weight) {
   return torch::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad());
@@ -48,9 +52,7 @@ void for_wide_blocks(int64_t all_rows, const torch::Tensor& weight, const Use& u
   }
 }
 
-torch::Tensor wide_linear(const torch::Tensor& x, const torch::Tensor& weight, const torch::Tensor& bias) {
-  const torch::NoGradGuard no_grad;
-  torch::Tensor y = torch::empty({x.size(0), weight.size(0)}, x.options());
+void wide_linear(const torch::Tensor& x, const torch::Tensor& weight, const torch::Tensor& bias, torch::Tensor& y) {
   for_wide_blocks(x.size(0), weight,
                   [&](int64_t row, int64_t rows, int64_t begin, int64_t count, const torch::Tensor& stretch) {
                     const torch::Tensor input = wide_buffer(1, rows, x.size(1)).copy_(x.narrow(0, row, rows));
@@ -59,15 +61,14 @@ torch::Tensor wide_linear(const torch::Tensor& x, const torch::Tensor& weight, c
                     if (bias.defined()) part.add_(bias.narrow(0, begin, count));
                     y.narrow(0, row, rows).narrow(1, begin, count).copy_(part);
                   });
-  return y;
 }
 
-/// The same with a gradient for x alone.
-struct WideProduct : torch::autograd::Function<WideProduct> {
+/// x W^T + b with a gradient for x alone.
+struct FrozenProduct : torch::autograd::Function<FrozenProduct> {
   static torch::Tensor forward(torch::autograd::AutogradContext* ctx, const torch::Tensor& x,
                                const torch::Tensor& weight, const std::optional<torch::Tensor>& bias) {
     ctx->save_for_backward({weight});
-    return wide_linear(x, weight, bias.value_or(torch::Tensor()));
+    return linear_rows(x, weight, bias.value_or(torch::Tensor()));
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
@@ -120,40 +121,50 @@ namespace {
 
 using Number = AlikeRows::Number;
 
+/// Whether its rows lie one behind the other, at any distance.
+bool has_rows(const torch::Tensor& t) { return t.dim() == 2 && (t.stride(1) == 1 || t.size(1) == 1); }
+
+/// Whether own kernels take a large product of these.
+bool multiplies_own(const torch::Tensor& x, const torch::Tensor& weight) {
+  return products() == Products::kOwn && x.is_cpu() && x.scalar_type() == torch::kFloat32 &&
+         weight.scalar_type() == torch::kFloat32 && has_rows(x) && has_rows(weight);
+}
+
+/// y = x W^T + bias, or x W when `back`.
+void own_product(const torch::Tensor& x, const torch::Tensor& weight, bool back, const torch::Tensor& bias,
+                 torch::Tensor& y) {
+  const int64_t rows = x.size(0), depth = x.size(1), out = y.size(1);
+  const float *x_data = x.data_ptr<float>(), *w_data = weight.data_ptr<float>(), *bias_data = data_or_null(bias);
+  float* y_data = y.data_ptr<float>();
+  // Columns are parted first: what is packed of a weight serves all rows of a part.
+  const int64_t panels = (out + kGemmPanel - 1) / kGemmPanel;
+  const int64_t threads = std::clamp<int64_t>(rows * depth * out / kGemmGrain, 1, at::get_num_threads());
+  const int64_t across = std::min(panels, threads);
+  const int64_t down = std::clamp<int64_t>(threads / across, 1, std::max<int64_t>(1, rows / kGemmPanel));
+  at::parallel_for(0, across * down, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) {
+      const int64_t column = part % across, row = part / across, top = row * rows / down;
+      kernels().gemm_f32(x_data + top * x.stride(0), x.stride(0), (row + 1) * rows / down - top, w_data,
+                         weight.stride(0), back, bias_data, y_data + top * y.stride(0), y.stride(0), depth,
+                         column * panels / across * kGemmPanel,
+                         std::min(out, (column + 1) * panels / across * kGemmPanel));
+    }
+  });
+}
+
 /// Whether the library rounds all rows of a large product alike: one output makes it a product with a vector, which
 /// rounds as suits its length, and narrow rows that begin at other places within 16 bytes are loaded otherwise.
 bool library_is_alike(const torch::Tensor& weight) { return weight.size(0) > 1 && weight.size(1) % 4 == 0; }
 
-/// Whether own kernels take a product of so many rows.
-bool are_few(int64_t rows, const torch::Tensor& weight) {
-  if (AlikeRows::now() == Number::kAny) return rows <= kGemvRows;
-  return AlikeRows::now() == Number::kFew || !library_is_alike(weight);
+/// Whether the kernels that read a weight once take a product of so many rows.
+bool are_few(const torch::Tensor& x, const torch::Tensor& weight) {
+  if (AlikeRows::now() == Number::kAny) return x.size(0) <= kGemvRows;
+  return AlikeRows::now() == Number::kFew || !(multiplies_own(x, weight) || library_is_alike(weight));
 }
 
-/// `x` with rows of zeros behind it, as many as AlikeRows wants for its products; undefined where it needs none.
-torch::Tensor padded(const torch::Tensor& x) {
-  const int64_t missing = AlikeRows::kRowsPerThread * at::get_num_threads() - x.size(0);
-  if (AlikeRows::now() != Number::kMany || !x.is_cpu() || missing <= 0) return {};
-  return torch::cat({x, torch::zeros({missing, x.size(1)}, x.options())});
-}
-
-}  // namespace
-
-torch::Tensor linear_rows(const torch::Tensor& x, const torch::Tensor& weight, const torch::Tensor& bias) {
+/// The kernels that read a weight once.
+torch::Tensor few_rows(const torch::Tensor& x, const torch::Tensor& weight, const torch::Tensor& bias) {
   const int64_t rows = x.size(0), in = x.size(1), out = weight.size(0);
-  const auto dtype = x.scalar_type();
-  const bool gradient = wants_gradient(x, weight);
-  if (const torch::Tensor more = gradient || !library_is_alike(weight) ? torch::Tensor() : padded(x); more.defined()) {
-    return linear_rows(more, weight, bias).narrow(0, 0, rows);
-  }
-  const bool few = rows > 0 && are_few(rows, weight) && x.is_cpu() && weight.is_contiguous() &&
-                   weight.scalar_type() == dtype && (dtype == torch::kFloat32 || dtype == torch::kBFloat16);
-  if (multiplies_wide(x) && weight.scalar_type() == dtype && !(gradient && weight.requires_grad())) {
-    if (gradient) return WideProduct::apply(x, weight, bias.defined() ? std::optional(bias) : std::nullopt);
-    if (!few) return wide_linear(x, weight, bias);
-  }
-  if (!few || gradient) return at::linear(x, weight, bias);
-
   const torch::Tensor input = x.to(torch::kFloat32).contiguous();
   const torch::Tensor offset = bias.defined() ? bias.to(torch::kFloat32) : bias;
   torch::Tensor y = torch::empty({rows, out}, torch::kFloat32);
@@ -161,7 +172,7 @@ torch::Tensor linear_rows(const torch::Tensor& x, const torch::Tensor& weight, c
   const float* bias_data = data_or_null(offset);
   float* y_data = y.data_ptr<float>();
   const KernelTable& table = kernels();
-  if (dtype == torch::kFloat32) {
+  if (x.scalar_type() == torch::kFloat32) {
     const float* w = weight.data_ptr<float>();
     for_columns(in, out, [&](int64_t begin, int64_t end) {
       table.gemv_f32(x_data, rows, w, bias_data, y_data, in, out, begin, end);
@@ -172,13 +183,69 @@ torch::Tensor linear_rows(const torch::Tensor& x, const torch::Tensor& weight, c
   for_columns(in, out, [&](int64_t begin, int64_t end) {
     table.gemv_bf16(x_data, rows, w, bias_data, y_data, in, out, begin, end);
   });
-  return y.to(dtype);
+  return y.to(x.scalar_type());
+}
+
+/// `x` with rows of zeros behind it, as many as AlikeRows wants for the library's products; undefined where it needs
+/// none.
+torch::Tensor padded(const torch::Tensor& x) {
+  const int64_t missing = AlikeRows::kRowsPerThread * at::get_num_threads() - x.size(0);
+  if (AlikeRows::now() != Number::kMany || !x.is_cpu() || missing <= 0) return {};
+  return torch::cat({x, torch::zeros({missing, x.size(1)}, x.options())});
+}
+
+std::atomic<Products>& chosen_products() {
+  static std::atomic<Products> chosen = &kernels() == &kGenericKernels ? Products::kLibrary : Products::kOwn;
+  return chosen;
+}
+
+}  // namespace
+
+Products products() { return chosen_products().load(std::memory_order_relaxed); }
+void set_products(Products products) { chosen_products() = products; }
+
+torch::Tensor linear_rows(const torch::Tensor& x, const torch::Tensor& weight, const torch::Tensor& bias) {
+  if (wants_gradient(x, weight)) {
+    const bool own = multiplies_own(x, weight) || (multiplies_wide(x) && weight.scalar_type() == x.scalar_type());
+    if (!own || weight.requires_grad()) return at::linear(x, weight, bias);
+    return FrozenProduct::apply(x, weight, bias.defined() ? std::optional(bias) : std::nullopt);
+  }
+  torch::Tensor y = torch::empty({x.size(0), weight.size(0)}, x.options().requires_grad(false));
+  linear_into(y, x, weight, bias);
+  return y;
+}
+
+void linear_into(torch::Tensor& y, const torch::Tensor& x, const torch::Tensor& weight, const torch::Tensor& bias) {
+  const torch::NoGradGuard no_grad;
+  const auto dtype = x.scalar_type();
+  const bool same = weight.scalar_type() == dtype;
+  if (x.size(0) > 0 && are_few(x, weight) && x.is_cpu() && weight.is_contiguous() && same &&
+      (dtype == torch::kFloat32 || dtype == torch::kBFloat16)) {
+    y.copy_(few_rows(x, weight, bias));
+  } else if (multiplies_own(x, weight)) {
+    own_product(x, weight, /*back=*/false, bias, y);
+  } else if (multiplies_wide(x) && same) {
+    wide_linear(x, weight, bias, y);
+  } else if (const torch::Tensor more = library_is_alike(weight) ? padded(x) : torch::Tensor(); more.defined()) {
+    y.copy_(at::linear(more, weight, bias).narrow(0, 0, x.size(0)));
+  } else {
+    at::linear_out(y, x, weight, bias.defined() ? std::optional(bias) : std::nullopt);
+  }
 }
 
 torch::Tensor back_rows(const torch::Tensor& g, const torch::Tensor& weight) {
-  if (!multiplies_wide(g)) return at::mm(g, weight);
+  torch::Tensor x = torch::empty({g.size(0), weight.size(1)}, g.options().requires_grad(false));
+  back_into(x, g, weight);
+  return x;
+}
+
+void back_into(torch::Tensor& x, const torch::Tensor& g, const torch::Tensor& weight) {
   const torch::NoGradGuard no_grad;
-  torch::Tensor x = torch::empty({g.size(0), weight.size(1)}, g.options());
+  if (multiplies_own(g, weight)) return own_product(g, weight, /*back=*/true, {}, x);
+  if (!multiplies_wide(g)) {
+    at::mm_out(x, g, weight);
+    return;
+  }
   for_wide_blocks(
       g.size(0), weight, [&](int64_t row, int64_t rows, int64_t begin, int64_t count, const torch::Tensor& stretch) {
         const torch::Tensor part = wide_buffer(1, rows, count).copy_(g.narrow(0, row, rows).narrow(1, begin, count));
@@ -186,7 +253,6 @@ torch::Tensor back_rows(const torch::Tensor& g, const torch::Tensor& weight) {
         at::addmm_out(sum, sum, part, stretch, begin == 0 ? 0.0 : 1.0);
         if (begin + count == g.size(1)) x.narrow(0, row, rows).copy_(sum);
       });
-  return x;
 }
 
 torch::Tensor thin_dots(const torch::Tensor& x, const torch::Tensor& a) {
@@ -264,11 +330,6 @@ torch::Tensor linear_rows_int8(const torch::Tensor& x, const torch::Tensor& quan
       !(torch::GradMode::is_enabled() && x.requires_grad()), UsageError,
       "int8 weights are for decoding only: a gradient was asked for. Hint: load the model without --quantize");
   const int64_t rows = x.size(0), in = x.size(1), out = quantized.size(0);
-  const bool wide_panels = &kernels() == &kAvx512Kernels;  // which round otherwise than the kernels for few rows
-  if (wide_panels && rows < kWidePanelRows && AlikeRows::now() == Number::kMany) {
-    const torch::Tensor more = torch::cat({x, torch::zeros({kWidePanelRows - rows, in}, x.options())});
-    return linear_rows_int8(more, quantized, scales, bias).narrow(0, 0, rows);
-  }
   if (!x.is_cpu()) return at::linear(x, (quantized.to(torch::kFloat32) * scales.unsqueeze(1)).to(x.dtype()), bias);
 
   const torch::Tensor input = x.to(torch::kFloat32).contiguous();
@@ -280,13 +341,28 @@ torch::Tensor linear_rows_int8(const torch::Tensor& x, const torch::Tensor& quan
   const float* x_data = input.data_ptr<float>();
   const float* bias_data = data_or_null(offset);
   float* y_data = y.data_ptr<float>();
+  const auto number = AlikeRows::now();
+  const bool many = number == Number::kMany || (number == Number::kAny && rows > kGemvRowsInt8);
+  if (many && &table == &kAvx512Kernels) {
+    const int64_t blocks = (in + kInt8Block - 1) / kInt8Block;
+    std::vector<int8_t> x_int8(rows * blocks * kInt8Block);
+    std::vector<float> x_scales(rows * blocks);
+    std::vector<int32_t> offsets(rows * blocks);
+    at::parallel_for(0, rows, std::max<int64_t>(kGemvGrain / in, 1), [&](int64_t begin, int64_t end) {
+      table.quantize_blocks(x_data, x_int8.data(), x_scales.data(), offsets.data(), in, begin, end);
+    });
+    at::parallel_for(0, (out + kGemmPanel - 1) / kGemmPanel, 2, [&](int64_t begin, int64_t end) {
+      table.gemm_blocks(x_int8.data(), x_scales.data(), offsets.data(), rows, q, scale_data, bias_data, y_data, in, out,
+                        begin * kGemmPanel, std::min(out, end * kGemmPanel));
+    });
+    return y.to(x.dtype());
+  }
   const int64_t stride = in + in % 2;
   std::vector<int16_t> x_int16(rows * stride);
   std::vector<float> x_scales(rows);
   at::parallel_for(0, rows, std::max<int64_t>(kGemvGrain / in, 1), [&](int64_t begin, int64_t end) {
     table.quantize_int16(x_data, x_int16.data(), stride, x_scales.data(), in, begin, end);
   });
-  const auto gemm = wide_panels && AlikeRows::now() == Number::kFew ? kAvx2Kernels.gemm_int8 : table.gemm_int8;
   if (rows <= kGemvRowsInt8) {
     for_columns(in, out, [&](int64_t begin, int64_t end) {
       table.gemv_int8(x_int16.data(), stride, x_scales.data(), rows, q, scale_data, bias_data, y_data, in, out, begin,
@@ -294,7 +370,8 @@ torch::Tensor linear_rows_int8(const torch::Tensor& x, const torch::Tensor& quan
     });
   } else {
     at::parallel_for(0, out, kGemmColumns, [&](int64_t begin, int64_t end) {
-      gemm(x_int16.data(), stride, x_scales.data(), rows, q, scale_data, bias_data, y_data, in, out, begin, end);
+      table.gemm_int8(x_int16.data(), stride, x_scales.data(), rows, q, scale_data, bias_data, y_data, in, out, begin,
+                      end);
     });
   }
   return y.to(x.dtype());

@@ -8,8 +8,8 @@ namespace moesaic::nn {
 
 /// A product rounds its rows as suits their number. While one of these lives, products of this thread without a
 /// gradient on the CPU give a row the same bits whatever is beside it: kFew by kernels that read the weights once, for
-/// up to some dozens of rows; kMany by the library, which gets at least kRowsPerThread rows a thread and then computes
-/// each alike. The two differ from each other in their last bits.
+/// up to some dozens of rows; kMany by the kernels for many, or by the library, which gets at least kRowsPerThread rows
+/// a thread and then computes each alike. The two differ from each other in their last bits.
 class AlikeRows {
  public:
   enum class Number { kAny, kFew, kMany };
@@ -28,10 +28,19 @@ class AlikeRows {
   Number previous_;
 };
 
+/// Who multiplies matrices of many rows in float32 on the CPU: the kernels of this table, whose rows have the same bits
+/// in any company and for any number of threads, or the library that PyTorch uses.
+enum class Products { kOwn, kLibrary };
+/// kOwn on processors with AVX2, until set otherwise.
+Products products();
+void set_products(Products products);
+
 /// y = x W^T + b. x: [M, in]; weight: [out, in] of x's dtype; bias: [out] or undefined. Returns [M, out].
-/// A few rows without autograd on the CPU go through an own GEMV that reads the weight once; everything else is
-/// at::linear, differentiable as usual.
+/// A few rows without autograd on the CPU go through an own GEMV that reads the weight once. Differentiable in x, and
+/// in the weight where that requires a gradient.
 torch::Tensor linear_rows(const torch::Tensor& x, const torch::Tensor& weight, const torch::Tensor& bias);
+/// The same into y, without autograd. y: [M, out] of x's dtype.
+void linear_into(torch::Tensor& y, const torch::Tensor& x, const torch::Tensor& weight, const torch::Tensor& bias);
 
 /// Whether a product of such numbers is slower than one in float32 with everything converted, which is then what
 /// linear_rows and back_rows do inside: without AVX512, PyTorch's bfloat16 products take their generic paths, 9 GFLOP/s
@@ -40,6 +49,8 @@ bool multiplies_wide(const torch::Tensor& x);
 
 /// g W: [M, out] x [out, in] of one dtype. Without autograd.
 torch::Tensor back_rows(const torch::Tensor& g, const torch::Tensor& weight);
+/// The same into x [M, in].
+void back_into(torch::Tensor& x, const torch::Tensor& g, const torch::Tensor& weight);
 
 /// The products of a low-rank pair, without autograd: x, y: [N, d], u, g: [N, rank], a: [rank, d], where rows of all
 /// but `a` may have strides. Ranks up to 16 in float32 on the CPU have kernels of their own, which run at the memory's

@@ -214,6 +214,155 @@ void gemv_bf16(const float* x, int64_t rows, const uint16_t* w, const float* bia
                int64_t begin, int64_t end) {
   gemv(x, rows, w, bias, y, in, out, begin, end);
 }
+
+// GEMM ---------------------------------------------------------------------------------------------------------------
+
+// A tile's sums fill the registers, a packed panel the first cache, and a block of x's rows most of the second.
+#ifdef __AVX512F__
+constexpr int kGemmRows = 12;
+#else
+constexpr int kGemmRows = 6;
+#endif
+constexpr int64_t kGemmColumns = 2 * kLanes, kGemmDepth = 288, kGemmGroup = 128, kGemmBlock = 504;
+
+/// The largest of the pieces, of at most `most` terms and about equal, into which `depth` terms are cut.
+inline int64_t piece_of(int64_t depth, int64_t most) {
+  const int64_t pieces = (depth + most - 1) / most;
+  return (depth + 8 * pieces - 1) / (8 * pieces) * 8;
+}
+
+typedef float Eight __attribute__((vector_size(32)));
+typedef uint32_t EightWords __attribute__((vector_size(32)));
+typedef int16_t Shorts __attribute__((vector_size(32)));  // 8 pairs
+typedef int8_t Bytes __attribute__((vector_size(16)));
+
+template <class V, class T>
+inline V load_as(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+/// to[j, i] = row(i)[j] for 8 rows and columns of 4 bytes; rows of `to` lie kGemmColumns apart.
+template <class Row>
+inline void transpose_eight(const Row& row, float* to) {
+  Eight r[8], s[8];
+  for (int i = 0; i < 8; ++i) r[i] = row(i);
+  for (int i = 0; i < 8; i += 2) {
+    s[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    s[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      r[i + 2 * j] = __builtin_shufflevector(s[i + j], s[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      r[i + 2 * j + 1] = __builtin_shufflevector(s[i + j], s[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  }
+  for (int j = 0; j < 4; ++j) {
+    const Eight low = __builtin_shufflevector(r[j], r[4 + j], 0, 1, 2, 3, 8, 9, 10, 11);
+    const Eight high = __builtin_shufflevector(r[j], r[4 + j], 4, 5, 6, 7, 12, 13, 14, 15);
+    __builtin_memcpy(to + j * kGemmColumns, &low, sizeof low);
+    __builtin_memcpy(to + (j + 4) * kGemmColumns, &high, sizeof high);
+  }
+}
+
+/// `columns` rows of w at `depth` terms: panel [depth, kGemmColumns], zero where w ends.
+inline void pack_rows(const float* w, int64_t stride, int64_t columns, int64_t depth, float* panel) {
+  for (int64_t c = 0; c < kGemmColumns; c += 8) {
+    int64_t k = 0;
+    for (; c + 8 <= columns && k + 8 <= depth; k += 8) {
+      transpose_eight([&](int i) { return load_as<Eight>(w + (c + i) * stride + k); }, panel + k * kGemmColumns + c);
+    }
+    for (; k < depth; ++k) {
+      for (int64_t i = c; i < c + 8; ++i) panel[k * kGemmColumns + i] = i < columns ? w[i * stride + k] : 0;
+    }
+  }
+}
+
+/// One row of w at `columns` columns, into every panel's row, `apart` floats apart.
+inline void pack_columns(const float* w, int64_t columns, int64_t apart, float* panels) {
+  for (; columns >= kGemmColumns; columns -= kGemmColumns, w += kGemmColumns, panels += apart) {
+    store(panels, load(w));
+    store(panels + kLanes, load(w + kLanes));
+  }
+  for (int64_t c = 0; columns > 0 && c < kGemmColumns; ++c) panels[c] = c < columns ? w[c] : 0;
+}
+
+/// Part `part` of `parts` of the rows that are packed next, on their way into the cache; `width` and `stride` in bytes.
+inline void fetch(const void* from, int64_t stride, int64_t rows, int64_t width, int64_t part, int64_t parts) {
+  for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; ++row) {
+    const char* bytes = static_cast<const char*>(from) + row * stride;
+    for (int64_t i = 0; i < width; i += 64) __builtin_prefetch(bytes + i);
+  }
+}
+
+/// R rows of x times a panel, onto `before` (of y's layout; null: zeros) into y [R, columns].
+template <int R>
+inline void gemm_tile(const float* x, int64_t x_stride, const float* panel, int64_t depth, const float* before,
+                      int64_t before_stride, float* y, int64_t y_stride, int64_t columns) {
+  for (int r = 0; r < R; ++r) {
+    for (int64_t i = 0; i < kGemmColumns; i += kLine) __builtin_prefetch(y + r * y_stride + i, /*write=*/1);
+  }
+  Floats acc[R][2] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    const Floats first = load(panel + k * kGemmColumns), second = load(panel + k * kGemmColumns + kLanes);
+    for (int r = 0; r < R; ++r) {
+      acc[r][0] += x[r * x_stride + k] * first;
+      acc[r][1] += x[r * x_stride + k] * second;
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int half = 0; half < 2; ++half) {
+      const int64_t left = columns - half * kLanes, count = left < kLanes ? left : kLanes;
+      if (count <= 0) break;
+      if (before) acc[r][half] += load_piece(before + r * before_stride + half * kLanes, count);
+      store_piece(y + r * y_stride + half * kLanes, acc[r][half], count);
+    }
+  }
+}
+
+void gemm_f32(const float* x, int64_t x_stride, int64_t rows, const float* w, int64_t w_stride, bool back,
+              const float* bias, float* y, int64_t y_stride, int64_t depth, int64_t begin, int64_t end) {
+  constexpr int64_t kPanel = kGemmDepth * kGemmColumns;
+  alignas(64) float panels[kGemmDepth * kGemmGroup];
+  const int64_t piece = piece_of(depth, kGemmDepth);
+  for (int64_t top = 0; top < rows; top += kGemmBlock) {
+    const int64_t bottom = rows - top < kGemmBlock ? rows : top + kGemmBlock;
+    for (int64_t first = begin; first < end; first += kGemmGroup) {
+      const int64_t last = end - first < kGemmGroup ? end : first + kGemmGroup;
+      for (int64_t k = 0; k < depth; k += piece) {
+        const int64_t terms = depth - k < piece ? depth - k : piece;
+        for (int64_t i = 0; back && i < terms; ++i) {
+          pack_columns(w + (k + i) * w_stride + first, last - first, kPanel, panels + i * kGemmColumns);
+        }
+        float* panel = panels;
+        for (int64_t o = first; o < last; o += kGemmColumns, panel += kPanel) {
+          const int64_t columns = last - o < kGemmColumns ? last - o : kGemmColumns;
+          if (!back) pack_rows(w + o * w_stride + k, w_stride, columns, terms, panel);
+          const int64_t after = end - o - kGemmColumns;
+          int64_t m = top;
+          auto tiles = [&](auto count) {
+            constexpr int R = decltype(count)::value;
+            for (; m + R <= bottom; m += R) {
+              if (!back && after > 0) {
+                fetch(w + (o + kGemmColumns) * w_stride + k, 4 * w_stride, after < kGemmColumns ? after : kGemmColumns,
+                      4 * terms, (m - top) / R, (bottom - top) / R);
+              }
+              float* target = y + m * y_stride + o;
+              const float* before = k > 0 ? target : bias ? bias + o : nullptr;
+              gemm_tile<R>(x + m * x_stride + k, x_stride, panel, terms, before, k > 0 ? y_stride : 0, target, y_stride,
+                           columns);
+            }
+          };
+          tiles(Constant<kGemmRows>());
+          tiles(Constant<kGemmRows / 3>());
+          tiles(Constant<1>());
+        }
+      }
+    }
+  }
+}
+
 /// Largest |x|.
 inline float magnitude(const float* x, int64_t size) {
   Floats tops{};
@@ -331,9 +480,10 @@ inline void dots_int8(const int16_t* x, int64_t x_stride, const int8_t* w, int64
   }
 }
 
-/// What an exact piece of a dot product adds to an output.
-inline float with_piece(float before, int32_t piece, float scale, float x_scale) {
-  const float product = static_cast<float>(piece) * scale * x_scale;
+/// What an exact piece of a dot product makes of an output. V: float, or a vector of them.
+template <class V>
+inline V with_piece(V before, V piece, V scale, float x_scale) {
+  const V product = piece * scale * x_scale;
   return product + before;
 }
 
@@ -342,12 +492,16 @@ template <int M, int O>
 inline void tile_rows_int8(const int16_t* x, int64_t x_stride, const float* x_scales, const int8_t* w,
                            const float* scales, const float* bias, float* y, int64_t in, int64_t out) {
   int32_t sums[M * O];
-  for (int64_t k = 0; k < in; k += kDepth) {
-    dots_int8<M, O>(x + k, x_stride, w + k, in, in - k < kDepth ? in - k : kDepth, sums);
+  const int64_t piece = piece_of(in, kDepth);
+  for (int64_t k = 0; k < in; k += piece) {
+    dots_int8<M, O>(x + k, x_stride, w + k, in, in - k < piece ? in - k : piece, sums);
     for (int m = 0; m < M; ++m) {
       for (int o = 0; o < O; ++o) {
         float& target = y[m * out + o];
-        target = with_piece(k > 0 ? target : bias ? bias[o] : 0.0f, sums[m * O + o], scales[o], x_scales[m]);
+        target = with_piece(k > 0  ? target
+                            : bias ? bias[o]
+                                   : 0.0f,
+                            static_cast<float>(sums[m * O + o]), scales[o], x_scales[m]);
       }
     }
   }
@@ -356,6 +510,7 @@ inline void tile_rows_int8(const int16_t* x, int64_t x_stride, const float* x_sc
 void gemv_int8(const int16_t* x, int64_t x_stride, const float* x_scales, int64_t rows, const int8_t* w,
                const float* scales, const float* bias, float* y, int64_t in, int64_t out, int64_t begin, int64_t end) {
   constexpr int kTile = 4, kColumns = 2;
+  const int64_t piece = piece_of(in, kDepth);
   int64_t o = begin;
   for (; rows > 1 && o + kColumns <= end; o += kColumns) {
     auto tile = [&](auto count, int64_t m) {
@@ -370,105 +525,237 @@ void gemv_int8(const int16_t* x, int64_t x_stride, const float* x_scales, int64_
   for (; o < end; ++o) {
     for (int64_t m = 0; m < rows; ++m) {
       float total = bias ? bias[o] : 0.0f;
-      for (int64_t k = 0; k < in; k += kDepth) {
-        const int32_t piece = dot_int8(x + m * x_stride + k, w + o * in + k, in - k < kDepth ? in - k : kDepth);
-        total = with_piece(total, piece, scales[o], x_scales[m]);
+      for (int64_t k = 0; k < in; k += piece) {
+        const int32_t sum = dot_int8(x + m * x_stride + k, w + o * in + k, in - k < piece ? in - k : piece);
+        total = with_piece(total, static_cast<float>(sum), scales[o], x_scales[m]);
       }
       y[m * out + o] = total;
     }
   }
 }
 
-// A tile's sums fill the registers, a panel most of the first cache.
-#ifdef __AVX512F__
-constexpr int64_t kTileRows = 8, kPanelDepth = kDepth / 2;
-#else
-constexpr int64_t kTileRows = 6, kPanelDepth = kDepth;
-#endif
-constexpr int64_t kTileColumns = 2 * kLanes;
+#ifndef __AVX512F__
+constexpr int kPairRows = 6;  // whose sums fill the registers
 
-/// `columns` rows of w at depth [k, k + depth) as int16, pairs of depth side by side: panel [depth / 2, kTileColumns,
-/// 2], zero where w ends. depth is even.
-inline void pack_panel(const int8_t* w, int64_t in, int64_t columns, int64_t k, int64_t depth, int16_t* panel) {
-  uint16_t pairs[kPanelDepth / 2 * kTileColumns];
-  const int64_t whole = (in - k < depth ? in - k : depth) / 2;
-  for (int64_t c = 0; c < kTileColumns; ++c) {
-    const int8_t* row = w + c * in + k;
-    int64_t i = 0;
-    if (c < columns) {
-      for (; i < whole; ++i) __builtin_memcpy(pairs + i * kTileColumns + c, row + 2 * i, 2);
-      if (2 * i < depth) pairs[i++ * kTileColumns + c] = static_cast<uint8_t>(row[2 * whole]);
+/// `columns` rows of w as int16, `depth` terms of them, pairs side by side: panel [ceil(depth / 2), kGemmColumns, 2],
+/// zero where w ends.
+inline void pack_pairs(const int8_t* w, int64_t in, int64_t columns, int64_t depth, int16_t* panel) {
+  constexpr int64_t kTerms = 16;  // of a transposition
+  for (int64_t c = 0; c < kGemmColumns; c += 8) {
+    int64_t k = 0;
+    for (; c + 8 <= columns && k + kTerms <= depth; k += kTerms) {
+      auto row = [&](int i) {
+        return reinterpret_cast<Eight>(__builtin_convertvector(load_as<Bytes>(w + (c + i) * in + k), Shorts));
+      };
+      transpose_eight(row, reinterpret_cast<float*>(panel + k * kGemmColumns + 2 * c));
     }
-    for (; i < depth / 2; ++i) pairs[i * kTileColumns + c] = 0;
+    for (; k < (depth + 1) / 2 * 2; ++k) {
+      for (int64_t i = c; i < c + 8; ++i) {
+        panel[k / 2 * 2 * kGemmColumns + 2 * i + k % 2] = i < columns && k < depth ? w[i * in + k] : 0;
+      }
+    }
   }
-  const int8_t* bytes = reinterpret_cast<const int8_t*>(pairs);
-  for (int64_t i = 0; i < depth * kTileColumns; ++i) panel[i] = bytes[i];
 }
 
-/// R rows of x (`x_stride` apart) times a panel: sums [R, kTileColumns].
-template <int64_t R>
-inline void tile_int8(const int16_t* x, int64_t x_stride, const int16_t* panel, int64_t depth, int32_t* sums) {
+/// acc plus, in each lane, a pair of the panel times the pair x.
+inline Ints add_pair(Ints acc, const int16_t* pairs, const int16_t* x) {
+#ifdef __AVX2__
+  int32_t pair;
+  __builtin_memcpy(&pair, x, sizeof pair);
+  return add_pairs(acc, load_int16(pairs), same_pair(pair));
+#else
+  for (int64_t lane = 0; lane < kLanes; ++lane) acc[lane] += x[0] * pairs[2 * lane] + x[1] * pairs[2 * lane + 1];
+  return acc;
+#endif
+}
+
+/// R rows of x times a panel, onto `before` (rows `before_stride` apart; null: zeros) into y [R, columns].
+template <int R>
+inline void pairs_tile(const int16_t* x, int64_t x_stride, const float* x_scales, const int16_t* panel, int64_t depth,
+                       const float* scales, const float* before, int64_t before_stride, float* y, int64_t y_stride,
+                       int64_t columns) {
   Ints acc[R][2] = {};
   for (int64_t k = 0; k < depth; k += 2) {
-    const int16_t* pairs = panel + k * kTileColumns;
-    for (int64_t r = 0; r < R; ++r) {
-#ifdef __AVX2__
-      int32_t pair;
-      __builtin_memcpy(&pair, x + r * x_stride + k, sizeof pair);
-      const auto xs = same_pair(pair);
+    for (int r = 0; r < R; ++r) {
       for (int half = 0; half < 2; ++half) {
-        acc[r][half] = add_pairs(acc[r][half], load_int16(pairs + kPairs * half), xs);
+        acc[r][half] = add_pair(acc[r][half], panel + k * kGemmColumns + 2 * half * kLanes, x + r * x_stride + k);
       }
-#else
-      for (int c = 0; c < kTileColumns; ++c) {
-        acc[r][c / kLanes][c % kLanes] +=
-            x[r * x_stride + k] * pairs[2 * c] + x[r * x_stride + k + 1] * pairs[2 * c + 1];
-      }
-#endif
     }
   }
-  for (int64_t r = 0; r < R; ++r) {
+  for (int r = 0; r < R; ++r) {
     for (int half = 0; half < 2; ++half) {
-      __builtin_memcpy(sums + r * kTileColumns + half * kLanes, &acc[r][half], sizeof(Ints));
+      const int64_t column = half * kLanes, left = columns - column, count = left < kLanes ? left : kLanes;
+      if (count <= 0) break;
+      const Floats onto = before ? load_piece(before + r * before_stride + column, count) : Floats{};
+      store_piece(y + r * y_stride + column,
+                  with_piece(onto, __builtin_convertvector(acc[r][half], Floats), load_piece(scales + column, count),
+                             x_scales[r]),
+                  count);
     }
   }
 }
 
 void gemm_int8(const int16_t* x, int64_t x_stride, const float* x_scales, int64_t rows, const int8_t* w,
                const float* scales, const float* bias, float* y, int64_t in, int64_t out, int64_t begin, int64_t end) {
-#ifdef __AVX512F__
-  if (rows < kWidePanelRows)
-    return kAvx2Kernels.gemm_int8(x, x_stride, x_scales, rows, w, scales, bias, y, in, out, begin, end);
+  alignas(64) int16_t panel[kDepth * kGemmColumns];
+  const int64_t piece = piece_of(in, kDepth);
+  for (int64_t top = 0; top < rows; top += kGemmBlock) {
+    const int64_t bottom = rows - top < kGemmBlock ? rows : top + kGemmBlock;
+    for (int64_t o = begin; o < end; o += kGemmColumns) {
+      const int64_t after = end - o - kGemmColumns, columns = after < 0 ? end - o : kGemmColumns;
+      for (int64_t k = 0; k < in; k += piece) {
+        const int64_t terms = in - k < piece ? in - k : piece;
+        pack_pairs(w + o * in + k, in, columns, terms, panel);
+        int64_t m = top;
+        auto tiles = [&](auto count) {
+          constexpr int R = decltype(count)::value;
+          for (; m + R <= bottom; m += R) {
+            if (after > 0) {
+              fetch(w + (o + kGemmColumns) * in + k, in, after < kGemmColumns ? after : kGemmColumns, terms,
+                    (m - top) / R, (bottom - top) / R);
+            }
+            float* target = y + m * out + o;
+            const float* before = k > 0 ? target : bias ? bias + o : nullptr;
+            pairs_tile<R>(x + m * x_stride + k, x_stride, x_scales + m, panel, terms, scales + o, before,
+                          k > 0 ? out : 0, target, out, columns);
+          }
+        };
+        tiles(Constant<kPairRows>());
+        tiles(Constant<kPairRows / 3>());
+        tiles(Constant<1>());
+      }
+    }
+  }
+}
+#else
+// Of so few rows as come here the panels of AVX2 are faster.
+void gemm_int8(const int16_t* x, int64_t x_stride, const float* x_scales, int64_t rows, const int8_t* w,
+               const float* scales, const float* bias, float* y, int64_t in, int64_t out, int64_t begin, int64_t end) {
+  kAvx2Kernels.gemm_int8(x, x_stride, x_scales, rows, w, scales, bias, y, in, out, begin, end);
+}
 #endif
-  int16_t panel[kPanelDepth * kTileColumns];
-  int32_t sums[kTileRows * kTileColumns];
-  for (int64_t o = begin; o < end; o += kTileColumns) {
-    const int64_t columns = end - o < kTileColumns ? end - o : kTileColumns;
-    for (int64_t k = 0; k < in; k += kPanelDepth) {
-      const int64_t left = (in - k + 1) / 2 * 2, depth = left < kPanelDepth ? left : kPanelDepth;
-      pack_panel(w + o * in, in, columns, k, depth, panel);
-      for (int64_t m = 0; m < rows; m += kTileRows) {
-        const int64_t count = rows - m < kTileRows ? rows - m : kTileRows;
-        const int16_t* tile = x + m * x_stride + k;
-        if (count == kTileRows) {
-          tile_int8<kTileRows>(tile, x_stride, panel, depth, sums);
-        } else {
-          constexpr int64_t kSome = 3;
-          int64_t r = 0;
-          for (; r + kSome <= count; r += kSome) {
-            tile_int8<kSome>(tile + r * x_stride, x_stride, panel, depth, sums + r * kTileColumns);
-          }
-          for (; r < count; ++r) {
-            tile_int8<1>(tile + r * x_stride, x_stride, panel, depth, sums + r * kTileColumns);
-          }
+
+// Products of int8 activations with int8 weights: blocks of kInt8Block terms are exact, then weighed by the
+// activations' scales.
+
+void quantize_blocks(const float* x, int8_t* q, float* x_scales, int32_t* offsets, int64_t in, int64_t begin,
+                     int64_t end) {
+  const int64_t blocks = (in + kInt8Block - 1) / kInt8Block;
+  for (int64_t b = begin * blocks; b < end * blocks; ++b) {
+    const int64_t k = b % blocks * kInt8Block, count = in - k < kInt8Block ? in - k : kInt8Block;
+    int8_t* block = q + b * kInt8Block;
+    x_scales[b] = quantize(x + b / blocks * in + k, block, count, 127.0f);
+    int32_t total = 0;
+    for (int64_t i = 0; i < count; ++i) total += block[i];
+    for (int64_t i = count; i < kInt8Block; ++i) block[i] = 0;
+    offsets[b] = -128 * total;
+  }
+}
+
+/// acc plus, in each lane, the products of 4 bytes of w, unsigned, with the 4 signed ones of x.
+inline Ints add_quads(Ints acc, const uint8_t* w, const int8_t* x) {
+#ifdef __AVX512VNNI__
+  int32_t quad;
+  __builtin_memcpy(&quad, x, sizeof quad);
+  return reinterpret_cast<Ints>(
+      _mm512_dpbusd_epi32(reinterpret_cast<__m512i>(acc), _mm512_loadu_si512(w), _mm512_set1_epi32(quad)));
+#else
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    for (int i = 0; i < 4; ++i) acc[lane] += int32_t{w[4 * lane + i]} * x[i];
+  }
+  return acc;
+#endif
+}
+
+constexpr int kBlockRows = 6;                      // whose sums, of integers and of blocks, fill the registers
+constexpr int64_t kBlocksDepth = 16 * kInt8Block;  // of a panel that fills the first cache
+
+/// `columns` rows of w, 128 added to each number, `depth` terms of them: panel [ceil(depth / 4), kGemmColumns, 4], zero
+/// products behind `depth`.
+inline void pack_quads(const int8_t* w, int64_t in, int64_t columns, int64_t depth, uint8_t* panel) {
+  constexpr int64_t kQuads = 8;  // of a transposition
+  for (int64_t c = 0; c < kGemmColumns; c += 8) {
+    int64_t k = 0;
+    for (; c + 8 <= columns && k + 4 * kQuads <= depth; k += 4 * kQuads) {
+      auto row = [&](int i) {
+        return reinterpret_cast<Eight>(load_as<EightWords>(w + (c + i) * in + k) ^ 0x80808080u);
+      };
+      transpose_eight(row, reinterpret_cast<float*>(panel + k * kGemmColumns + 4 * c));
+    }
+    for (; k < depth; ++k) {
+      for (int64_t i = c; i < c + 8; ++i) {
+        const uint8_t number = i < columns ? static_cast<uint8_t>(w[i * in + k]) ^ 0x80 : 0;
+        panel[k / 4 * 4 * kGemmColumns + 4 * i + k % 4] = number;
+      }
+    }
+  }
+}
+
+/// R rows of `blocks` blocks times a panel, onto `sums` (of y's layout; null: zeros) into y [R, columns]; the last
+/// panel's are scaled.
+template <int R>
+inline void blocks_tile(const int8_t* q, int64_t q_stride, const float* x_scales, const int32_t* offsets,
+                        int64_t scales_stride, const uint8_t* panel, int64_t blocks, bool first, const float* scales,
+                        const float* bias, float* y, int64_t y_stride, int64_t columns) {
+  Floats sums[R][2] = {};
+  for (int64_t b = 0; b < blocks; ++b) {
+    Ints acc[R][2];
+    for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = Ints{} + offsets[r * scales_stride + b];
+    for (int64_t k = b * kInt8Block; k < (b + 1) * kInt8Block; k += 4) {
+      for (int r = 0; r < R; ++r) {
+        for (int half = 0; half < 2; ++half) {
+          acc[r][half] = add_quads(acc[r][half], panel + k * kGemmColumns + 4 * half * kLanes, q + r * q_stride + k);
         }
-        for (int64_t r = 0; r < count; ++r) {
-          float* target = y + (m + r) * out + o;
-          for (int64_t c = 0; c < columns; ++c) {
-            const float before = k > 0 ? target[c] : bias ? bias[o + c] : 0.0f;
-            target[c] = with_piece(before, sums[r * kTileColumns + c], scales[o + c], x_scales[m + r]);
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int half = 0; half < 2; ++half) {
+        sums[r][half] += __builtin_convertvector(acc[r][half], Floats) * x_scales[r * scales_stride + b];
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int half = 0; half < 2; ++half) {
+      const int64_t column = half * kLanes, left = columns - column, count = left < kLanes ? left : kLanes;
+      if (count <= 0) break;
+      float* target = y + r * y_stride + column;
+      if (!first) sums[r][half] += load_piece(target, count);
+      if (scales) sums[r][half] *= load_piece(scales + column, count);
+      if (bias) sums[r][half] += load_piece(bias + column, count);
+      store_piece(target, sums[r][half], count);
+    }
+  }
+}
+
+void gemm_blocks(const int8_t* q, const float* x_scales, const int32_t* offsets, int64_t rows, const int8_t* w,
+                 const float* scales, const float* bias, float* y, int64_t in, int64_t out, int64_t begin,
+                 int64_t end) {
+  const int64_t all = (in + kInt8Block - 1) / kInt8Block, stride = all * kInt8Block;
+  alignas(64) uint8_t panel[kBlocksDepth * kGemmColumns];
+  for (int64_t top = 0; top < rows; top += kGemmBlock) {
+    const int64_t bottom = rows - top < kGemmBlock ? rows : top + kGemmBlock;
+    for (int64_t o = begin; o < end; o += kGemmColumns) {
+      const int64_t after = end - o - kGemmColumns, columns = after < 0 ? end - o : kGemmColumns;
+      for (int64_t k = 0; k < in; k += kBlocksDepth) {
+        const bool last = k + kBlocksDepth >= in;
+        const int64_t depth = last ? in - k : kBlocksDepth, block = k / kInt8Block;
+        pack_quads(w + o * in + k, in, columns, depth, panel);
+        int64_t m = top;
+        auto tiles = [&](auto count) {
+          constexpr int R = decltype(count)::value;
+          for (; m + R <= bottom; m += R) {
+            if (after > 0) {
+              fetch(w + (o + kGemmColumns) * in + k, in, after < kGemmColumns ? after : kGemmColumns, depth,
+                    (m - top) / R, (bottom - top) / R);
+            }
+            blocks_tile<R>(q + m * stride + k, stride, x_scales + m * all + block, offsets + m * all + block, all,
+                           panel, (depth + kInt8Block - 1) / kInt8Block, k == 0, last ? scales + o : nullptr,
+                           last && bias ? bias + o : nullptr, y + m * out + o, out, columns);
           }
-        }
+        };
+        tiles(Constant<kBlockRows>());
+        tiles(Constant<kBlockRows / 3>());
+        tiles(Constant<1>());
       }
     }
   }
@@ -760,8 +1047,9 @@ void attend(const float* q, const float* keys, const float* values, int64_t stri
 }  // namespace
 
 extern const KernelTable MOESAIC_KERNELS = {
-    gemv_f32,   gemv_bf16, quantize_int16,    gemv_int8, gemm_int8,    quantize_int8, thin_dots, thin_add,
-    thin_outer, rms_norm,  rms_norm_backward, glu,       glu_backward, rope,          attend,
+    gemv_f32,        gemv_bf16,         gemm_f32,      quantize_int16, gemv_int8, gemm_int8,
+    quantize_blocks, gemm_blocks,       quantize_int8, thin_dots,      thin_add,  thin_outer,
+    rms_norm,        rms_norm_backward, glu,           glu_backward,   rope,      attend,
 };
 
 }  // namespace moesaic::nn

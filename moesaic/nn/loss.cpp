@@ -34,8 +34,6 @@ LossAndGradients compute(const torch::Tensor& hidden, const torch::Tensor& weigh
   if (want_weight) result.weight_gradient = torch::zeros(weight.sizes(), options);
   const auto losses = torch::empty({rows}, options);
   const auto scale = row_weights.to(options);
-  const auto head = weight.t();  // [d, V]
-  const bool wide = multiplies_wide(hidden);
   auto buffer = torch::empty({chunk, vocabulary}, hidden.options());
 
   for (int64_t begin = 0; begin < rows; begin += chunk) {
@@ -43,11 +41,7 @@ LossAndGradients compute(const torch::Tensor& hidden, const torch::Tensor& weigh
     const auto h = hidden.narrow(0, begin, count);
     const auto label = labels.narrow(0, begin, count).unsqueeze(1);  // [m, 1]
     auto z = buffer.narrow(0, 0, count);                             // [m, V]
-    if (wide) {
-      z.copy_(linear_rows(h, weight, {}));
-    } else {
-      at::mm_out(z, h, head);
-    }
+    linear_into(z, h, weight, {});
     if (z.scalar_type() != accumulate) z = z.to(accumulate);
     torch::Tensor tanh;
     if (softcap > 0) {
@@ -69,11 +63,7 @@ LossAndGradients compute(const torch::Tensor& hidden, const torch::Tensor& weigh
     const auto dz = z.scalar_type() == hidden.scalar_type() ? z : buffer.narrow(0, 0, count).copy_(z);
     if (want_hidden) {
       auto out = result.hidden_gradient.narrow(0, begin, count);
-      if (wide) {
-        out.copy_(back_rows(dz, weight));
-      } else {
-        at::mm_out(out, dz, weight);
-      }
+      back_into(out, dz, weight);
       out.mul_(w);
     }
     if (want_weight) {

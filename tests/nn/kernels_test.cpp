@@ -61,29 +61,97 @@ void expect_alike(AlikeRows::Number number, const std::function<torch::Tensor(co
   }
 }
 
+/// Who multiplies, for one scope.
+class UsedProducts {
+ public:
+  explicit UsedProducts(Products used) : before_(products()) { set_products(used); }
+  ~UsedProducts() { set_products(before_); }
+
+ private:
+  Products before_;
+};
+
+TEST(LinearRows, EqualsDoubleWhoeverMultiplies) {
+  torch::manual_seed(0);
+  constexpr double kTolerance = 3e-6;  // as kFloatTolerance, for sums of up to 1500 products
+  for (const Products used : {Products::kOwn, Products::kLibrary}) {
+    const UsedProducts guard(used);
+    for (const int64_t rows : {5, 13, 40, 530}) {
+      for (auto [in, out] :
+           std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {7, 5}, {300, 33}, {576, 192}, {64, 1500}}) {
+        SCOPED_TRACE(fmt::format("{}: {} x {} x {}", used == Products::kOwn ? "own" : "library", rows, in, out));
+        // Rows further apart than they are long.
+        const auto x = torch::randn({rows, in + 3}).narrow(1, 2, in), w = torch::randn({out, in + 1}).narrow(1, 1, in);
+        const auto b = torch::randn({out}), g = torch::randn({rows, out + 2}).narrow(1, 1, out);
+        const auto xd = x.to(torch::kFloat64), wd = w.to(torch::kFloat64), gd = g.to(torch::kFloat64);
+        const auto expected = at::linear(xd, wd, b.to(torch::kFloat64)), back = gd.mm(wd);
+        EXPECT_LT(relative_error(linear_rows(x, w, b), expected), kTolerance);
+        EXPECT_LT(relative_error(back_rows(g, w), back), kTolerance);
+        const auto leaf = x.detach().clone().requires_grad_(true);
+        const auto y = linear_rows(leaf, w, {});
+        EXPECT_LT(relative_error(y.detach(), xd.mm(wd.t())), kTolerance);
+        y.backward(g);
+        EXPECT_LT(relative_error(leaf.grad(), back), kTolerance);
+        auto wide = torch::zeros({rows, out + 2});
+        auto target = wide.narrow(1, 1, out);
+        linear_into(target, x, w, b);
+        EXPECT_LT(relative_error(target, expected), kTolerance);
+        EXPECT_EQ(wide.select(1, 0).abs().sum().item<float>() + wide.select(1, out + 1).abs().sum().item<float>(), 0)
+            << "columns beside y changed";
+      }
+    }
+  }
+}
+
+TEST(LinearRows, OwnProductsHaveTheSameBitsForAnyNumberOfRowsAndThreads) {
+  torch::manual_seed(0);
+  if (&kernels() == &kGenericKernels) GTEST_SKIP() << "this processor has no AVX2: the library multiplies";
+  const UsedProducts guard(Products::kOwn);
+  const int threads = at::get_num_threads();
+  for (auto [in, out] : std::vector<std::pair<int64_t, int64_t>>{{576, 192}, {300, 700}, {33, 7}}) {
+    const auto x = torch::randn({600, in}), w = torch::randn({out, in}), g = torch::randn({600, out});
+    const auto all = linear_rows(x, w, {}), back = back_rows(g, w);
+    for (const int used : {1, 2, 3, 7}) {
+      at::set_num_threads(used);
+      for (const int64_t rows : {5, 12, 17, 100, 511, 600}) {
+        for (const int64_t first : {int64_t{0}, 600 - rows}) {
+          SCOPED_TRACE(fmt::format("{} x {}, {} rows from {}, {} threads", in, out, rows, first, used));
+          EXPECT_TRUE(torch::equal(linear_rows(x.narrow(0, first, rows), w, {}), all.narrow(0, first, rows)));
+          EXPECT_TRUE(torch::equal(back_rows(g.narrow(0, first, rows), w), back.narrow(0, first, rows)));
+        }
+      }
+    }
+    at::set_num_threads(threads);
+  }
+}
+
 TEST(AlikeRows, GiveARowTheSameBitsInAnyCompany) {
   torch::manual_seed(0);
   torch::NoGradGuard no_grad;
   using enum AlikeRows::Number;
-  for (auto [in, out] : std::vector<std::pair<int64_t, int64_t>>{{576, 192}, {1536, 61}, {33, 7}, {64, 1}}) {
-    const auto x = torch::randn({110, in}), w = torch::randn({out, in}), b = torch::randn({out});
-    const auto [q, scales] = quantize_rows_int8(w);
-    for (const auto number : {kFew, kMany}) {
-      const auto thin = w.narrow(0, 0, std::min<int64_t>(out, 40));
-      const int64_t rank = std::min<int64_t>(in, 40);
-      const auto a = torch::randn({rank, in});
-      const std::map<std::string, std::function<torch::Tensor(const torch::Tensor&)>> products{
-          {"linear_rows", [&](const torch::Tensor& rows) { return linear_rows(rows, w, b); }},
-          {"int8", [&, &q = q, &scales = scales](const torch::Tensor& rows) { return linear_rows_int8(rows, q, scales, b); }},
-          {"thin_dots", [&](const torch::Tensor& rows) { return thin_dots(rows, thin); }},
-          {"thin_add", [&](const torch::Tensor& rows) {
-             torch::Tensor y = rows.clone();
-             thin_add(rows.narrow(1, 0, rank), a, 0.5, y);
-             return y;
-           }}};
-      for (const auto& [name, product] : products) {
-        SCOPED_TRACE(fmt::format("{} of {} x {}, {}", name, in, out, number == kFew ? "few" : "many"));
-        expect_alike(number, product, x);
+  for (const Products used : {Products::kOwn, Products::kLibrary}) {
+    const UsedProducts guard(used);
+    for (auto [in, out] : std::vector<std::pair<int64_t, int64_t>>{{576, 192}, {1536, 61}, {33, 7}, {64, 1}}) {
+      const auto x = torch::randn({110, in}), w = torch::randn({out, in}), b = torch::randn({out});
+      const auto [q, scales] = quantize_rows_int8(w);
+      for (const auto number : {kFew, kMany}) {
+        const auto thin = w.narrow(0, 0, std::min<int64_t>(out, 40));
+        const int64_t rank = std::min<int64_t>(in, 40);
+        const auto a = torch::randn({rank, in});
+        const std::map<std::string, std::function<torch::Tensor(const torch::Tensor&)>> products{
+            {"linear_rows", [&](const torch::Tensor& rows) { return linear_rows(rows, w, b); }},
+            {"int8",
+             [&, &q = q, &scales = scales](const torch::Tensor& rows) { return linear_rows_int8(rows, q, scales, b); }},
+            {"thin_dots", [&](const torch::Tensor& rows) { return thin_dots(rows, thin); }},
+            {"thin_add", [&](const torch::Tensor& rows) {
+               torch::Tensor y = rows.clone();
+               thin_add(rows.narrow(1, 0, rank), a, 0.5, y);
+               return y;
+             }}};
+        for (const auto& [name, product] : products) {
+          SCOPED_TRACE(fmt::format("{} of {} x {}, {}", name, in, out, number == kFew ? "few" : "many"));
+          expect_alike(number, product, x);
+        }
       }
     }
   }
@@ -159,8 +227,11 @@ TEST(LinearRowsInt8, EqualsTheDequantisedProduct) {
       const auto [q, scales] = quantize_rows_int8(torch::randn({out, in}));
       const auto w = q.to(torch::kFloat64) * scales.to(torch::kFloat64).unsqueeze(1);
       const auto expected = at::linear(x.to(torch::kFloat64), w, b.to(torch::kFloat64));
-      // Few rows are rounded to 16 bits of their own largest value: half a step is 1 / 65534.
-      EXPECT_LT(relative_error(linear_rows_int8(x, q, scales, b), expected), 1e-4) << rows << "x" << in << "x" << out;
+      // Rounded to 16 bits of their own largest value: half a step is 1 / 65534. More than 16 rows with AVX512 have 8
+      // bits of the largest of 64, some 3 times the usual: half a step is 1 / 84 of that, its mean square a third.
+      const bool eight_bits = rows > 16 && &kernels() == &kAvx512Kernels;
+      EXPECT_LT(relative_error(linear_rows_int8(x, q, scales, b), expected), eight_bits ? 1e-2 : 1e-4)
+          << rows << "x" << in << "x" << out;
     }
   }
 }
@@ -230,6 +301,33 @@ TEST(Kernels, Int8ProductsOfFewAndManyRowsAreOneToTheLastBit) {
         EXPECT_TRUE(torch::equal(few, product(table->gemm_int8))) << in << " wide, " << rows << " rows";
         EXPECT_TRUE(torch::equal(few[0], first[0]));
       }
+    }
+  }
+}
+
+TEST(Kernels, BlocksOf8BitsAreExactIntegersOnEveryInstructionSet) {
+  torch::manual_seed(1);
+  for (const int64_t in : {1, 63, 64, 130, 1536}) {
+    constexpr int64_t kRows = 9, kOut = 70;
+    const int64_t blocks = (in + kInt8Block - 1) / kInt8Block;
+    const auto x = torch::randn({kRows, in}), bias = torch::randn({kOut}), scales = torch::rand({kOut});
+    auto w = torch::randint(-127, 128, {kOut, in}, torch::kInt8);
+    w.select(0, 0).fill_(127);  // with the largest activation: the most that a block can be
+    for (const KernelTable* table : tables()) {
+      auto q = torch::full({kRows, blocks * kInt8Block}, 99, torch::kInt8), x_scales = torch::empty({kRows, blocks});
+      auto offsets = torch::empty({kRows, blocks}, torch::kInt32), y = torch::full({kRows, kOut}, 7.0f);
+      table->quantize_blocks(x.data_ptr<float>(), q.data_ptr<int8_t>(), x_scales.data_ptr<float>(),
+                             offsets.data_ptr<int32_t>(), in, 0, kRows);
+      const auto split = q.to(torch::kFloat64).view({kRows, blocks, kInt8Block});
+      EXPECT_EQ(q.narrow(1, in, q.size(1) - in).abs().sum().item<int64_t>(), 0) << "behind a row's end";
+      EXPECT_TRUE(torch::equal(offsets.to(torch::kFloat64), split.sum(2) * -128));
+      const auto read = (split * x_scales.to(torch::kFloat64).unsqueeze(2)).flatten(1).narrow(1, 0, in);
+      EXPECT_LT((read - x).abs().div(x.abs().max()).max().item<double>(), 0.51 / 127);
+      table->gemm_blocks(q.data_ptr<int8_t>(), x_scales.data_ptr<float>(), offsets.data_ptr<int32_t>(), kRows,
+                         w.data_ptr<int8_t>(), scales.data_ptr<float>(), bias.data_ptr<float>(), y.data_ptr<float>(),
+                         in, kOut, 0, kOut);
+      const auto expected = read.mm(w.to(torch::kFloat64).t()) * scales + bias;
+      EXPECT_LT(relative_error(y, expected), kFloatTolerance) << in << " wide";
     }
   }
 }
