@@ -2,7 +2,10 @@
 
 #include <ATen/Parallel.h>
 
+#include <span>
+
 #include "moesaic/base/check.h"
+#include "moesaic/nn/half_rows.h"
 #include "moesaic/nn/kernels.h"
 #include "moesaic/nn/kv_cache.h"
 #include "moesaic/nn/rope.h"
@@ -88,39 +91,147 @@ torch::Tensor fused_attention(const torch::Tensor& q, const torch::Tensor& k, co
       .contiguous();
 }
 
-/// The whole ragged batch on the CPU, sequence by sequence, by LibTorch's flash attention. K and V are shared by the
-/// query heads of a group as a stride-0 axis. A bias has no gradient here.
-struct CpuFlashFunction : torch::autograd::Function<CpuFlashFunction> {
-  struct Result {
-    torch::Tensor out;                  // [N, H, k]
-    std::vector<torch::Tensor> sums;    // logsumexp of each sequence
-    std::vector<torch::Tensor> biases;  // of each sequence, views [H_kv, g, S, T]; empty without
-  };
+/// Rows [begin, end) of one sequence, and how many of its keys the last of them sees.
+struct Stretch {
+  size_t sequence;
+  int64_t begin, end, keys;
+};
 
-  static Result run(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
-                    const std::vector<int64_t>& offsets, const std::vector<int64_t>& key_offsets,
-                    const AttentionOptions& options) {
-    const int64_t kv_heads = k.size(1), group = q.size(1) / kv_heads;
-    Result result{at::empty(q.sizes(), q.options().requires_grad(false)), {}, {}};
-    for (size_t b = 0; b + 1 < offsets.size(); ++b) {
-      auto rows = [&](const torch::Tensor& x) { return x.slice(0, offsets[b], offsets[b + 1]); };
-      auto key_rows = [&](const torch::Tensor& x) { return x.slice(0, key_offsets[b], key_offsets[b + 1]); };
-      if (offsets[b] == offsets[b + 1]) {  // no row of this sequence
-        result.sums.emplace_back();
-        if (options.bias) result.biases.emplace_back();
-        continue;
-      }
-      const auto seen =
-          visibility(offsets[b + 1] - offsets[b], key_offsets[b + 1] - key_offsets[b], options, result.out.options());
-      const auto mask = grouped_mask(seen.mask, kv_heads);
-      auto [out, sums] = at::_scaled_dot_product_flash_attention_for_cpu(
-          grouped_queries(rows(q), kv_heads), shared_heads(key_rows(k), group), shared_heads(key_rows(v), group), 0.0,
-          seen.causal, mask, options.scale);
-      grouped_queries(rows(result.out), kv_heads).copy_(out);
-      result.sums.push_back(sums);
-      if (options.bias) result.biases.push_back(*mask);
+using KeysValues = std::pair<torch::Tensor, torch::Tensor>;  // [T, H_kv, k] each
+
+/// Whether own kernels attend: on the CPU, in float32 and, by way of it, bfloat16.
+bool has_kernels(const torch::Tensor& q) {
+  return q.is_cpu() && (q.scalar_type() == torch::kFloat32 || q.scalar_type() == torch::kBFloat16);
+}
+
+/// Rows of one head of a tensor [N, H, k]: where they lie, or in bfloat16 a float32 copy of them.
+class HeadRows {
+ public:
+  HeadRows(const torch::Tensor& x, int64_t begin, int64_t end, int64_t head)
+      : begin_(begin), rows_(end - begin), head_(head), k_(x.size(2)) {
+    if (x.scalar_type() == torch::kFloat32) {
+      stride_ = x.stride(0);
+      data_ = x.data_ptr<float>() + begin * stride_ + head * k_;
+      return;
     }
-    return result;
+    copy_.resize(rows_ * k_);
+    stride_ = k_;
+    data_ = copy_.data();
+    for (int64_t n = 0; n < rows_; ++n) widen(source(x) + n * x.stride(0), data_ + n * k_, k_);
+  }
+  /// Brings a copy back.
+  void write(const torch::Tensor& x) const {
+    for (int64_t n = 0; n < rows_ && !copy_.empty(); ++n) narrow(data_ + n * k_, source(x) + n * x.stride(0), k_);
+  }
+  float* data() const { return data_; }
+  int64_t stride() const { return stride_; }
+
+ private:
+  c10::BFloat16* source(const torch::Tensor& x) const {
+    return x.data_ptr<c10::BFloat16>() + begin_ * x.stride(0) + head_ * k_;
+  }
+
+  int64_t begin_, rows_, head_, k_, stride_ = 0;
+  float* data_ = nullptr;
+  std::vector<float> copy_;
+};
+
+/// What the rows of a stretch from `begin` on see through one query head. keys, values: of its KV head. bias: of the
+/// stretch, [H, S, T], or undefined; it hides what is to be hidden.
+SeenKeys seen_keys(const Stretch& rows, int64_t begin, int64_t head, const HeadRows& keys, const HeadRows& values,
+                   int64_t k, const AttentionOptions& options, const torch::Tensor& bias) {
+  SeenKeys seen{.keys = keys.data(),
+                .values = values.data(),
+                .stride = keys.stride(),
+                .count = rows.keys,
+                .k = k,
+                .position = rows.keys - (rows.end - begin),
+                .causal = options.causal && !bias.defined(),
+                .window = bias.defined() ? 0 : options.window,
+                .scale = static_cast<float>(options.scale),
+                .softcap = static_cast<float>(options.softcap),
+                .bias = nullptr,
+                .bias_stride = 0};
+  if (bias.defined()) {
+    seen.bias = bias.data_ptr<float>() + head * bias.stride(0) + (begin - rows.begin) * bias.stride(1);
+    seen.bias_stride = bias.stride(1);
+  }
+  return seen;
+}
+
+/// The bias of each stretch, float32 [H, S, T]; undefined without one.
+std::vector<torch::Tensor> biases_of(const std::vector<Stretch>& stretches, const AttentionOptions& options) {
+  std::vector<torch::Tensor> biases(stretches.size());
+  for (size_t i = 0; options.bias && i < stretches.size(); ++i) {
+    const Stretch& rows = stretches[i];
+    const torch::Tensor bias = options.bias.ptr()->forward(rows.end - rows.begin, rows.keys).to(torch::kFloat32);
+    biases[i] = bias.stride(2) == 1 ? bias : bias.contiguous();
+  }
+  return biases;
+}
+
+/// Many positions on the CPU: a task per query head and some rows. q, out: [N, H, k], contiguous; log_sums: float32 [N,
+/// H], or undefined.
+void attend_stretches(const torch::Tensor& q, const std::vector<Stretch>& stretches,
+                      const std::vector<torch::Tensor>& biases, const std::vector<KeysValues>& cached,
+                      const AttentionOptions& options, const torch::Tensor& out, const torch::Tensor& log_sums) {
+  constexpr int64_t kRows = 144;
+  struct Task {
+    size_t stretch;
+    int64_t head, begin, end;
+  };
+  const int64_t heads = q.size(1), k = q.size(2);
+  std::vector<Task> tasks;
+  std::vector<KeysValues> wide(cached.size());
+  for (size_t i = 0; i < stretches.size(); ++i) {
+    const Stretch& rows = stretches[i];
+    const auto& [keys, values] = cached[rows.sequence];
+    wide[rows.sequence] = {keys.to(torch::kFloat32), values.to(torch::kFloat32)};
+    for (int64_t head = 0; head < heads; ++head) {
+      for (int64_t n = rows.begin; n < rows.end; n += kRows)
+        tasks.push_back({i, head, n, std::min(n + kRows, rows.end)});
+    }
+  }
+  at::parallel_for(0, std::ssize(tasks), 1, [&](int64_t first, int64_t last) {
+    for (const Task& task : std::span(tasks).subspan(first, last - first)) {
+      const Stretch& rows = stretches[task.stretch];
+      const auto& [all_keys, all_values] = wide[rows.sequence];
+      const int64_t kv_head = task.head / (heads / all_keys.size(1));
+      const HeadRows keys(all_keys, 0, rows.keys, kv_head), values(all_values, 0, rows.keys, kv_head);
+      const HeadRows queries(q, task.begin, task.end, task.head), target(out, task.begin, task.end, task.head);
+      const SeenKeys seen = seen_keys(rows, task.begin, task.head, keys, values, k, options, biases[task.stretch]);
+      float* sums = log_sums.defined() ? log_sums.data_ptr<float>() + task.begin * heads + task.head : nullptr;
+      kernels().attend_rows(queries.data(), queries.stride(), task.end - task.begin, seen, target.data(),
+                            target.stride(), sums, heads);
+      target.write(out);
+    }
+  });
+}
+
+/// A whole ragged batch on the CPU. A bias has no gradient here.
+struct CpuAttention : torch::autograd::Function<CpuAttention> {
+  static std::vector<Stretch> whole(const std::vector<int64_t>& offsets, const std::vector<int64_t>& key_offsets) {
+    std::vector<Stretch> stretches;
+    for (size_t b = 0; b + 1 < offsets.size(); ++b) {
+      if (offsets[b] == offsets[b + 1]) continue;  // no row of this sequence
+      stretches.push_back({b, offsets[b], offsets[b + 1], key_offsets[b + 1] - key_offsets[b]});
+    }
+    return stretches;
+  }
+
+  /// q, k, v: contiguous.
+  static torch::Tensor run(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+                           const std::vector<Stretch>& stretches, const std::vector<torch::Tensor>& biases,
+                           const std::vector<int64_t>& key_offsets, const AttentionOptions& options,
+                           const torch::Tensor& log_sums) {
+    std::vector<KeysValues> cached;
+    for (size_t b = 0; b + 1 < key_offsets.size(); ++b) {
+      auto rows = [&](const torch::Tensor& x) { return x.slice(0, key_offsets[b], key_offsets[b + 1]); };
+      cached.emplace_back(rows(k), rows(v));
+    }
+    torch::Tensor out = at::empty(q.sizes(), q.options().requires_grad(false));
+    attend_stretches(q, stretches, biases, cached, options, out, log_sums);
+    return out;
   }
 
   static torch::Tensor forward(torch::autograd::AutogradContext* ctx, const torch::Tensor& queries,
@@ -129,52 +240,59 @@ struct CpuFlashFunction : torch::autograd::Function<CpuFlashFunction> {
                                const AttentionOptions& options) {
     // Contiguous copies, so that the fused projection they are cut from can be freed.
     const torch::Tensor q = queries.contiguous(), k = keys.contiguous(), v = values.contiguous();
-    Result result = run(q, k, v, offsets, key_offsets, options);
-    torch::autograd::variable_list saved{q, k, v, result.out};
-    saved.insert(saved.end(), result.sums.begin(), result.sums.end());
-    saved.insert(saved.end(), result.biases.begin(), result.biases.end());
+    const std::vector<Stretch> stretches = whole(offsets, key_offsets);
+    const std::vector<torch::Tensor> biases = biases_of(stretches, options);
+    const torch::Tensor log_sums = torch::empty({q.size(0), q.size(1)}, torch::kFloat32);
+    const torch::Tensor out = run(q, k, v, stretches, biases, key_offsets, options, log_sums);
+    torch::autograd::variable_list saved{q, k, v, out, log_sums};
+    if (options.bias) saved.insert(saved.end(), biases.begin(), biases.end());
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["offsets"] = offsets;
     ctx->saved_data["key_offsets"] = key_offsets;
     ctx->saved_data["scale"] = options.scale;
+    ctx->saved_data["softcap"] = options.softcap;
     ctx->saved_data["window"] = options.window;
     ctx->saved_data["causal"] = options.causal;
-    return result.out;
+    return out;
   }
 
+  /// A task per sequence and KV head.
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
+    constexpr size_t kBiases = 5;  // where they begin
     const auto saved = ctx->get_saved_variables();
-    const torch::Tensor &q = saved[0], &k = saved[1], &v = saved[2], &out = saved[3];
-    const std::vector<int64_t> offsets = ctx->saved_data["offsets"].toIntVector();
+    const torch::Tensor &q = saved[0], &k = saved[1], &v = saved[2], &out = saved[3], &log_sums = saved[4];
     const std::vector<int64_t> key_offsets = ctx->saved_data["key_offsets"].toIntVector();
+    const std::vector<Stretch> stretches = whole(ctx->saved_data["offsets"].toIntVector(), key_offsets);
     const AttentionOptions options{.scale = ctx->saved_data["scale"].toDouble(),
+                                   .softcap = ctx->saved_data["softcap"].toDouble(),
                                    .window = ctx->saved_data["window"].toInt(),
                                    .causal = ctx->saved_data["causal"].toBool()};
-    const size_t batch = offsets.size() - 1;
-    const bool biased = saved.size() > 4 + batch;
-    const int64_t kv_heads = k.size(1), group = q.size(1) / kv_heads;
+    const int64_t heads = q.size(1), kv_heads = k.size(1), group = heads / kv_heads;
     const torch::Tensor d_out = grads[0].contiguous();
-    torch::Tensor dq = at::empty_like(q), dk = at::empty_like(k), dv = at::empty_like(v);
-    for (size_t b = 0; b < batch; ++b) {
-      auto rows = [&](const torch::Tensor& x) { return x.slice(0, offsets[b], offsets[b + 1]); };
-      auto key_rows = [&](const torch::Tensor& x) { return x.slice(0, key_offsets[b], key_offsets[b + 1]); };
-      if (offsets[b] == offsets[b + 1]) {
-        key_rows(dk).zero_();
-        key_rows(dv).zero_();
-        continue;
+    torch::Tensor dq = at::empty_like(q), dk = at::zeros_like(k), dv = at::zeros_like(v);
+    at::parallel_for(0, std::ssize(stretches) * kv_heads, 1, [&](int64_t first, int64_t last) {
+      for (int64_t task = first; task < last; ++task) {
+        const size_t index = task / kv_heads;
+        const Stretch& rows = stretches[index];
+        const int64_t kv_head = task % kv_heads, key = key_offsets[rows.sequence];
+        auto of_keys = [&](const torch::Tensor& x) { return HeadRows(x, key, key + rows.keys, kv_head); };
+        const HeadRows keys = of_keys(k), values = of_keys(v), d_keys = of_keys(dk), d_values = of_keys(dv);
+        for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+          auto of_rows = [&](const torch::Tensor& x) { return HeadRows(x, rows.begin, rows.end, head); };
+          const HeadRows queries = of_rows(q), given = of_rows(out), d_given = of_rows(d_out), d_queries = of_rows(dq);
+          const torch::Tensor bias = saved.size() > kBiases ? saved[kBiases + index] : torch::Tensor();
+          const SeenKeys seen = seen_keys(rows, rows.begin, head, keys, values, q.size(2), options, bias);
+          kernels().attend_backward(queries.data(), queries.stride(), given.data(), d_given.data(), given.stride(),
+                                    log_sums.data_ptr<float>() + rows.begin * heads + head, heads,
+                                    rows.end - rows.begin, seen, d_queries.data(), d_queries.stride(), d_keys.data(),
+                                    d_values.data());
+          d_queries.write(dq);
+        }
+        d_keys.write(dk);
+        d_values.write(dv);
       }
-      const auto seen = biased ? Visibility{false, saved[4 + batch + b]}
-                               : visibility(offsets[b + 1] - offsets[b], key_offsets[b + 1] - key_offsets[b], options,
-                                            d_out.options());
-      auto [gq, gk, gv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
-          grouped_queries(rows(d_out), kv_heads), grouped_queries(rows(q), kv_heads), shared_heads(key_rows(k), group),
-          shared_heads(key_rows(v), group), grouped_queries(rows(out), kv_heads), saved[4 + b], 0.0, seen.causal,
-          seen.mask, options.scale);
-      grouped_queries(rows(dq), kv_heads).copy_(gq);
-      key_rows(dk).transpose(0, 1).copy_(group == 1 ? gk.squeeze(1) : gk.sum(1));  // [H_kv, S, k]
-      key_rows(dv).transpose(0, 1).copy_(group == 1 ? gv.squeeze(1) : gv.sum(1));
-    }
+    });
     return {dq, dk, dv, {}, {}, {}};
   }
 };
@@ -198,16 +316,10 @@ torch::Tensor cuda_flash_attention(const torch::Tensor& q, const torch::Tensor& 
                                                   options.causal, false, options.scale, left, right));
 }
 
-/// Neighbouring rows [begin, end) of one sequence, and how many of its keys the last of them sees.
-struct Stretch {
-  size_t sequence;
-  int64_t begin, end, keys;
-};
-
 /// Single positions, float32 on the CPU: a task per row and KV head. q, out: [N, H, k], contiguous.
 void decode_attention(const torch::Tensor& q, const std::vector<Stretch>& singles,
-                      const std::vector<std::pair<torch::Tensor, torch::Tensor>>& cached,
-                      const AttentionOptions& options, const torch::Tensor& out) {
+                      const std::vector<KeysValues>& cached, const AttentionOptions& options,
+                      const torch::Tensor& out) {
   if (singles.empty()) return;
   const int64_t heads = q.size(1), k = q.size(2), kv_heads = cached[singles[0].sequence].first.size(1);
   const int64_t group = heads / kv_heads;
@@ -237,46 +349,28 @@ void decode_attention(const torch::Tensor& q, const std::vector<Stretch>& single
   });
 }
 
-/// The rows of each sequence whose keys and values [T, H_kv, k] are `cached`; the rows are its last. Under AlikeRows
-/// they are cut where their positions are multiples of 32, since fused kernels round a row as suits those beside it.
-std::vector<Stretch> stretches(const std::vector<int64_t>& offsets,
-                               const std::vector<std::pair<torch::Tensor, torch::Tensor>>& cached, bool causal) {
-  constexpr int64_t kBlock = 32;
-  const bool cut = causal && AlikeRows::now() != AlikeRows::Number::kAny;
-  std::vector<Stretch> all;
-  for (size_t b = 0; b < cached.size(); ++b) {
-    const int64_t end = offsets[b + 1];
-    if (offsets[b] == end) continue;
-    const int64_t behind = cached[b].first.size(0) - end;  // a row's position less its number
-    for (int64_t begin = offsets[b]; begin < end;) {
-      const int64_t next = cut ? std::min(((begin + behind) / kBlock + 1) * kBlock - behind, end) : end;
-      all.push_back({b, begin, next, causal ? next + behind : cached[b].first.size(0)});
-      begin = next;
-    }
-  }
-  return all;
-}
-
-/// Queries against the keys and values [T, H_kv, k] of their own sequences, where there are queries.
+/// Queries against the keys and values of their own sequences, where there are queries; the rows are a sequence's last.
 torch::Tensor attention_to(const torch::Tensor& queries, const std::vector<int64_t>& offsets,
-                           const std::vector<std::pair<torch::Tensor, torch::Tensor>>& cached,
-                           const AttentionOptions& options) {
+                           const std::vector<KeysValues>& cached, const AttentionOptions& options) {
   const torch::Tensor q = queries.contiguous();
-  const bool has_kernel = q.is_cpu() && q.scalar_type() == torch::kFloat32;
   torch::Tensor out = at::empty(q.sizes(), q.options());
-  std::vector<Stretch> singles;
-  for (const Stretch& rows : stretches(offsets, cached, options.causal)) {
-    if (has_kernel && rows.end - rows.begin == 1) {
-      singles.push_back(rows);
+  std::vector<Stretch> singles, many;
+  for (size_t b = 0; b < cached.size(); ++b) {
+    if (offsets[b] == offsets[b + 1]) continue;
+    const Stretch rows{b, offsets[b], offsets[b + 1], cached[b].first.size(0)};
+    // Of a text that is read, a row alone is computed as beside others.
+    const bool single = rows.end - rows.begin == 1 && AlikeRows::now() != AlikeRows::Number::kMany;
+    if (has_kernels(q) && !(single && q.scalar_type() == torch::kBFloat16)) {
+      (single ? singles : many).push_back(rows);
       continue;
     }
     const torch::Tensor own = q.slice(0, rows.begin, rows.end);
-    const auto& [keys, values] = cached[rows.sequence];
-    const torch::Tensor k = keys.narrow(0, 0, rows.keys), v = values.narrow(0, 0, rows.keys);
+    const auto& [k, v] = cached[b];
     out.slice(0, rows.begin, rows.end)
         .copy_(options.softcap == 0 ? fused_attention(own, k, v, options) : plain_attention(own, k, v, options));
   }
   decode_attention(q, singles, cached, options, out);
+  attend_stretches(q, many, biases_of(many, options), cached, options, out, {});
   return out;
 }
 
@@ -323,11 +417,13 @@ torch::Tensor ragged_attention(const torch::Tensor& q, const torch::Tensor& k, c
                  k.sizes() == v.sizes() && q.size(1) % k.size(1) == 0);
   const bool grad = torch::GradMode::is_enabled() && (q.requires_grad() || k.requires_grad() || v.requires_grad());
   const bool bias_learns = torch::GradMode::is_enabled() && options.bias && options.bias->weight.requires_grad();
-  const bool plain = options.softcap > 0 || bias_learns;
-  if (!plain && q.is_cpu()) {
-    if (grad) return CpuFlashFunction::apply(q, k, v, offsets, key_offsets, options);
-    return CpuFlashFunction::run(q, k, v, offsets, key_offsets, options).out;
+  if (has_kernels(q) && !bias_learns) {
+    if (grad) return CpuAttention::apply(q, k, v, offsets, key_offsets, options);
+    const auto stretches = CpuAttention::whole(offsets, key_offsets);
+    return CpuAttention::run(q.contiguous(), k.contiguous(), v.contiguous(), stretches, biases_of(stretches, options),
+                             key_offsets, options, {});
   }
+  const bool plain = options.softcap > 0 || bias_learns || q.scalar_type() == torch::kFloat64;
   if (!plain && !options.bias && q.element_size() == 2)
     return cuda_flash_attention(q, k, v, offsets, key_offsets, options);
   std::vector<torch::Tensor> parts;
@@ -346,7 +442,7 @@ torch::Tensor cached_attention(const torch::Tensor& q, const torch::Tensor& k, c
   const std::vector<int64_t>& offsets = pass.offsets;
   const int64_t batch = static_cast<int64_t>(offsets.size()) - 1;
   bool fresh = AlikeRows::now() == AlikeRows::Number::kAny;  // nothing cached yet
-  std::vector<std::pair<torch::Tensor, torch::Tensor>> cached(batch);
+  std::vector<KeysValues> cached(batch);
   for (int64_t b = 0; b < batch; ++b) {
     auto rows = [&](const torch::Tensor& x) { return x.slice(0, offsets[b], offsets[b + 1]); };
     const int64_t count = offsets[b + 1] - offsets[b];
@@ -468,7 +564,7 @@ torch::Tensor CrossAttentionImpl::forward(const torch::Tensor& x, Pass& pass) {
     mixed = ragged_attention(q, k, v, pass.offsets, source.offsets, config_.options);
   } else {
     // Neighbours that share a source are one sequence here: their rows see all of it, and nothing of each other.
-    std::vector<std::pair<torch::Tensor, torch::Tensor>> kept;
+    std::vector<KeysValues> kept;
     std::vector<int64_t> offsets{0};
     for (int64_t b = 0; b < batch; ++b) {
       const int64_t begin = source.offsets[b], end = source.offsets[b + 1];

@@ -8,7 +8,19 @@ namespace moesaic::nn {
 enum class GluKind { kSilu, kGeluTanh, kRelu };  // kRelu has no kernel here
 
 /// Terms of a row of activations that share a scale in 8 bits.
-constexpr int64_t kInt8Block = 64;
+constexpr int64_t kInt8Block = 32;
+
+/// The keys and values of one head, and what each of some rows sees of them: row n is at the position `position` + n.
+struct SeenKeys {
+  const float *keys, *values;  // [count, k], rows `stride` apart
+  int64_t stride, count, k;
+  int64_t position;
+  bool causal;     // no key behind the row's own position
+  int64_t window;  // causal: that many keys up to its own; else as many to either side; 0 = all
+  float scale, softcap;
+  const float* bias;  // [rows, count], rows `bias_stride` apart, or null
+  int64_t bias_stride;
+};
 
 /// Every function works on the rows or columns [begin, end) it is given, so that the caller can split the work over
 /// threads. All tensors are float32 and contiguous along their last axis unless said.
@@ -20,11 +32,13 @@ struct KernelTable {
   /// The same with bfloat16 weights (their raw bits).
   void (*gemv_bf16)(const float* x, int64_t rows, const uint16_t* w, const float* bias, float* y, int64_t in,
                     int64_t out, int64_t begin, int64_t end);
-  /// y[m, o] = sum_k x[m, k] W(k, o) + bias[o] for o in [begin, end) and k < depth, where W(k, o) is w[o, k], or w[k,
-  /// o] when `back`: x W^T and gy W. x: [rows, depth], y: [rows, ..], w, each with a stride of its rows; bias may be
-  /// null. Sums up to 288 terms at a time, in order, for every row alike: its bits don't depend on the rows beside it.
+  /// y[m, o] = onto[m, o] + sum_k x[m, k] W(k, o) for o in [begin, end) and k < depth, where W(k, o) is w[o, k], or
+  /// w[k, o] when `back`: x W^T and gy W. x: [rows, depth], y and onto: [rows, ..], w, each with a stride of its rows.
+  /// onto: y itself, a bias with the stride 0, or null. Sums up to 288 terms at a time, in order, for every row alike:
+  /// its bits don't depend on the rows beside it.
   void (*gemm_f32)(const float* x, int64_t x_stride, int64_t rows, const float* w, int64_t w_stride, bool back,
-                   const float* bias, float* y, int64_t y_stride, int64_t depth, int64_t begin, int64_t end);
+                   const float* onto, int64_t onto_stride, float* y, int64_t y_stride, int64_t depth, int64_t begin,
+                   int64_t end);
   /// q[m] = round(x[m] / x_scales[m]), x_scales[m] = max |x[m]| / 32767, for m in [begin, end). x: [rows, in]; q:
   /// [rows, q_stride], zero behind `in`.
   void (*quantize_int16)(const float* x, int16_t* q, int64_t q_stride, float* x_scales, int64_t in, int64_t begin,
@@ -86,6 +100,16 @@ struct KernelTable {
   void (*attend)(const float* q, const float* keys, const float* values, int64_t stride, int64_t length, int64_t group,
                  int64_t k, float scale, float softcap, const float* bias, int64_t bias_stride, float* scores,
                  float* out);
+
+  /// out[n] = sum_j softmax_j(score_nj) v_j, score = softcap tanh(scale q_n . k_j / softcap) + bias[n, j], over the
+  /// keys that row n sees; the softcap only when above 0. log_sums, where not null: log sum_j exp(score_nj) of each
+  /// row. q, out: [rows, k]. A row's bits don't depend on the rows beside it.
+  void (*attend_rows)(const float* q, int64_t q_stride, int64_t rows, const SeenKeys& seen, float* out,
+                      int64_t out_stride, float* log_sums, int64_t log_sums_stride);
+  /// The gradients of q, into dq, and of keys and values, onto dk and dv (of k's and v's layout).
+  void (*attend_backward)(const float* q, int64_t q_stride, const float* out, const float* d_out, int64_t out_stride,
+                          const float* log_sums, int64_t log_sums_stride, int64_t rows, const SeenKeys& seen, float* dq,
+                          int64_t dq_stride, float* dk, float* dv);
 };
 
 extern const KernelTable kGenericKernels;

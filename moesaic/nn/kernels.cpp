@@ -145,8 +145,8 @@ void own_product(const torch::Tensor& x, const torch::Tensor& weight, bool back,
     for (int64_t part = first; part < last; ++part) {
       const int64_t column = part % across, row = part / across, top = row * rows / down;
       kernels().gemm_f32(x_data + top * x.stride(0), x.stride(0), (row + 1) * rows / down - top, w_data,
-                         weight.stride(0), back, bias_data, y_data + top * y.stride(0), y.stride(0), depth,
-                         column * panels / across * kGemmPanel,
+                         weight.stride(0), back, bias_data, /*onto_stride=*/0, y_data + top * y.stride(0), y.stride(0),
+                         depth, column * panels / across * kGemmPanel,
                          std::min(out, (column + 1) * panels / across * kGemmPanel));
     }
   });

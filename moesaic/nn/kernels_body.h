@@ -243,9 +243,9 @@ inline V load_as(const T* p) {
   return v;
 }
 
-/// to[j, i] = row(i)[j] for 8 rows and columns of 4 bytes; rows of `to` lie kGemmColumns apart.
+/// to[j, i] = row(i)[j] for 8 rows and columns of 4 bytes; rows of `to` lie `stride` floats apart.
 template <class Row>
-inline void transpose_eight(const Row& row, float* to) {
+inline void transpose_eight(const Row& row, float* to, int64_t stride = kGemmColumns) {
   Eight r[8], s[8];
   for (int i = 0; i < 8; ++i) r[i] = row(i);
   for (int i = 0; i < 8; i += 2) {
@@ -261,8 +261,8 @@ inline void transpose_eight(const Row& row, float* to) {
   for (int j = 0; j < 4; ++j) {
     const Eight low = __builtin_shufflevector(r[j], r[4 + j], 0, 1, 2, 3, 8, 9, 10, 11);
     const Eight high = __builtin_shufflevector(r[j], r[4 + j], 4, 5, 6, 7, 12, 13, 14, 15);
-    __builtin_memcpy(to + j * kGemmColumns, &low, sizeof low);
-    __builtin_memcpy(to + (j + 4) * kGemmColumns, &high, sizeof high);
+    __builtin_memcpy(to + j * stride, &low, sizeof low);
+    __builtin_memcpy(to + (j + 4) * stride, &high, sizeof high);
   }
 }
 
@@ -322,7 +322,8 @@ inline void gemm_tile(const float* x, int64_t x_stride, const float* panel, int6
 }
 
 void gemm_f32(const float* x, int64_t x_stride, int64_t rows, const float* w, int64_t w_stride, bool back,
-              const float* bias, float* y, int64_t y_stride, int64_t depth, int64_t begin, int64_t end) {
+              const float* onto, int64_t onto_stride, float* y, int64_t y_stride, int64_t depth, int64_t begin,
+              int64_t end) {
   constexpr int64_t kPanel = kGemmDepth * kGemmColumns;
   alignas(64) float panels[kGemmDepth * kGemmGroup];
   const int64_t piece = piece_of(depth, kGemmDepth);
@@ -349,9 +350,9 @@ void gemm_f32(const float* x, int64_t x_stride, int64_t rows, const float* w, in
                       4 * terms, (m - top) / R, (bottom - top) / R);
               }
               float* target = y + m * y_stride + o;
-              const float* before = k > 0 ? target : bias ? bias + o : nullptr;
-              gemm_tile<R>(x + m * x_stride + k, x_stride, panel, terms, before, k > 0 ? y_stride : 0, target, y_stride,
-                           columns);
+              const float* before = k > 0 ? target : onto ? onto + m * onto_stride + o : nullptr;
+              gemm_tile<R>(x + m * x_stride + k, x_stride, panel, terms, before, k > 0 ? y_stride : onto_stride, target,
+                           y_stride, columns);
             }
           };
           tiles(Constant<kGemmRows>());
@@ -668,7 +669,7 @@ inline Ints add_quads(Ints acc, const uint8_t* w, const int8_t* x) {
 }
 
 constexpr int kBlockRows = 6;                      // whose sums, of integers and of blocks, fill the registers
-constexpr int64_t kBlocksDepth = 16 * kInt8Block;  // of a panel that fills the first cache
+constexpr int64_t kBlocksDepth = 32 * kInt8Block;  // of a panel that fills the first cache
 
 /// `columns` rows of w, 128 added to each number, `depth` terms of them: panel [ceil(depth / 4), kGemmColumns, 4], zero
 /// products behind `depth`.
@@ -1044,12 +1045,195 @@ void attend(const float* q, const float* keys, const float* values, int64_t stri
   }
 }
 
+// Attention of many positions ----------------------------------------------------------------------------------------
+
+constexpr int64_t kAttendRows = 72, kAttendKeys = 256;  // of a block of scores
+
+struct Range {
+  int64_t first, last;
+};
+/// The keys that row n sees.
+inline Range seen_by(const SeenKeys& seen, int64_t n) {
+  const int64_t position = seen.position + n;
+  int64_t first = 0, last = seen.causal ? position + 1 : seen.count;
+  if (seen.window > 0) {
+    first = position - seen.window + (seen.causal ? 1 : 0);
+    if (!seen.causal) last = position + seen.window + 1;
+  }
+  return {first < 0 ? 0 : first, last > seen.count ? seen.count : last};
+}
+/// Of `range` what lies in the block of keys at `key`, counted from there.
+inline Range in_block(Range range, int64_t key, int64_t count) {
+  const int64_t first = range.first - key, last = range.last - key;
+  return {first < 0 ? 0 : first, last > count ? count : last};
+}
+
+/// Scores s [count] of row n with the keys from `key` on, within `range`: scaled, capped and biased.
+inline void finish_scores(const SeenKeys& seen, int64_t n, int64_t key, Range range, float* s) {
+  const float* bias = seen.bias ? seen.bias + n * seen.bias_stride + key + range.first : nullptr;
+  s += range.first;
+  for_pieces(range.last - range.first, [&](int64_t i, int64_t count) {
+    Floats v = load_piece(s + i, count) * seen.scale;
+    if (seen.softcap > 0) v = seen.softcap * tanh(v / seen.softcap);
+    if (bias) v += load_piece(bias + i, count);
+    store_piece(s + i, v, count);
+  });
+}
+
+/// Of a row's scores s [count], within `range`: e^(s - top), zeros elsewhere. top, total: the largest score and the sum
+/// so far; returns what the earlier sums are to be multiplied with.
+inline float soften(float* s, int64_t count, Range range, float& top, float& total) {
+  for (int64_t i = 0; i < range.first && i < count; ++i) s[i] = 0;
+  for (int64_t i = range.last < 0 ? 0 : range.last; i < count; ++i) s[i] = 0;
+  float best = -__builtin_inff();
+  int64_t i = range.first;
+  if (i + kLanes <= range.last) {
+    Floats tops = load(s + i);
+    for (i += kLanes; i + kLanes <= range.last; i += kLanes) {
+      const Floats v = load(s + i);
+      tops = select(v > tops, v, tops);
+    }
+    best = max(tops);
+  }
+  for (; i < range.last; ++i) best = s[i] > best ? s[i] : best;
+  if (best == -__builtin_inff()) {  // nothing is seen
+    for (i = range.first; i < range.last; ++i) s[i] = 0;
+    return 1;
+  }
+  const float factor = best > top ? exp(splat(top - best))[0] : 1.0f;
+  top = best > top ? best : top;
+  Floats sums{};
+  float rest = 0;
+  for_pieces(range.last - range.first, [&](int64_t j, int64_t pieces) {
+    const Floats p = exp(load_piece(s + range.first + j, pieces) - top);
+    store_piece(s + range.first + j, p, pieces);
+    if (pieces == kLanes) {
+      sums += p;
+    } else {
+      for (int64_t l = 0; l < pieces; ++l) rest += p[l];
+    }
+  });
+  total = total * factor + (sum(sums) + rest);
+  return factor;
+}
+
+inline void scale_row(float* row, int64_t size, float factor) {
+  for_pieces(size, [&](int64_t i, int64_t count) { store_piece(row + i, load_piece(row + i, count) * factor, count); });
+}
+
+/// Calls body(row, rows, key, keys, begun, ends) for the blocks of scores in which some row sees something, keys
+/// ascending within a block of rows.
+template <class Body>
+inline void for_score_blocks(const SeenKeys& seen, int64_t rows, Body body) {
+  for (int64_t row = 0; row < rows; row += kAttendRows) {
+    const int64_t some = rows - row < kAttendRows ? rows - row : kAttendRows;
+    const int64_t begin = seen_by(seen, row).first / kAttendKeys * kAttendKeys,
+                  end = seen_by(seen, row + some - 1).last;
+    for (int64_t key = begin; key < end; key += kAttendKeys) {
+      body(row, some, key, end - key < kAttendKeys ? end - key : kAttendKeys, key > begin, key + kAttendKeys >= end);
+    }
+  }
+}
+
+void attend_rows(const float* q, int64_t q_stride, int64_t rows, const SeenKeys& seen, float* out, int64_t out_stride,
+                 float* log_sums, int64_t log_sums_stride) {
+  alignas(64) float scores[kAttendRows * kAttendKeys];
+  float tops[kAttendRows], totals[kAttendRows];
+  for_score_blocks(seen, rows, [&](int64_t row, int64_t some, int64_t key, int64_t keys, bool begun, bool ends) {
+    gemm_f32(q + row * q_stride, q_stride, some, seen.keys + key * seen.stride, seen.stride, /*back=*/false, nullptr, 0,
+             scores, kAttendKeys, seen.k, 0, keys);
+    float* target = out + row * out_stride;
+    for (int64_t n = 0; n < some; ++n) {
+      if (!begun) {
+        tops[n] = -__builtin_inff();
+        totals[n] = 0;
+      }
+      const Range range = in_block(seen_by(seen, row + n), key, keys);
+      finish_scores(seen, row + n, key, range, scores + n * kAttendKeys);
+      const float factor = soften(scores + n * kAttendKeys, keys, range, tops[n], totals[n]);
+      if (begun && factor != 1) scale_row(target + n * out_stride, seen.k, factor);
+    }
+    gemm_f32(scores, kAttendKeys, some, seen.values + key * seen.stride, seen.stride, /*back=*/true,
+             begun ? target : nullptr, out_stride, target, out_stride, keys, 0, seen.k);
+    for (int64_t n = 0; ends && n < some; ++n) {
+      scale_row(target + n * out_stride, seen.k, 1.0f / totals[n]);
+      if (log_sums) log_sums[(row + n) * log_sums_stride] = tops[n] + __builtin_logf(totals[n]);
+    }
+  });
+}
+
+/// to[j, i] = from[i, j]: [rows, columns], rows kAttendKeys apart, to [columns, rows], rows kAttendRows apart.
+inline void transpose_scores(const float* from, int64_t rows, int64_t columns, float* to) {
+  for (int64_t i = 0; i < rows; i += 8) {
+    int64_t j = 0;
+    for (; i + 8 <= rows && j + 8 <= columns; j += 8) {
+      transpose_eight([&](int r) { return load_as<Eight>(from + (i + r) * kAttendKeys + j); }, to + j * kAttendRows + i,
+                      kAttendRows);
+    }
+    for (; j < columns; ++j) {
+      for (int64_t r = i; r < i + 8 && r < rows; ++r) to[j * kAttendRows + r] = from[r * kAttendKeys + j];
+    }
+  }
+}
+
+void attend_backward(const float* q, int64_t q_stride, const float* out, const float* d_out, int64_t out_stride,
+                     const float* log_sums, int64_t log_sums_stride, int64_t rows, const SeenKeys& seen, float* dq,
+                     int64_t dq_stride, float* dk, float* dv) {
+  alignas(64) float weights[kAttendRows * kAttendKeys], slopes[kAttendRows * kAttendKeys];
+  alignas(64) float turned[kAttendKeys * kAttendRows];
+  const int64_t k = seen.k, stride = seen.stride;
+  for_score_blocks(seen, rows, [&](int64_t row, int64_t some, int64_t key, int64_t keys, bool begun, bool) {
+    const float *q_rows = q + row * q_stride, *d_rows = d_out + row * out_stride, *out_rows = out + row * out_stride;
+    gemm_f32(q_rows, q_stride, some, seen.keys + key * stride, stride, /*back=*/false, nullptr, 0, weights, kAttendKeys,
+             k, 0, keys);
+    gemm_f32(d_rows, out_stride, some, seen.values + key * stride, stride, /*back=*/false, nullptr, 0, slopes,
+             kAttendKeys, k, 0, keys);
+    for (int64_t n = 0; n < some; ++n) {
+      Floats dots{};
+      for_pieces(k, [&](int64_t i, int64_t count) {
+        dots += load_piece(d_rows + n * out_stride + i, count) * load_piece(out_rows + n * out_stride + i, count);
+      });
+      const float delta = sum(dots), log_sum = log_sums[(row + n) * log_sums_stride];
+      float *w = weights + n * kAttendKeys, *d = slopes + n * kAttendKeys;
+      const Range range = in_block(seen_by(seen, row + n), key, keys);
+      for (int64_t i = 0; i < keys; ++i) {
+        if (i >= range.first && i < range.last) continue;
+        w[i] = 0;
+        d[i] = 0;
+      }
+      const float* bias = seen.bias ? seen.bias + (row + n) * seen.bias_stride + key : nullptr;
+      for_pieces(range.last - range.first, [&](int64_t j, int64_t count) {
+        const int64_t i = range.first + j;
+        Floats score = load_piece(w + i, count) * seen.scale, slope = splat(seen.scale);
+        if (seen.softcap > 0) {
+          const Floats capped = tanh(score / seen.softcap);
+          score = seen.softcap * capped;
+          slope *= 1.0f - capped * capped;
+        }
+        if (bias) score += load_piece(bias + i, count);
+        const Floats p = exp(score - log_sum);
+        store_piece(w + i, p, count);
+        store_piece(d + i, p * (load_piece(d + i, count) - delta) * slope, count);
+      });
+    }
+    transpose_scores(weights, some, keys, turned);
+    gemm_f32(turned, kAttendRows, keys, d_rows, out_stride, /*back=*/true, dv + key * stride, stride, dv + key * stride,
+             stride, some, 0, k);
+    transpose_scores(slopes, some, keys, turned);
+    gemm_f32(turned, kAttendRows, keys, q_rows, q_stride, /*back=*/true, dk + key * stride, stride, dk + key * stride,
+             stride, some, 0, k);
+    float* target = dq + row * dq_stride;
+    gemm_f32(slopes, kAttendKeys, some, seen.keys + key * stride, stride, /*back=*/true, begun ? target : nullptr,
+             dq_stride, target, dq_stride, keys, 0, k);
+  });
+}
+
 }  // namespace
 
 extern const KernelTable MOESAIC_KERNELS = {
-    gemv_f32,        gemv_bf16,         gemm_f32,      quantize_int16, gemv_int8, gemm_int8,
-    quantize_blocks, gemm_blocks,       quantize_int8, thin_dots,      thin_add,  thin_outer,
-    rms_norm,        rms_norm_backward, glu,           glu_backward,   rope,      attend,
+    gemv_f32,    gemv_bf16,     gemm_f32,  quantize_int16, gemv_int8,   gemm_int8,       quantize_blocks,
+    gemm_blocks, quantize_int8, thin_dots, thin_add,       thin_outer,  rms_norm,        rms_norm_backward,
+    glu,         glu_backward,  rope,      attend,         attend_rows, attend_backward,
 };
 
 }  // namespace moesaic::nn

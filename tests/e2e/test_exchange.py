@@ -111,7 +111,9 @@ def test_exported_experts_load_one_by_one(method, experts, folder, adapter, tmp_
     assert differ(scores[0], scores[1])
 
 
-def test_int8_generates_what_rounded_weights_generate(folder, adapter):
+def test_int8_generates_what_rounded_weights_generate(folder, adapter, monkeypatch):
+    # With AVX512 a prompt's activations have 8 bits, which on so small a model changes tokens.
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
     adapter("lora")  # makes the model
     rounded = base_model(folder / "model")
     for module in rounded.modules():

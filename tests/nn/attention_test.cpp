@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include "moesaic/nn/kernels.h"
 #include "moesaic/nn/kv_cache.h"
 #include "tests/nn/gradcheck.h"
 
@@ -109,6 +110,35 @@ TEST(RaggedAttention, LongSequencesCrossTheKernelsBlocks) {
   }
 }
 
+TEST(RaggedAttention, GradientsOfLongSequencesCrossTheKernelsBlocks) {
+  torch::manual_seed(6);
+  for (const auto& [softcap, window, causal] : std::vector<std::tuple<double, int64_t, bool>>{
+           {0, 0, true}, {0, 150, true}, {2, 0, true}, {0, 40, false}, {0, 0, false}}) {
+    const AttentionOptions options{.scale = 0.35, .softcap = softcap, .window = window, .causal = causal};
+    const Case c{"long", 4, 2, 12, options};
+    const std::vector<int64_t> offsets{0, 310, 311, 600};
+    for (const auto dtype : {torch::kFloat32, torch::kBFloat16}) {
+      auto x = inputs(c, 600, dtype);
+      std::vector<torch::Tensor> exact;
+      for (auto& t : x) {
+        exact.push_back(leaf(t));
+        t.requires_grad_(true);
+      }
+      const auto out = ragged_attention(x[0], x[1], x[2], offsets, options);
+      const auto expected = ragged_attention(exact[0], exact[1], exact[2], offsets, options);  // by the formula
+      const auto d_out = torch::randn_like(out);
+      out.backward(d_out);
+      expected.backward(d_out.to(torch::kFloat64));
+      const bool half = dtype == torch::kBFloat16;  // 8 bits: the outputs and the gradients are rounded once, and the
+                                                    // outputs' rounding comes back in each row's sum
+      SCOPED_TRACE(
+          fmt::format("softcap {}, window {}, causal {}, {}", softcap, window, causal, half ? "half" : "float"));
+      EXPECT_LT(relative_error(out.detach(), expected.detach()), half ? 1.0 / 256 : 1e-6);
+      for (int i = 0; i < 3; ++i) EXPECT_LT(relative_error(x[i].grad(), exact[i].grad()), half ? 1.0 / 128 : 3e-6) << i;
+    }
+  }
+}
+
 TEST(RaggedAttention, NeighboursDoNotMatter) {
   torch::manual_seed(3);
   const Case c{"gqa", 4, 2, 8, {.scale = 0.35}};
@@ -153,6 +183,36 @@ TEST(CachedAttention, AnyChunkingEqualsFull) {
       }
       cache.commit(counts);
     }
+  }
+}
+
+TEST(CachedAttention, ARowOfATextThatIsReadHasTheSameBitsInAnyParts) {
+  torch::manual_seed(5);
+  const AlikeRows alike(AlikeRows::Number::kMany);
+  constexpr int64_t kLength = 600;
+  std::vector<Case> cases = kCases;
+  cases.push_back({"long window", 4, 2, 16, {.scale = 0.25, .window = 70}});
+  for (const Case& c : cases) {
+    const auto x = inputs(c, kLength, torch::kFloat32);
+    auto read = [&](const std::vector<int64_t>& parts) {
+      KvCache cache(1, c.kv_heads, c.k, 1, torch::TensorOptions(torch::kFloat32));
+      std::vector<torch::Tensor> outs;
+      int64_t done = 0;
+      for (const int64_t count : parts) {
+        Pass pass;
+        pass.cache = &cache;
+        pass.offsets = {0, count};
+        auto rows = [&](int i) { return x[i].narrow(0, done, count); };
+        outs.push_back(cached_attention(rows(0), rows(1), rows(2), 0, pass, c.options));
+        cache.commit({count});
+        done += count;
+      }
+      return at::cat(outs);
+    };
+    const auto whole = read({kLength});
+    EXPECT_LT(relative_error(whole, ragged_attention(x[0], x[1], x[2], {0, kLength}, c.options)), 1e-6) << c.name;
+    EXPECT_TRUE(torch::equal(read({1, 31, 64, 1, 300, 203}), whole)) << c.name;
+    EXPECT_TRUE(torch::equal(read({257, 255, 88}), whole)) << c.name;
   }
 }
 

@@ -226,6 +226,20 @@ def round_linears_to_int8(model):
     return model
 
 
+def round_activations_to_int8(model, block=32):
+    """What linears read is rounded to 8 bits, `block` numbers of a row with one scale, max / 127."""
+    def rounded(module, inputs):
+        x = inputs[0]
+        blocks = torch.nn.functional.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block))
+        scale = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+        return ((blocks / scale).round() * scale).flatten(-2)[..., :x.shape[-1]], *inputs[1:]
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(rounded)
+    return model
+
+
 def rewrite_as_transformers_4(folder):
     """Rewrites config.json with the keys that transformers 4 used."""
     path = pathlib.Path(folder) / "config.json"
@@ -357,9 +371,9 @@ def assert_gradients_close(ours, reference, relative=RELATIVE):
 class Driver:
     """A running parity_driver: one JSON job per line in, one JSON answer per line out."""
 
-    def __init__(self):
+    def __init__(self, **environment):
         self.process = subprocess.Popen([self.executable()], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                        env={**os.environ, "OMP_NUM_THREADS": "2"})
+                                        env={**os.environ, "OMP_NUM_THREADS": "2", **environment})
 
     @staticmethod
     def executable():

@@ -1,6 +1,7 @@
 """The frozen models: logits, loss and the gradient of every weight, against transformers."""
 
 import json
+import pathlib
 import shutil
 
 import pytest
@@ -101,8 +102,16 @@ def test_bfloat16(name, driver, models, tmp_path):
     assert error < 1.2 * their_error, f"ours {error:.4f}, transformers {their_error:.4f}"
 
 
+@pytest.fixture(scope="module")
+def driver_16_bits():
+    """As on a processor without AVX512: what meets int8 weights has 16 bits, however many rows there are."""
+    running = common.Driver(ATEN_CPU_CAPABILITY="avx2")
+    yield running
+    running.close()
+
+
 @pytest.mark.parametrize("name", common.ARCHITECTURES + common.SPARSE + common.SEQ2SEQ)
-def test_int8(name, driver, models, tmp_path):
+def test_int8(name, driver_16_bits, models, tmp_path):
     """Weight-only int8. Ten times the float tolerance: a weight between two int8 steps may round either way, and a
     token computed alone (through the cache) has its activations rounded to 16 bits."""
     model, folder = models(name)
@@ -113,9 +122,32 @@ def test_int8(name, driver, models, tmp_path):
         base = common.reference_logits(model, ids)
     assert (reference - base).abs().max() > 1e-3 * base.abs().max()
     for mode in ("logits", "cached"):
-        ours = driver.run(tmp_path / "out.safetensors", model=folder, quantize=True, mode=mode, sequences=ids,
+        ours = driver_16_bits.run(tmp_path / "out.safetensors", model=folder, quantize=True, mode=mode, sequences=ids,
                           mask=common.masks(ids), prompts=common.prompt_lengths(ids))
         common.assert_close(ours["logits"], reference, mode, relative=10 * common.RELATIVE)
+
+
+# An activation between two steps may round either way, and takes the rows that see its own with it, so the yardstick is
+# the distance to whole activations.
+@pytest.mark.parametrize("name", common.ARCHITECTURES)
+def test_int8_with_activations_in_8_bits(name, driver, models, tmp_path):
+    if "avx512_vnni" not in pathlib.Path("/proc/cpuinfo").read_text() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("this processor has no AVX512-VNNI; kernels_test has these products on any")
+    _, folder = models(name)
+    model = common.round_linears_to_int8(common.make_model(name))
+    ids = common.sequences()
+    assert sum(map(len, ids)) > 16  # fewer have 16 bits
+    with torch.no_grad():
+        whole = common.reference_logits(model, ids)
+        reference = common.reference_logits(common.round_activations_to_int8(model), ids)
+    ours = driver.run(tmp_path / "out.safetensors", model=folder, quantize=True, sequences=ids,
+                      mask=common.masks(ids))["logits"]
+
+    def distance(expected):
+        return (ours - expected).square().mean().sqrt() / expected.abs().max()
+
+    assert distance(whole) > 10 * common.RELATIVE
+    assert distance(reference) < 0.5 * distance(whole)
 
 
 # --- encoder-decoders ------------------------------------------------------------------------------------------------
