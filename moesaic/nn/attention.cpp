@@ -186,7 +186,7 @@ void attend_stretches(const torch::Tensor& q, const std::vector<Stretch>& stretc
   for (size_t i = 0; i < stretches.size(); ++i) {
     const Stretch& rows = stretches[i];
     const auto& [keys, values] = cached[rows.sequence];
-    wide[rows.sequence] = {keys.to(torch::kFloat32), values.to(torch::kFloat32)};
+    wide[rows.sequence] = {keys.to(torch::kFloat32).contiguous(), values.to(torch::kFloat32).contiguous()};
     for (int64_t head = 0; head < heads; ++head) {
       for (int64_t n = rows.begin; n < rows.end; n += kRows)
         tasks.push_back({i, head, n, std::min(n + kRows, rows.end)});

@@ -127,14 +127,15 @@ bool has_rows(const torch::Tensor& t) { return t.dim() == 2 && (t.stride(1) == 1
 /// Whether own kernels take a large product of these.
 bool multiplies_own(const torch::Tensor& x, const torch::Tensor& weight) {
   return products() == Products::kOwn && x.is_cpu() && x.scalar_type() == torch::kFloat32 &&
-         weight.scalar_type() == torch::kFloat32 && has_rows(x) && has_rows(weight);
+         weight.scalar_type() == torch::kFloat32 && has_rows(x) && has_rows(weight) && weight.numel() > 0;
 }
 
-/// y = x W^T + bias, or x W when `back`.
-void own_product(const torch::Tensor& x, const torch::Tensor& weight, bool back, const torch::Tensor& bias,
-                 torch::Tensor& y) {
+/// y = onto + x W^T, or onto + x W when `back`. onto: a bias [out], y itself, or undefined.
+void own_product(const torch::Tensor& x, const torch::Tensor& weight, bool back, const torch::Tensor& onto,
+                 const torch::Tensor& y) {
   const int64_t rows = x.size(0), depth = x.size(1), out = y.size(1);
-  const float *x_data = x.data_ptr<float>(), *w_data = weight.data_ptr<float>(), *bias_data = data_or_null(bias);
+  const float *x_data = x.data_ptr<float>(), *w_data = weight.data_ptr<float>(), *onto_data = data_or_null(onto);
+  const int64_t onto_stride = onto.defined() && onto.dim() == 2 ? onto.stride(0) : 0;
   float* y_data = y.data_ptr<float>();
   // Columns are parted first: what is packed of a weight serves all rows of a part.
   const int64_t panels = (out + kGemmPanel - 1) / kGemmPanel;
@@ -145,8 +146,8 @@ void own_product(const torch::Tensor& x, const torch::Tensor& weight, bool back,
     for (int64_t part = first; part < last; ++part) {
       const int64_t column = part % across, row = part / across, top = row * rows / down;
       kernels().gemm_f32(x_data + top * x.stride(0), x.stride(0), (row + 1) * rows / down - top, w_data,
-                         weight.stride(0), back, bias_data, /*onto_stride=*/0, y_data + top * y.stride(0), y.stride(0),
-                         depth, column * panels / across * kGemmPanel,
+                         weight.stride(0), back, onto_data ? onto_data + top * onto_stride : nullptr, onto_stride,
+                         y_data + top * y.stride(0), y.stride(0), depth, column * panels / across * kGemmPanel,
                          std::min(out, (column + 1) * panels / across * kGemmPanel));
     }
   });
@@ -271,7 +272,10 @@ torch::Tensor thin_dots(const torch::Tensor& x, const torch::Tensor& a) {
 void thin_add(const torch::Tensor& g, const torch::Tensor& a, double scale, torch::Tensor y) {
   const int64_t rank = a.size(0), d = a.size(1);
   if (!is_thin(y, g, rank)) {
-    if (AlikeRows::now() != Number::kAny && is_thin(y, g, kThinRank)) {
+    const bool own = multiplies_own(g, a) && has_rows(y) && y.scalar_type() == torch::kFloat32;
+    if (own && AlikeRows::now() != Number::kFew) {
+      own_product(scale == 1.0 ? g : g * scale, a, /*back=*/true, y, y);
+    } else if (AlikeRows::now() != Number::kAny && is_thin(y, g, kThinRank)) {
       for (int64_t k = 0; k < rank; k += kThinRank) {
         const int64_t count = std::min(kThinRank, rank - k);
         thin_add(g.narrow(1, k, count), a.narrow(0, k, count), scale, y);
@@ -296,8 +300,13 @@ torch::Tensor thin_outer(const torch::Tensor& g, const torch::Tensor& x, double 
                          torch::Tensor dots) {
   const int64_t rank = g.size(1), d = x.size(1), count = x.size(0);
   if (!is_thin(x, g, rank)) {
-    if (dots.defined()) at::addmm_out(dots, dots, x, a.t(), 0.0, scale);
-    torch::Tensor sums = at::mm(g.t(), x);
+    const bool own = multiplies_own(g, x);
+    if (dots.defined() && own && has_rows(a) && has_rows(dots)) {
+      own_product(x, scale == 1.0 ? a : a * scale, /*back=*/false, {}, dots);
+    } else if (dots.defined()) {
+      at::addmm_out(dots, dots, x, a.t(), 0.0, scale);
+    }
+    torch::Tensor sums = own ? back_rows(g.t().contiguous(), x) : at::mm(g.t(), x);
     if (sums.element_size() == 2) sums = sums.to(torch::kFloat32);
     return scale == 1.0 ? sums : sums.mul_(scale);
   }

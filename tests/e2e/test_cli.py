@@ -306,12 +306,29 @@ def test_inspect_counts_the_reference_molora(tmp_path, folder):
 def test_doctor():
     report = json.loads(run("doctor", "--json").stdout)
     assert report["threads"] >= 1 and report["libtorch"].startswith("2.") and report["device"] in ("cpu", "cuda", "cuda:0")
+    assert len(report["product_gflops"]) == 8
+    assert all(speed["own"] > 0 and speed["library"] > 0 for speed in report["product_gflops"].values())
     # As on a processor without AVX2.
     done = subprocess.run([str(tiny_run.PROGRAM), "doctor", "--json", "--device", "cpu"], capture_output=True, text=True,
                           timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": "default"})
     report = json.loads(done.stdout)
     assert report["cpu_capability"] == "DEFAULT"
     assert (report["dtype"], report["dtype_reason"]) == ("float32", "this CPU has no fast bfloat16")
+    assert (report["products"], report["products_reason"]) == ("library", "this processor has no AVX2 that PyTorch uses")
+
+
+def test_who_multiplies(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    measured = json.loads(run("doctor", "--json").stdout)
+    again = json.loads(run("doctor", "--json").stdout)
+    assert (again["products"], again["products_reason"]) == (measured["products"], measured["products_reason"]), "remembered"
+    for name in ("own", "library"):
+        monkeypatch.setenv("MOESAIC_PRODUCTS", name)
+        report = json.loads(run("doctor", "--json").stdout)
+        assert (report["products"], report["products_reason"]) == (name, "MOESAIC_PRODUCTS")
+    monkeypatch.setenv("MOESAIC_PRODUCTS", "mkl")
+    failed = moesaic("doctor")
+    assert failed.returncode == 2 and "MOESAIC_PRODUCTS 'mkl': expected own or library" in failed.stderr
 
 
 # --- eval, routes ----------------------------------------------------------------------------------------------------
