@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 #include <dlfcn.h>
+#include <sched.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -11,6 +12,7 @@
 #include <filesystem>
 #include <fstream>
 #include <mutex>
+#include <sstream>
 #include <stop_token>
 #include <string>
 #include <string_view>
@@ -59,6 +61,25 @@ nanoseconds kept_from_running() {
   return nanoseconds(sum);
 }
 
+/// Time that others ran on the CPUs of this process, since some moment; the kernel counts it in steps of 10 ms.
+nanoseconds others_ran() {
+  cpu_set_t ours;
+  timespec own{};
+  if (sched_getaffinity(0, sizeof ours, &ours) != 0 || clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &own) != 0) return {};
+  int64_t ticks = 0;
+  std::ifstream stat("/proc/stat");
+  for (std::string line; std::getline(stat, line);) {
+    std::istringstream words(line);
+    std::string name;
+    int64_t user = 0, nice = 0, system = 0;  // then idle, iowait, ..
+    if (!(words >> name >> user >> nice >> system) || !name.starts_with("cpu") || name == "cpu") continue;
+    const int cpu = std::stoi(name.substr(3));
+    if (cpu < CPU_SETSIZE && CPU_ISSET(cpu, &ours)) ticks += user + nice + system;
+  }
+  return nanoseconds(std::chrono::seconds(ticks)) / sysconf(_SC_CLK_TCK) - std::chrono::seconds(own.tv_sec) -
+         nanoseconds(own.tv_nsec);
+}
+
 void watch(std::stop_token stop, void (*gomp_parallel)(void (*)(void*), void*, unsigned, unsigned)) {
   constexpr milliseconds kWindow(50), kBusy(5), kShortest(500), kLongest(8000);
   std::mutex mutex;
@@ -68,11 +89,17 @@ void watch(std::stop_token stop, void (*gomp_parallel)(void (*)(void*), void*, u
     stopped.wait_for(lock, stop, time, [] { return false; });
   };
 
+  // Whether others took a fifth of a CPU. Where they didn't, what keeps a thread from running is another of ours: those
+  // that sleep are woken beside each other, and only those that spin are taken apart by the kernel.
+  auto sleep_beside_others = [&](milliseconds time) {
+    const nanoseconds before = others_ran();
+    sleep(time);
+    return others_ran() - before > time / 5;
+  };
   milliseconds pause = kShortest, spinning(0);
   while (!stop.stop_requested()) {
     const nanoseconds before = kept_from_running();
-    sleep(kWindow);
-    if (kept_from_running() - before < kBusy) {
+    if (!sleep_beside_others(kWindow) || kept_from_running() - before < kBusy) {
       spinning += kWindow;
       if (spinning > pause) pause = kShortest;
       continue;
@@ -80,7 +107,9 @@ void watch(std::stop_token stop, void (*gomp_parallel)(void (*)(void*), void*, u
     // A team that sleeps makes libgomp manage more threads than there are CPUs, until the thread that owns it ends.
     std::thread([&] {
       gomp_parallel([](void*) {}, nullptr, std::thread::hardware_concurrency() + 1, 0);
-      sleep(pause);
+      for (milliseconds slept(0); slept < pause && !stop.stop_requested(); slept += kShortest) {
+        if (!sleep_beside_others(kShortest)) break;
+      }
     }).join();
     pause = std::min(2 * pause, kLongest);
     spinning = milliseconds(0);
