@@ -11,7 +11,9 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <mutex>
+#include <set>
 #include <sstream>
 #include <stop_token>
 #include <string>
@@ -80,6 +82,46 @@ nanoseconds others_ran() {
          nanoseconds(own.tv_nsec);
 }
 
+/// Moves threads of this process that are ready on one CPU to CPUs of theirs on which none is. The kernel wakes a
+/// thread where it last ran, and on two CPUs does not look for a free one: two that met stay together.
+void take_apart() {
+  struct Ready {
+    pid_t thread;
+    int cpu;
+    cpu_set_t allowed;
+  };
+  std::vector<Ready> ready;
+  std::set<int> taken;
+  std::error_code gone;  // threads end while we read
+  for (const auto& task : std::filesystem::directory_iterator("/proc/self/task", gone)) {
+    std::string line;
+    std::getline(std::ifstream(task.path() / "stat"), line);
+    std::istringstream words(line.substr(std::min(line.size(), line.rfind(')') + 1)));  // behind the name
+    const std::vector<std::string> fields{std::istream_iterator<std::string>(words), {}};
+    constexpr size_t kState = 0, kProcessor = 36;
+    Ready found{std::stoi(task.path().filename().string()), 0, {}};
+    if (fields.size() <= kProcessor || fields[kState] != "R" || found.thread == gettid() ||
+        sched_getaffinity(found.thread, sizeof found.allowed, &found.allowed) != 0) {
+      continue;
+    }
+    found.cpu = std::stoi(fields[kProcessor]);
+    if (taken.insert(found.cpu).second) continue;  // the first there stays
+    ready.push_back(found);
+  }
+  for (const Ready& each : ready) {
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+      if (!CPU_ISSET(cpu, &each.allowed) || taken.contains(cpu)) continue;
+      cpu_set_t one;
+      CPU_ZERO(&one);
+      CPU_SET(cpu, &one);
+      if (sched_setaffinity(each.thread, sizeof one, &one) != 0) break;
+      sched_setaffinity(each.thread, sizeof each.allowed, &each.allowed);
+      taken.insert(cpu);
+      break;
+    }
+  }
+}
+
 void watch(std::stop_token stop, void (*gomp_parallel)(void (*)(void*), void*, unsigned, unsigned)) {
   constexpr milliseconds kWindow(50), kBusy(5), kShortest(500), kLongest(8000);
   std::mutex mutex;
@@ -89,8 +131,7 @@ void watch(std::stop_token stop, void (*gomp_parallel)(void (*)(void*), void*, u
     stopped.wait_for(lock, stop, time, [] { return false; });
   };
 
-  // Whether others took a fifth of a CPU. Where they didn't, what keeps a thread from running is another of ours: those
-  // that sleep are woken beside each other, and only those that spin are taken apart by the kernel.
+  // Whether others took a fifth of a CPU.
   auto sleep_beside_others = [&](milliseconds time) {
     const nanoseconds before = others_ran();
     sleep(time);
@@ -99,7 +140,9 @@ void watch(std::stop_token stop, void (*gomp_parallel)(void (*)(void*), void*, u
   milliseconds pause = kShortest, spinning(0);
   while (!stop.stop_requested()) {
     const nanoseconds before = kept_from_running();
-    if (!sleep_beside_others(kWindow) || kept_from_running() - before < kBusy) {
+    const bool others = sleep_beside_others(kWindow), kept = kept_from_running() - before > kBusy;
+    if (kept && !others) take_apart();
+    if (!kept || !others) {
       spinning += kWindow;
       if (spinning > pause) pause = kShortest;
       continue;
