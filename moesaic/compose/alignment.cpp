@@ -5,7 +5,7 @@
 namespace moesaic::compose {
 namespace {
 
-constexpr size_t kLongestChunk = 32;  // characters
+constexpr size_t kLongestChunk = 32, kLongestAcrossLines = 256;  // characters
 
 /// Unicode's White_Space property.
 bool is_white_space(char32_t c) {
@@ -34,16 +34,16 @@ bool same_tokenizer(const tokenizer::Tokenizer& a, const tokenizer::Tokenizer& b
   return true;
 }
 
-size_t closed_chunk(std::string_view text) {
+size_t closed_chunk(std::string_view text, bool across_lines) {
   bool word = false;
   size_t at = 0;
   for (size_t characters = 1; at < text.size(); ++characters) {
     const auto [c, bytes] = character_at(text, at);
     const bool blank = is_white_space(c);
-    if (blank && word) return at;
-    word = word || !blank;
+    if (blank && word && !(across_lines && (c == U'\n' || c == U'\r'))) return at;
+    word = across_lines && (c == U'\n' || c == U'\r') ? false : word || !blank;
     at += bytes;
-    if (characters == kLongestChunk) return at;
+    if (characters == (across_lines ? kLongestAcrossLines : kLongestChunk)) return at;
   }
   return 0;
 }
@@ -51,9 +51,13 @@ size_t closed_chunk(std::string_view text) {
 Alignment::Alignment(std::shared_ptr<const tokenizer::Tokenizer> anchor,
                      std::shared_ptr<const tokenizer::Tokenizer> augmenting, const std::string& rule,
                      const std::string& policy, bool ahead)
-    : prompt_by_word_(rule != "token"), answer_by_word_(rule == "word"), ahead_(ahead), policy_(policy) {
-  MOESAIC_CHECK(rule == "word" || rule == "token" || rule == "mixed", ConfigError,
-                "align: got '{}', expected word, token or mixed", rule);
+    : prompt_by_word_(rule != "token"),
+      answer_by_word_(rule == "word" || rule == "text"),
+      tails_(rule == "text"),
+      ahead_(ahead),
+      policy_(policy) {
+  MOESAIC_CHECK(rule == "word" || rule == "token" || rule == "mixed" || rule == "text", ConfigError,
+                "align: got '{}', expected word, token, mixed or text", rule);
   MOESAIC_CHECK(policy == "causal" || policy == "prefix" || policy == "full", ConfigError,
                 "mask: got '{}', expected causal, prefix or full", policy);
   MOESAIC_CHECK(!ahead || policy == "prefix", ConfigError, "mask: got '{}', expected prefix for an encoder", policy);
@@ -76,14 +80,15 @@ Aligner::Aligner(std::shared_ptr<const Alignment> alignment) : alignment_(std::m
   if (!alignment_->passes_ids()) decoder_.emplace(alignment_->anchor_);
 }
 
+/// `text` behind what was read before.
+std::vector<int64_t> Aligner::encode(std::string_view text) const {
+  const auto& tokenizer = *alignment_->augmenting_;
+  return at_start_ ? tokenizer.encode(text, /*add_special_tokens=*/false) : tokenizer.encode_behind(text);
+}
+
 /// Commits the first `bytes` of the open text.
 void Aligner::close(size_t bytes, std::vector<int64_t>& ids) {
-  const auto& tokenizer = *alignment_->augmenting_;
-  const std::string_view text = std::string_view(open_).substr(0, bytes);
-  for (const int64_t id :
-       at_start_ ? tokenizer.encode(text, /*add_special_tokens=*/false) : tokenizer.encode_behind(text)) {
-    ids.push_back(id);
-  }
+  for (const int64_t id : encode(std::string_view(open_).substr(0, bytes))) ids.push_back(id);
   open_.erase(0, bytes);
   at_start_ = false;
 }
@@ -120,16 +125,22 @@ std::vector<int64_t> Aligner::read(int64_t id, bool border) {
   const bool by_word = answering_ ? alignment_->answer_by_word_ : alignment_->prompt_by_word_;
   answering_ = answering_ || border;
   if (by_word) {
-    while (const size_t bytes = closed_chunk(open_)) close(bytes, ids);
+    while (const size_t bytes = closed_chunk(open_, alignment_->tails_)) close(bytes, ids);
   }
   if (!open_.empty() && (border || special || !by_word)) close(open_.size(), ids);
+  if (alignment_->tails_) tail_ = open_.empty() ? std::vector<int64_t>() : encode(open_);
   return ids;
 }
 
 std::vector<int64_t> Aligner::push(int64_t id, bool border) {
   history_.emplace_back(id, border);
-  std::vector<int64_t> ids = read(id, border);
-  places_.resize(static_cast<size_t>(committed()) + held_.size() + ids.size(), tokens());
+  const std::vector<int64_t> before = tail_;
+  std::vector<int64_t> ids = read(id, border), now = ids;
+  now.insert(now.end(), tail_.begin(), tail_.end());
+  standing_ =
+      committed() + (std::mismatch(before.begin(), before.end(), now.begin(), now.end()).first - before.begin());
+  places_.resize(std::max<size_t>(standing_, places_.size() - before.size()));
+  places_.resize(static_cast<size_t>(committed()) + held_.size() + now.size(), tokens());
   if (alignment_->ahead_) {
     held_.insert(held_.end(), ids.begin(), ids.end());
     ids = border ? std::exchange(held_, {}) : std::vector<int64_t>();

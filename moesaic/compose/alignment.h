@@ -22,6 +22,10 @@ bool same_tokenizer(const tokenizer::Tokenizer& a, const tokenizer::Tokenizer& b
 ///   token  the characters that an anchor token completes
 ///   mixed  word up to the first border, token behind it: a prompt is read as the augmenting model knows it, and an
 ///          answer without the delay of a word
+///   text   as word, but that no chunk ends at the end of a line (some tokenizers put it to what stands before it) and
+///          that one may have 256 characters; and beside what is committed the *tail*: what the open chunk is as far as
+///          it is known, which the next characters may spell anew. So every position sees the text so far as the
+///          augmenting model knows it
 ///
 /// An encoder reads ahead: its states of every token depend on all of them. So it is given the text up to the first
 /// border and nothing behind it, and all of that is committed at once, when the border is reached: the token before an
@@ -34,10 +38,10 @@ bool same_tokenizer(const tokenizer::Tokenizer& a, const tokenizer::Tokenizer& b
 /// With equal tokenizers the ids pass through.
 class Alignment {
  public:
-  /// rule: word | token | mixed. policy: causal (as above) | prefix (nothing behind the first border is read) | full
-  /// (every position sees all, also the future: for comparison with other code only). Throws ConfigError for another
-  /// word, and for another policy than prefix where the augmenting model reads `ahead`. Without tokenizers (both
-  /// nullptr) the ids pass through.
+  /// rule: word | token | mixed | text. policy: causal (as above) | prefix (nothing behind the first border is read) |
+  /// full (every position sees all, also the future: for comparison with other code only). Throws ConfigError for
+  /// another word, and for another policy than prefix where the augmenting model reads `ahead`. Without tokenizers
+  /// (both nullptr) the ids pass through.
   Alignment(std::shared_ptr<const tokenizer::Tokenizer> anchor, std::shared_ptr<const tokenizer::Tokenizer> augmenting,
             const std::string& rule, const std::string& policy, bool ahead = false);
 
@@ -49,7 +53,7 @@ class Alignment {
   std::shared_ptr<const tokenizer::Tokenizer> anchor_, augmenting_;
   std::vector<int64_t> start_;       // BOS, or EOS where there is none, in front of the text
   std::vector<uint8_t> is_special_;  // by anchor id
-  bool prompt_by_word_, answer_by_word_, ahead_;
+  bool prompt_by_word_, answer_by_word_, tails_, ahead_;
   std::string policy_;
 };
 
@@ -65,13 +69,18 @@ class Aligner {
   int64_t tokens() const { return static_cast<int64_t>(counts_.size()); }
   /// Augmenting ids committed so far: c(t) of the last token.
   int64_t committed() const { return counts_.empty() ? 0 : counts_.back(); }
-  /// Of every augmenting id read so far, committed or about to be: the anchor's token that ends its text.
+  /// With rule `text` the ids of the open chunk, behind those committed.
+  const std::vector<int64_t>& tail() const { return tail_; }
+  /// Of the ids read before the last push, committed and tail, how many still stand.
+  int64_t standing() const { return standing_; }
+  /// Of every augmenting id read so far, committed, tail or held: the anchor's token from which on it stands.
   const std::vector<int64_t>& places() const { return places_; }
   /// Forgets all but the first `tokens` anchor tokens.
   void truncate(int64_t tokens);
 
  private:
   std::vector<int64_t> read(int64_t id, bool border);
+  std::vector<int64_t> encode(std::string_view text) const;
   void close(size_t bytes, std::vector<int64_t>& ids);
   void close_prompt(bool whole, std::vector<int64_t>& ids);
 
@@ -80,6 +89,8 @@ class Aligner {
   std::vector<int64_t> counts_;                    // committed after each token
   std::vector<int64_t> places_;                    // see places()
   std::vector<int64_t> held_;                      // read ahead, but not committed
+  std::vector<int64_t> tail_;                      // see tail()
+  int64_t standing_ = 0;
   std::optional<tokenizer::StreamDecoder> decoder_;
   std::string open_;                              // characters that are not committed yet
   std::vector<std::pair<size_t, int64_t>> ends_;  // reading ahead: bytes of open_ behind each of its tokens
@@ -87,7 +98,7 @@ class Aligner {
   bool answering_ = false;  // behind the first border
 };
 
-/// Bytes of the first chunk of `text` when it is closed, else 0 (see Alignment, rule `word`). UTF-8.
-size_t closed_chunk(std::string_view text);
+/// Bytes of the first chunk of `text` when it is closed, else 0 (see Alignment: rule `word`, or `text`). UTF-8.
+size_t closed_chunk(std::string_view text, bool across_lines = false);
 
 }  // namespace moesaic::compose

@@ -65,6 +65,33 @@ models::DecoderConfig parse_anchor(const Json& config, const std::string& where)
   return models::parse_decoder_config(config, where);
 }
 
+ConnectionPair parse_pair(const Json& json, const std::string& where) {
+  MOESAIC_CHECK(json.is_object(), ConfigError, "{}: connections: got {}, expected {{anchor: block, aug: block}}", where,
+                json.dump().substr(0, 80));
+  for (const auto& [key, value] : json.items()) {
+    MOESAIC_CHECK(key == "anchor" || key == "aug" || key == "reads", ConfigError,
+                  "{}: connections: unknown key '{}', expected anchor, aug and reads", where, key);
+  }
+  auto place = [&](const char* key) {
+    const Json value = get<Json>(json, key, where);
+    if (value == "final") return kFinal;
+    MOESAIC_CHECK(value.is_number_integer(), ConfigError, "{}: {}: got {}, expected a block's number or final", where,
+                  key, value.dump().substr(0, 80));
+    return value.get<int64_t>();
+  };
+  const auto reads = get_or<std::string>(json, "reads", "all", where);
+  MOESAIC_CHECK(reads == "all" || reads == "newest", ConfigError, "{}: reads: got '{}', expected all or newest", where,
+                reads);
+  return {place("anchor"), place("aug"), reads == "newest"};
+}
+
+OrderedJson pair_json(const ConnectionPair& pair) {
+  auto place = [](int64_t value) { return value == kFinal ? OrderedJson("final") : OrderedJson(value); };
+  OrderedJson json{{"anchor", place(pair.anchor)}, {"aug", place(pair.aug)}};
+  if (pair.newest) json["reads"] = "newest";
+  return json;
+}
+
 int64_t num_blocks(const AugmentingConfig& config) {
   int64_t highest = -1;
   for (const ConnectionPair& pair : config.connections) highest = std::max(highest, pair.aug);
@@ -88,8 +115,10 @@ void validate(const CompositionConfig& config, const models::DecoderConfig& anch
             fmt::format("{}: got '{}', expected {}", key, value, fmt::join(known, " or ")));
   };
   const ConnectionConfig& shared = config.connection;
-  one_of("cross_position", shared.cross_position, {"rope", "none"});
-  one_of("norm", shared.norm, {"none", "pre", "post"});
+  one_of("cross_position", shared.cross_position, {"rope", "recency", "none"});
+  one_of("norm", shared.norm, {"none", "pre", "standard", "post"});
+  require(shared.output_scale >= 0 && shared.output_scale < 1e3,
+          fmt::format("output_scale: got {}, expected 0 (off) to 1000", shared.output_scale));
   one_of("output_init", shared.output_init, {"zero", "normal"});
   const bool divides = shared.num_heads > 0 && anchor.hidden_size % shared.num_heads == 0;
   require(divides, fmt::format("num_heads: got {}, expected a divisor of the anchor's width {}", shared.num_heads,
@@ -103,7 +132,7 @@ void validate(const CompositionConfig& config, const models::DecoderConfig& anch
   for (size_t m = 0; m < std::min(config.augmenting.size(), augmenting.size()); ++m) {
     const AugmentingConfig& entry = config.augmenting[m];
     const std::string name = fmt::format("augmenting[{}]", m);
-    one_of((name + ".align").c_str(), entry.align, {"word", "token", "mixed"});
+    one_of((name + ".align").c_str(), entry.align, {"word", "token", "mixed", "text"});
     one_of((name + ".mask").c_str(), entry.mask, {"causal", "prefix", "full"});
     if (augmenting[m].ahead) {
       require(entry.mask == "prefix", fmt::format("{}.mask: got '{}', expected prefix: an encoder's states depend on "
@@ -114,10 +143,10 @@ void validate(const CompositionConfig& config, const models::DecoderConfig& anch
     }
     require(!entry.connections.empty(), name + ".connections: got none, expected at least one");
     for (const ConnectionPair& pair : entry.connections) {
-      const bool fits =
-          pair.anchor >= -1 && pair.anchor < anchor.num_layers && pair.aug >= -1 && pair.aug < augmenting[m].blocks;
-      require(fits, fmt::format("{}.connections: got anchor {}, aug {}, expected -1 to {} and -1 to {}", name,
-                                pair.anchor, pair.aug, anchor.num_layers - 1, augmenting[m].blocks - 1));
+      auto is_place = [](int64_t place, int64_t blocks) { return place == kFinal || (place >= -1 && place < blocks); };
+      require(is_place(pair.anchor, anchor.num_layers) && is_place(pair.aug, augmenting[m].blocks),
+              fmt::format("{}.connections: got anchor {}, aug {}, expected -1 to {} and -1 to {}, or final", name,
+                          pair.anchor, pair.aug, anchor.num_layers - 1, augmenting[m].blocks - 1));
     }
   }
   MOESAIC_CHECK(wrong.empty(), ConfigError, "{}: {}", where, fmt::join(wrong, "; "));
@@ -125,6 +154,11 @@ void validate(const CompositionConfig& config, const models::DecoderConfig& anch
 
 CompositionMemory::CompositionMemory(nn::KvCache anchor_cache, std::vector<Stream> all)
     : anchor(std::move(anchor_cache)), streams(std::move(all)) {}
+
+void CompositionMemory::Stream::truncate(int64_t b, int64_t tokens) {
+  model.truncate(b, tokens);
+  connections.truncate(b, tokens);
+}
 
 int64_t CompositionMemory::token_bytes() const {
   int64_t bytes = anchor.token_bytes();
@@ -137,8 +171,7 @@ void CompositionMemory::truncate(int64_t b, int64_t length) {
   anchor.truncate(b, length);
   for (Stream& stream : streams) {
     stream.aligners[b].truncate(length);
-    stream.model.truncate(b, stream.aligners[b].committed());
-    stream.connections.truncate(b, stream.aligners[b].committed());
+    stream.truncate(b, stream.aligners[b].committed());  // a tail is read again
   }
 }
 
@@ -179,19 +212,21 @@ Composition::Composition(CompositionConfig config, Member anchor, std::vector<Me
   }
   auto list = register_module("connections", std::make_shared<torch::nn::Module>());
   const auto options = torch::dtype(torch::kFloat32).device(anchor_.model->device());
-  lowest_anchor_block_ = anchor_config.num_layers;
+  lowest_anchor_block_ = kFinal;
   int64_t k = 0;
   for (size_t m = 0; m < augmenting_.size(); ++m) {
     Stream stream;
     for (const ConnectionPair& pair : config_.augmenting[m].connections) {
       stream.blocks.push_back(pair.aug);
       lowest_anchor_block_ = std::min(lowest_anchor_block_, pair.anchor);
+      highest_anchor_block_ = std::max(highest_anchor_block_, pair.anchor);
     }
     stream.alignment =
         std::make_shared<Alignment>(anchor_.tokenizer, augmenting_[m].tokenizer, config_.augmenting[m].align,
                                     config_.augmenting[m].mask, readers[m].ahead);
     for (size_t c = 0; c < config_.augmenting[m].connections.size(); ++c, ++k) {
-      Connection connection(config_.connection, readers[m].width, anchor_config.hidden_size, options);
+      Connection connection(config_.connection, config_.augmenting[m].connections[c].newest, readers[m].width,
+                            anchor_config.hidden_size, options);
       connection->initialize(make_generator(derive_seed(seed, "connection", static_cast<uint64_t>(k))));
       stream.connections.push_back(list->register_module(std::to_string(k), connection));
     }
@@ -242,7 +277,8 @@ std::vector<nn::Block*> Composition::blocks() {
   std::vector<nn::Block*> all = anchor_.model->blocks();
   for (size_t m = 0; m < augmenting_.size(); ++m) {
     const std::vector<nn::Block*> of_member = augmenting_[m].model->blocks();
-    all.insert(all.end(), of_member.begin(), of_member.begin() + num_blocks(config_.augmenting[m]));
+    all.insert(all.end(), of_member.begin(),
+               of_member.begin() + std::min(num_blocks(config_.augmenting[m]), std::ssize(of_member)));
   }
   return all;
 }
@@ -267,7 +303,7 @@ int64_t Composition::activation_bytes(int64_t tokens, bool checkpointing) {
     bytes += std::ssize(config_.augmenting[m].connections) * (model.reading_width() + 8 * facts.width) * tokens * 4;
     if (!is_trained(augmenting_[m])) continue;
     std::vector<nn::Block*> blocks = model.blocks();
-    blocks.resize(num_blocks(config_.augmenting[m]));
+    blocks.resize(std::min(num_blocks(config_.augmenting[m]), model.reading_blocks()));
     bytes += saved_bytes(blocks, model.facts(), tokens, checkpointing);
   }
   return bytes;
@@ -295,7 +331,8 @@ OrderedJson Composition::structure() const {
     entry["mask"] = how.mask;
     augmenting.push_back(std::move(entry));
     for (const ConnectionPair& pair : how.connections) {
-      connections.push_back({{"augmenting", m}, {"aug", pair.aug}, {"anchor", pair.anchor}});
+      OrderedJson& entry = connections.emplace_back(OrderedJson{{"augmenting", m}});
+      entry.update(pair_json(pair));
     }
   }
   return {{"num_heads", config_.connection.num_heads},
@@ -323,25 +360,62 @@ std::vector<AlignedBatch> Composition::align(const nn::RaggedBatch& batch, const
   std::vector<AlignedBatch> result;
   for (size_t m = 0; m < streams_.size(); ++m) {
     const bool full = streams_[m].alignment->policy() == "full";
-    AlignedBatch aligned{
-        std::vector<std::vector<int64_t>>(count), std::vector<std::vector<int64_t>>(count), {batch.offsets, {}}};
+    AlignedBatch aligned{std::vector<std::vector<int64_t>>(count),
+                         std::vector<std::vector<Aside>>(count),
+                         std::vector<std::vector<int64_t>>(count),
+                         {batch.offsets, {}}};
+    Visibility& seen = aligned.seen;
     for (int64_t b = 0; b < count; ++b) {
       Aligner fresh(streams_[m].alignment);
       Aligner& aligner = memory ? memory->streams[m].aligners[b] : fresh;
-      const int64_t before = aligner.committed();
+      // The tokens from the first on that is not in the memory, and of every row how many it saw and how many of those
+      // before it stand.
+      int64_t first = memory ? memory->streams[m].connections.length(b) : 0;
+      std::vector<int64_t>& tokens = aligned.tokens[b];
+      tokens.assign(aligner.tail().begin() + std::max<int64_t>(first - aligner.committed(), 0), aligner.tail().end());
+      std::vector<std::vector<int64_t>> tails, tail_places;
+      std::vector<int64_t> saw, standing;
       for (int64_t n = batch.offsets[b]; n < batch.offsets[b + 1]; ++n) {
-        const int64_t place = aligner.tokens();
+        const int64_t place = aligner.tokens(), before = aligner.committed();
         const bool border = (!borders.empty() && std::binary_search(borders[b].begin(), borders[b].end(), place + 1)) ||
                             (full && n + 1 == batch.offsets[b + 1]);
-        const std::vector<int64_t> committed = aligner.push(ids.data_ptr<int64_t>()[n], border);
-        aligned.tokens[b].insert(aligned.tokens[b].end(), committed.begin(), committed.end());
-        aligned.seen.visible.push_back(aligner.committed());
+        std::vector<int64_t> now = aligner.push(ids.data_ptr<int64_t>()[n], border);
+        now.insert(now.end(), aligner.tail().begin(), aligner.tail().end());
+        first = std::min(first, aligner.standing());
+        tokens.resize(aligner.standing() - first);
+        tokens.insert(tokens.end(), now.begin() + (aligner.standing() - before), now.end());
+        tails.push_back(aligner.tail());
+        tail_places.emplace_back(aligner.places().end() - std::ssize(aligner.tail()), aligner.places().end());
+        saw.push_back(before + std::ssize(now));
+        standing.push_back(aligner.standing());
+        seen.query_places.push_back(place);
       }
+      if (memory) memory->streams[m].truncate(b, first);
       const auto places = aligner.places().begin();
-      aligned.coordinates[b].assign(places + before, places + aligner.committed());
-      if (full)
-        std::fill(aligned.seen.visible.end() - (batch.offsets[b + 1] - batch.offsets[b]), aligned.seen.visible.end(),
-                  aligner.committed());
+      const int64_t all = first + std::ssize(tokens), rows = std::ssize(saw);
+      seen.key_places.emplace_back(places, places + all);
+      aligned.coordinates[b].assign(places + first, places + all);
+      // What of each row's stands to the end.
+      std::vector<int64_t> stays = saw;
+      for (int64_t t = rows - 2; t >= 0; --t) stays[t] = std::min({stays[t], stays[t + 1], standing[t + 1]});
+      int64_t keys = all;
+      for (int64_t t = 0; t < rows; ++t) {
+        seen.visible.push_back(full ? all : stays[t]);
+        const int64_t aside = full ? 0 : saw[t] - stays[t];
+        seen.aside.emplace_back(keys, keys + aside);
+        keys += aside;
+        if (aside == 0) continue;
+        aligned.asides[b].push_back({stays[t], {tails[t].end() - aside, tails[t].end()}});
+        for (auto* where : {&aligned.coordinates[b], &seen.key_places[b]}) {
+          where->insert(where->end(), tail_places[t].end() - aside, tail_places[t].end());
+        }
+      }
+    }
+    const bool none =
+        std::all_of(aligned.asides.begin(), aligned.asides.end(), [](const auto& of) { return of.empty(); });
+    if (none) {
+      seen.aside.clear();
+      aligned.asides.clear();
     }
     result.push_back(std::move(aligned));
   }
@@ -350,7 +424,7 @@ std::vector<AlignedBatch> Composition::align(const nn::RaggedBatch& batch, const
 
 namespace {
 
-/// The outputs of `blocks` (-1: the embedding's) for a batch that `pass` was prepared for, [N, D] each.
+/// What stands at `blocks` (-1: the embedding's output; kFinal) for a batch that `pass` was prepared for, [N, D] each.
 std::vector<torch::Tensor> states_at(models::SingleModel& model, const nn::RaggedBatch& batch,
                                      const std::vector<int64_t>& blocks, nn::Pass& pass) {
   std::vector<torch::Tensor> states(blocks.size());
@@ -364,7 +438,9 @@ std::vector<torch::Tensor> states_at(models::SingleModel& model, const nn::Ragge
     return keep(block.index(), inner ? inner(block, h, own) : block.forward(h, own));
   };
   const int64_t highest = *std::max_element(blocks.begin(), blocks.end());
-  model.run_blocks(keep(-1, model.embed(batch.tokens)), 0, highest + 1, pass);
+  const int64_t run = std::min(highest + 1, model.reading_blocks());
+  const torch::Tensor h = model.run_blocks(keep(-1, model.embed(batch.tokens)), 0, run, pass);
+  if (highest == kFinal) keep(kFinal, model.finish(h, {}));
   return states;
 }
 
@@ -377,19 +453,111 @@ nn::RaggedBatch batch_of(const std::vector<std::vector<int64_t>>& sequences, tor
   return batch;
 }
 
-/// The frozen states of `sequences`, [rows, D] per block; a sequence's do not depend on the others.
+/// What `asides` make of the states of their sequences, which `cache` holds up to where they stand, [rows, D] per
+/// block, sequence by sequence. Cuts the cache.
+std::vector<torch::Tensor> states_aside(models::SingleModel& model, const std::vector<int64_t>& blocks,
+                                        const std::vector<std::vector<Aside>>& asides, nn::KvCache& cache,
+                                        const nn::Pass& pass) {
+  // Those at a text's end first: one that stands earlier cuts off what these read. One of each sequence at a time.
+  std::vector<std::vector<std::vector<torch::Tensor>>> found(asides.size());  // [b][aside][block]
+  for (size_t round = 0;; ++round) {
+    nn::RaggedBatch batch{{}, {0}};
+    std::vector<int64_t> tokens;
+    for (size_t b = 0; b < asides.size(); ++b) {
+      if (round < asides[b].size()) {
+        const Aside& aside = asides[b][asides[b].size() - 1 - round];
+        cache.truncate(static_cast<int64_t>(b), aside.behind);
+        tokens.insert(tokens.end(), aside.tokens.begin(), aside.tokens.end());
+      }
+      batch.offsets.push_back(std::ssize(tokens));
+    }
+    if (tokens.empty()) break;
+    batch.tokens = torch::tensor(tokens, torch::kInt64).to(model.device());
+    nn::Pass own = pass;
+    own.cache = &cache;
+    model.prepare(batch, own);
+    const std::vector<torch::Tensor> states = states_at(model, batch, blocks, own);
+    for (size_t b = 0; b < asides.size(); ++b) {
+      const int64_t begin = batch.offsets[b], end = batch.offsets[b + 1];
+      if (begin == end) continue;
+      auto& of_aside = found[b].emplace_back();
+      for (const torch::Tensor& state : states) of_aside.push_back(state.slice(0, begin, end));
+    }
+  }
+  std::vector<torch::Tensor> result;
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    std::vector<torch::Tensor> rows;
+    for (auto& of_sequence : found) {
+      for (auto aside = of_sequence.rbegin(); aside != of_sequence.rend(); ++aside) rows.push_back((*aside)[i]);
+    }
+    result.push_back(at::cat(rows));
+  }
+  return result;
+}
+
+int64_t rows_of(const std::vector<Aside>& asides) {
+  int64_t rows = 0;
+  for (const Aside& aside : asides) rows += std::ssize(aside.tokens);
+  return rows;
+}
+
+/// The states of `sequences` and of what stands aside of each (none = of no sequence), [rows, D] per block: a
+/// sequence's tokens, then its asides'. With a cache the sequences go on where it ends, and are left in it.
+std::vector<torch::Tensor> states_of(models::SingleModel& model, const std::vector<int64_t>& blocks,
+                                     const std::vector<std::vector<int64_t>>& sequences,
+                                     const std::vector<std::vector<Aside>>& asides, const nn::Pass& pass,
+                                     nn::KvCache* cache) {
+  nn::RaggedBatch batch = batch_of(sequences, model.device());
+  std::vector<int64_t> offsets{0};
+  for (const auto& tokens : sequences) offsets.push_back(offsets.back() + std::ssize(tokens));
+  std::optional<nn::KvCache> own_cache;
+  if (cache == nullptr && !asides.empty()) {
+    cache = &own_cache.emplace(model.make_cache(
+        std::min(*std::max_element(blocks.begin(), blocks.end()) + 1, model.reading_blocks()), std::ssize(sequences)));
+  }
+  std::vector<torch::Tensor> states(blocks.size());
+  if (offsets.back() > 0) {
+    // A cache has its place for every sequence, also for one that reads nothing now.
+    if (cache != nullptr) batch.offsets = offsets;
+    nn::Pass own = pass;
+    own.cache = cache;
+    model.prepare(batch, own);
+    states = states_at(model, batch, blocks, own);
+  }
+  if (cache != nullptr) cache->commit(nn::RaggedBatch{{}, offsets}.counts());
+  if (asides.empty()) return states;
+  nn::KvCache cut = own_cache ? *std::move(own_cache) : cache->clone();
+  const std::vector<torch::Tensor> aside = states_aside(model, blocks, asides, cut, pass);
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    std::vector<torch::Tensor> parts;
+    int64_t row = 0;
+    for (size_t b = 0; b < sequences.size(); ++b) {
+      if (states[i].defined()) parts.push_back(states[i].slice(0, offsets[b], offsets[b + 1]));
+      const int64_t end = row + rows_of(asides[b]);
+      parts.push_back(aside[i].slice(0, row, end));
+      row = end;
+    }
+    states[i] = at::cat(parts);
+  }
+  return states;
+}
+
+/// The frozen states of `sequences`, as states_of gives them; a sequence's do not depend on the others.
 std::vector<torch::Tensor> compute_frozen_states(models::SingleModel& model, const std::vector<int64_t>& blocks,
-                                                 std::vector<std::vector<int64_t>> sequences) {
+                                                 std::vector<std::vector<int64_t>> sequences,
+                                                 std::vector<std::vector<Aside>> asides) {
   torch::NoGradGuard no_grad;
   // As in the rest of a training, the library multiplies: with so many rows it computes each alike.
   const auto rows = std::ssize(flat(sequences));
+  int64_t all = rows;
+  for (const auto& of_sequence : asides) all += rows_of(of_sequence);
   const int64_t wanted = model.device().is_cpu() ? nn::AlikeRows::kRowsPerThread * at::get_num_threads() : 0;
-  if (rows < wanted) sequences.emplace_back(wanted - rows, /*any id*/ 0);
-  const nn::RaggedBatch batch = batch_of(sequences, model.device());
-  nn::Pass pass;
-  model.prepare(batch, pass);
-  std::vector<torch::Tensor> states = states_at(model, batch, blocks, pass);
-  for (torch::Tensor& state : states) state = state.slice(0, 0, rows);
+  if (rows < wanted) {
+    sequences.emplace_back(wanted - rows, /*any id*/ 0);
+    if (!asides.empty()) asides.emplace_back();
+  }
+  std::vector<torch::Tensor> states = states_of(model, blocks, sequences, asides, {}, nullptr);
+  for (torch::Tensor& state : states) state = state.slice(0, 0, all);
   return states;
 }
 
@@ -415,34 +583,46 @@ std::string Composition::identity(const Member& member, const std::string& role)
 /// compute_frozen_states of all sequences, end to end, from the cache where it has them.
 std::vector<torch::Tensor> Composition::frozen_states(const Member& member, const std::string& role,
                                                       const std::vector<int64_t>& blocks,
-                                                      const std::vector<std::vector<int64_t>>& sequences) const {
+                                                      const std::vector<std::vector<int64_t>>& sequences,
+                                                      const std::vector<std::vector<Aside>>& asides) const {
   models::SingleModel& model = *member.model;
-  if (!states_) return compute_frozen_states(model, blocks, sequences);
+  if (!states_) return compute_frozen_states(model, blocks, sequences, asides);
   auto [known, added] = identities_.try_emplace(role);
   if (added) known->second = identity(member, role);
   std::vector<std::string> keys;
   std::vector<std::optional<std::vector<torch::Tensor>>> found;
   std::vector<std::vector<int64_t>> missing;
-  for (const auto& ids : sequences) {
-    const std::vector<int64_t> shape{std::ssize(ids), model.reading_width()};
+  std::vector<std::vector<Aside>> missing_asides;
+  std::vector<int64_t> rows;
+  for (size_t b = 0; b < sequences.size(); ++b) {
+    std::vector<int64_t> ids = sequences[b];
+    rows.push_back(std::ssize(ids) + (asides.empty() ? 0 : rows_of(asides[b])));
+    const std::vector<int64_t> shape{rows.back(), model.reading_width()};
     const auto fits = [&](const torch::Tensor& state) {
       return state.sizes() == shape && state.dtype() == model.dtype();
     };
+    for (const Aside& aside : asides.empty() ? std::vector<Aside>() : asides[b]) {
+      ids.insert(ids.end(), {/*no id*/ -1, aside.behind});
+      ids.insert(ids.end(), aside.tokens.begin(), aside.tokens.end());
+    }
     keys.push_back(StateCache::key(known->second, blocks, ids));
     found.push_back(ids.empty() ? std::vector<torch::Tensor>() : states_->find(keys.back()));
     if (found.back() && !ids.empty() &&
         (found.back()->size() != blocks.size() || !std::all_of(found.back()->begin(), found.back()->end(), fits))) {
       found.back().reset();  // a file that something else wrote
     }
-    if (!found.back()) missing.push_back(ids);
+    if (found.back()) continue;
+    missing.push_back(sequences[b]);
+    if (!asides.empty()) missing_asides.push_back(asides[b]);
   }
-  const auto computed = missing.empty() ? std::vector<torch::Tensor>() : compute_frozen_states(model, blocks, missing);
+  const auto computed =
+      missing.empty() ? std::vector<torch::Tensor>() : compute_frozen_states(model, blocks, missing, missing_asides);
   std::vector<std::vector<torch::Tensor>> parts(blocks.size());
   int64_t row = 0;
   for (size_t b = 0; b < sequences.size(); ++b) {
-    if (sequences[b].empty()) continue;
+    if (rows[b] == 0) continue;
     if (!found[b]) {
-      const int64_t end = row + std::ssize(sequences[b]);
+      const int64_t end = row + rows[b];
       found[b].emplace();
       for (const torch::Tensor& state : computed) found[b]->push_back(state.slice(0, row, end));
       states_->add(keys[b], *found[b]);
@@ -462,27 +642,25 @@ std::vector<KeysValues> Composition::read(size_t m, const AlignedBatch& aligned,
   models::SingleModel& model = *member.model;
   Stream& stream = streams_[m];
   const torch::Device device = facts().device;
-  std::vector<int64_t> offsets{0};
-  for (const auto& tokens : aligned.tokens) offsets.push_back(offsets.back() + std::ssize(tokens));
+  std::vector<int64_t> offsets{0};  // of what is read now: each sequence's tokens, then its asides
+  for (const auto& coordinates : aligned.coordinates) offsets.push_back(offsets.back() + std::ssize(coordinates));
   const int64_t heads = config_.connection.num_heads;
   const torch::Tensor none =
       torch::empty({0, heads, facts().width / heads}, torch::dtype(torch::kFloat32).device(device));
   std::vector<KeysValues> result(stream.blocks.size(), KeysValues{none, none, offsets, {}});
+  std::vector<int64_t> counts;  // of tokens alone
+  for (const auto& tokens : aligned.tokens) counts.push_back(std::ssize(tokens));
   if (offsets.back() > 0) {
+    const std::string place = fmt::format("augmenting.{}", m);
     std::vector<torch::Tensor> states;
     if (frozen_apart(pass) && !memory && !is_trained(member)) {
-      states = frozen_states(member, fmt::format("augmenting.{}", m), stream.blocks, aligned.tokens);
+      states = frozen_states(member, place, stream.blocks, aligned.tokens, aligned.asides);
     } else {
-      const bool cached = memory && !model.reads_ahead();
-      nn::RaggedBatch batch = batch_of(aligned.tokens, model.device());
-      // A cache has its place for every sequence, also for one that reads nothing now.
-      if (cached) batch.offsets = offsets;
       nn::Pass own = pass.sibling();
-      own.place = fmt::format("augmenting.{}", m);
-      own.cache = cached ? &memory->model : nullptr;
-      model.prepare(batch, own);
-      states = states_at(model, batch, stream.blocks, own);
-      if (memory) memory->model.commit(nn::RaggedBatch{{}, offsets}.counts());
+      own.place = place;
+      const bool cached = memory && !model.reads_ahead();
+      states = states_of(model, stream.blocks, aligned.tokens, aligned.asides, own, cached ? &memory->model : nullptr);
+      if (memory && !cached) memory->model.commit(counts);
     }
     const nn::RotaryTables rope =
         rotary_tables(rope_.get(), torch::tensor(flat(aligned.coordinates), torch::kInt64).to(device));
@@ -498,12 +676,16 @@ std::vector<KeysValues> Composition::read(size_t m, const AlignedBatch& aligned,
         result[c].cached.emplace_back();
         continue;
       }
-      result[c].cached.push_back(memory->connections.append(static_cast<int64_t>(c), static_cast<int64_t>(b),
-                                                            result[c].k.slice(0, begin, end),
-                                                            result[c].v.slice(0, begin, end)));
+      const int64_t stay = begin + counts[b];
+      auto& [k, v] = result[c].cached.emplace_back(
+          memory->connections.append(static_cast<int64_t>(c), static_cast<int64_t>(b),
+                                     result[c].k.slice(0, begin, stay), result[c].v.slice(0, begin, stay)));
+      if (stay == end) continue;
+      k = at::cat({k, result[c].k.slice(0, stay, end)});
+      v = at::cat({v, result[c].v.slice(0, stay, end)});
     }
   }
-  memory->connections.commit(nn::RaggedBatch{{}, offsets}.counts());
+  memory->connections.commit(counts);
   return result;
 }
 
@@ -556,9 +738,14 @@ torch::Tensor Composition::run(const models::Text& text, nn::Pass& pass, models:
   };
   const bool apart = frozen_apart(pass) && !remembered && attachments().empty();
   const int64_t frozen = apart ? first_trained_block() - 1 : -1;
-  const torch::Tensor h = frozen < 0 ? model.embed(text.tokens.tokens)
-                                     : frozen_states(anchor_, "anchor", {frozen}, sequences_of(text.tokens))[0];
-  const torch::Tensor last = model.run_blocks(add(frozen, h), frozen + 1, model.config().num_layers, own);
+  torch::Tensor h = frozen < 0 ? model.embed(text.tokens.tokens)
+                               : frozen_states(anchor_, "anchor", {frozen}, sequences_of(text.tokens), {})[0];
+  h = add(frozen, h);
+  if (frozen < kFinal) {
+    h = model.run_blocks(h, frozen + 1, model.config().num_layers, own);
+    h = highest_anchor_block_ == kFinal ? add(kFinal, model.finish(h, {})) : model.finish(h, text.rows);
+  }
+  if (highest_anchor_block_ == kFinal && text.rows.defined()) h = h.index_select(0, text.rows);
   if (remembered) remembered->anchor.commit(text.tokens.counts());
   if (pass.readings != nullptr) {
     std::stable_sort(pass.readings->begin(), pass.readings->end(),
@@ -566,7 +753,7 @@ torch::Tensor Composition::run(const models::Text& text, nn::Pass& pass, models:
                        return std::tie(a.source, a.connection) < std::tie(b.source, b.connection);
                      });
   }
-  return model.finish(last, text.rows);
+  return h;
 }
 
 torch::Tensor Composition::prompt_states(const nn::RaggedBatch& prompts) {
@@ -588,10 +775,12 @@ std::unique_ptr<models::Memory> Composition::memory(int64_t sequences) const {
   const int64_t heads = config_.connection.num_heads;
   std::vector<CompositionMemory::Stream> streams;
   for (size_t m = 0; m < streams_.size(); ++m) {
-    streams.push_back({streams_[m].alignment, std::vector<Aligner>(sequences, Aligner(streams_[m].alignment)),
-                       augmenting_[m].model->make_cache(num_blocks(config_.augmenting[m]), sequences),
-                       nn::KvCache(std::ssize(streams_[m].connections), heads, facts().width / heads, sequences,
-                                   torch::dtype(torch::kFloat32).device(facts().device))});
+    streams.push_back(
+        {streams_[m].alignment, std::vector<Aligner>(sequences, Aligner(streams_[m].alignment)),
+         augmenting_[m].model->make_cache(
+             std::min(num_blocks(config_.augmenting[m]), augmenting_[m].model->reading_blocks()), sequences),
+         nn::KvCache(std::ssize(streams_[m].connections), heads, facts().width / heads, sequences,
+                     torch::dtype(torch::kFloat32).device(facts().device))});
   }
   return std::make_unique<CompositionMemory>(anchor_model_->make_cache(anchor_model_->reading_blocks(), sequences),
                                              std::move(streams));

@@ -16,11 +16,20 @@
 
 namespace moesaic::compose {
 
+/// What stands behind a model's final norm, where its head reads, as a place among its blocks.
+inline constexpr int64_t kFinal = int64_t{1} << 32;
+
 /// Where a connection reads and where it adds. Blocks count from 0; -1 is the embedding's output.
 struct ConnectionPair {
   int64_t anchor, aug;
+  bool newest = false;  // reads the newest state alone, without attention
   bool operator==(const ConnectionPair&) const = default;
 };
+
+/// As configs have it: {"anchor": place, "aug": place, "reads": "all" | "newest"}, a place being a block's
+/// number or "final". Throws ConfigError for anything else.
+ConnectionPair parse_pair(const Json& json, const std::string& where);
+OrderedJson pair_json(const ConnectionPair& pair);
 
 /// The ends of n equal groups of blocks in both models: ceil((m + 1) N / n) - 1, m = 0 .. n-1. Throws ConfigError
 /// when a model has fewer than n blocks.
@@ -41,12 +50,12 @@ models::DecoderConfig parse_anchor(const Json& config, const std::string& where)
 /// How one augmenting model is joined.
 struct AugmentingConfig {
   std::vector<ConnectionPair> connections;  // which of its blocks the anchor's blocks read
-  std::string align = "word";               // word | token | mixed; an encoder reads all at once: word
+  std::string align = "word";               // word | token | mixed | text; an encoder reads all at once: word
   std::string mask = "causal";              // causal | prefix | full; see Alignment. An encoder's is prefix
   bool operator==(const AugmentingConfig&) const = default;
 };
 
-/// Blocks of the augmenting model that are run: up to the highest connected one.
+/// Blocks of the augmenting model that are run: up to the highest connected one; more than there are is all.
 int64_t num_blocks(const AugmentingConfig& config);
 
 /// Everything that defines a composition beside its models.
@@ -68,10 +77,17 @@ struct Member {
   std::shared_ptr<adapters::Adapter> adapter{};       // carried: attached to `model`, with weight 1 for every request
 };
 
+/// What one position of the anchor saw of an augmenting model's reading that the next ones spell anew.
+struct Aside {
+  int64_t behind;  // so many tokens of the sequence stand in front of it
+  std::vector<int64_t> tokens;
+};
+
 /// What one augmenting model reads of a ragged batch.
 struct AlignedBatch {
   std::vector<std::vector<int64_t>> tokens;       // per sequence; may be empty
-  std::vector<std::vector<int64_t>> coordinates;  // of each: place in the anchor's sequence of the token that ends it
+  std::vector<std::vector<Aside>> asides;         // per sequence, by position; their keys stand behind its tokens'
+  std::vector<std::vector<int64_t>> coordinates;  // of both: place in the anchor's sequence from which on it stands
   Visibility seen;                                // by every anchor row
 };
 
@@ -83,6 +99,9 @@ class CompositionMemory : public models::Memory {
     std::vector<Aligner> aligners;  // per sequence
     nn::KvCache model;              // of the augmenting model
     nn::KvCache connections;        // keys and values that the anchor attends to, a layer per connection
+
+    /// Both caches of sequence b.
+    void truncate(int64_t b, int64_t tokens);
   };
   CompositionMemory(nn::KvCache anchor, std::vector<Stream> streams);
 
@@ -99,11 +118,11 @@ class CompositionMemory : public models::Memory {
   void add_sequences(int64_t count) override;
 };
 
-/// H_B,j <- H_B,j + sum_k Y_k over the connections k at block j, each from the same H_B,j. Augmenting models run up to
-/// their highest connected block, without their heads; of an encoder-decoder the encoder does, once, over the prompt:
-/// an answer's tokens never reach it, and no row before the prompt's last sees its states. parameters() are the
-/// connections' alone, float32, named "connections.<k>.{proj,q_proj,k_proj,v_proj,o_proj}.{weight,bias}"; k runs over
-/// the augmenting models' in order.
+/// H_B,j <- H_B,j + sum_k Y_k over the connections k at block j, each from the same H_B,j; with j = kFinal behind the
+/// anchor's final norm, before its head. Augmenting models run up to their highest connected block, without their
+/// heads; of an encoder-decoder the encoder does, once, over the prompt: an answer's tokens never reach it, and no row
+/// before the prompt's last sees its states. parameters() are the connections' alone, float32, named
+/// "connections.<k>.{proj,q_proj,k_proj,v_proj,o_proj}.{weight,bias}"; k runs over the augmenting models' in order.
 ///
 /// As a Module it is in evaluation mode until it is trained. In training mode, what is frozen is computed without a
 /// graph and apart from the rest: the augmenting models, and the anchor up to its lowest connected block. On the CPU in
@@ -164,7 +183,8 @@ class Composition : public torch::nn::Module, public models::LanguageModel {
   std::string identity(const Member& member, const std::string& role) const;
   std::vector<torch::Tensor> frozen_states(const Member& member, const std::string& role,
                                            const std::vector<int64_t>& blocks,
-                                           const std::vector<std::vector<int64_t>>& sequences) const;
+                                           const std::vector<std::vector<int64_t>>& sequences,
+                                           const std::vector<std::vector<Aside>>& asides) const;
   std::vector<KeysValues> read(size_t m, const AlignedBatch& aligned, CompositionMemory::Stream* memory,
                                const nn::Pass& pass);
   /// h plus what the connections at `block` of the anchor read.
@@ -178,7 +198,7 @@ class Composition : public torch::nn::Module, public models::LanguageModel {
   std::vector<Member> augmenting_;
   std::vector<Stream> streams_;
   std::unique_ptr<nn::Rope> rope_;  // nullptr without cross positions
-  int64_t lowest_anchor_block_ = 0;
+  int64_t lowest_anchor_block_ = 0, highest_anchor_block_ = -1;
   bool trains_adapters_ = false;
   std::shared_ptr<StateCache> states_;
   mutable std::map<std::string, std::string> identities_;  // of frozen members by role, once asked for

@@ -87,14 +87,16 @@ FolderConfig parse_folder_config(const Json& json, const fs::path& dir) {
                 ConfigError, "{}: got type {} and version {}, expected \"calm\" and 1", where,
                 json.is_object() ? json.value("type", Json()).dump() : "none",
                 json.is_object() ? json.value("version", Json()).dump() : "none");
-  refuse_unknown_keys(
-      json, {"type", "version", "anchor", "augmenting", "num_heads", "cross_position", "norm", "attention_bias"},
-      where);
+  refuse_unknown_keys(json,
+                      {"type", "version", "anchor", "augmenting", "num_heads", "cross_position", "norm", "output_scale",
+                       "attention_bias"},
+                      where);
   FolderConfig config;
   ConnectionConfig& connection = config.composition.connection;
   connection.num_heads = get<int64_t>(json, "num_heads", where);
   connection.cross_position = get<std::string>(json, "cross_position", where);
   connection.norm = get<std::string>(json, "norm", where);
+  connection.output_scale = get_or<double>(json, "output_scale", 0.0, where);  // younger than the others
   connection.attention_bias = get<bool>(json, "attention_bias", where);
   config.anchor = parse_reference(get<Json>(json, "anchor", where), dir, where + ": anchor", {});
   const Json list = get<Json>(json, "augmenting", where);
@@ -109,13 +111,7 @@ FolderConfig parse_folder_config(const Json& json, const fs::path& dir) {
     const Json pairs = get<Json>(list[m], "connections", entry_where);
     MOESAIC_CHECK(pairs.is_array(), ConfigError, "{}: connections: got {}, expected a list", entry_where,
                   pairs.dump().substr(0, 80));
-    for (const Json& pair : pairs) {
-      MOESAIC_CHECK(pair.is_object(), ConfigError,
-                    "{}: connections: got {}, expected {{\"anchor\": block, \"aug\": block}}", entry_where,
-                    pair.dump().substr(0, 80));
-      refuse_unknown_keys(pair, {"anchor", "aug"}, entry_where + ": connections");
-      entry.connections.push_back({get<int64_t>(pair, "anchor", entry_where), get<int64_t>(pair, "aug", entry_where)});
-    }
+    for (const Json& pair : pairs) entry.connections.push_back(parse_pair(pair, entry_where));
     config.augmenting.back().options.num_blocks = num_blocks(entry);
     config.composition.augmenting.push_back(std::move(entry));
   }
@@ -169,9 +165,17 @@ void throw_problems(const fs::path& dir, const std::vector<std::string>& problem
                 fmt::join(problems, "\n  "));
 }
 
+/// What a folder keeps of connections: what is trained of them, and what they know of their inputs.
+formats::TensorMap tensors_of(const torch::nn::Module& connections) {
+  formats::TensorMap tensors;
+  for (const auto& item : connections.named_parameters()) tensors[item.key()] = item.value().detach();
+  for (const auto& item : connections.named_buffers()) tensors[item.key()] = item.value();
+  return tensors;
+}
+
 void copy_tensors(Composition& composition, const formats::SafetensorsFile& file) {
   torch::NoGradGuard no_grad;
-  for (auto& item : composition.named_parameters()) item.value().copy_(file.tensor(item.key()));
+  for (auto& [name, tensor] : tensors_of(composition)) tensor.copy_(file.tensor(name));
 }
 
 }  // namespace
@@ -221,6 +225,7 @@ void save_composition(const Composition& composition, const fs::path& dir) {
             {"num_heads", config.connection.num_heads},
             {"cross_position", config.connection.cross_position},
             {"norm", config.connection.norm},
+            {"output_scale", config.connection.output_scale},
             {"attention_bias", config.connection.attention_bias}};
   for (size_t m = 0; m < config.augmenting.size(); ++m) {
     Json entry = reference_json(composition.augmenting()[m], fmt::format("augmenting.{}", m), dir);
@@ -228,12 +233,12 @@ void save_composition(const Composition& composition, const fs::path& dir) {
     entry["mask"] = config.augmenting[m].mask;
     entry["connections"] = Json::array();
     for (const ConnectionPair& pair : config.augmenting[m].connections) {
-      entry["connections"].push_back({{"anchor", pair.anchor}, {"aug", pair.aug}});
+      entry["connections"].push_back(Json(pair_json(pair)));
     }
     json["augmenting"].push_back(std::move(entry));
   }
-  formats::TensorMap tensors;
-  for (const auto& item : composition.named_parameters()) tensors[item.key()] = item.value().detach().to(torch::kCPU);
+  formats::TensorMap tensors = tensors_of(composition);
+  for (auto& [name, tensor] : tensors) tensor = tensor.to(torch::kCPU);
   formats::save_safetensors(dir / kTensorsName, tensors);
   for (const auto& [place, adapter] : composition.adapters()) adapter->save(dir / kAdaptersName / place);
   write_file_atomically(dir / kConfigName, json.dump(2) + "\n");
@@ -266,10 +271,11 @@ std::shared_ptr<Composition> load_composition(const fs::path& dir, const models:
   int64_t k = 0;
   for (size_t m = 0; m < config.augmenting.size(); ++m) {
     for (size_t c = 0; c < config.composition.augmenting[m].connections.size(); ++c, ++k) {
-      const ConnectionImpl connection(config.composition.connection, readers[m].width, anchor.hidden_size,
-                                      torch::TensorOptions(torch::kMeta).dtype(torch::kFloat32));
-      for (const auto& item : connection.named_parameters()) {
-        shapes[fmt::format("connections.{}.{}", k, item.key())] = {item.value().sizes().vec()};
+      const ConnectionImpl connection(config.composition.connection,
+                                      config.composition.augmenting[m].connections[c].newest, readers[m].width,
+                                      anchor.hidden_size, torch::TensorOptions(torch::kMeta).dtype(torch::kFloat32));
+      for (const auto& [name, tensor] : tensors_of(connection)) {
+        shapes[fmt::format("connections.{}.{}", k, name)] = {tensor.sizes().vec()};
       }
     }
   }
@@ -295,9 +301,16 @@ std::shared_ptr<Composition> load_composition(const fs::path& dir, const models:
 Connections::Connections(std::shared_ptr<Composition> composition, bool train_adapters)
     : composition_(std::move(composition)) {
   std::vector<std::string> wrong;
-  for (const auto& entry : composition_->config().augmenting) {
+  for (size_t m = 0; m < composition_->augmenting().size(); ++m) {
+    const AugmentingConfig& entry = composition_->config().augmenting[m];
     if (entry.mask == "full") {
       wrong.push_back("mask full shows every position the token it shall predict; expected causal or prefix");
+    }
+    if (train_adapters && composition_->augmenting()[m].adapter && entry.align == "text") {
+      wrong.push_back(
+          fmt::format("train_adapters: augmenting[{}] carries an adapter and has align text, which reads what "
+                      "is spelt anew without a graph; expected word, token or mixed",
+                      m));
     }
   }
   if (train_adapters && composition_->adapters().empty()) {
@@ -332,7 +345,7 @@ std::vector<nn::Parameter> Connections::parameters() {
 void Connections::load(const fs::path& dir) {
   Composition& composition = *composition_;
   formats::Declarations shapes;
-  for (const auto& item : composition.named_parameters()) shapes[item.key()] = {item.value().sizes().vec()};
+  for (const auto& [name, tensor] : tensors_of(composition)) shapes[name] = {tensor.sizes().vec()};
   std::vector<std::string> problems;
   const FolderConfig saved = parse_folder_config(read_json(dir / kConfigName), dir);
   auto compare = [&](const std::string& place, const Reference& reference, const Member& member) {

@@ -295,14 +295,15 @@ std::string routes_table(const OrderedJson& routes) {
     text += fmt::format("{}{:<{}}  {:<20}  {:>9}  {:>8}  {:>11}\n", text.empty() ? "" : "\n", "task", width,
                         "connection", "|Y| / |H|", "entropy", "first share");
   }
+  auto place = [](const OrderedJson& json) { return json.is_string() ? json.get<std::string>() : json.dump(); };
   for (const auto& [name, task] : routes["tasks"].items()) {
     for (size_t k = 0; k < task["connections"].size(); ++k) {
       const OrderedJson& use = task["connections"][k];
       const OrderedJson& joined = routes["structure"]["connections"][k];
       text +=
           fmt::format("{:<{}}  {:<20}  {:>9.3f}  {:>8.3f}  {:>11.3f}\n", name, width,
-                      fmt::format("{}: {} -> {}", joined["augmenting"].get<int64_t>(), joined["aug"].get<int64_t>(),
-                                  joined["anchor"].get<int64_t>()),
+                      fmt::format("{}: {} -> {}", joined["augmenting"].get<int64_t>(), place(joined["aug"]),
+                                  place(joined["anchor"])),
                       use["added"].get<double>(), use["entropy_share"].get<double>(), use["first_share"].get<double>());
     }
   }

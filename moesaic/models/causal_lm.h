@@ -58,9 +58,8 @@ class CausalLM : public SingleModel {
   void prepare(const nn::RaggedBatch& batch, nn::Pass& pass) const override;
   torch::Tensor embed(const torch::Tensor& tokens) const override;
   torch::Tensor run_blocks(torch::Tensor h, int64_t first, int64_t last, nn::Pass& pass) override;
+  torch::Tensor finish(const torch::Tensor& h, const torch::Tensor& rows) const override;
   nn::KvCache make_cache(int64_t blocks, int64_t sequences) const override;
-  /// The final norm of the rows wanted (undefined = all) of h [N, d].
-  torch::Tensor finish(const torch::Tensor& h, const torch::Tensor& rows) const;
 
  protected:
   torch::Tensor run(const Text& text, nn::Pass& pass, Memory* memory) override;

@@ -352,13 +352,18 @@ torch::Tensor Seq2SeqLM::run_blocks(torch::Tensor h, int64_t first, int64_t last
   return h;
 }
 
+torch::Tensor Seq2SeqLM::finish(const torch::Tensor& h, const torch::Tensor& rows) const {
+  // A holder of modules has no const forward.
+  return nn::RmsNorm(encoder_.norm)->forward(rows.defined() ? h.index_select(0, rows) : h);
+}
+
 nn::KvCache Seq2SeqLM::make_cache(int64_t, int64_t sequences) const {
   return nn::KvCache(/*layers=*/0, 1, 1, sequences, torch::TensorOptions(device()).dtype(dtype()));
 }
 
 torch::Tensor Seq2SeqLM::encode(const nn::RaggedBatch& source, nn::Pass& pass) {
   prepare(source, pass);
-  return encoder_.norm->forward(run_blocks(embed(source.tokens), 0, config_.encoder_layers, pass));
+  return finish(run_blocks(embed(source.tokens), 0, config_.encoder_layers, pass), {});
 }
 
 torch::Tensor Seq2SeqLM::prompt_states(const nn::RaggedBatch& prompts) {

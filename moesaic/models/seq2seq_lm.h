@@ -94,6 +94,7 @@ class Seq2SeqLM : public SingleModel {
   void prepare(const nn::RaggedBatch& batch, nn::Pass& pass) const override;
   torch::Tensor embed(const torch::Tensor& tokens) const override;
   torch::Tensor run_blocks(torch::Tensor h, int64_t first, int64_t last, nn::Pass& pass) override;
+  torch::Tensor finish(const torch::Tensor& h, const torch::Tensor& rows) const override;
   nn::KvCache make_cache(int64_t blocks, int64_t sequences) const override;
 
   /// The encoder's states behind its norm, [N, d]. `pass` gets the layout.

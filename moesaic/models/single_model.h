@@ -44,6 +44,8 @@ class SingleModel : public torch::nn::Module, public LanguageModel {
   virtual torch::Tensor embed(const torch::Tensor& tokens) const = 0;
   /// Runs blocks first .. last-1 on h [N, d], each through pass.forward. `pass` was prepared.
   virtual torch::Tensor run_blocks(torch::Tensor h, int64_t first, int64_t last, nn::Pass& pass) = 0;
+  /// What stands behind the blocks: the final norm of the rows wanted (undefined = all) of h [N, d].
+  virtual torch::Tensor finish(const torch::Tensor& h, const torch::Tensor& rows) const = 0;
   /// For keys and values of the first `blocks` of them; one that reads ahead keeps none.
   virtual nn::KvCache make_cache(int64_t blocks, int64_t sequences) const = 0;
 

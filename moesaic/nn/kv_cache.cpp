@@ -83,6 +83,18 @@ void KvCache::keep(const std::vector<int64_t>& rows) {
   lengths_ = std::move(lengths);
 }
 
+KvCache KvCache::clone() const {
+  KvCache other = *this;
+  for (auto* all : {&other.keys_, &other.values_}) {
+    for (std::vector<torch::Tensor>& layer : *all) {
+      for (torch::Tensor& rows : layer) {
+        if (rows.defined()) rows = rows.clone();
+      }
+    }
+  }
+  return other;
+}
+
 int64_t KvCache::token_bytes() const {
   const int64_t numbers = 2 * std::ssize(keys_) * kv_heads_ * head_dim_;
   return numbers * static_cast<int64_t>(c10::elementSize(c10::typeMetaToScalarType(options_.dtype())));

@@ -26,6 +26,8 @@ class KvCache {
   void truncate(int64_t b, int64_t length);
   /// Keeps the sequences `rows` in that order. Their buffers are moved; only the repeats of one are copied.
   void keep(const std::vector<int64_t>& rows);
+  /// One with numbers of its own.
+  KvCache clone() const;
   /// `count` empty sequences join behind the others.
   void add(int64_t count);
   /// Bytes of one token in all layers.

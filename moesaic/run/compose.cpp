@@ -12,9 +12,9 @@ namespace {
 
 namespace fs = std::filesystem;
 
-const std::vector<std::string> kKeys{
-    "anchor",         "augmenting", "num_connections", "connections", "align",      "mask", "num_heads",
-    "cross_position", "norm",       "attention_bias",  "output_init", "output_dir", "seed"};
+const std::vector<std::string> kKeys{"anchor",         "augmenting",  "num_connections", "connections", "align",
+                                     "mask",           "num_heads",   "cross_position",  "norm",        "output_scale",
+                                     "attention_bias", "output_init", "output_dir",      "seed"};
 const std::vector<std::string> kMemberKeys{"model", "adapter", "init", "seed"};
 const std::vector<std::string> kEntryKeys{"model",           "adapter",     "init",  "seed",
                                           "num_connections", "connections", "align", "mask"};
@@ -85,12 +85,7 @@ std::vector<compose::ConnectionPair> pairs_of(const Entry& entry, int64_t anchor
                 "aug: block}}",
                 where, entry.connections.dump().substr(0, 80));
   std::vector<compose::ConnectionPair> pairs;
-  for (const Json& pair : entry.connections) {
-    MOESAIC_CHECK(pair.is_object(), UsageError, "{}: connections: got {}, expected {{anchor: block, aug: block}}",
-                  where, pair.dump().substr(0, 80));
-    check_known_keys(pair, {"anchor", "aug"}, where + ": connections");
-    pairs.push_back({get<int64_t>(pair, "anchor", where), get<int64_t>(pair, "aug", where)});
-  }
+  for (const Json& pair : entry.connections) pairs.push_back(compose::parse_pair(pair, where));
   return pairs;
 }
 
@@ -138,6 +133,7 @@ compose::ConnectionConfig parse_connection(const Json& json, const models::Decod
   connection.num_heads = get_or<int64_t>(json, "num_heads", compose::default_heads(anchor), where);
   connection.cross_position = get_or<std::string>(json, "cross_position", connection.cross_position, where);
   connection.norm = get_or<std::string>(json, "norm", connection.norm, where);
+  connection.output_scale = get_or<double>(json, "output_scale", connection.output_scale, where);
   connection.attention_bias = get_or<bool>(json, "attention_bias", connection.attention_bias, where);
   connection.output_init = get_or<std::string>(json, "output_init", connection.output_init, where);
   return connection;
@@ -163,7 +159,11 @@ Plan plan_of(const Request& request, const compose::Composition& composition) {
                                        same ? "the same tokenizer" : "another tokenizer, aligned by " + entry.align,
                                        composition.config().augmenting[m].mask));
     for (const compose::ConnectionPair& pair : composition.config().augmenting[m].connections) {
-      plan.add("", fmt::format("block {} -> anchor block {}", pair.aug, pair.anchor));
+      auto name = [](int64_t place) {
+        return place == compose::kFinal ? std::string("final state") : fmt::format("block {}", place);
+      };
+      plan.add("", fmt::format("{} -> anchor {}{}", name(pair.aug), name(pair.anchor),
+                               pair.newest ? ", the newest alone" : ""));
     }
     shows_future = shows_future || composition.config().augmenting[m].mask == "full";
   }

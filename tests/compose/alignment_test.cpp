@@ -12,6 +12,7 @@
 namespace moesaic::compose {
 namespace {
 
+using test::complete_texts;
 using test::golden_tokenizer;
 using ::testing::ElementsAre;
 using tokenizer::Tokenizer;
@@ -37,15 +38,6 @@ Reading read(std::shared_ptr<const Alignment> how, const Ids& anchor_ids, const 
     reading.counts.push_back(aligner.committed());
   }
   return reading;
-}
-
-/// The text of each prefix as far as its characters are complete.
-std::vector<std::string> complete_texts(const TokenizerPtr& anchor, const Ids& ids) {
-  tokenizer::StreamDecoder decoder(anchor);
-  std::vector<std::string> texts;
-  std::string text;
-  for (const int64_t id : ids) texts.push_back(text += decoder.push(id));
-  return texts;
 }
 
 /// Random text out of pieces that meet badly.

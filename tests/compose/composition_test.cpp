@@ -87,6 +87,44 @@ TEST(Composition, ZeroStartIsTheAnchorBitForBitWhateverTheNumberOfRows) {
   }
 }
 
+/// Every form that is not the paper's: from m_A's final state to the anchor's, and by recency.
+CompositionConfig all_forms(const std::string& rule) {
+  CompositionConfig config = config_of({{{{0, 1}, {2, kFinal}, {kFinal, 2}, {kFinal, kFinal, /*newest=*/true}}, rule}});
+  config.connection.cross_position = "recency";
+  config.connection.norm = "standard";
+  config.connection.output_scale = 1.0;
+  return config;
+}
+
+std::shared_ptr<Composition> with_all_forms(const std::string& rule) {
+  return std::make_shared<Composition>(all_forms(rule), member("gpt2", 20, 3, 1),
+                                       std::vector{member("llama3", 14, 4, 2)}, 7);
+}
+
+TEST(Composition, FinalStatesAreWhatHeadsRead) {
+  const auto composition = with_all_forms("token");
+  const std::vector<Ids> sequences{{40, 90, 91, 3}, {17, 18}};
+  {
+    torch::NoGradGuard no_grad;
+    EXPECT_TRUE(torch::equal(logits_of(*composition, sequences), test::logits_of(composition->anchor(), sequences)));
+    for (auto& item : composition->named_parameters()) item.value().zero_();
+    composition->named_parameters()["connections.3.proj.bias"].fill_(1.0);
+    const auto hidden = [&] { return test::hidden_of(*composition, sequences); };
+    const auto with = hidden();
+    composition->named_parameters()["connections.3.proj.bias"].zero_();
+    const auto without = hidden();
+    // The bias in units of the final state, on every row.
+    const auto rms = without.square().mean(1, /*keepdim=*/true).sqrt().expand({-1, 20});
+    EXPECT_LT(relative_error(with - without, rms), 1e-5);
+  }
+  randomise(*composition);
+  composition->train();
+  test::hidden_of(*composition, sequences).sum().backward();
+  for (const auto& item : composition->named_parameters()) {
+    EXPECT_GT(item.value().grad().abs().max().item<float>(), 0.0F) << item.key();
+  }
+}
+
 TEST(Composition, TrainsNothingButTheConnections) {
   const auto composition = two_tokenizers();
   const auto ids = composition->anchor_member().tokenizer->encode("The keeper wrote until tomorrow, dawn", false);
@@ -122,7 +160,7 @@ TEST(Composition, NoGraphBelowTheLowestConnection) {
 
 /// Text changed at or behind byte p: no logit before the first changed anchor token moves.
 TEST(Causality, EveryByteOfTheText) {
-  for (const char* rule : {"word", "token"}) {
+  for (const char* rule : {"word", "token", "text"}) {
     const auto composition = two_tokenizers({{{0, 1}, {2, 2}}, rule});
     const auto& anchor = *composition->anchor_member().tokenizer;
     for (const std::string text : {"The ships until dawn, nobody'll 12 ", "Möwen 👍🏽 人ไทย x"}) {
@@ -148,6 +186,20 @@ TEST(Causality, EveryByteOfTheText) {
       }
       EXPECT_GT(compared, 100);
     }
+  }
+}
+
+TEST(Causality, OfEveryForm) {
+  const auto composition = with_all_forms("token");
+  randomise(*composition);
+  const auto& anchor = *composition->anchor_member().tokenizer;
+  const Ids ids = anchor.encode("The ships until dawn, nobody 12", false);
+  const auto logits = logits_of(*composition, {ids});
+  for (size_t t = 1; t < ids.size(); ++t) {
+    Ids changed = ids;
+    changed[t] = anchor.encode("z", false)[0];
+    const auto end = static_cast<int64_t>(t);
+    EXPECT_LT(relative_error(logits_of(*composition, {changed}).slice(0, 0, end), logits.slice(0, 0, end)), 1e-5) << t;
   }
 }
 
@@ -227,12 +279,20 @@ const std::vector<std::string> kTexts{"The keeper wrote until tomorrow", "x",
                                       "👍🏽 family 👨‍👩‍👧‍👦 end", "คนเฝ้าประภาคาร นับเรือ"};
 
 TEST(Incremental, EqualsTheFullPass) {
-  for (const char* rule : {"word", "token"}) {
+  for (const char* rule : {"word", "token", "text"}) {
     for (const char* mask : {"causal", "prefix"}) {
       const auto composition = two_tokenizers({{{0, 1}, {2, 2}}, rule, mask});
       const auto sequences = encoded(*composition, kTexts);
       expect_incremental_equals_full(*composition, sequences, {3, 1, 1, 5});
     }
+  }
+}
+
+TEST(Incremental, EqualsTheFullPassInEveryForm) {
+  for (const char* rule : {"word", "token", "text"}) {
+    const auto composition = with_all_forms(rule);
+    randomise(*composition);
+    expect_incremental_equals_full(*composition, encoded(*composition, kTexts), {3, 1, 1, 5});
   }
 }
 
@@ -262,18 +322,20 @@ TEST(Incremental, EqualsTheFullPassWhereNothingIsSeenAtFirst) {
 }
 
 TEST(Incremental, TruncateGoesBackExactly) {
-  const auto composition = two_tokenizers();
-  const Ids ids = encoded(*composition, {"The keeper wrote 👍🏽 until tomorrow"})[0];
-  const auto full = logits_of(*composition, {ids}, {{4}});
-  for (const size_t kept : {0, 2, 4, 9}) {
-    const auto memory = composition->memory(1);
-    Ids other(ids.begin(), ids.begin() + static_cast<int64_t>(kept));
-    for (int64_t i = 0; i < 6; ++i) other.push_back(100 + i);
-    logits_of(*composition, {other}, {{4}}, memory.get());
-    memory->truncate(0, static_cast<int64_t>(kept));
-    const auto rest =
-        logits_of(*composition, {Ids(ids.begin() + static_cast<int64_t>(kept), ids.end())}, {{4}}, memory.get());
-    EXPECT_LT(relative_error(rest, full.slice(0, static_cast<int64_t>(kept))), 2e-5) << kept;
+  for (const char* rule : {"word", "text"}) {
+    const auto composition = two_tokenizers({{{0, 1}, {2, 2}}, rule});
+    const Ids ids = encoded(*composition, {"The keeper wrote 👍🏽 until tomorrow"})[0];
+    const auto full = logits_of(*composition, {ids}, {{4}});
+    for (const size_t kept : {0, 2, 4, 9}) {
+      const auto memory = composition->memory(1);
+      Ids other(ids.begin(), ids.begin() + static_cast<int64_t>(kept));
+      for (int64_t i = 0; i < 6; ++i) other.push_back(100 + i);
+      logits_of(*composition, {other}, {{4}}, memory.get());
+      memory->truncate(0, static_cast<int64_t>(kept));
+      const auto rest =
+          logits_of(*composition, {Ids(ids.begin() + static_cast<int64_t>(kept), ids.end())}, {{4}}, memory.get());
+      EXPECT_LT(relative_error(rest, full.slice(0, static_cast<int64_t>(kept))), 2e-5) << kept;
+    }
   }
 }
 
@@ -310,37 +372,39 @@ TEST(Incremental, SequencesJoinARunningBatch) {
 
 /// Sequences join, wait, go back and leave; each is then where it would be alone.
 TEST(Incremental, ARunningBatchEqualsOneByOne) {
-  const auto composition = two_tokenizers();
-  const auto sequences = encoded(*composition, kTexts);
-  const auto memory = composition->memory(1);
-  std::vector<Ids> running{sequences[3]};
-  logits_of(*composition, running, {}, memory.get());
-  memory->add(2);
-  // The first one waits: a text may bring it no token.
-  nn::RaggedBatch joining = nn::RaggedBatch::from_sequences({sequences[2], sequences[0]});
-  joining.offsets.insert(joining.offsets.begin(), 0);
-  {
-    torch::NoGradGuard no_grad;
-    nn::Pass pass;
-    composition->hidden({joining}, pass, memory.get());
-  }
-  running.push_back(sequences[2]);
-  running.push_back(sequences[0]);
-  memory->truncate(2, 5);
-  running[2].resize(5);
-  memory->keep({2, 0});
-  running = {running[2], running[0]};
-  const auto next = encoded(*composition, {" old long until dawn", "x"});
-  const auto together = logits_of(*composition, next, {}, memory.get());
-  int64_t row = 0;
-  for (size_t b = 0; b < running.size(); ++b) {
-    running[b].insert(running[b].end(), next[b].begin(), next[b].end());
-    EXPECT_EQ(memory->length(static_cast<int64_t>(b)), std::ssize(running[b]));
-    const int64_t end = row + std::ssize(next[b]);
-    const auto alone = logits_of(*composition, {running[b]});
-    EXPECT_LT(relative_error(together.slice(0, row, end), alone.slice(0, alone.size(0) - std::ssize(next[b]))), 2e-5)
-        << b;
-    row = end;
+  for (const char* rule : {"word", "text"}) {
+    const auto composition = two_tokenizers({{{0, 1}, {2, 2}}, rule});
+    const auto sequences = encoded(*composition, kTexts);
+    const auto memory = composition->memory(1);
+    std::vector<Ids> running{sequences[3]};
+    logits_of(*composition, running, {}, memory.get());
+    memory->add(2);
+    // The first one waits: a text may bring it no token.
+    nn::RaggedBatch joining = nn::RaggedBatch::from_sequences({sequences[2], sequences[0]});
+    joining.offsets.insert(joining.offsets.begin(), 0);
+    {
+      torch::NoGradGuard no_grad;
+      nn::Pass pass;
+      composition->hidden({joining}, pass, memory.get());
+    }
+    running.push_back(sequences[2]);
+    running.push_back(sequences[0]);
+    memory->truncate(2, 5);
+    running[2].resize(5);
+    memory->keep({2, 0});
+    running = {running[2], running[0]};
+    const auto next = encoded(*composition, {" old long until dawn", "x"});
+    const auto together = logits_of(*composition, next, {}, memory.get());
+    int64_t row = 0;
+    for (size_t b = 0; b < running.size(); ++b) {
+      running[b].insert(running[b].end(), next[b].begin(), next[b].end());
+      EXPECT_EQ(memory->length(static_cast<int64_t>(b)), std::ssize(running[b]));
+      const int64_t end = row + std::ssize(next[b]);
+      const auto alone = logits_of(*composition, {running[b]});
+      EXPECT_LT(relative_error(together.slice(0, row, end), alone.slice(0, alone.size(0) - std::ssize(next[b]))), 2e-5)
+          << b;
+      row = end;
+    }
   }
 }
 
@@ -378,6 +442,54 @@ TEST(Composition, NeighboursAndOrderDoNotMatter) {
   EXPECT_LT(
       relative_error(reversed.slice(0, 0, std::ssize(sequences[3])), all.slice(0, row - std::ssize(sequences[3]))),
       1e-5);
+}
+
+/// With rule `text` every position's newest state is that of the text so far, tokenised for itself.
+TEST(Alignment, TextIsReadAtEveryPositionAsItsTokenizerWritesIt) {
+  const auto composition = two_tokenizers({{{2, 3, /*newest=*/true}}, "text"});
+  const auto& anchor = *composition->anchor_member().tokenizer;
+  const auto& aug = *composition->augmenting()[0].tokenizer;
+  int64_t aside = 0;
+  for (const std::string text : {"The keeper wrote until tomorrow", "def f(x):\n    return x**2", "Möwen 👍🏽 12"}) {
+    const Ids ids = anchor.encode(text, false);
+    const auto texts = test::complete_texts(composition->anchor_member().tokenizer, ids);
+    const AlignedBatch aligned = composition->align(nn::RaggedBatch::from_sequences({ids}), {})[0];
+    if (!aligned.asides.empty()) aside += std::ssize(aligned.asides[0]);
+    for (size_t t = 0; t < ids.size(); ++t) {
+      Ids expected{0};  // BOS
+      for (const int64_t id : aug.encode(texts[t], false)) expected.push_back(id);
+      Ids seen(aligned.tokens[0].begin(), aligned.tokens[0].begin() + aligned.seen.visible[t]);
+      if (!aligned.asides.empty()) {
+        int64_t number = 0;
+        for (size_t before = 0; before < t; ++before) {
+          number += aligned.seen.aside[before].first < aligned.seen.aside[before].second ? 1 : 0;
+        }
+        const auto& [begin, end] = aligned.seen.aside[t];
+        if (begin < end) {
+          const Aside& own = aligned.asides[0][number];
+          EXPECT_EQ(own.behind, aligned.seen.visible[t]);
+          seen.insert(seen.end(), own.tokens.begin(), own.tokens.end());
+        }
+      }
+      EXPECT_EQ(seen, expected) << "'" << texts[t] << "'";
+    }
+  }
+  EXPECT_GT(aside, 5);
+}
+
+/// And its states are those of that text alone.
+TEST(Composition, StatesAsideAreThoseOfTheTextSoFar) {
+  const auto composition = with_all_forms("text");
+  randomise(*composition);
+  composition->eval();
+  const Ids ids = composition->anchor_member().tokenizer->encode("The keeper's ships until tomorrow12", false);
+  const auto all = logits_of(*composition, {ids});
+  ASSERT_FALSE(composition->align(nn::RaggedBatch::from_sequences({ids}), {})[0].asides.empty());
+  for (size_t t = 0; t < ids.size(); ++t) {
+    const auto end = static_cast<int64_t>(t) + 1;
+    const auto alone = logits_of(*composition, {Ids(ids.begin(), ids.begin() + end)});
+    EXPECT_LT(relative_error(alone[end - 1], all[end - 1]), 2e-5) << t;
+  }
 }
 
 TEST(SeveralAugmentingModels, TheirEffectsAreSummed) {

@@ -64,6 +64,27 @@ TEST_F(CompositionFolder, LoadsBackEqual) {
   }
 }
 
+TEST_F(CompositionFolder, KeepsFormsAndWhatConnectionsKnowOfTheirInputs) {
+  CompositionConfig config = test::config_of({{{{0, kFinal}, {kFinal, kFinal, /*newest=*/true}}, "token"}});
+  config.connection.cross_position = "recency";
+  config.connection.norm = "standard";
+  config.connection.output_scale = 0.5;
+  Composition made(config, composition_->anchor_member(), composition_->augmenting(), 7);
+  test::randomise(made);
+  made.train();
+  const std::vector<std::vector<int64_t>> sequences{{40, 90, 91, 3}, {17, 18}};
+  test::logits_of(made, sequences);  // means and deviations are those of these
+  made.eval();
+  const fs::path forms = root_.path() / "forms";
+  save_composition(made, forms);
+  const auto loaded = load_composition(forms, {});
+  EXPECT_TRUE(torch::equal(test::logits_of(*loaded, sequences), test::logits_of(made, sequences)));
+  EXPECT_EQ(loaded->config().augmenting, config.augmenting);
+  const Json json = read_json(forms / "calm_config.json");
+  EXPECT_EQ(json["augmenting"][0]["connections"][1],
+            (Json{{"anchor", "final"}, {"aug", "final"}, {"reads", "newest"}}));
+}
+
 TEST_F(CompositionFolder, MovesWithItsModels) {
   const fs::path other = root_.path() / "moved";
   fs::create_directories(other);
@@ -173,8 +194,12 @@ TEST_F(CompositionFolder, BadConfigsAreRefused) {
       {[](Json& json) { json["num_head"] = 2; }, "unknown keys num_head"},
       {[](Json& json) { json["num_heads"] = 3; }, "num_heads: got 3"},
       {[](Json& json) { json.erase("norm"); }, "'norm' is missing"},
-      {[](Json& json) { json["augmenting"][0]["connections"][0] = {0, 1}; }, "expected {\"anchor\": block"},
+      {[](Json& json) { json["augmenting"][0]["connections"][0] = {0, 1}; }, "expected {anchor: block"},
       {[](Json& json) { json["augmenting"][0]["connections"][0]["aug"] = 9; }, "aug 9"},
+      {[](Json& json) { json["augmenting"][0]["connections"][0]["aug"] = "last"; }, "got \"last\", expected a block's"},
+      {[](Json& json) { json["augmenting"][0]["connections"][0]["reads"] = "none"; }, "expected all or newest"},
+      {[](Json& json) { json["augmenting"][0]["connections"][0]["from"] = 1; }, "unknown key 'from'"},
+      {[](Json& json) { json["output_scale"] = -1; }, "output_scale: got -1"},
       {[](Json& json) { json["augmenting"][0]["connections"] = {{"anchor", 0}}; }, "expected a list"},
       {[](Json& json) { json["augmenting"][0] = "model"; }, "augmenting[0]: got \"model\""},
       {[](Json& json) { json["augmenting"] = Json::array(); }, "expected at least one"},

@@ -33,6 +33,16 @@ inline std::shared_ptr<tokenizer::Tokenizer> encoder_tokenizer() {
   return std::make_shared<tokenizer::Tokenizer>(json.dump(), Json{{"eos_token", "</s>"}}, "unigram", true);
 }
 
+/// The text of each prefix as far as its characters are complete.
+inline std::vector<std::string> complete_texts(const std::shared_ptr<const tokenizer::Tokenizer>& anchor,
+                                               const std::vector<int64_t>& ids) {
+  tokenizer::StreamDecoder decoder(anchor);
+  std::vector<std::string> texts;
+  std::string text;
+  for (const int64_t id : ids) texts.push_back(text += decoder.push(id));
+  return texts;
+}
+
 inline const std::vector<std::string>& hard_texts() {
   static const std::vector<std::string> texts{
       "The keeper wrote until tomorrow, and nobody'll ask.",

@@ -28,13 +28,18 @@ void create(const Json& job) {
   config.connection = {.num_heads = spec["num_heads"],
                        .cross_position = spec.value("cross_position", "rope"),
                        .norm = spec.value("norm", "none"),
+                       .output_scale = spec.value("output_scale", 0.0),
                        .attention_bias = spec.value("attention_bias", false)};
   std::vector<compose::Member> augmenting;
   for (const Json& entry : spec["augmenting"]) {
     compose::AugmentingConfig& how = config.augmenting.emplace_back();
     how.align = entry.value("align", "word");
     how.mask = entry.value("mask", "causal");
-    for (const Json& pair : entry["connections"]) how.connections.push_back({pair[0], pair[1]});
+    for (const Json& pair : entry["connections"]) {
+      Json keys{{"anchor", pair[0]}, {"aug", pair[1]}};
+      if (pair.size() > 2) keys["reads"] = pair[2];
+      how.connections.push_back(compose::parse_pair(keys, "connections"));
+    }
     augmenting.push_back(open(entry["model"]));
   }
   compose::Composition composition(config, open(spec["anchor"]), augmenting, job["seed"]);
@@ -43,6 +48,7 @@ void create(const Json& job) {
   for (auto& parameter : composition.parameters()) {
     parameter.normal_(0.0, parameter.dim() == 2 ? 0.7 / std::sqrt(static_cast<double>(parameter.size(1))) : 0.3);
   }
+  for (auto& buffer : composition.buffers()) buffer.uniform_(0.5, 2.0);
   compose::save_composition(composition, job["composition"].get<std::string>());
 }
 
@@ -77,8 +83,19 @@ Json run(const Json& job) {
   formats::save_safetensors(job["output"].get<std::string>(), result);
   Json streams = Json::array();
   for (const auto& stream : aligned) {
-    streams.push_back(
-        {{"tokens", stream.tokens}, {"coordinates", stream.coordinates}, {"visible", stream.seen.visible}});
+    Json asides = Json::array();
+    for (const auto& of_sequence : stream.asides) {
+      Json tokens = Json::array();
+      for (const compose::Aside& aside : of_sequence) {
+        for (const int64_t id : aside.tokens) tokens.push_back(id);
+      }
+      asides.push_back(std::move(tokens));
+    }
+    streams.push_back({{"tokens", stream.tokens},
+                       {"asides", std::move(asides)},
+                       {"coordinates", stream.coordinates},
+                       {"visible", stream.seen.visible},
+                       {"aside", stream.seen.aside}});
   }
   return {{"ok", true}, {"streams", streams}};
 }

@@ -77,7 +77,7 @@ class Composition:
 
     def __init__(self, anchor, augmenting, config, weights):
         self.anchor, self.augmenting, self.config = anchor, augmenting, config
-        self.weights = {k: v.clone().requires_grad_() for k, v in weights.items()}
+        self.weights = {k: v.clone().requires_grad_("input_" not in k) for k, v in weights.items()}
         self.theta = anchor.config.rope_parameters["rope_theta"]
 
     def linear(self, name, x):
@@ -85,32 +85,52 @@ class Composition:
         bias = self.weights.get(f"{name}.bias")
         return y if bias is None else y + bias
 
-    def connection(self, k, h, states, visible, coordinates):
-        heads, rows = self.config["num_heads"], len(h)
-        precision = next(iter(self.weights.values())).dtype
+    def unit_rows(self, x):
+        return x * (x.pow(2).mean(-1, keepdim=True) + self.anchor.config.rms_norm_eps).rsqrt()
+
+    def connection(self, k, h, states, visible, coordinates, places=None):
+        """What is added to h, rows at `places` (all)."""
+        places = torch.arange(len(h)) if places is None else places
+        precision, norm = next(iter(self.weights.values())).dtype, self.config.get("norm")
         h_in, states = h.to(precision), states.to(precision)
-        if self.config.get("norm") == "pre":
-            h_in, states = (x * (x.pow(2).mean(-1, keepdim=True) + self.anchor.config.rms_norm_eps).rsqrt()
-                            for x in (h_in, states))
+        scale = self.config.get("output_scale", 0) * h_in.pow(2).mean(-1, keepdim=True).sqrt()
+        if norm == "standard":
+            mean, deviation = (self.weights[f"connections.{k}.input_{name}"] for name in ("mean", "deviation"))
+            states = (states - mean) / deviation
+        elif norm == "pre":
+            states = self.unit_rows(states)
+        if norm in ("pre", "standard"):
+            h_in = self.unit_rows(h_in)
         p = self.linear(f"connections.{k}.proj", states)
+        if f"connections.{k}.q_proj.weight" in self.weights:
+            y = self.attention(k, h_in, p, visible, coordinates, places)
+        else:
+            y = p[visible.clamp(min=1) - 1]  # the newest alone
+        return torch.where(visible[:, None] > 0, y * scale if self.config.get("output_scale") else y, 0).to(h.dtype)  # what sees nothing adds exactly nothing
+
+    def attention(self, k, h_in, p, visible, coordinates, places):
+        heads, rows = self.config["num_heads"], len(h_in)
 
         def split(name, x):
             return self.linear(f"connections.{k}.{name}", x).view(len(x), heads, -1).transpose(0, 1)
 
         q, key, value = split("q_proj", h_in), split("k_proj", p), split("v_proj", p)
         if self.config.get("cross_position", "rope") == "rope":
-            q, key = rotate(q, torch.arange(rows), self.theta), rotate(key, coordinates, self.theta)
+            q, key = rotate(q, places, self.theta), rotate(key, coordinates, self.theta)
         scores = q @ key.transpose(1, 2) / q.shape[-1] ** 0.5
-        hidden = torch.arange(len(states))[None] >= visible.clamp(min=1)[:, None]
+        if self.config.get("cross_position") == "recency":
+            apart = (places[:, None] - coordinates[None]).abs()
+            scores = scores - self.weights[f"connections.{k}.slopes"][:, None, None] * apart
+        hidden = torch.arange(len(p))[None] >= visible.clamp(min=1)[:, None]
         mixed = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ value
         y = self.linear(f"connections.{k}.o_proj", mixed.transpose(0, 1).reshape(rows, -1))
         norm = self.weights.get(f"connections.{k}.norm.weight")
         if norm is not None:
-            y = y * (y.pow(2).mean(-1, keepdim=True) + self.anchor.config.rms_norm_eps).rsqrt() * (1 + norm)
-        return torch.where(visible[:, None] > 0, y, 0).to(h.dtype)  # what sees nothing adds exactly nothing
+            y = self.unit_rows(y) * (1 + norm)
+        return y
 
     def taps(self, model, ids):
-        """The output of the embedding (-1) and of every block, before the final norm; of an encoder-decoder in its encoder."""
+        """The output of the embedding (-1), of every block and of the norm behind them; of an encoder-decoder in its encoder."""
         states = {}
         reader = model.get_encoder() if model.config.is_encoder_decoder else model
         t5 = hasattr(reader, "block")
@@ -119,6 +139,8 @@ class Composition:
         for i, layer in enumerate(layers):
             # T5's blocks give the state and biases.
             hooks.append(layer.register_forward_hook(lambda m, x, y, i=i: states.update({i: (y[0] if t5 else y)[0]})))
+        norm = reader.final_layer_norm if t5 else reader.norm if reader is not model else model.model.norm
+        hooks.append(norm.register_forward_hook(lambda m, x, y: states.update({"final": y[0]})))
         with torch.no_grad():
             reader(input_ids=torch.tensor([ids]))
         for hook in hooks:
@@ -129,17 +151,28 @@ class Composition:
         """`streams`: for each augmenting model (tokens, visible, coordinates) of this sequence."""
         by_block, k = {}, 0
         for model, entry, (tokens, visible, coordinates) in zip(self.augmenting, self.config["augmenting"], streams):
-            states = self.taps(model, tokens) if tokens else {}
-            for anchor_block, aug_block in entry["connections"]:
-                by_block.setdefault(anchor_block, []).append((k, states[aug_block], visible, coordinates))
+            text_so_far = entry.get("align") == "text"  # then tokens and coordinates are each position's
+            states = [self.taps(model, each) for each in tokens] if text_so_far else self.taps(model, tokens) if tokens else {}
+            for anchor_block, aug_block, *_ in entry["connections"]:
+                at_block = [of[aug_block] for of in states] if text_so_far else states[aug_block]
+                by_block.setdefault(anchor_block, []).append((k, at_block, visible, coordinates))
                 k += 1
 
         def add(block, h):
             return h + sum(self.connection(k, h[0], *rest) for k, *rest in by_block[block])[None]
 
+        def add_text_so_far(block, h):
+            """Each position by itself, of an augmenting model that has read that position's text and nothing else."""
+            return torch.stack([h[0, t] + sum(
+                self.connection(k, h[0, t:t + 1], states[t], torch.tensor([len(states[t])]), places[t], torch.tensor([t]))[0]
+                for k, states, _, places in by_block[block]) for t in range(len(ids))])[None]
+
+        add = add_text_so_far if text_so_far else add
         layers, hooks = self.anchor.model.layers, []
         for block in by_block:
-            if block < 0:
+            if block == "final":
+                hooks.append(self.anchor.model.norm.register_forward_hook(lambda m, x, y: add("final", y)))
+            elif block < 0:
                 hooks.append(layers[0].register_forward_pre_hook(
                     lambda m, args, kwargs: ((add(-1, args[0]), *args[1:]), kwargs), with_kwargs=True))
             else:
@@ -148,6 +181,17 @@ class Composition:
         for hook in hooks:
             hook.remove()
         return result
+
+
+def of_sequence(stream, align, b, start, end):
+    """What run_reference gives the transcription of one stream: with `align: text` every position's own reading."""
+    tokens, visible, coordinates = stream["tokens"][b], stream["visible"][start:end], stream["coordinates"][b]
+    if align != "text":
+        return tokens, torch.tensor(visible), torch.tensor(coordinates)
+    everything = tokens + (stream["asides"][b] if stream["asides"] else [])
+    asides = stream["aside"][start:end] or [[0, 0]] * len(visible)
+    keys = [[*range(count), *range(*aside)] for count, aside in zip(visible, asides)]
+    return ([[everything[i] for i in of] for of in keys], None, [torch.tensor([coordinates[i] for i in of]) for of in keys])
 
 
 def run_driver(driver, tmp_path, anchor, augmenting, config, ids, borders, dtype):
@@ -172,8 +216,8 @@ def run_reference(anchor, augmenting, config, ids, streams, folder, dtype):
     rows, start = [], 0
     for b, sequence in enumerate(ids):
         end = start + len(sequence)
-        per_sequence = [(s["tokens"][b], torch.tensor(s["visible"][start:end]), torch.tensor(s["coordinates"][b]))
-                        for s in streams]
+        per_sequence = [of_sequence(stream, entry.get("align"), b, start, end)
+                        for stream, entry in zip(streams, config["augmenting"])]
         rows.append(reference.logits(sequence, per_sequence))
         start = end
     logits = torch.cat(rows)
@@ -182,7 +226,7 @@ def run_reference(anchor, augmenting, config, ids, streams, folder, dtype):
     with torch.no_grad():
         plain = common.reference_logits(anchor, ids)
     assert (logits - plain).abs().max() > 0.05 * plain.abs().max(), "the connections have no effect"
-    return logits.detach(), loss.detach(), {k: v.grad for k, v in reference.weights.items()}
+    return logits.detach(), loss.detach(), {k: v.grad for k, v in reference.weights.items() if v.requires_grad}
 
 
 def check(driver, tmp_path, anchor, augmenting, config, ids, borders=None, same_tokenizer=False):
@@ -242,6 +286,33 @@ def test_norm_before_the_projections(driver, make, tokenizers, tmp_path):
           ids_of(tokenizers, "gpt2"))
 
 
+@pytest.mark.parametrize("norm, cross_position", [("standard", "recency"), ("pre", "recency"), ("standard", "none")])
+def test_final_states_recency_and_units(norm, cross_position, driver, make, tokenizers, tmp_path):
+    config = dict(num_heads=2, norm=norm, cross_position=cross_position, output_scale=0.3,
+                  augmenting=[dict(connections=[[0, 1], ["final", 2], [2, "final"], ["final", "final", "newest"]],
+                                   align="token")])
+    check(driver, tmp_path, make("anchor", "llama", "gpt2", 1), [make("aug", "qwen2", "llama3", 2)], config,
+          ids_of(tokenizers, "gpt2"))
+
+
+@pytest.mark.parametrize("cross_position", ["rope", "recency"])
+def test_text_so_far(cross_position, driver, make, tokenizers, tmp_path):
+    """Every position is that of an augmenting model which has read the text so far, as its tokenizer writes it."""
+    ids = [tokenizers.encode("gpt2", text) for text in (*TEXTS, "def f(x):\n    return x**2  # 12")]
+    config = dict(num_heads=2, cross_position=cross_position, norm="pre", augmenting=[
+        dict(connections=[[0, 1], [2, 2], ["final", "final", "newest"]], align="text")])
+    models = make("anchor", "llama", "gpt2", 1), [make("aug", "qwen2", "llama3", 2)]
+    ours, streams, folder = run_driver(driver, tmp_path, *models, config, ids, None, "float32")
+    assert sum(begin < end for begin, end in streams[0]["aside"]) > 10
+    text = tokenizers.load["gpt2"].decode(ids[-1])
+    known = of_sequence(streams[0], "text", len(ids) - 1, sum(map(len, ids[:-1])), sum(map(len, ids)))[0]
+    assert known[-1][1:] == tokenizers.encode("llama3", text)  # behind BOS
+    logits, loss, gradients = run_reference(*models, config, ids, streams, folder, torch.float64)
+    common.assert_close(ours["logits"], logits, "logits")
+    common.assert_close(ours["loss"], loss, "loss")
+    common.assert_gradients_close(common.split_gradients(ours), gradients)
+
+
 def test_two_augmenting_models(driver, make, tokenizers, tmp_path):
     ids = ids_of(tokenizers, "gpt2")
     config = dict(num_heads=2, augmenting=[dict(connections=[[0, 1], [2, 2]]),
@@ -279,14 +350,15 @@ def prompt_stream(tokenizer, anchor, ids, border):
     return encoded["input_ids"], [0] * (border - 1) + [count] * (len(ids) - border + 1), places
 
 
-@pytest.mark.parametrize("family, norm, cross_position", [("t5", "none", "rope"), ("t5gemma", "pre", "none")])
+@pytest.mark.parametrize("family, norm, cross_position", [("t5", "none", "rope"), ("t5gemma", "pre", "none"),
+                                                          ("t5", "standard", "recency")])
 def test_an_encoder_reads_the_prompt(family, norm, cross_position, driver, make, tokenizers, tmp_path):
     """An encoder beside a decoder-only augmenting model; nothing of the answer enters its encoder, nothing leaves it before."""
     ids = ids_of(tokenizers, "gpt2")
     borders = [[max(1, len(s) // 2)] for s in ids]
     model, folder, tokenizer = make_seq2seq(tmp_path / family, family, 5)
     config = dict(num_heads=2, norm=norm, cross_position=cross_position,
-                  augmenting=[dict(connections=[[0, -1], [1, 0], [2, 2]], mask="prefix"),
+                  augmenting=[dict(connections=[[0, -1], [1, 0], [2, "final"]], mask="prefix"),
                               dict(connections=[[1, 1]], align="mixed")])
     models = make("anchor", "llama", "gpt2", 1), [(model, folder), make("aug", "qwen2", "llama3", 2)]
     _, streams, _ = run_driver(driver, tmp_path, *models, config, ids, borders, "float32")

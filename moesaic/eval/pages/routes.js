@@ -254,13 +254,13 @@ function startRouters() {
 const structure = data.structure;
 const joins = structure ? structure.connections : [];
 const state = { connection: 0, head: -1, token: text ? text.tokens.length - 1 : 0 };
-const block = i => (i < 0 ? 'emb' : String(i));
+const block = i => (i < 0 ? 'emb' : String(i)); // or 'final'
 const base = path => path.split('/').filter(part => part).pop() || 'model';
 const sourceOf = k => structure.augmenting[joins[k].augmenting];
 const streamOf = k => text.streams[joins[k].augmenting];
 const label = k => {
   const name = structure.augmenting.length > 1 ? ', ' + short(base(sourceOf(k).model), 18) : '';
-  return `block ${block(joins[k].aug)} \u2192 ${block(joins[k].anchor)}${name}`;
+  return `${joins[k].aug === 'final' ? '' : 'block '}${block(joins[k].aug)} \u2192 ${block(joins[k].anchor)}${name}`;
 };
 const shortly = v => (v >= 0.995 || v < 0.0005 ? v.toFixed(2) : v.toFixed(3));
 const choose = change => {
@@ -294,27 +294,32 @@ function drawBlocks() {
   el('blocks').replaceChildren(
     ...structure.augmenting.map((model, m) => {
       const mine = joins.map((j, k) => [j, k]).filter(([j]) => j.augmenting === m);
-      const low = Math.min(0, ...mine.map(([j]) => Math.min(j.aug, j.anchor)));
-      const rows = Math.max(model.blocks, structure.anchor.blocks) - low;
+      const row = (i, model) => (i === 'final' ? model.blocks : i);
+      const ends = mine.flatMap(([j]) => [row(j.aug, model), row(j.anchor, structure.anchor)]);
+      const low = Math.min(0, ...ends);
+      const rows = Math.max(model.blocks, structure.anchor.blocks, ...ends.map(i => i + 1)) - low;
       const y = i => 34 + (rows - 1 - (i - low)) * step + step / 2;
       const size = { viewBox: `0 0 ${wide} ${44 + rows * step}`, width: wide, style: 'max-width:100%;height:auto' };
       const chart = svg('svg', size);
-      const column = (x, title, blocks, used) => {
+      const column = (x, title, { blocks }, used) => {
         chart.append(svg('text', { x: x + 35, y: 18, 'text-anchor': 'middle' }, short(title, 24)));
-        for (let i = low; i < blocks; i++) {
-          if (i < 0 && !used.has(i)) continue;
+        for (let i = low; i <= blocks; i++) {
+          const place = i < blocks ? i : 'final';
+          if ((i < 0 || i === blocks) && !used.has(place)) continue;
           const box = { x, y: y(i) - (step - 4) / 2, width: 70, height: step - 4, rx: 4 };
           chart.append(
-            svg('rect', { ...box, class: used.has(i) ? 'joined' : 'block' }),
-            svg('text', { x: x + 35, y: y(i) + 4, 'text-anchor': 'middle' }, block(i))
+            svg('rect', { ...box, class: used.has(place) ? 'joined' : 'block' }),
+            svg('text', { x: x + 35, y: y(i) + 4, 'text-anchor': 'middle' }, block(place))
           );
         }
       };
-      column(70, base(model.model), model.blocks, new Set(mine.map(([j]) => j.aug)));
-      column(345, base(structure.anchor.model), structure.anchor.blocks, new Set(mine.map(([j]) => j.anchor)));
+      column(70, base(model.model), model, new Set(mine.map(([j]) => j.aug)));
+      column(345, base(structure.anchor.model), structure.anchor, new Set(mine.map(([j]) => j.anchor)));
       for (const [j, k] of mine) {
+        const from = y(row(j.aug, model));
+        const to = y(row(j.anchor, structure.anchor));
         const line = svg('path', {
-          d: `M140 ${y(j.aug)} C 220 ${y(j.aug)} 260 ${y(j.anchor)} 340 ${y(j.anchor)}`,
+          d: `M140 ${from} C 220 ${from} 260 ${to} 340 ${to}`,
           fill: 'none',
           stroke: k === state.connection ? variable('--accent') : css(shade(0.62)),
           'stroke-width': 1.5 + (8 * usual(k)) / most,
