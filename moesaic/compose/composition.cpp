@@ -544,21 +544,11 @@ std::vector<torch::Tensor> states_of(models::SingleModel& model, const std::vect
 
 /// The frozen states of `sequences`, as states_of gives them; a sequence's do not depend on the others.
 std::vector<torch::Tensor> compute_frozen_states(models::SingleModel& model, const std::vector<int64_t>& blocks,
-                                                 std::vector<std::vector<int64_t>> sequences,
-                                                 std::vector<std::vector<Aside>> asides) {
+                                                 const std::vector<std::vector<int64_t>>& sequences,
+                                                 const std::vector<std::vector<Aside>>& asides) {
   torch::NoGradGuard no_grad;
-  // As in the rest of a training, the library multiplies: with so many rows it computes each alike.
-  const auto rows = std::ssize(flat(sequences));
-  int64_t all = rows;
-  for (const auto& of_sequence : asides) all += rows_of(of_sequence);
-  const int64_t wanted = model.device().is_cpu() ? nn::AlikeRows::kRowsPerThread * at::get_num_threads() : 0;
-  if (rows < wanted) {
-    sequences.emplace_back(wanted - rows, /*any id*/ 0);
-    if (!asides.empty()) asides.emplace_back();
-  }
-  std::vector<torch::Tensor> states = states_of(model, blocks, sequences, asides, {}, nullptr);
-  for (torch::Tensor& state : states) state = state.slice(0, 0, all);
-  return states;
+  const nn::AlikeRows alike(nn::AlikeRows::Number::kMany);
+  return states_of(model, blocks, sequences, asides, {}, nullptr);
 }
 
 }  // namespace
@@ -689,6 +679,27 @@ std::vector<KeysValues> Composition::read(size_t m, const AlignedBatch& aligned,
   return result;
 }
 
+namespace {
+
+/// Weights of keys aside as weights of the tokens that came to stand in their place.
+void show_in_place(const Visibility& seen, nn::ReadingRecord& record) {
+  for (size_t b = 0; b < record.weights.size(); ++b) {
+    const int64_t tokens = std::ssize(record.sources[b]), first = seen.query_offsets[b];
+    const torch::Tensor all = record.weights[b];
+    torch::Tensor& shown = record.weights[b] = all.slice(2, 0, tokens).clone();
+    for (int64_t n = first; n < seen.query_offsets[b + 1]; ++n) {
+      const auto [begin, end] = seen.aside[n];
+      for (int64_t s = begin; s < end; ++s) {
+        const int64_t place = std::min(seen.visible[n] + s - begin, tokens - 1);
+        shown.select(1, n - first).select(1, place).add_(all.select(1, n - first).select(1, s));
+        record.visible[n] = place + 1;
+      }
+    }
+  }
+}
+
+}  // namespace
+
 torch::Tensor Composition::connected(int64_t block, const torch::Tensor& h, const nn::RotaryTables& rope,
                                      const std::vector<AlignedBatch>& aligned,
                                      const std::vector<std::vector<KeysValues>>& streams, nn::Pass& pass) {
@@ -702,9 +713,11 @@ torch::Tensor Composition::connected(int64_t block, const torch::Tensor& h, cons
       const torch::Tensor y = connection->forward(h, rope, streams[m][c], seen);
       if (pass.readings != nullptr) {
         const auto norm = [](const torch::Tensor& rows) { return rows.to(torch::kFloat32).norm(2, 1); };
-        pass.readings->push_back({static_cast<int64_t>(m), static_cast<int64_t>(c), norm(y) / norm(h),
-                                  connection->attention_weights(h, rope, streams[m][c], seen), seen.query_offsets,
-                                  seen.visible, aligned[m].tokens});
+        nn::ReadingRecord& record = pass.readings->emplace_back(
+            nn::ReadingRecord{static_cast<int64_t>(m), static_cast<int64_t>(c), norm(y) / norm(h),
+                              connection->attention_weights(h, rope, streams[m][c], seen), seen.query_offsets,
+                              seen.visible, aligned[m].tokens});
+        if (!seen.aside.empty()) show_in_place(seen, record);
       }
       sum = sum.defined() ? sum + y : y;
     }

@@ -126,8 +126,8 @@ class CompositionMemory : public models::Memory {
 ///
 /// As a Module it is in evaluation mode until it is trained. In training mode, what is frozen is computed without a
 /// graph and apart from the rest: the augmenting models, and the anchor up to its lowest connected block. On the CPU in
-/// float32 a sequence's frozen states are then the same bit for bit whatever is beside it in the batch: every GEMM gets
-/// so many rows that the library computes each of them alike.
+/// float32 a sequence's frozen states are then the same bit for bit whatever is beside it in the batch: see
+/// nn::AlikeRows.
 class Composition : public torch::nn::Module, public models::LanguageModel {
  public:
   /// Connections with their start values. Throws ConfigError.

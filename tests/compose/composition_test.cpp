@@ -428,6 +428,26 @@ TEST(Composition, ReadingsSayWhatEveryConnectionDid) {
   EXPECT_FALSE(composition->source_texts(0, readings[0].sources[0]).empty());
 }
 
+TEST(Composition, ReadingsShowWhatWasReadAsideInItsPlace) {
+  const auto composition = with_all_forms("text");
+  randomise(*composition);
+  const Ids ids = encoded(*composition, {"The keeper's ships until tomorrow12"})[0];
+  std::vector<nn::ReadingRecord> readings;
+  nn::Pass pass;
+  pass.readings = &readings;
+  torch::NoGradGuard no_grad;
+  composition->hidden({nn::RaggedBatch::from_sequences({ids})}, pass);
+  ASSERT_EQ(readings.size(), 4U);
+  for (const nn::ReadingRecord& record : readings) {
+    ASSERT_EQ(record.weights[0].size(2), std::ssize(record.sources[0]));
+    for (size_t t = 0; t < ids.size(); ++t) {
+      const auto row = record.weights[0].select(1, static_cast<int64_t>(t));
+      EXPECT_TRUE(row.slice(1, 0, record.visible[t]).sum(1).allclose(torch::ones(2))) << t;
+      EXPECT_EQ(row.slice(1, record.visible[t]).abs().sum().item<float>(), 0.0F) << t;
+    }
+  }
+}
+
 TEST(Composition, NeighboursAndOrderDoNotMatter) {
   const auto composition = two_tokenizers();
   const auto sequences = encoded(*composition, kTexts);

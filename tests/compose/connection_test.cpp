@@ -90,7 +90,7 @@ TEST(PrefixAttention, KeysAsideAreSeenByTheirQueryAlone) {
       return prefix_attention(x[0], {x[1], x[2], kKeyOffsets, {}}, seen_aside(), of_heads);
     };
     EXPECT_LT(relative_error(ours({q, k, v}), by_definition(q, k, v, kKeyOffsets, seen_aside(), of_heads)), 1e-12);
-    expect_gradients_match(ours, {q, k, v});
+    if (of_heads.defined()) expect_gradients_match(ours, {q, k, v});
   }
 }
 

@@ -88,6 +88,46 @@ def test_training_generation_and_evaluation(folder):
     assert "step 202" in resumed
 
 
+def test_from_final_state_to_final_state(folder):
+    """Connections behind the norms, of the newest state alone, that read at every position the text so far."""
+    keys = ["connections=[{anchor: 0, aug: 1}, {anchor: final, aug: final, reads: newest}]", "align=text",
+            "norm=standard", "cross_position=recency", "output_scale=0.5"]
+    printed = run("compose", folder / "compose.yaml", *keys, f"output_dir={folder / 'final'}")
+    assert "aligned by text" in printed and "final state -> anchor final state, the newest alone" in printed
+    # D_A D_B + D_B + 4 D_B^2 and a slope for each of the anchor's heads; D_A D_B + D_B.
+    heads = json.loads((folder / "final" / "calm_config.json").read_text())["num_heads"]
+    assert f"trainable  {24 * 32 + 32 + 4 * 32 * 32 + heads + 24 * 32 + 32} " in printed
+    assert generate(folder / "final") == generate(folder / "model")
+    run_file = make_run(folder, finetuning_type="calm", model_name_or_path=str(folder / "final"), num_experts=None,
+                        learning_rate=1e-2, max_steps=60, save_steps=30, logging_steps=1,
+                        output_dir=str(folder / "trained_final"), lr_scheduler_type="constant", warmup_ratio=0.0)
+    run("train", run_file)
+    log = [json.loads(line) for line in (folder / "trained_final" / "train_log.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < 0.8 * log[0]["loss"]
+    trained = folder / "trained_final"
+    assert generate(trained) != generate(folder / "model")
+    assert generate(trained, "--batch_size", 1) == generate(trained)
+    # What it knows of its inputs is kept: a run that was cut is the run that wasn't.
+    weights = safetensors.torch.load_file(trained / "calm_model.safetensors")
+    assert weights["connections.1.input_deviation"].std() > 0
+    shutil.rmtree(trained)
+    run("train", run_file, "max_steps=30")
+    run("train", run_file, "--resume", "auto")
+    resumed = safetensors.torch.load_file(trained / "calm_model.safetensors")
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+    printed = run("routes", "--model", trained, "--text", "cat dog red", "-o", folder / "final_read")
+    routes = json.loads((folder / "final_read.json").read_text())
+    assert routes["structure"]["connections"][1] == {"augmenting": 0, "anchor": "final", "aug": "final", "reads": "newest"}
+
+    carrying = [*keys, f"augmenting={{model: {folder / 'aug'}, adapter: {folder / 'aug_lora'}}}"]
+    run("train", make_run(folder, finetuning_type="lora", model_name_or_path=str(folder / "aug"), num_experts=None,
+                          lora_rank=2, max_steps=1, save_steps=0, output_dir=str(folder / "aug_lora")))
+    run("compose", folder / "compose.yaml", *carrying, f"output_dir={folder / 'final_carrying'}")
+    done = moesaic("train", make_run(folder, finetuning_type="calm", model_name_or_path=str(folder / "final_carrying"),
+                                     output_dir=str(folder / "unused"), num_experts=None), "train_adapters=true")
+    assert done.returncode == 2 and "augmenting[0] carries an adapter and has align text" in done.stderr
+
+
 def test_the_encoder_of_a_t5(folder):
     """It reads prompts, and nothing of answers: what is made, trained, asked and refused."""
     test_seq2seq.make_model(folder / "t5")
@@ -182,6 +222,9 @@ def test_a_changed_model_is_refused(folder, tmp_path):
     (["num_heads=5"], "num_heads: got 5"),
     (["connections=[{anchor: 9, aug: 0}]"], "anchor 9"),
     (["num_connections=2"], "both num_connections and connections"),
+    (["connections=[{anchor: last, aug: 0}]"], "got \"last\", expected a block's number or final"),
+    (["connections=[{anchor: 0, aug: 0, read: newest}]"], "unknown key 'read'"),
+    (["output_scale=-1"], "output_scale: got -1"),
     (["mask=half"], "'half'"),
     (["align=letters"], "'letters'"),
     (["augmenting=null"], "'augmenting' is missing"),
