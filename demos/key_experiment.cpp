@@ -13,7 +13,7 @@ namespace moesaic::demos {
 namespace {
 
 const std::vector<KeyText> kComposedTexts{KeyText::kComposed, KeyText::kArithmetic};
-constexpr int64_t kFurtherSteps = 400;  // of whatever is trained on top of trained models
+constexpr int64_t kFurtherSteps = 1000;  // of whatever is trained on top of trained models
 constexpr double kFurtherLearningRate = 4e-3;
 
 Json model_config() {

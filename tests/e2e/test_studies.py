@@ -44,6 +44,23 @@ def test_a_study_runs_from_data_to_table(name, tasks, tmp_path):
     assert "| vanilla augmenting model |" in (out / "table.md").read_text()
 
 
+@pytest.mark.skipif(not DATA.exists(), reason=f"needs the data at {DATA}")
+def test_connections_run_from_data_to_table(tmp_path):
+    make_model(tmp_path / "anchor", num_hidden_layers=30)
+    make_model(tmp_path / "augmenting", num_hidden_layers=24)
+    out = tmp_path / "out"
+    command = [sys.executable, ROOT / "tools" / "study" / "calm_connections.py", "--output_dir", out, "--data", DATA,
+               "--anchor", tmp_path / "anchor", "--augmenting", tmp_path / "augmenting", "--composition_steps", 2]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "MOESAIC_BUILD_DIR": str(PROGRAM.parent)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((out / "results.json").read_text())
+    assert results["data"]["train"]["texts"] == 788 and results["data"]["ruby"]["texts"] == 80
+    rows = json.loads((out / "tables.json").read_text())["tables"]["scores"]["rows"]
+    assert len(rows) == 8 and all(0 < value < 20 for row in rows for value in row[2:])
+    assert {row[0]: row[1] for row in rows}["final to final, align text"] == 32 * 32 + 32
+
+
 def test_key_arithmetic_runs_from_data_to_table(tmp_path):
     make_model(tmp_path / "anchor", num_hidden_layers=30)
     out = tmp_path / "out"

@@ -17,11 +17,11 @@ import composing
 
 NEWEST = "{anchor: final, aug: final, reads: newest}"
 SPREAD = "{anchor: 14, aug: 11}, {anchor: 21, aug: 17}, {anchor: 29, aug: 23}"
-UNITS = {"norm": "standard", "output_scale": 0.1}
 # Of each row what is not as in recipes/connections: keys of `compose`, and of `train`.
 ROWS = {
     "LoRA of rank 13": (None, {"finetuning_type": "lora", "lora_rank": 13}),
     "the paper's places, align word": ({"connections": f"[{SPREAD}]", "align": "word", "norm": "pre", "output_scale": 0}, {}),
+    "three blocks, and final to final": ({"connections": f"[{SPREAD}, {NEWEST}]", "cross_position": "recency"}, {}),
     "final to final, align token": ({"align": "token"}, {}),
     "final to final, align text": ({}, {}),
     "final to final, random augmenting model": ({"random": True}, {}),
@@ -61,8 +61,7 @@ def write_data(data, out):
 class Connections(composing.Study):
     def start(self, name, random=False, adapter=False, **keys):
         """The folder of an untrained composition."""
-        if random:
-            keys["augmenting"] = f"[{{model: {self.options.augmenting}, init: random}}]"
+        keys["augmenting"] = f"[{{model: {self.options.augmenting}{', init: random' if random else ''}}}]"
         if adapter:
             lora = self.out / "untrained-lora"
             self.train("an adapter that does nothing", "composition.yaml", 1, model_name_or_path=self.options.anchor,
