@@ -24,7 +24,7 @@ struct CalmDemoOptions {
 std::vector<demos::KeyRow> run_experiment(demos::KeyExperiment& experiment, bool ablations) {
   std::vector<demos::KeyRow> rows;
   rows.push_back(experiment.make_model("augmenting", demos::KeyText::kSubstitution, 400));
-  rows.push_back(experiment.make_model("anchor", demos::KeyText::kArithmetic, 800));
+  rows.push_back(experiment.make_model("anchor", demos::KeyText::kArithmetic, 1600));
   compose::CompositionConfig config;
   config.connection.num_heads = 4;
   config.connection.norm = "none";  // the paper's form: models this small have no large states

@@ -351,6 +351,61 @@ std::vector<std::string> Composition::source_texts(int64_t source, const std::ve
   return texts;
 }
 
+namespace {
+
+/// What one sequence reads on.
+struct SequenceReading {
+  int64_t first;  // so many tokens stand in front of these
+  std::vector<int64_t> tokens;
+  std::vector<Aside> asides;
+  std::vector<int64_t> coordinates;  // of tokens and asides
+};
+
+/// Reads `ids` behind what the aligner has read, of which the first `kept` tokens are known; appends to `seen` what
+/// each of them sees. full: all of them see everything.
+SequenceReading read_on(Aligner& aligner, std::span<const int64_t> ids, const std::function<bool(int64_t)>& ends_behind,
+                        bool full, int64_t kept, Visibility& seen) {
+  SequenceReading reading;
+  int64_t& first = reading.first = kept;
+  std::vector<int64_t>& tokens = reading.tokens;
+  tokens.assign(aligner.tail().begin() + std::max<int64_t>(kept - aligner.committed(), 0), aligner.tail().end());
+  // Of every row how many tokens it saw, the last of them, and how many of those of the row before stand.
+  std::vector<int64_t> saw, standing;
+  std::vector<std::vector<int64_t>> tails, tail_places;
+  for (const int64_t id : ids) {
+    const int64_t place = aligner.tokens(), before = aligner.committed();
+    std::vector<int64_t> now = aligner.push(id, ends_behind(place));
+    now.insert(now.end(), aligner.tail().begin(), aligner.tail().end());
+    first = std::min(first, aligner.standing());
+    tokens.resize(aligner.standing() - first);
+    tokens.insert(tokens.end(), now.begin() + (aligner.standing() - before), now.end());
+    saw.push_back(before + std::ssize(now));
+    standing.push_back(aligner.standing());
+    tails.push_back(aligner.tail());
+    tail_places.emplace_back(aligner.places().end() - std::ssize(aligner.tail()), aligner.places().end());
+    seen.query_places.push_back(place);
+  }
+  const int64_t all = first + std::ssize(tokens), rows = std::ssize(saw);
+  const auto places = aligner.places().begin();
+  reading.coordinates.assign(places + first, places + all);
+  std::vector<int64_t>& key_places = seen.key_places.emplace_back(places, places + all);
+  std::vector<int64_t> stays = saw;  // how many of what each row saw stand to the end
+  for (int64_t t = rows - 2; t >= 0; --t) stays[t] = std::min({stays[t], stays[t + 1], standing[t + 1]});
+  for (int64_t t = 0; t < rows; ++t) {
+    seen.visible.push_back(full ? all : stays[t]);
+    const int64_t aside = full ? 0 : saw[t] - stays[t], keys = std::ssize(key_places);
+    seen.aside.emplace_back(keys, keys + aside);
+    if (aside == 0) continue;
+    reading.asides.push_back({stays[t], {tails[t].end() - aside, tails[t].end()}});
+    for (auto* where : {&reading.coordinates, &key_places}) {
+      where->insert(where->end(), tail_places[t].end() - aside, tail_places[t].end());
+    }
+  }
+  return reading;
+}
+
+}  // namespace
+
 std::vector<AlignedBatch> Composition::align(const nn::RaggedBatch& batch, const nn::Borders& borders,
                                              CompositionMemory* memory) const {
   const int64_t count = batch.batch_size();
@@ -360,64 +415,31 @@ std::vector<AlignedBatch> Composition::align(const nn::RaggedBatch& batch, const
   std::vector<AlignedBatch> result;
   for (size_t m = 0; m < streams_.size(); ++m) {
     const bool full = streams_[m].alignment->policy() == "full";
-    AlignedBatch aligned{std::vector<std::vector<int64_t>>(count),
-                         std::vector<std::vector<Aside>>(count),
-                         std::vector<std::vector<int64_t>>(count),
-                         {batch.offsets, {}}};
-    Visibility& seen = aligned.seen;
+    AlignedBatch& aligned = result.emplace_back();
+    aligned.seen.query_offsets = batch.offsets;
+    bool any_aside = false;
     for (int64_t b = 0; b < count; ++b) {
+      CompositionMemory::Stream* stream = memory ? &memory->streams[m] : nullptr;
       Aligner fresh(streams_[m].alignment);
-      Aligner& aligner = memory ? memory->streams[m].aligners[b] : fresh;
-      // The tokens from the first on that is not in the memory, and of every row how many it saw and how many of those
-      // before it stand.
-      int64_t first = memory ? memory->streams[m].connections.length(b) : 0;
-      std::vector<int64_t>& tokens = aligned.tokens[b];
-      tokens.assign(aligner.tail().begin() + std::max<int64_t>(first - aligner.committed(), 0), aligner.tail().end());
-      std::vector<std::vector<int64_t>> tails, tail_places;
-      std::vector<int64_t> saw, standing;
-      for (int64_t n = batch.offsets[b]; n < batch.offsets[b + 1]; ++n) {
-        const int64_t place = aligner.tokens(), before = aligner.committed();
-        const bool border = (!borders.empty() && std::binary_search(borders[b].begin(), borders[b].end(), place + 1)) ||
-                            (full && n + 1 == batch.offsets[b + 1]);
-        std::vector<int64_t> now = aligner.push(ids.data_ptr<int64_t>()[n], border);
-        now.insert(now.end(), aligner.tail().begin(), aligner.tail().end());
-        first = std::min(first, aligner.standing());
-        tokens.resize(aligner.standing() - first);
-        tokens.insert(tokens.end(), now.begin() + (aligner.standing() - before), now.end());
-        tails.push_back(aligner.tail());
-        tail_places.emplace_back(aligner.places().end() - std::ssize(aligner.tail()), aligner.places().end());
-        saw.push_back(before + std::ssize(now));
-        standing.push_back(aligner.standing());
-        seen.query_places.push_back(place);
-      }
-      if (memory) memory->streams[m].truncate(b, first);
-      const auto places = aligner.places().begin();
-      const int64_t all = first + std::ssize(tokens), rows = std::ssize(saw);
-      seen.key_places.emplace_back(places, places + all);
-      aligned.coordinates[b].assign(places + first, places + all);
-      // What of each row's stands to the end.
-      std::vector<int64_t> stays = saw;
-      for (int64_t t = rows - 2; t >= 0; --t) stays[t] = std::min({stays[t], stays[t + 1], standing[t + 1]});
-      int64_t keys = all;
-      for (int64_t t = 0; t < rows; ++t) {
-        seen.visible.push_back(full ? all : stays[t]);
-        const int64_t aside = full ? 0 : saw[t] - stays[t];
-        seen.aside.emplace_back(keys, keys + aside);
-        keys += aside;
-        if (aside == 0) continue;
-        aligned.asides[b].push_back({stays[t], {tails[t].end() - aside, tails[t].end()}});
-        for (auto* where : {&aligned.coordinates[b], &seen.key_places[b]}) {
-          where->insert(where->end(), tail_places[t].end() - aside, tail_places[t].end());
-        }
-      }
+      Aligner& aligner = stream ? stream->aligners[b] : fresh;
+      const int64_t rows = batch.offsets[b + 1] - batch.offsets[b], end = aligner.tokens() + rows;
+      auto ends_behind = [&](int64_t place) {
+        return (!borders.empty() && std::binary_search(borders[b].begin(), borders[b].end(), place + 1)) ||
+               (full && place + 1 == end);
+      };
+      SequenceReading reading =
+          read_on(aligner, {ids.data_ptr<int64_t>() + batch.offsets[b], static_cast<size_t>(rows)}, ends_behind, full,
+                  stream ? stream->connections.length(b) : 0, aligned.seen);
+      if (stream) stream->truncate(b, reading.first);
+      any_aside = any_aside || !reading.asides.empty();
+      aligned.tokens.push_back(std::move(reading.tokens));
+      aligned.asides.push_back(std::move(reading.asides));
+      aligned.coordinates.push_back(std::move(reading.coordinates));
     }
-    const bool none =
-        std::all_of(aligned.asides.begin(), aligned.asides.end(), [](const auto& of) { return of.empty(); });
-    if (none) {
-      seen.aside.clear();
+    if (!any_aside) {
+      aligned.seen.aside.clear();
       aligned.asides.clear();
     }
-    result.push_back(std::move(aligned));
   }
   return result;
 }

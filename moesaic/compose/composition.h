@@ -86,7 +86,7 @@ struct Aside {
 /// What one augmenting model reads of a ragged batch.
 struct AlignedBatch {
   std::vector<std::vector<int64_t>> tokens;       // per sequence; may be empty
-  std::vector<std::vector<Aside>> asides;         // per sequence, by position; their keys stand behind its tokens'
+  std::vector<std::vector<Aside>> asides;         // per sequence, by position (empty = none); keys behind its tokens'
   std::vector<std::vector<int64_t>> coordinates;  // of both: place in the anchor's sequence from which on it stands
   Visibility seen;                                // by every anchor row
 };
