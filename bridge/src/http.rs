@@ -8,7 +8,7 @@ use std::net::ToSocketAddrs;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::task::{ready, Context, Poll};
+use std::task::{ready, Context, Poll, Waker};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -19,6 +19,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -51,8 +52,64 @@ unsafe impl Send for Handler {}
 unsafe impl Sync for Handler {}
 
 const BACKLOG: u32 = 4096;
-/// Between the last piece of a stream that breaks and its end.
-const FLUSH: Duration = Duration::from_millis(50);
+/// How long a client may take to read what comes before a stream breaks.
+const LAST_WORDS: Duration = Duration::from_secs(10);
+
+/// Whether a connection has written all that it was given.
+#[derive(Default)]
+struct Flushes {
+    count: AtomicU64,
+    waiting: Mutex<Option<Waker>>,
+}
+
+/// A connection that counts its flushes: hyper flushes when it has written everything.
+struct Flushing {
+    stream: TcpStream,
+    flushes: Arc<Flushes>,
+}
+
+impl AsyncRead for Flushing {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Flushing {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, data)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        data: &[std::io::IoSlice<'_>],
+    ) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, data)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        let flushed = ready!(Pin::new(&mut self.stream).poll_flush(cx));
+        self.flushes.count.fetch_add(1, Ordering::Relaxed);
+        if let Some(waker) = self.flushes.waiting.lock().unwrap().take() {
+            waker.wake();
+        }
+        Poll::Ready(flushed)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+/// A stream that is about to break.
+struct Breaking {
+    flushes: u64, // before
+    at_last: Pin<Box<tokio::time::Sleep>>,
+}
 
 /// The pieces of one streamed answer that were not written yet.
 struct Queue {
@@ -101,7 +158,8 @@ enum AnswerBody {
         receiver: mpsc::UnboundedReceiver<Result<Bytes, std::io::Error>>,
         bytes: Arc<AtomicUsize>,
         pieces: Arc<AtomicUsize>,
-        breaking: Option<Pin<Box<tokio::time::Sleep>>>,
+        breaking: Option<Breaking>,
+        flushes: Arc<Flushes>,
         _departure: Departure,
     },
 }
@@ -113,7 +171,7 @@ impl Body for AnswerBody {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         match &mut *self {
             AnswerBody::Whole(data) => Poll::Ready(data.take().map(|data| Ok(Frame::data(data)))),
-            AnswerBody::Pieces { receiver, bytes, pieces, breaking, .. } => {
+            AnswerBody::Pieces { receiver, bytes, pieces, breaking, flushes, .. } => {
                 if breaking.is_none() {
                     match ready!(receiver.poll_recv(cx)) {
                         None => return Poll::Ready(None),
@@ -122,11 +180,18 @@ impl Body for AnswerBody {
                             pieces.fetch_sub(1, Ordering::Relaxed);
                             return Poll::Ready(Some(Ok(Frame::data(data))));
                         }
-                        // hyper drops what it has not written when a body fails: it gets the time to write it.
-                        Some(Err(_)) => *breaking = Some(Box::pin(tokio::time::sleep(FLUSH))),
+                        Some(Err(_)) => {
+                            let at_last = Box::pin(tokio::time::sleep(LAST_WORDS));
+                            *breaking = Some(Breaking { flushes: flushes.count.load(Ordering::Relaxed), at_last });
+                        }
                     }
                 }
-                ready!(breaking.as_mut().expect("it was set above").as_mut().poll(cx));
+                // hyper drops what it has not written when a body fails: it gets the time to write it.
+                let breaking = breaking.as_mut().expect("it was set above");
+                *flushes.waiting.lock().unwrap() = Some(cx.waker().clone());
+                if flushes.count.load(Ordering::Relaxed) == breaking.flushes {
+                    ready!(breaking.at_last.as_mut().poll(cx));
+                }
                 Poll::Ready(Some(Err(std::io::Error::other("the answer failed"))))
             }
         }
@@ -177,7 +242,11 @@ async fn read_body(body: Incoming, limits: &Limits) -> Result<Bytes, Response<An
     }
 }
 
-async fn serve(request: Request<Incoming>, shared: Arc<Shared>) -> Result<Response<AnswerBody>, Infallible> {
+async fn serve(
+    request: Request<Incoming>,
+    shared: Arc<Shared>,
+    of_connection: Arc<Flushes>,
+) -> Result<Response<AnswerBody>, Infallible> {
     let (head, body) = request.into_parts();
     if head.headers.contains_key(CONTENT_LENGTH) && head.headers.contains_key(TRANSFER_ENCODING) {
         return Ok(refusal(StatusCode::BAD_REQUEST, "got Content-Length and Transfer-Encoding, expected one of them"));
@@ -203,8 +272,9 @@ async fn serve(request: Request<Incoming>, shared: Arc<Shared>) -> Result<Respon
         Ok(answer) => answer,
         Err(_) => refusal(StatusCode::INTERNAL_SERVER_ERROR, "the request was dropped"),
     };
-    if let AnswerBody::Pieces { _departure, .. } = answer.body_mut() {
+    if let AnswerBody::Pieces { _departure, flushes, .. } = answer.body_mut() {
         *_departure = departure;
+        *flushes = of_connection;
     }
     Ok(answer)
 }
@@ -212,9 +282,10 @@ async fn serve(request: Request<Incoming>, shared: Arc<Shared>) -> Result<Respon
 async fn connection(stream: TcpStream, shared: Arc<Shared>, mut draining: watch::Receiver<bool>) {
     let _ = stream.set_nodelay(true);
     let limits = shared.limits;
+    let flushes = Arc::new(Flushes::default());
     let service = {
-        let shared = shared.clone();
-        service_fn(move |request| serve(request, shared.clone()))
+        let (shared, flushes) = (shared.clone(), flushes.clone());
+        service_fn(move |request| serve(request, shared.clone(), flushes.clone()))
     };
     let mut builder = http1::Builder::new();
     builder
@@ -222,7 +293,7 @@ async fn connection(stream: TcpStream, shared: Arc<Shared>, mut draining: watch:
         .header_read_timeout(Duration::from_secs_f64(limits.header_seconds))
         .max_headers(limits.headers)
         .max_buf_size(limits.header_bytes.max(8192));
-    let served = builder.serve_connection(TokioIo::new(stream), service);
+    let served = builder.serve_connection(TokioIo::new(Flushing { stream, flushes }), service);
     tokio::pin!(served);
     loop {
         tokio::select! {
@@ -333,7 +404,7 @@ impl Http {
         let (bytes, pieces) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
         // Replaced by the exchange's own once the answer is on its way.
         let nobody = Departure { shared: self.shared.clone(), id: 0 };
-        let body = AnswerBody::Pieces { receiver, bytes: bytes.clone(), pieces: pieces.clone(), breaking: None, _departure: nobody };
+        let body = AnswerBody::Pieces { receiver, bytes: bytes.clone(), pieces: pieces.clone(), breaking: None, flushes: Arc::default(), _departure: nobody };
         let answer = response(status, headers, body)?;
         let mut exchanges = self.shared.exchanges.lock().unwrap();
         if let Some(Exchange::Waiting(waiting)) = exchanges.remove(&id) {
