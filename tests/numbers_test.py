@@ -176,7 +176,7 @@ MEASURED = {
         figure for what in ("float32: our own base", "float32: PEFT's adapter_names, in process", "int8: our own base")
         for figure in faster("serve-1", f"decoding, 16 streams over HTTP, 16 LoRAs r=8, {what}", EPYC_512)],
     "17 small real tasks in one MoLoRA, 400 steps, held-out exact match": first_mixture,
-    "`moesaic demo calm`, seeds 0 to 2: one model knows keys, one calculates, joined they calculate with keys never "
+    "`moesaic demo calm`, ten seeds: one model knows keys, one calculates, joined they calculate with keys never "
     "trained together": key_arithmetic,
     "the same with SmolLM2-135M and its own tokenizer as the anchor, helped by a LoRA in arithmetic, seed 0":
         smollm2_keys,
