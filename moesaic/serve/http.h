@@ -30,8 +30,8 @@ struct HttpLimits {
   size_t header_bytes = size_t{32} << 10;
   size_t headers = 100;
   size_t connections = 4096;
-  size_t queued_bytes = size_t{1} << 20;  // of a streamed answer that its client has not taken
-  size_t queued_pieces = 8192;            // likewise: some 1 MiB of single tokens
+  size_t queued_bytes = size_t{4} << 20;  // of a streamed answer that its client has not taken
+  size_t queued_pieces = 32768;           // likewise: some 4 MiB of single tokens
   double header_seconds = 75;             // for a request's head, counted from the connection's last answer
   double body_seconds = 30;
 };
