@@ -25,6 +25,11 @@ std::vector<std::vector<int64_t>> sequences_of(const nn::RaggedBatch& batch) {
   return sequences;
 }
 
+/// Of the blocks that read in an augmenting model, how many are run.
+int64_t blocks_run(const AugmentingConfig& how, const models::SingleModel& model) {
+  return std::min(num_blocks(how), model.reading_blocks());
+}
+
 /// Rotary tables for rows at `places` of the anchor's sequences.
 nn::RotaryTables rotary_tables(const nn::Rope* rope, const torch::Tensor& places) {
   return rope ? rope->tables(places, {}, {}) : nn::RotaryTables{};
@@ -278,7 +283,7 @@ std::vector<nn::Block*> Composition::blocks() {
   for (size_t m = 0; m < augmenting_.size(); ++m) {
     const std::vector<nn::Block*> of_member = augmenting_[m].model->blocks();
     all.insert(all.end(), of_member.begin(),
-               of_member.begin() + std::min(num_blocks(config_.augmenting[m]), std::ssize(of_member)));
+               of_member.begin() + blocks_run(config_.augmenting[m], *augmenting_[m].model));
   }
   return all;
 }
@@ -303,7 +308,7 @@ int64_t Composition::activation_bytes(int64_t tokens, bool checkpointing) {
     bytes += std::ssize(config_.augmenting[m].connections) * (model.reading_width() + 8 * facts.width) * tokens * 4;
     if (!is_trained(augmenting_[m])) continue;
     std::vector<nn::Block*> blocks = model.blocks();
-    blocks.resize(std::min(num_blocks(config_.augmenting[m]), model.reading_blocks()));
+    blocks.resize(blocks_run(config_.augmenting[m], model));
     bytes += saved_bytes(blocks, model.facts(), tokens, checkpointing);
   }
   return bytes;
@@ -812,8 +817,7 @@ std::unique_ptr<models::Memory> Composition::memory(int64_t sequences) const {
   for (size_t m = 0; m < streams_.size(); ++m) {
     streams.push_back(
         {streams_[m].alignment, std::vector<Aligner>(sequences, Aligner(streams_[m].alignment)),
-         augmenting_[m].model->make_cache(
-             std::min(num_blocks(config_.augmenting[m]), augmenting_[m].model->reading_blocks()), sequences),
+         augmenting_[m].model->make_cache(blocks_run(config_.augmenting[m], *augmenting_[m].model), sequences),
          nn::KvCache(std::ssize(streams_[m].connections), heads, facts().width / heads, sequences,
                      torch::dtype(torch::kFloat32).device(facts().device))});
   }

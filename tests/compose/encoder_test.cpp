@@ -141,6 +141,12 @@ TEST(EncoderAsAugmenting, TrainsFromKeptStates) {
   EXPECT_EQ(states->hits(), 2 * std::ssize(texts.ids));
 }
 
+TEST(EncoderAsAugmenting, ItsFinalStateIsTheEncodersAndItsBlocksAreToo) {
+  Composition composition(test::config_of({{{{1, kFinal}}, "word", "prefix"}}), test::member("gpt2", 20, 3, 1),
+                          {test::encoder_member(2)}, 3);
+  EXPECT_EQ(composition.blocks().size(), 3U + 3U);  // none of the decoder's
+}
+
 TEST(EncoderAsAugmenting, FolderKeepsTheEncoderAlone) {
   const test::TemporaryFolder root;
   const auto anchor = test::member("gpt2", 20, 3, 1), encoder = test::encoder_member(2);
