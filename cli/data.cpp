@@ -2,6 +2,7 @@
 #include "cli/command.h"
 #include "demos/key_files.h"
 #include "demos/skills.h"
+#include "moesaic/data/superni.h"
 #include "moesaic/data/validate.h"
 #include "moesaic/models/registry.h"
 #include "moesaic/run/run.h"
@@ -16,6 +17,8 @@ struct DataOptions {
   std::string file, formatting = "auto", model;  // validate
   std::string folder;                            // skills, keys
   int64_t train_rows = demos::kTrainRows, test_rows = demos::kTestRows, key_test_rows = 200;
+  std::string tasks;  // superni
+  data::SuperniOptions superni;
 };
 
 /// One line per token: its place, its id, `*` where it is a target, and its text.
@@ -78,6 +81,17 @@ int validate(const DataOptions& options) {
   return static_cast<int>(damaged ? ExitCode::kData : ExitCode::kOk);
 }
 
+int split_superni(const DataOptions& options, const CommonOptions& common) {
+  data::SuperniOptions wanted = options.superni;
+  wanted.seed = common.seed;
+  say("{:<34} {:>6} {:>10} {:>10}\n", "category", "tasks", "train rows", "test rows");
+  for (const data::SuperniCategory& category : data::split_superni(options.tasks, options.folder, wanted)) {
+    say("{:<34} {:>6} {:>10} {:>10}{}\n", category.name, category.tasks, category.rows, category.test_rows,
+        category.held_out ? "  held out" : "");
+  }
+  return 0;
+}
+
 }  // namespace
 
 Runner add_data(CLI::App& app, CommonOptions& common) {
@@ -99,12 +113,29 @@ Runner add_data(CLI::App& app, CommonOptions& common) {
   CLI::App* keys_app = app.add_subcommand("keys", "Write key-value arithmetic as data sets and tasks into a folder");
   keys_app->add_option("folder", options->folder, "Folder; created")->required();
   keys_app->add_option("--test_rows", options->key_test_rows, "Questions of each task")->capture_default_str();
+  CLI::App* superni_app = app.add_subcommand(
+      "superni", "Split Super-NaturalInstructions by category: tasks to train on, instances and tasks held out");
+  superni_app->add_option("tasks", options->tasks, "Folder of the task files")->required();
+  superni_app->add_option("folder", options->folder, "Folder to write; created")->required();
+  superni_app->add_option("--held_out", options->superni.held_out, "Categories that are not trained on")
+      ->delimiter(',')
+      ->capture_default_str();
+  superni_app->add_option("--test_rows", options->superni.test_rows, "Instances of each trained task that are held out")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  superni_app
+      ->add_option("--max_chars", options->superni.max_chars,
+                   "Leave longer instances out, the definition counted; 0: none")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
   // The common flags may follow the sub-command.
-  for (CLI::App* verb : {preview_app, validate_app, skills_app, keys_app}) verb->fallthrough();
-  return [options, preview_app, validate_app, keys_app, &common, &app] {
+  for (CLI::App* verb : {preview_app, validate_app, skills_app, keys_app, superni_app}) verb->fallthrough();
+  return [options, preview_app, validate_app, keys_app, superni_app, &common, &app] {
     if (preview_app->parsed()) return preview(*options, common, app);
     if (validate_app->parsed()) return validate(*options);
-    if (keys_app->parsed()) {
+    if (superni_app->parsed()) {
+      split_superni(*options, common);
+    } else if (keys_app->parsed()) {
       demos::write_key_files(options->folder, options->key_test_rows, common.seed);
     } else {
       demos::write_skills(options->folder, options->train_rows, options->test_rows, common.seed);

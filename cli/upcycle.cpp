@@ -27,7 +27,7 @@ void say_receipt(const exporting::Upcycled& made, const std::string& out) {
   say("written     {}: {} bytes, {}{}\n", out, made.bytes, made.dtype,
       made.dequantised ? " (the base's blocks dequantised)" : "");
   say("start       {}\n", made.promise);
-  if (made.experts_per_token == 1) {
+  if (made.experts_per_token == 1 && !made.routers_learn) {
     say("            with one expert for each token its weight is always 1: only a balance loss trains the router\n");
   }
 }

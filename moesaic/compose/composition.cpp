@@ -62,12 +62,28 @@ Reader reader_of(const Json& config, const std::string& where) {
   return {both.encoder_layers, both.halves ? both.halves->encoder.hidden_size : both.hidden_size, true};
 }
 
-models::DecoderConfig parse_anchor(const Json& config, const std::string& where) {
-  MOESAIC_CHECK(models::is_decoder(config, where), ConfigError,
-                "{}: is an encoder-decoder, expected a decoder as the anchor of a composition. As the augmenting model "
-                "its encoder can read the prompt.",
-                where);
-  return models::parse_decoder_config(config, where);
+namespace {
+
+Anchor anchor_of(const models::DecoderConfig& decoder, bool has_encoder) {
+  return {decoder.num_layers,   decoder.hidden_size, decoder.num_heads,
+          decoder.rms_norm_eps, decoder.rope.theta,  has_encoder};
+}
+
+Anchor anchor_of(const models::Seq2SeqConfig& both) {
+  if (both.halves) return anchor_of(both.halves->decoder, /*has_encoder=*/true);
+  return {both.decoder_layers, both.hidden_size, both.num_heads, both.norm_eps, nn::RopeConfig{}.theta, true};
+}
+
+}  // namespace
+
+Anchor anchor_of(const Json& config, const std::string& where) {
+  if (models::is_decoder(config, where)) return anchor_of(models::parse_decoder_config(config, where), false);
+  return anchor_of(models::parse_seq2seq_config(config, where));
+}
+
+Anchor anchor_of(const models::SingleModel& model) {
+  if (const auto* both = dynamic_cast<const models::Seq2SeqLM*>(&model)) return anchor_of(both->config());
+  return anchor_of(dynamic_cast<const models::CausalLM&>(model).config(), /*has_encoder=*/false);
 }
 
 ConnectionPair parse_pair(const Json& json, const std::string& where) {
@@ -103,14 +119,14 @@ int64_t num_blocks(const AugmentingConfig& config) {
   return highest + 1;
 }
 
-int64_t default_heads(const models::DecoderConfig& anchor) {
-  int64_t heads = anchor.num_heads;
-  while (heads > 1 && anchor.hidden_size % (2 * heads) != 0) --heads;
+int64_t default_heads(const Anchor& anchor) {
+  int64_t heads = anchor.heads;
+  while (heads > 1 && anchor.width % (2 * heads) != 0) --heads;
   return heads;
 }
 
-void validate(const CompositionConfig& config, const models::DecoderConfig& anchor,
-              const std::vector<Reader>& augmenting, const std::string& where) {
+void validate(const CompositionConfig& config, const Anchor& anchor, const std::vector<Reader>& augmenting,
+              const std::string& where) {
   std::vector<std::string> wrong;
   auto require = [&](bool ok, const std::string& message) {
     if (!ok) wrong.push_back(message);
@@ -125,12 +141,12 @@ void validate(const CompositionConfig& config, const models::DecoderConfig& anch
   require(shared.output_scale >= 0 && shared.output_scale < 1e3,
           fmt::format("output_scale: got {}, expected 0 (off) to 1000", shared.output_scale));
   one_of("output_init", shared.output_init, {"zero", "normal"});
-  const bool divides = shared.num_heads > 0 && anchor.hidden_size % shared.num_heads == 0;
+  const bool divides = shared.num_heads > 0 && anchor.width % shared.num_heads == 0;
   require(divides, fmt::format("num_heads: got {}, expected a divisor of the anchor's width {}", shared.num_heads,
-                               anchor.hidden_size));
-  require(!divides || shared.cross_position != "rope" || anchor.hidden_size / shared.num_heads % 2 == 0,
+                               anchor.width));
+  require(!divides || shared.cross_position != "rope" || anchor.width / shared.num_heads % 2 == 0,
           fmt::format("num_heads: got {}, which makes heads of width {}; rope needs an even one", shared.num_heads,
-                      divides ? anchor.hidden_size / shared.num_heads : 0));
+                      divides ? anchor.width / shared.num_heads : 0));
   require(!config.augmenting.empty(), "augmenting: got no model, expected at least one");
   require(config.augmenting.size() == augmenting.size(),
           fmt::format("augmenting: got {} models for {} entries", augmenting.size(), config.augmenting.size()));
@@ -149,16 +165,20 @@ void validate(const CompositionConfig& config, const models::DecoderConfig& anch
     require(!entry.connections.empty(), name + ".connections: got none, expected at least one");
     for (const ConnectionPair& pair : entry.connections) {
       auto is_place = [](int64_t place, int64_t blocks) { return place == kFinal || (place >= -1 && place < blocks); };
-      require(is_place(pair.anchor, anchor.num_layers) && is_place(pair.aug, augmenting[m].blocks),
+      require(is_place(pair.anchor, anchor.blocks) && is_place(pair.aug, augmenting[m].blocks),
               fmt::format("{}.connections: got anchor {}, aug {}, expected -1 to {} and -1 to {}, or final", name,
-                          pair.anchor, pair.aug, anchor.num_layers - 1, augmenting[m].blocks - 1));
+                          pair.anchor, pair.aug, anchor.blocks - 1, augmenting[m].blocks - 1));
+      require(pair.anchor != kFinal || !anchor.has_encoder,
+              fmt::format("{}.connections: got anchor final, expected a block of the decoder's: an encoder-decoder's "
+                          "final states are not connected",
+                          name));
     }
   }
   MOESAIC_CHECK(wrong.empty(), ConfigError, "{}: {}", where, fmt::join(wrong, "; "));
 }
 
-CompositionMemory::CompositionMemory(nn::KvCache anchor_cache, std::vector<Stream> all)
-    : anchor(std::move(anchor_cache)), streams(std::move(all)) {}
+CompositionMemory::CompositionMemory(std::unique_ptr<models::Memory> of_anchor, std::vector<Stream> all)
+    : anchor(std::move(of_anchor)), streams(std::move(all)) {}
 
 void CompositionMemory::Stream::truncate(int64_t b, int64_t tokens) {
   model.truncate(b, tokens);
@@ -166,22 +186,22 @@ void CompositionMemory::Stream::truncate(int64_t b, int64_t tokens) {
 }
 
 int64_t CompositionMemory::token_bytes() const {
-  int64_t bytes = anchor.token_bytes();
+  int64_t bytes = anchor->token_bytes();
   // An augmenting model's tokens may be smaller; twice as many are rare.
   for (const Stream& stream : streams) bytes += 2 * (stream.model.token_bytes() + stream.connections.token_bytes());
   return bytes;
 }
 
 void CompositionMemory::truncate(int64_t b, int64_t length) {
-  anchor.truncate(b, length);
+  anchor->truncate(b, length);
   for (Stream& stream : streams) {
-    stream.aligners[b].truncate(length);
+    stream.aligners[b].truncate(anchor->length(b));
     stream.truncate(b, stream.aligners[b].committed());  // a tail is read again
   }
 }
 
 void CompositionMemory::keep_sequences(const std::vector<int64_t>& rows) {
-  anchor.keep(rows);
+  anchor->keep(rows);
   for (Stream& stream : streams) {
     std::vector<Aligner> aligners;
     for (const int64_t b : rows) aligners.push_back(stream.aligners.at(b));
@@ -192,7 +212,7 @@ void CompositionMemory::keep_sequences(const std::vector<int64_t>& rows) {
 }
 
 void CompositionMemory::add_sequences(int64_t count) {
-  anchor.add(count);
+  anchor->add(count);
   for (Stream& stream : streams) {
     stream.aligners.resize(stream.aligners.size() + count, Aligner(stream.alignment));
     stream.model.add(count);
@@ -201,19 +221,22 @@ void CompositionMemory::add_sequences(int64_t count) {
 }
 
 Composition::Composition(CompositionConfig config, Member anchor, std::vector<Member> augmenting, uint64_t seed)
-    : config_(std::move(config)), anchor_(std::move(anchor)), augmenting_(std::move(augmenting)) {
-  anchor_model_ = std::dynamic_pointer_cast<models::CausalLM>(anchor_.model);
-  MOESAIC_CHECK(anchor_model_, ConfigError, "composition: the anchor is an encoder-decoder ({}), expected a decoder",
-                anchor_.model->facts().model_type);
-  const models::DecoderConfig& anchor_config = anchor_model_->config();
+    : config_(std::move(config)),
+      anchor_(std::move(anchor)),
+      augmenting_(std::move(augmenting)),
+      facts_(anchor_.model->facts()),
+      encoder_decoder_(dynamic_cast<models::Seq2SeqLM*>(anchor_.model.get())) {
+  facts_.has_dropout = false;  // the anchor is frozen
+  if (encoder_decoder_ != nullptr) encoder_blocks_ = anchor_.model->reading_blocks();
+  const Anchor anchor_config = anchor_of(*anchor_.model);
   std::vector<Reader> readers;
   for (const Member& member : augmenting_) readers.push_back(reader_of(*member.model));
   validate(config_, anchor_config, readers, "composition");
-  config_.connection.norm_eps = anchor_config.rms_norm_eps;  // as the released code
+  config_.connection.norm_eps = anchor_config.norm_eps;  // as the released code
   if (config_.connection.cross_position == "rope") {
     nn::RopeConfig rope;
-    rope.theta = anchor_config.rope.theta;
-    rope_ = std::make_unique<nn::Rope>(rope, anchor_config.hidden_size / config_.connection.num_heads);
+    rope.theta = anchor_config.rope_theta;
+    rope_ = std::make_unique<nn::Rope>(rope, anchor_config.width / config_.connection.num_heads);
   }
   auto list = register_module("connections", std::make_shared<torch::nn::Module>());
   const auto options = torch::dtype(torch::kFloat32).device(anchor_.model->device());
@@ -231,7 +254,7 @@ Composition::Composition(CompositionConfig config, Member anchor, std::vector<Me
                                     config_.augmenting[m].mask, readers[m].ahead);
     for (size_t c = 0; c < config_.augmenting[m].connections.size(); ++c, ++k) {
       Connection connection(config_.connection, config_.augmenting[m].connections[c].newest, readers[m].width,
-                            anchor_config.hidden_size, options);
+                            anchor_config.width, options);
       connection->initialize(make_generator(derive_seed(seed, "connection", static_cast<uint64_t>(k))));
       stream.connections.push_back(list->register_module(std::to_string(k), connection));
     }
@@ -315,7 +338,7 @@ int64_t Composition::activation_bytes(int64_t tokens, bool checkpointing) {
 }
 
 int64_t Composition::state_bytes(int64_t tokens) const {
-  int64_t numbers = first_trained_block() > 0 ? facts().width : 0;
+  int64_t numbers = first_trained_block() > 0 && encoder_decoder_ == nullptr ? facts().width : 0;
   for (size_t m = 0; m < augmenting_.size(); ++m) {
     if (is_trained(augmenting_[m])) continue;
     numbers += std::ssize(config_.augmenting[m].connections) * augmenting_[m].model->reading_width();
@@ -324,14 +347,13 @@ int64_t Composition::state_bytes(int64_t tokens) const {
 }
 
 OrderedJson Composition::structure() const {
-  auto member_json = [](const Member& member) {
-    return OrderedJson{{"model", member.checkpoint ? member.checkpoint->path().string() : ""},
-                       {"blocks", member.model->reading_blocks()}};
+  auto member_json = [](const Member& member, int64_t blocks) {
+    return OrderedJson{{"model", member.checkpoint ? member.checkpoint->path().string() : ""}, {"blocks", blocks}};
   };
   OrderedJson augmenting = OrderedJson::array(), connections = OrderedJson::array();
   for (size_t m = 0; m < augmenting_.size(); ++m) {
     const AugmentingConfig& how = config_.augmenting[m];
-    OrderedJson entry = member_json(augmenting_[m]);
+    OrderedJson entry = member_json(augmenting_[m], augmenting_[m].model->reading_blocks());
     entry["align"] = how.align;
     entry["mask"] = how.mask;
     augmenting.push_back(std::move(entry));
@@ -341,9 +363,13 @@ OrderedJson Composition::structure() const {
     }
   }
   return {{"num_heads", config_.connection.num_heads},
-          {"anchor", member_json(anchor_)},
+          {"anchor", member_json(anchor_, anchor_of(*anchor_.model).blocks)},
           {"augmenting", std::move(augmenting)},
           {"connections", std::move(connections)}};
+}
+
+std::vector<int64_t> Composition::continued(const std::vector<int64_t>& prompt) const {
+  return anchor_.model->continued(prompt);
 }
 
 std::vector<std::string> Composition::source_texts(int64_t source, const std::vector<int64_t>& ids) const {
@@ -768,25 +794,9 @@ torch::Tensor Composition::run(const models::Text& text, nn::Pass& pass, models:
     streams.push_back(read(m, aligned[m], remembered ? &remembered->streams[m] : nullptr, own));
   }
 
-  models::CausalLM& model = *anchor_model_;
-  own.cache = remembered ? &remembered->anchor : nullptr;
-  model.prepare(text.tokens, own);
-  const nn::RotaryTables rope = rotary_tables(rope_.get(), own.positions);
-  auto add = [&](int64_t block, const torch::Tensor& h) { return connected(block, h, rope, aligned, streams, own); };
-  own.run = [&add, inner = pass.run](nn::Block& block, const torch::Tensor& h, nn::Pass& of_block) {
-    return add(block.index(), inner ? inner(block, h, of_block) : block.forward(h, of_block));
-  };
   const bool apart = frozen_apart(pass) && !remembered && attachments().empty();
-  const int64_t frozen = apart ? first_trained_block() - 1 : -1;
-  torch::Tensor h = frozen < 0 ? model.embed(text.tokens.tokens)
-                               : frozen_states(anchor_, "anchor", {frozen}, sequences_of(text.tokens), {})[0];
-  h = add(frozen, h);
-  if (frozen < kFinal) {
-    h = model.run_blocks(h, frozen + 1, model.config().num_layers, own);
-    h = highest_anchor_block_ == kFinal ? add(kFinal, model.finish(h, {})) : model.finish(h, text.rows);
-  }
-  if (highest_anchor_block_ == kFinal && text.rows.defined()) h = h.index_select(0, text.rows);
-  if (remembered) remembered->anchor.commit(text.tokens.counts());
+  const torch::Tensor h = encoder_decoder_ != nullptr ? run_encoder_decoder(text, aligned, streams, own, remembered)
+                                                      : run_decoder(text, aligned, streams, own, remembered, apart);
   if (pass.readings != nullptr) {
     std::stable_sort(pass.readings->begin(), pass.readings->end(),
                      [](const nn::ReadingRecord& a, const nn::ReadingRecord& b) {
@@ -796,11 +806,97 @@ torch::Tensor Composition::run(const models::Text& text, nn::Pass& pass, models:
   return h;
 }
 
+torch::Tensor Composition::run_decoder(const models::Text& text, const std::vector<AlignedBatch>& aligned,
+                                       const std::vector<std::vector<KeysValues>>& streams, nn::Pass& own,
+                                       CompositionMemory* memory, bool apart) {
+  models::SingleModel& model = *anchor_.model;
+  own.cache = memory ? &dynamic_cast<models::CacheMemory&>(*memory->anchor).cache : nullptr;
+  model.prepare(text.tokens, own);
+  const nn::RotaryTables rope = rotary_tables(rope_.get(), own.positions);
+  auto add = [&](int64_t block, const torch::Tensor& h) { return connected(block, h, rope, aligned, streams, own); };
+  own.run = [&add, inner = own.run](nn::Block& block, const torch::Tensor& h, nn::Pass& of_block) {
+    return add(block.index(), inner ? inner(block, h, of_block) : block.forward(h, of_block));
+  };
+  const int64_t frozen = apart ? first_trained_block() - 1 : -1;
+  torch::Tensor h = frozen < 0 ? model.embed(text.tokens.tokens)
+                               : frozen_states(anchor_, "anchor", {frozen}, sequences_of(text.tokens), {})[0];
+  h = add(frozen, h);
+  if (frozen < kFinal) {
+    h = model.run_blocks(h, frozen + 1, model.reading_blocks(), own);
+    h = highest_anchor_block_ == kFinal ? add(kFinal, model.finish(h, {})) : model.finish(h, text.rows);
+  }
+  if (highest_anchor_block_ == kFinal && text.rows.defined()) h = h.index_select(0, text.rows);
+  if (memory) own.cache->commit(text.tokens.counts());
+  return h;
+}
+
+namespace {
+
+/// Of each sequence what its last rows see, as many as lie between `offsets`.
+Visibility seen_by_last_rows(const Visibility& seen, const std::vector<int64_t>& offsets) {
+  Visibility last{.query_offsets = offsets, .visible = {}, .key_places = seen.key_places};
+  for (size_t b = 0; b + 1 < offsets.size(); ++b) {
+    const int64_t end = seen.query_offsets[b + 1], begin = end - (offsets[b + 1] - offsets[b]);
+    auto take = [&](const auto& all, auto& rows) {
+      if (!all.empty()) rows.insert(rows.end(), all.begin() + begin, all.begin() + end);
+    };
+    take(seen.visible, last.visible);
+    take(seen.query_places, last.query_places);
+    take(seen.aside, last.aside);
+  }
+  return last;
+}
+
+/// Lays a record of each sequence's last rows where these stand among all, whose others have read nothing.
+void spread(nn::ReadingRecord& record, const std::vector<int64_t>& offsets) {
+  const nn::ReadingRecord last = record;
+  record.added = torch::zeros({offsets.back()}, last.added.options());
+  record.visible.assign(offsets.back(), 0);
+  record.query_offsets = offsets;
+  for (size_t b = 0; b + 1 < offsets.size(); ++b) {
+    const int64_t rows = last.query_offsets[b + 1] - last.query_offsets[b], from = last.query_offsets[b];
+    const int64_t unread = offsets[b + 1] - offsets[b] - rows;
+    record.added.narrow(0, offsets[b] + unread, rows).copy_(last.added.narrow(0, from, rows));
+    std::copy_n(last.visible.begin() + from, rows, record.visible.begin() + offsets[b] + unread);
+    record.weights[b] = at::constant_pad_nd(last.weights[b], {0, 0, unread, 0});
+  }
+}
+
+}  // namespace
+
+torch::Tensor Composition::run_encoder_decoder(const models::Text& text, const std::vector<AlignedBatch>& aligned,
+                                               const std::vector<std::vector<KeysValues>>& streams, nn::Pass& own,
+                                               CompositionMemory* memory) {
+  std::vector<AlignedBatch> of_rows;  // of the decoder's, once they are known
+  nn::RotaryTables rope;
+  auto add = [&](int64_t block, const torch::Tensor& h, const nn::Pass& of_block) {
+    if (of_rows.empty()) {
+      of_rows = aligned;
+      for (AlignedBatch& each : of_rows) each.seen = seen_by_last_rows(each.seen, of_block.offsets);
+      const std::vector<int64_t>& places = of_rows.front().seen.query_places;
+      rope = rotary_tables(rope_.get(), torch::tensor(places, torch::kInt64).to(facts().device));
+    }
+    const size_t before = own.readings != nullptr ? own.readings->size() : 0;
+    const torch::Tensor sum = connected(block, h, rope, of_rows, streams, own);
+    for (size_t i = before; own.readings != nullptr && i < own.readings->size(); ++i) {
+      spread((*own.readings)[i], text.tokens.offsets);
+    }
+    return sum;
+  };
+  own.run = [&add, this, inner = own.run](nn::Block& block, const torch::Tensor& h, nn::Pass& of_block) {
+    const int64_t index = block.index() - encoder_blocks_;
+    const torch::Tensor in = index == 0 ? add(-1, h, of_block) : h;
+    const torch::Tensor out = inner ? inner(block, in, of_block) : block.forward(in, of_block);
+    return index < 0 ? out : add(index, out, of_block);
+  };
+  return encoder_decoder_->run(text, own, memory ? memory->anchor.get() : nullptr);
+}
+
 torch::Tensor Composition::prompt_states(const nn::RaggedBatch& prompts) {
-  models::CausalLM& model = *anchor_model_;
+  models::SingleModel& model = *anchor_.model;
   nn::Pass pass;
   model.prepare(prompts, pass);
-  return model.finish(model.run_blocks(model.embed(prompts.tokens), 0, model.config().num_layers, pass), {});
+  return model.finish(model.run_blocks(model.embed(prompts.tokens), 0, model.reading_blocks(), pass), {});
 }
 
 int64_t Composition::exact_memory() const {
@@ -821,8 +917,7 @@ std::unique_ptr<models::Memory> Composition::memory(int64_t sequences) const {
          nn::KvCache(std::ssize(streams_[m].connections), heads, facts().width / heads, sequences,
                      torch::dtype(torch::kFloat32).device(facts().device))});
   }
-  return std::make_unique<CompositionMemory>(anchor_model_->make_cache(anchor_model_->reading_blocks(), sequences),
-                                             std::move(streams));
+  return std::make_unique<CompositionMemory>(anchor_.model->memory(sequences), std::move(streams));
 }
 
 }  // namespace moesaic::compose

@@ -13,6 +13,7 @@
 #include "moesaic/compose/connection.h"
 #include "moesaic/compose/state_cache.h"
 #include "moesaic/models/causal_lm.h"
+#include "moesaic/models/seq2seq_lm.h"
 
 namespace moesaic::compose {
 
@@ -34,8 +35,18 @@ OrderedJson pair_json(const ConnectionPair& pair);
 /// The ends of n equal groups of blocks in both models: ceil((m + 1) N / n) - 1, m = 0 .. n-1. Throws ConfigError
 /// when a model has fewer than n blocks.
 std::vector<ConnectionPair> evenly_spaced(int64_t num_connections, int64_t anchor_layers, int64_t aug_layers);
+/// What of an anchor a composition's sizes follow from. Of an encoder-decoder the decoder's: there the connections add.
+struct Anchor {
+  int64_t blocks, width, heads;
+  double norm_eps;
+  double rope_theta;  // of cross positions; 10,000 of a model without rotary ones
+  bool has_encoder;
+};
+Anchor anchor_of(const Json& config, const std::string& where);
+Anchor anchor_of(const models::SingleModel& model);
+
 /// The anchor's attention heads, reduced until they divide its width into parts of even width.
-int64_t default_heads(const models::DecoderConfig& anchor);
+int64_t default_heads(const Anchor& anchor);
 
 /// What of an augmenting model a composition's sizes follow from.
 struct Reader {
@@ -44,8 +55,6 @@ struct Reader {
 };
 Reader reader_of(const models::SingleModel& model);
 Reader reader_of(const Json& config, const std::string& where);
-/// The config.json of an anchor. Throws ConfigError for an encoder-decoder.
-models::DecoderConfig parse_anchor(const Json& config, const std::string& where);
 
 /// How one augmenting model is joined.
 struct AugmentingConfig {
@@ -65,10 +74,10 @@ struct CompositionConfig {
 };
 
 /// Throws ConfigError with everything that does not fit the models, in one message.
-void validate(const CompositionConfig& config, const models::DecoderConfig& anchor,
-              const std::vector<Reader>& augmenting, const std::string& where);
+void validate(const CompositionConfig& config, const Anchor& anchor, const std::vector<Reader>& augmenting,
+              const std::string& where);
 
-/// A model of a composition; an anchor's is a CausalLM. Without a tokenizer (for all or none) the ids pass through.
+/// A model of a composition. Without a tokenizer (for all or none) the ids pass through.
 struct Member {
   std::shared_ptr<models::SingleModel> model;
   std::shared_ptr<const tokenizer::Tokenizer> tokenizer;
@@ -103,14 +112,14 @@ class CompositionMemory : public models::Memory {
     /// Both caches of sequence b.
     void truncate(int64_t b, int64_t tokens);
   };
-  CompositionMemory(nn::KvCache anchor, std::vector<Stream> streams);
+  CompositionMemory(std::unique_ptr<models::Memory> anchor, std::vector<Stream> streams);
 
-  int64_t sequences() const override { return anchor.batch_size(); }
-  int64_t length(int64_t b) const override { return anchor.length(b); }
+  int64_t sequences() const override { return anchor->sequences(); }
+  int64_t length(int64_t b) const override { return anchor->length(b); }
   int64_t token_bytes() const override;
   void truncate(int64_t b, int64_t length) override;
 
-  nn::KvCache anchor;
+  std::unique_ptr<models::Memory> anchor;
   std::vector<Stream> streams;
 
  protected:
@@ -121,7 +130,8 @@ class CompositionMemory : public models::Memory {
 /// H_B,j <- H_B,j + sum_k Y_k over the connections k at block j, each from the same H_B,j; with j = kFinal behind the
 /// anchor's final norm, before its head. Augmenting models run up to their highest connected block, without their
 /// heads; of an encoder-decoder the encoder does, once, over the prompt: an answer's tokens never reach it, and no row
-/// before the prompt's last sees its states. parameters() are the connections' alone, float32, named
+/// before the prompt's last sees its states. Of an anchor that is one the decoder's blocks are connected, and each of
+/// its rows sees what the text's row sees that it stands for. parameters() are the connections' alone, float32, named
 /// "connections.<k>.{proj,q_proj,k_proj,v_proj,o_proj}.{weight,bias}"; k runs over the augmenting models' in order.
 ///
 /// As a Module it is in evaluation mode until it is trained. In training mode, what is frozen is computed without a
@@ -135,7 +145,6 @@ class Composition : public torch::nn::Module, public models::LanguageModel {
   ~Composition() override;
 
   const CompositionConfig& config() const { return config_; }
-  models::CausalLM& anchor() const { return *anchor_model_; }
   const Member& anchor_member() const { return anchor_; }
   const std::vector<Member>& augmenting() const { return augmenting_; }
 
@@ -143,7 +152,7 @@ class Composition : public torch::nn::Module, public models::LanguageModel {
   std::vector<AlignedBatch> align(const nn::RaggedBatch& batch, const nn::Borders& borders,
                                   CompositionMemory* memory = nullptr) const;
 
-  const models::Facts& facts() const override { return anchor_.model->facts(); }
+  const models::Facts& facts() const override { return facts_; }
   const nn::Head& head() const override { return anchor_.model->head(); }
   std::unique_ptr<models::Memory> memory(int64_t sequences) const override;
   int64_t exact_memory() const override;
@@ -152,6 +161,7 @@ class Composition : public torch::nn::Module, public models::LanguageModel {
   std::vector<torch::Tensor> weights() const override;
   int64_t activation_bytes(int64_t tokens, bool checkpointing) override;
   OrderedJson structure() const override;
+  std::vector<int64_t> continued(const std::vector<int64_t>& prompt) const override;
   std::vector<std::string> source_texts(int64_t source, const std::vector<int64_t>& ids) const override;
   nn::Needs needs() const override;
 
@@ -179,7 +189,7 @@ class Composition : public torch::nn::Module, public models::LanguageModel {
   /// Frozen states are computed apart, and kept, in training; who watches blocks otherwise sees all of them.
   bool frozen_apart(const nn::Pass& pass) const { return is_training() && (pass.training || !pass.run); }
   /// The anchor's first block that needs a graph.
-  int64_t first_trained_block() const { return is_trained(anchor_) ? 0 : lowest_anchor_block_ + 1; }
+  int64_t first_trained_block() const { return is_trained(anchor_) ? 0 : encoder_blocks_ + lowest_anchor_block_ + 1; }
   std::string identity(const Member& member, const std::string& role) const;
   std::vector<torch::Tensor> frozen_states(const Member& member, const std::string& role,
                                            const std::vector<int64_t>& blocks,
@@ -187,6 +197,12 @@ class Composition : public torch::nn::Module, public models::LanguageModel {
                                            const std::vector<std::vector<Aside>>& asides) const;
   std::vector<KeysValues> read(size_t m, const AlignedBatch& aligned, CompositionMemory::Stream* memory,
                                const nn::Pass& pass);
+  torch::Tensor run_decoder(const models::Text& text, const std::vector<AlignedBatch>& aligned,
+                            const std::vector<std::vector<KeysValues>>& streams, nn::Pass& own,
+                            CompositionMemory* memory, bool apart);
+  torch::Tensor run_encoder_decoder(const models::Text& text, const std::vector<AlignedBatch>& aligned,
+                                    const std::vector<std::vector<KeysValues>>& streams, nn::Pass& own,
+                                    CompositionMemory* memory);
   /// h plus what the connections at `block` of the anchor read.
   torch::Tensor connected(int64_t block, const torch::Tensor& h, const nn::RotaryTables& rope,
                           const std::vector<AlignedBatch>& aligned, const std::vector<std::vector<KeysValues>>& streams,
@@ -194,7 +210,9 @@ class Composition : public torch::nn::Module, public models::LanguageModel {
 
   CompositionConfig config_;
   Member anchor_;
-  std::shared_ptr<models::CausalLM> anchor_model_;
+  models::Facts facts_;                           // the anchor's
+  models::Seq2SeqLM* encoder_decoder_ = nullptr;  // the anchor, where it is one
+  int64_t encoder_blocks_ = 0;                    // of such an anchor, in front of those that are connected
   std::vector<Member> augmenting_;
   std::vector<Stream> streams_;
   std::unique_ptr<nn::Rope> rope_;  // nullptr without cross positions

@@ -255,7 +255,7 @@ std::shared_ptr<Composition> load_composition(const fs::path& dir, const models:
   }
   // The shapes of the connections follow from the models' widths.
   if (std::find(checkpoints.begin(), checkpoints.end(), nullptr) != checkpoints.end()) throw_problems(dir, problems);
-  const models::DecoderConfig anchor = parse_anchor(checkpoints[0]->config(), checkpoints[0]->path().string());
+  const Anchor anchor = anchor_of(checkpoints[0]->config(), checkpoints[0]->path().string());
   std::vector<Reader> readers;
   for (size_t m = 0; m < config.augmenting.size(); ++m) {
     readers.push_back(reader_of(checkpoints[m + 1]->config(), checkpoints[m + 1]->path().string()));
@@ -273,7 +273,7 @@ std::shared_ptr<Composition> load_composition(const fs::path& dir, const models:
     for (size_t c = 0; c < config.composition.augmenting[m].connections.size(); ++c, ++k) {
       const ConnectionImpl connection(config.composition.connection,
                                       config.composition.augmenting[m].connections[c].newest, readers[m].width,
-                                      anchor.hidden_size, torch::TensorOptions(torch::kMeta).dtype(torch::kFloat32));
+                                      anchor.width, torch::TensorOptions(torch::kMeta).dtype(torch::kFloat32));
       for (const auto& [name, tensor] : tensors_of(connection)) {
         shapes[fmt::format("connections.{}.{}", k, name)] = {tensor.sizes().vec()};
       }

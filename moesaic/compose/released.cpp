@@ -199,9 +199,11 @@ std::shared_ptr<Composition> import_released(const fs::path& dir, const Released
                       .cross_position = "none",
                       .norm = "post",
                       .attention_bias = true};
-  const models::DecoderConfig anchor_config = parse_anchor(anchor.checkpoint->config(), anchor_path.string());
+  const Anchor anchor_config = anchor_of(*anchor.model);
+  MOESAIC_CHECK(!anchor_config.has_encoder, ConfigError, "{}: is an encoder-decoder, expected a decoder",
+                anchor_path.string());
   const Reader reader = reader_of(*augmenting.model);
-  const auto pairs = read_pairs(config, where, anchor_config.num_layers, reader.blocks);
+  const auto pairs = read_pairs(config, where, anchor_config.blocks, reader.blocks);
   shape.augmenting = {{pairs, "word", options.mask}};
   validate(shape, anchor_config, {reader}, where);
   std::set<int64_t> blocks;

@@ -40,6 +40,7 @@ struct DatasetConfig {
 /// How rows become examples.
 struct RenderOptions {
   int64_t cutoff_len = 1024;           // tokens of a whole example; Renderer says what is cut
+  int64_t source_cutoff_len = 0;       // tokens of a prompt that an encoder reads; 0 = no separate limit
   int64_t target_cutoff_len = 0;       // tokens behind the prompt, EOS included; 0 = no separate limit
   std::string template_name = "auto";  // auto: the model's chat templates, if any; none: raw; else see chat_templates
   bool train_on_prompt = false;        // prompts are learnt too
@@ -75,7 +76,8 @@ struct Row {
 /// sees. A prompt that an encoder reads is a text of its own (Tokenizer::encode_start). The last label is the EOS or
 /// end-of-turn token unless cut.
 ///
-/// Cutting. An answer longer than target_cutoff_len loses its end. An example longer than cutoff_len loses the middle
+/// Cutting. An answer longer than target_cutoff_len loses its end, and so does an encoder's prompt longer than
+/// source_cutoff_len, as T5's own pipeline cuts it. An example longer than cutoff_len loses the middle
 /// of its prompt (all before the first target), because both ends hold what the model needs: BOS, the system turn and
 /// the start of the request, and its end and the assistant's header. The prompt keeps at least half of cutoff_len (or
 /// all of it, if shorter); what is still too long is cut from the end of the example.

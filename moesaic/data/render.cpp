@@ -36,8 +36,9 @@ bool answered(const OrderedJson& messages) {
   });
 }
 
-void cut_prompt_middle(Example& example, int64_t prompt, int64_t keep) {
-  int64_t head = keep - keep / 2, tail = keep / 2;
+/// Leaves `keep` of the prompt's tokens, the last `tail` of them from its end.
+void cut_prompt(Example& example, int64_t prompt, int64_t keep, int64_t tail) {
+  const int64_t head = keep - tail;
   example.ids.erase(example.ids.begin() + head, example.ids.begin() + prompt - tail);
   example.mask.erase(example.mask.begin() + head, example.mask.begin() + prompt - tail);
 }
@@ -48,6 +49,9 @@ void check_options(const RenderOptions& options) {
   std::vector<std::string> wrong;
   if (options.cutoff_len < 2) {
     wrong.push_back(fmt::format("cutoff_len is {}, expected 2 or more", options.cutoff_len));
+  }
+  if (options.source_cutoff_len < 0) {
+    wrong.push_back(fmt::format("source_cutoff_len is {}, expected 0 or more", options.source_cutoff_len));
   }
   if (options.target_cutoff_len < 0) {
     wrong.push_back(fmt::format("target_cutoff_len is {}, expected 0 or more", options.target_cutoff_len));
@@ -86,6 +90,10 @@ Renderer::Renderer(std::shared_ptr<const tokenizer::Tokenizer> tokenizer,
       !apart || !options_.train_on_prompt, UsageError,
       "train_on_prompt: got true for an encoder-decoder, expected false: its encoder reads prompts, and predicts "
       "nothing");
+  MOESAIC_CHECK(apart || options_.source_cutoff_len == 0, UsageError,
+                "source_cutoff_len: got {} for a decoder, expected 0: the end of a prompt is where its question "
+                "stands\nhint: cutoff_len cuts the middle of long prompts",
+                options_.source_cutoff_len);
   MOESAIC_CHECK(apart || options_.prompt_eos, UsageError,
                 "prompt_eos: got false for a decoder, expected true: the answer goes on behind the prompt, and nothing "
                 "stands between them");
@@ -110,12 +118,14 @@ std::shared_ptr<Renderer> Renderer::open(const formats::Checkpoint& checkpoint, 
 }
 
 Json Renderer::identity() const {
-  return {{"tokenizer", sha256_hex(tokenizer_->json() + tokenizer_->config().dump())},
-          {"template", chat_ ? sha256_hex(Json(chat_->sources()).dump()) : ""},
-          {"cutoff_len", options_.cutoff_len},
-          {"target_cutoff_len", options_.target_cutoff_len},
-          {"train_on_prompt", options_.train_on_prompt},
-          {"sentence_column", options_.sentence_column}};
+  Json identity{{"tokenizer", sha256_hex(tokenizer_->json() + tokenizer_->config().dump())},
+                {"template", chat_ ? sha256_hex(Json(chat_->sources()).dump()) : ""},
+                {"cutoff_len", options_.cutoff_len},
+                {"target_cutoff_len", options_.target_cutoff_len},
+                {"train_on_prompt", options_.train_on_prompt},
+                {"sentence_column", options_.sentence_column}};
+  if (options_.source_cutoff_len > 0) identity["source_cutoff_len"] = options_.source_cutoff_len;
+  return identity;
 }
 
 std::optional<Example> Renderer::render(const Row& row) const {
@@ -167,12 +177,16 @@ std::optional<Example> Renderer::render_row(const Row& row) const {
     example.mask.resize(example.ids.size(), 1);
   }
 
-  const int64_t prompt = std::find(example.mask.begin(), example.mask.end(), 1) - example.mask.begin();
+  int64_t prompt = std::find(example.mask.begin(), example.mask.end(), 1) - example.mask.begin();
+  if (const int64_t most = options_.source_cutoff_len; most > 0 && prompt > most) {
+    cut_prompt(example, prompt, most, example.ids[prompt - 1] == tokenizer_->eos_id() ? 1 : 0);
+    prompt = most;
+  }
   int64_t answer = static_cast<int64_t>(example.ids.size()) - prompt;
   if (options_.target_cutoff_len > 0) answer = std::min(answer, options_.target_cutoff_len);
   int64_t keep = std::min(prompt, std::max(options_.cutoff_len - answer, options_.cutoff_len / 2));
   const int64_t size = keep + std::min(answer, options_.cutoff_len - keep);
-  if (keep < prompt) cut_prompt_middle(example, prompt, keep);
+  if (keep < prompt) cut_prompt(example, prompt, keep, keep / 2);
   example.ids.resize(static_cast<size_t>(size));
   example.mask.resize(static_cast<size_t>(size));
   if (example.targets() == 0) return std::nullopt;

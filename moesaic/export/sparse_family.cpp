@@ -28,7 +28,7 @@ const SparseFamily* family_of(const std::string& dense_type) {
 std::string refused_because(const std::string& model_type, const Json& config, const std::string& where) {
   if (model_type.starts_with("gemma")) return "no sparse family has gemma's norms and embedding scale";
   if (formats::expert_names(model_type)) return "it is sparse already";
-  if (!models::is_decoder(config, where)) return "an encoder-decoder's sparse layers are not made here";
+  if (!models::is_decoder(config, where)) return "of encoder-decoders only T5 has a sparse family, Switch";
   return "no sparse family is made of it";
 }
 

@@ -7,6 +7,7 @@
 #include "moesaic/base/seed.h"
 #include "moesaic/export/experts.h"
 #include "moesaic/export/merge.h"
+#include "moesaic/export/upcycle_switch.h"
 #include "moesaic/formats/folder_writer.h"
 #include "moesaic/models/registry.h"
 
@@ -23,13 +24,6 @@ std::unique_ptr<Experts> make_experts(const Upcycling& wanted, const SparseFamil
   return make_copies(wanted, family, base);
 }
 
-at::ScalarType dtype_of(const std::string& name, const formats::Checkpoint& base) {
-  if (name == "float32") return at::kFloat;
-  if (name == "bfloat16") return at::kBFloat16;
-  if (name == "float16") return at::kHalf;
-  return stored_dtype(base);
-}
-
 /// Whether every number of `from` is one of `to`.
 bool holds(at::ScalarType to, at::ScalarType from) { return to == from || to == at::kFloat || to == at::kDouble; }
 
@@ -40,7 +34,7 @@ class Upcycle {
       : base_(std::move(base)),
         family_(sparse_family(base_->config(), where())),
         experts_(make_experts(wanted, family_, base_)) {
-    folder_.dtype = dtype_of(wanted.dtype, *base_);
+    folder_.dtype = output_dtype(wanted.dtype, *base_);
     folder_.config = sparse_config(base_->config(), family_, experts_->sizes(), where());
     folder_.tokenizer = base_->tokenizer_files();
     folder_.generation_config = base_->generation_config();
@@ -144,23 +138,40 @@ std::vector<int64_t> drawn_ids(int64_t vocab_size, uint64_t seed) {
   return {ids.data_ptr<int64_t>(), ids.data_ptr<int64_t>() + ids.numel()};
 }
 
-/// [64, V] float32
+/// [M, V] float32; an encoder reads half of the text and predicts nothing of it.
 at::Tensor logits_of(const std::filesystem::path& path, uint64_t seed) {
   const auto model = models::load_model(*models::open_checkpoint(path));
   nn::Pass pass;
-  const auto text = nn::RaggedBatch::from_sequences({drawn_ids(model->facts().vocab_size, seed)});
-  return model->head().logits(model->hidden({text}, pass));
+  models::Text text{nn::RaggedBatch::from_sequences({drawn_ids(model->facts().vocab_size, seed)})};
+  if (model->reads_ahead()) {
+    text.borders = {{kCheckedTokens / 2}};
+    text.rows = torch::arange(kCheckedTokens / 2, kCheckedTokens);
+  }
+  return model->head().logits(model->hidden(text, pass));
 }
 
 }  // namespace
+
+at::ScalarType output_dtype(const std::string& name, const formats::Checkpoint& base) {
+  if (name == "float32") return at::kFloat;
+  if (name == "bfloat16") return at::kBFloat16;
+  if (name == "float16") return at::kHalf;
+  return stored_dtype(base);
+}
 
 Upcycled upcycle(const Upcycling& wanted, const std::filesystem::path& out) {
   const at::NoGradGuard no_grad;
   check_new_folder(out, wanted.inputs());
   const std::shared_ptr<const formats::Checkpoint> base = models::open_checkpoint(wanted.base_model);
   const std::string where = wanted.base_model.string();
-  sparse_config(base->config(), sparse_family(base->config(), where), {}, where);  // refused before anything is read
-  models::load_model(*base, {.device = torch::kMeta});                             // every tensor has its place
+  const bool to_switch = base->config().value("model_type", "") == "t5";
+  if (!to_switch) {  // refused before anything is read
+    MOESAIC_CHECK(!wanted.expert_capacity, UsageError,
+                  "expert_capacity: only Switch's experts have one, which a T5 becomes");
+    sparse_config(base->config(), sparse_family(base->config(), where), {}, where);
+  }
+  models::load_model(*base, {.device = torch::kMeta});  // every tensor has its place
+  if (to_switch) return upcycle_switch(wanted, base, out);
   Upcycle work(wanted, base);
   work.write(out);
   return work.receipt();

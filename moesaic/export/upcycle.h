@@ -4,6 +4,7 @@
 #include <string>
 
 #include "moesaic/export/upcycling.h"
+#include "moesaic/formats/checkpoint.h"
 
 namespace moesaic::exporting {
 
@@ -17,13 +18,17 @@ struct Upcycled {
   std::string dtype;
   bool dequantised = false;  // the base's blocks were
   bool equals_dense = false;
-  std::string promise{};  // what equality to expect, and why
+  bool routers_learn = false;  // from the answers, whatever experts_per_token is
+  std::string promise{};       // what equality to expect, and why
 };
 
 /// Writes the sparse model's folder, tensor by tensor: what is held is one matrix of the base and one of an expert
 /// (and what makes the gates, where a model has to be run for them). Throws UsageError for bases that no sparse family
 /// can hold.
 Upcycled upcycle(const Upcycling& wanted, const std::filesystem::path& out);
+
+/// The number format that `name` (Upcycling::dtype) asks for.
+at::ScalarType output_dtype(const std::string& name, const formats::Checkpoint& base);
 
 /// Largest |logit of sparse - logit of dense| over the largest |logit of dense|, on one text of 64 drawn tokens, in
 /// float32. The models are loaded one after the other.

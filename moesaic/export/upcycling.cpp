@@ -9,7 +9,7 @@ struct MethodKeys {
   const char* method;
   std::vector<std::string> keys;  // beside those of all
 };
-const std::vector<MethodKeys> kMethods{{"copy", {"num_experts", "noise"}},
+const std::vector<MethodKeys> kMethods{{"copy", {"num_experts", "noise", "expert_capacity"}},
                                        {"virtual_group", {"num_experts", "granularity"}},
                                        {"drop", {"num_experts", "drop"}},
                                        {"residual", {"num_experts"}},
@@ -130,6 +130,7 @@ Upcycling parse_own(const Json& json, const std::string& where, uint64_t seed) {
     result.num_experts = keys.count("num_experts", 0, 1, kMostExperts);
   }
   result.noise = keys.number("noise", 0, 0, 100);
+  if (keys.json.contains("expert_capacity")) result.expert_capacity = keys.count("expert_capacity", 1, 1, INT32_MAX);
   if (result.method == "virtual_group") result.granularity = keys.count("granularity", 0, 2, kMostExperts);
   if (result.method == "drop") read_drop(keys, result);
   const int64_t per_token = result.method == "virtual_group" ? result.granularity : 2;

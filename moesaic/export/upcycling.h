@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <filesystem>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -19,15 +20,16 @@ struct SourceExpert {
 
 struct Upcycling {
   std::filesystem::path base_model;
-  std::string method;             // copy | virtual_group | drop | residual | lora | mergekit
-  int64_t num_experts = 0;        // E of every layer
-  int64_t experts_per_token = 2;  // k
-  double noise = 0;               // copy: the standard deviation of what is added to every number
-  int64_t granularity = 1;        // virtual_group: G, parts that each copy is cut into
-  double drop_ratio = 0.5;        // drop: the share of the width that is drawn anew
-  bool drop_independent = false;  // drop: other positions in each of the three matrices
-  double router_init_std = 0.02;  // of the normal distribution of the routers
-  std::string dtype;              // float32 | bfloat16 | float16; "" = the base's
+  std::string method;                        // copy | virtual_group | drop | residual | lora | mergekit
+  int64_t num_experts = 0;                   // E of every layer
+  int64_t experts_per_token = 2;             // k
+  std::optional<int64_t> expert_capacity{};  // copy of a T5: tokens of one text that an expert takes
+  double noise = 0;                          // copy: the standard deviation of what is added to every number
+  int64_t granularity = 1;                   // virtual_group: G, parts that each copy is cut into
+  double drop_ratio = 0.5;                   // drop: the share of the width that is drawn anew
+  bool drop_independent = false;             // drop: other positions in each of the three matrices
+  double router_init_std = 0.02;             // of the normal distribution of the routers
+  std::string dtype;                         // float32 | bfloat16 | float16; "" = the base's
   uint64_t seed = 42;
   std::vector<std::filesystem::path> adapters;  // lora: one per expert
   std::string attention;                        // lora: average | drop what adapters have beside the experts

@@ -143,14 +143,8 @@ OrderedJson CausalLM::sizes() const {
     sizes["num_experts"] = config_.sparse->experts;
     sizes["num_experts_per_tok"] = config_.sparse->top_k;
     sizes["expert_width"] = config_.sparse->width;
-    double active = 0;  // what a token's way leads through
-    const std::string experts = fmt::format(".{}.experts.", config_.sparse->names.block);
-    const double share = static_cast<double>(config_.sparse->top_k) / static_cast<double>(config_.sparse->experts);
-    for (const auto& item : named_parameters()) {
-      const bool of_expert = item.key().find(experts) != std::string::npos;
-      active += static_cast<double>(item.value().numel()) * (of_expert ? share : 1.0);
-    }
-    sizes["active_parameters"] = std::llround(active);
+    sizes["active_parameters"] =
+        active_parameters(static_cast<double>(config_.sparse->top_k) / static_cast<double>(config_.sparse->experts));
     if (config_.sparse->shared_width > 0) sizes["shared_expert_width"] = config_.sparse->shared_width;
   }
   return sizes;

@@ -22,6 +22,7 @@ DecoderConfig parse_gemma3(ConfigReader& reader);
 Seq2SeqConfig parse_t5(ConfigReader& reader);
 Seq2SeqConfig parse_mt5(ConfigReader& reader);
 Seq2SeqConfig parse_umt5(ConfigReader& reader);
+Seq2SeqConfig parse_switch(ConfigReader& reader);
 Seq2SeqConfig parse_t5gemma(ConfigReader& reader);
 
 /// Whether a layer has Qwen's window where layer_types does not say it.

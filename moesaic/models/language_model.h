@@ -21,6 +21,7 @@ struct Facts {
   std::vector<int64_t> eos_ids;
   torch::Device device = torch::kCPU;
   torch::ScalarType dtype = torch::kFloat32;  // of frozen weights and activations
+  bool has_dropout = false;                   // it has sites where Pass::dropout acts
 };
 
 /// A ragged batch and what is known about it.

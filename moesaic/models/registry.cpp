@@ -28,6 +28,7 @@ const Family kFamilies[] = {
     {"qwen2_moe", parse_qwen2_moe, &kQwen2MoeGguf},
     {"qwen3", parse_qwen3, &kQwen3Gguf},
     {"qwen3_moe", parse_qwen3_moe, &kQwen3MoeGguf},
+    {"switch_transformers", nullptr, nullptr, parse_switch},
     {"t5", nullptr, nullptr, parse_t5},
     {"t5gemma", nullptr, nullptr, parse_t5gemma},
     {"umt5", nullptr, nullptr, parse_umt5},

@@ -5,6 +5,8 @@
 #include "moesaic/formats/claim.h"
 #include "moesaic/models/initialize.h"
 #include "moesaic/models/registry.h"
+#include "moesaic/moe/sparse_ffn.h"
+#include "moesaic/nn/dropout.h"
 #include "moesaic/nn/seq2seq_block.h"
 
 namespace moesaic::models {
@@ -125,7 +127,8 @@ Seq2SeqLM::Seq2SeqLM(const Seq2SeqConfig& config, const torch::TensorOptions& op
             .blocks = config.encoder_layers + config.decoder_layers,
             .eos_ids = config.eos_ids,
             .device = head.device(),
-            .dtype = head.scalar_type()};
+            .dtype = head.scalar_type(),
+            .has_dropout = !config.halves};
   std::set<std::string> matrices{names_of(config).head};
   for (const std::string& name : names_of(config).embeddings) matrices.insert(name + ".weight");
   add_parameter_sites(matrices);
@@ -172,6 +175,32 @@ torch::Tensor Seq2SeqLM::make_halves(const torch::TensorOptions& options) {
   return decoder_.embedding;
 }
 
+/// Layer i of a half; `index`: the layer's among all of the model.
+std::shared_ptr<nn::Ffn> Seq2SeqLM::make_t5_ffn(bool decodes, int64_t i, int64_t index,
+                                                const torch::TensorOptions& options) {
+  const nn::FeedForwardNames names =
+      config_.gated ? nn::FeedForwardNames{"wi_0", "wi_1", "wo"} : nn::FeedForwardNames{"wi", nullptr, "wo"};
+  const auto& sparse = config_.sparse;
+  if (!sparse || (decodes ? sparse->in_decoder : sparse->in_encoder)[i] == 0) {
+    return nn::FeedForward(config_.hidden_size, config_.intermediate_size, /*bias=*/false, config_.activation, index,
+                           options, names)
+        .ptr();
+  }
+  const moe::SparseFfnConfig wanted{.hidden_size = config_.hidden_size,
+                                    .experts = sparse->experts,
+                                    .top_k = 1,
+                                    .width = config_.intermediate_size,
+                                    .renormalize = false,
+                                    .activation = config_.activation,
+                                    .names = names,
+                                    .router = "router.classifier",
+                                    .expert_prefix = "expert_",
+                                    .capacity = sparse->capacity,
+                                    .jitter = sparse->jitter,
+                                    .cache_layer = i};
+  return moe::SparseFfn(wanted, index, options).ptr();
+}
+
 /// The modules "encoder" or "decoder". Blocks of the decoder read the encoder's states.
 Stack Seq2SeqLM::make_t5_stack(const char* name, int64_t layers, int64_t first_index,
                                const torch::TensorOptions& options) {
@@ -181,10 +210,6 @@ Stack Seq2SeqLM::make_t5_stack(const char* name, int64_t layers, int64_t first_i
   Stack stack;
   nn::Seq2SeqBlockConfig block;
   block.reads_source = decodes;
-  block.intermediate_size = config_.intermediate_size;
-  block.activation = config_.activation;
-  block.ffn_names =
-      config_.gated ? nn::FeedForwardNames{"wi_0", "wi_1", "wo"} : nn::FeedForwardNames{"wi", nullptr, "wo"};
   block.attention = {.names = {"q", "k", "v", "o"},
                      .hidden_size = config_.hidden_size,
                      .heads = config_.num_heads,
@@ -201,7 +226,9 @@ Stack Seq2SeqLM::make_t5_stack(const char* name, int64_t layers, int64_t first_i
     }
     block.attention.cache_layer = i;
     const std::string index = std::to_string(i);
-    const auto layer = list->register_module(index, nn::Seq2SeqBlock(block, first_index + i, options));
+    const auto layer = list->register_module(
+        index, nn::Seq2SeqBlock(block, make_t5_ffn(decodes, i, first_index + i, options),
+                                config_.sparse ? "mlp" : "DenseReluDense", first_index + i, options));
     layer->add_sites(fmt::format("{}.block.{}", name, index), sites_);
     stack.blocks.push_back(layer.get());
   }
@@ -281,6 +308,12 @@ std::shared_ptr<Seq2SeqLM> Seq2SeqLM::load(const formats::Checkpoint& checkpoint
   return model;
 }
 
+nn::Needs Seq2SeqLM::needs() const {
+  nn::Needs all = LanguageModel::needs();
+  all.routed = all.routed || !sites_.routers.empty();
+  return all;
+}
+
 OrderedJson Seq2SeqLM::sizes() const {
   OrderedJson sizes{{"hidden_size", config_.hidden_size},
                     {"encoder_layers", config_.encoder_layers},
@@ -303,6 +336,12 @@ OrderedJson Seq2SeqLM::sizes() const {
   add("num_heads", config_.num_heads, config_.num_heads);
   add("head_dim", config_.head_dim, config_.head_dim);
   sizes["gated"] = config_.gated;
+  if (config_.sparse) {
+    sizes["num_experts"] = config_.sparse->experts;
+    sizes["num_experts_per_tok"] = 1;
+    sizes["expert_capacity"] = config_.sparse->capacity;
+    sizes["active_parameters"] = active_parameters(1.0 / static_cast<double>(config_.sparse->experts));
+  }
   return sizes;
 }
 
@@ -363,7 +402,8 @@ nn::KvCache Seq2SeqLM::make_cache(int64_t, int64_t sequences) const {
 
 torch::Tensor Seq2SeqLM::encode(const nn::RaggedBatch& source, nn::Pass& pass) {
   prepare(source, pass);
-  return finish(run_blocks(embed(source.tokens), 0, config_.encoder_layers, pass), {});
+  const torch::Tensor h = nn::drop_columns(embed(source.tokens), pass);
+  return nn::drop_columns(finish(run_blocks(h, 0, config_.encoder_layers, pass), {}), pass);
 }
 
 torch::Tensor Seq2SeqLM::prompt_states(const nn::RaggedBatch& prompts) {
@@ -383,6 +423,7 @@ torch::Tensor Seq2SeqLM::run(const Text& text, nn::Pass& pass, Memory* memory) {
   if (halves.rows.defined()) {
     nn::Pass reading = pass.sibling();
     reading.place = pass.place;
+    reading.dropout = pass.dropout;
     reading.sentence = pass.sentence;
     reading.mixture = pass.mixture;
     pass.source->states = encode(halves.source, reading);
@@ -397,7 +438,7 @@ torch::Tensor Seq2SeqLM::run(const Text& text, nn::Pass& pass, Memory* memory) {
   }
   pass.cache = remembered != nullptr ? &remembered->answers : nullptr;
   decoder_.prepare(halves.target, pass);
-  torch::Tensor h = decoder_.embed(halves.target.tokens);
+  torch::Tensor h = nn::drop_columns(decoder_.embed(halves.target.tokens), pass);
   for (nn::Block* block : decoder_.blocks) h = pass.forward(*block, h);
   if (remembered != nullptr) remembered->answers.commit(halves.target.counts());
 
@@ -411,7 +452,7 @@ torch::Tensor Seq2SeqLM::run(const Text& text, nn::Pass& pass, Memory* memory) {
                   config_.model_type);
   }
   if (rows.defined()) h = h.index_select(0, rows);
-  h = decoder_.norm->forward(h);
+  h = nn::drop_columns(decoder_.norm->forward(h), pass, rows);
   if (config_.scale_output) h = h * (1.0 / std::sqrt(static_cast<double>(config_.hidden_size)));
   if (!all) return h;
   torch::Tensor read = pass.source->states;

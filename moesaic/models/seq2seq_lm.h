@@ -23,6 +23,13 @@ struct Seq2SeqConfig {
     DecoderConfig encoder, decoder;
   };
 
+  /// Switch's layers: a router and experts, one for each token.
+  struct Switch {
+    int64_t experts = 0, capacity = 0;            // of each: tokens of one text
+    double jitter = 0.0;                          // of the routers' input while they are trained
+    std::vector<uint8_t> in_encoder, in_decoder;  // per layer: it is one
+  };
+
   std::string model_type;                   // config.json's
   int64_t vocab_size = 0, hidden_size = 0;  // the decoder's width
   int64_t encoder_layers = 0, decoder_layers = 0;
@@ -33,10 +40,11 @@ struct Seq2SeqConfig {
   double norm_eps = 1e-6;
   nn::GluKind activation = nn::GluKind::kRelu;  // of the feed-forward networks
   bool gated = false;                           // these have a gate
-  bool tie_word_embeddings = true;              // the head is the embedding
-  bool scale_output = true;                     // the decoder's states are divided by sqrt(d) before the head
-  int64_t start_id = 0;                         // what a decoder's text begins with
-  std::vector<int64_t> eos_ids;                 // end an answer
+  std::optional<Switch> sparse;
+  bool tie_word_embeddings = true;  // the head is the embedding
+  bool scale_output = true;         // the decoder's states are divided by sqrt(d) before the head
+  int64_t start_id = 0;             // what a decoder's text begins with
+  std::vector<int64_t> eos_ids;     // end an answer
 };
 
 /// What an encoder-decoder keeps of a text: keys and values of its answer, and those made of its source.
@@ -81,6 +89,7 @@ class Seq2SeqLM : public SingleModel {
   const Facts& facts() const override { return facts_; }
   const nn::Head& head() const override { return *head_; }
   nn::Sites& sites() override { return sites_; }
+  nn::Needs needs() const override;
   OrderedJson sizes() const override;
   void initialize(uint64_t seed) override;
   std::unique_ptr<Memory> memory(int64_t sequences) const override;
@@ -99,13 +108,15 @@ class Seq2SeqLM : public SingleModel {
 
   /// The encoder's states behind its norm, [N, d]. `pass` gets the layout.
   torch::Tensor encode(const nn::RaggedBatch& source, nn::Pass& pass);
+  /// hidden() with everything checked and filled in; for who joins several models.
+  torch::Tensor run(const Text& text, nn::Pass& pass, Memory* memory) override;
 
  protected:
-  torch::Tensor run(const Text& text, nn::Pass& pass, Memory* memory) override;
   torch::Tensor prompt_states(const nn::RaggedBatch& prompts) override;
 
  private:
   torch::Tensor make_t5(const torch::TensorOptions& options);
+  std::shared_ptr<nn::Ffn> make_t5_ffn(bool decodes, int64_t i, int64_t index, const torch::TensorOptions& options);
   Stack make_t5_stack(const char* name, int64_t layers, int64_t first_index, const torch::TensorOptions& options);
   torch::Tensor make_halves(const torch::TensorOptions& options);
 

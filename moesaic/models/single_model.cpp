@@ -26,6 +26,15 @@ void SingleModel::give_back_freed() {
 #endif
 }
 
+int64_t SingleModel::active_parameters(double share) const {
+  double active = 0;
+  for (const auto& item : named_parameters()) {
+    const bool of_expert = item.key().find(".experts.") != std::string::npos;
+    active += static_cast<double>(item.value().numel()) * (of_expert ? share : 1.0);
+  }
+  return std::llround(active);
+}
+
 void SingleModel::quantize_head(nn::Head& head, bool tied) {
   head.quantize_int8();
   if (tied) return;

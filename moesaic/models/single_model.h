@@ -59,6 +59,8 @@ class SingleModel : public torch::nn::Module, public LanguageModel {
   void add_parameter_sites(const std::set<std::string>& others);
   /// Gives memory that was freed back to the system: a heap keeps what lies between things still in use.
   static void give_back_freed();
+  /// Parameters that a token's way leads through, where it has this share of the experts.
+  int64_t active_parameters(double share) const;
   /// Keeps the head in int8 alone. A tied one's floats stay: they are the embedding.
   void quantize_head(nn::Head& head, bool tied);
 };

@@ -1,4 +1,4 @@
-// T5 (1.0, 1.1, LM-adapted, Flan-T5, T0), mT5 and umT5.
+// T5 (1.0, 1.1, LM-adapted, Flan-T5, T0), mT5, umT5 and Switch.
 #include "moesaic/models/families.h"
 
 namespace moesaic::models {
@@ -7,6 +7,8 @@ namespace {
 struct T5Defaults {
   int64_t vocab_size, intermediate_size, num_layers, num_heads;
   const char* feed_forward;
+  int64_t hidden_size = 512;
+  const char* feed_forward_key = "feed_forward_proj";
 };
 
 Seq2SeqConfig read_t5(ConfigReader& reader, const T5Defaults& defaults) {
@@ -14,7 +16,7 @@ Seq2SeqConfig read_t5(ConfigReader& reader, const T5Defaults& defaults) {
   Seq2SeqConfig config;
   config.model_type = reader.text("model_type", "");
   config.vocab_size = reader.size("vocab_size", defaults.vocab_size, kMaxVocabulary);
-  config.hidden_size = reader.size("d_model", 512, kMaxWidth);
+  config.hidden_size = reader.size("d_model", defaults.hidden_size, kMaxWidth);
   config.intermediate_size = reader.size("d_ff", defaults.intermediate_size, 4 * kMaxWidth);
   config.head_dim = reader.size("d_kv", 64, kMaxWidth);
   config.num_heads = reader.size("num_heads", defaults.num_heads, kMaxHeads);
@@ -29,7 +31,7 @@ Seq2SeqConfig read_t5(ConfigReader& reader, const T5Defaults& defaults) {
                  fmt::format("got {}, expected more than half of the {} buckets", config.max_distance, config.buckets));
   }
   config.norm_eps = reader.positive("layer_norm_epsilon", 1e-6);
-  const std::string form = reader.text("feed_forward_proj", defaults.feed_forward);
+  const std::string form = reader.text(defaults.feed_forward_key, defaults.feed_forward);
   config.gated = form.starts_with("gated-");
   const std::string activation = config.gated ? form.substr(6) : form;
   if (form == "gated-gelu" || activation == "gelu_new") {
@@ -37,7 +39,7 @@ Seq2SeqConfig read_t5(ConfigReader& reader, const T5Defaults& defaults) {
   } else if (activation == "silu" || activation == "swish") {
     config.activation = Activation::kSilu;
   } else if (activation != "relu") {
-    reader.error("feed_forward_proj", fmt::format("got \"{}\", expected relu, gated-gelu or gated-silu", form));
+    reader.error(defaults.feed_forward_key, fmt::format("got \"{}\", expected relu, gated-gelu or gated-silu", form));
   }
   // Prompts are tokenised by it too, so it is no default.
   if (!reader.has("is_encoder_decoder")) {
@@ -56,6 +58,16 @@ Seq2SeqConfig read_t5(ConfigReader& reader, const T5Defaults& defaults) {
                  fmt::format("got {}, expected less than vocab_size {}", config.start_id, config.vocab_size));
   }
   return config;
+}
+
+/// Which layers of a half have experts. As transformers reads it, none means one: the second.
+std::vector<uint8_t> read_sparse_layers(ConfigReader& reader, const char* key, int64_t layers) {
+  constexpr int64_t kDefault = 3;
+  const bool none = reader.has(key) && reader.json().at(key) == 0;
+  const int64_t step = none ? layers : layers / reader.size(key, std::min(kDefault, layers), layers);
+  std::vector<uint8_t> sparse(layers);
+  for (int64_t i = 0; i < layers; ++i) sparse[i] = step == 1 || i % step == 1;
+  return sparse;
 }
 
 }  // namespace
@@ -80,6 +92,25 @@ Seq2SeqConfig parse_umt5(ConfigReader& reader) {
   Seq2SeqConfig config = read_t5(reader, {250'112, 1024, 8, 6, "gated-gelu"});
   config.bias_per_layer = true;
   config.scale_output = config.tie_word_embeddings;
+  return config;
+}
+
+/// A gated network has no form in transformers' experts.
+Seq2SeqConfig parse_switch(ConfigReader& reader) {
+  constexpr int64_t kMaxExperts = 1 << 16, kMaxCapacity = int64_t{1} << 30;
+  Seq2SeqConfig config = read_t5(reader, {32'128, 2048, 12, 12, "relu", 768, "dense_act_fn"});
+  if (config.gated) reader.error("dense_act_fn", "got a gated one, expected relu: an expert has no gate");
+  if (reader.flag("router_bias", false)) reader.error("router_bias", "got true, expected false");
+  config.scale_output = config.tie_word_embeddings;
+  Seq2SeqConfig::Switch sparse;
+  sparse.experts = reader.size("num_experts", 8, kMaxExperts);
+  sparse.capacity = reader.size("expert_capacity", 64, kMaxCapacity);
+  sparse.jitter = reader.has("router_jitter_noise") && reader.json().at("router_jitter_noise") == 0
+                      ? 0.0
+                      : reader.positive("router_jitter_noise", 0.01);
+  sparse.in_encoder = read_sparse_layers(reader, "num_sparse_encoder_layers", config.encoder_layers);
+  sparse.in_decoder = read_sparse_layers(reader, "num_sparse_decoder_layers", config.decoder_layers);
+  config.sparse = sparse;
   return config;
 }
 

@@ -5,6 +5,7 @@
 #include <span>
 
 #include "moesaic/base/check.h"
+#include "moesaic/nn/dropout.h"
 #include "moesaic/nn/half_rows.h"
 #include "moesaic/nn/kernels.h"
 #include "moesaic/nn/kv_cache.h"
@@ -496,6 +497,7 @@ torch::Tensor SelfAttentionImpl::forward(const torch::Tensor& x, Pass& pass) {
     q = apply_rope(q, tables);
     k = apply_rope(k, tables);
   }
+  v = drop_keys(v, pass);
   const int64_t cache_layer = config_.cache_layer < 0 ? layer_ : config_.cache_layer;
   const torch::Tensor mixed = pass.cache ? cached_attention(q, k, v, cache_layer, pass, config_.options)
                                          : ragged_attention(q, k, v, pass.offsets, config_.options);
@@ -557,7 +559,7 @@ torch::Tensor CrossAttentionImpl::forward(const torch::Tensor& x, Pass& pass) {
     Pass over = pass.over_source();
     const auto parts = kv_.parts(source.states, over);
     k = parts[0].view({source.states.size(0), config_.kv_heads, config_.head_dim});
-    v = parts[1].view({source.states.size(0), config_.kv_heads, config_.head_dim});
+    v = drop_keys(parts[1].view({source.states.size(0), config_.kv_heads, config_.head_dim}), pass);
   }
   torch::Tensor mixed;
   if (source.kept == nullptr) {

@@ -1,6 +1,7 @@
 #include "moesaic/nn/feed_forward.h"
 
 #include "moesaic/base/check.h"
+#include "moesaic/nn/dropout.h"
 #include "moesaic/nn/half_rows.h"
 #include "moesaic/nn/kernels.h"
 #include "moesaic/nn/split.h"
@@ -142,7 +143,7 @@ torch::Tensor FeedForwardImpl::branch(const torch::Tensor& x, Pass& pass, const 
 
 torch::Tensor FeedForwardImpl::forward(const torch::Tensor& x, Pass& pass, const torch::Tensor& row_weights) {
   MOESAIC_ASSERT(!row_weights.defined() || !down_.bias().defined());
-  return down_.forward(branch(x, pass, row_weights), pass);
+  return down_.forward(drop_columns(branch(x, pass, row_weights), pass), pass);
 }
 
 bool FeedForwardImpl::adapted() const {

@@ -31,10 +31,10 @@ torch::Tensor Head::log_probs(const torch::Tensor& hidden, const torch::Tensor& 
   return result;
 }
 
-torch::Tensor Head::loss(const torch::Tensor& hidden, const torch::Tensor& labels,
-                         const torch::Tensor& row_weights) const {
+torch::Tensor Head::loss(const torch::Tensor& hidden, const torch::Tensor& labels, const torch::Tensor& row_weights,
+                         double z_loss) const {
   MOESAIC_CHECK(weight_.defined(), UsageError, "loss: the head is quantised to int8, expected float weights");
-  return chunked_cross_entropy(hidden, weight_, labels, row_weights, softcap_);
+  return chunked_cross_entropy(hidden, weight_, labels, row_weights, softcap_, z_loss);
 }
 
 void Head::quantize_int8() {

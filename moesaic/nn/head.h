@@ -20,8 +20,10 @@ class Head {
   /// is_greedy, when given, becomes [M] bool: the target is the argmax. No gradient.
   torch::Tensor log_probs(const torch::Tensor& hidden, const torch::Tensor& targets,
                           torch::Tensor* is_greedy = nullptr) const;
-  /// sum_m w_m CE(z_m, label_m) with gradients of `hidden` and, when it is trained, of W; see chunked_cross_entropy.
-  torch::Tensor loss(const torch::Tensor& hidden, const torch::Tensor& labels, const torch::Tensor& row_weights) const;
+  /// sum_m w_m CE(z_m, label_m), with the z-loss of the logits, with gradients of `hidden` and, when it is trained, of
+  /// W; see chunked_cross_entropy.
+  torch::Tensor loss(const torch::Tensor& hidden, const torch::Tensor& labels, const torch::Tensor& row_weights,
+                     double z_loss = 0.0) const;
 
   int64_t vocab_size() const { return vocab_size_; }
   /// Undefined when quantised.

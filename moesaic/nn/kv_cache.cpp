@@ -28,7 +28,8 @@ KvCache::KvCache(int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t bat
       options_(options.requires_grad(false)),
       lengths_(batch_size, 0),
       keys_(layers, std::vector<torch::Tensor>(batch_size)),
-      values_(keys_) {}
+      values_(keys_),
+      experts_(layers, std::vector<std::vector<int32_t>>(batch_size)) {}
 
 std::pair<torch::Tensor, torch::Tensor> KvCache::append(int64_t layer, int64_t b, const torch::Tensor& k,
                                                         const torch::Tensor& v) {
@@ -80,6 +81,11 @@ void KvCache::keep(const std::vector<int64_t>& rows) {
       layer = std::move(kept);
     }
   }
+  for (auto& layer : experts_) {
+    std::vector<std::vector<int32_t>> kept;
+    for (const int64_t b : rows) kept.push_back(layer[b]);
+    layer = std::move(kept);
+  }
   lengths_ = std::move(lengths);
 }
 
@@ -105,6 +111,13 @@ void KvCache::add(int64_t count) {
   for (auto* all : {&keys_, &values_}) {
     for (std::vector<torch::Tensor>& layer : *all) layer.resize(lengths_.size());
   }
+  for (auto& layer : experts_) layer.resize(lengths_.size());
+}
+
+std::vector<int32_t>& KvCache::experts(int64_t layer, int64_t b) {
+  std::vector<int32_t>& of_tokens = experts_[layer][b];
+  if (std::ssize(of_tokens) > lengths_[b]) of_tokens.resize(lengths_[b]);
+  return of_tokens;
 }
 
 }  // namespace moesaic::nn

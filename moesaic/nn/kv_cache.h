@@ -1,4 +1,5 @@
-// Keys and values of the tokens seen so far, one buffer per layer and sequence.
+// Keys and values of the tokens seen so far, one buffer per layer and sequence; of layers whose experts have room for
+// so many tokens of a text also which expert each had.
 #pragma once
 #include <torch/torch.h>
 
@@ -32,12 +33,16 @@ class KvCache {
   void add(int64_t count);
   /// Bytes of one token in all layers.
   int64_t token_bytes() const;
+  /// The expert that each of sequence b's tokens was routed to at `layer`, to be continued by whoever routes. Those of
+  /// tokens that were dropped are gone.
+  std::vector<int32_t>& experts(int64_t layer, int64_t b);
 
  private:
   int64_t kv_heads_, head_dim_;
   torch::TensorOptions options_;
   std::vector<int64_t> lengths_;
-  std::vector<std::vector<torch::Tensor>> keys_, values_;  // [layer][b]: [capacity, H_kv, k]
+  std::vector<std::vector<torch::Tensor>> keys_, values_;   // [layer][b]: [capacity, H_kv, k]
+  std::vector<std::vector<std::vector<int32_t>>> experts_;  // [layer][b]
 };
 
 }  // namespace moesaic::nn

@@ -20,7 +20,8 @@ struct LossAndGradients {
 };
 
 LossAndGradients compute(const torch::Tensor& hidden, const torch::Tensor& weight, const torch::Tensor& labels,
-                         const torch::Tensor& row_weights, double softcap, bool want_hidden, bool want_weight) {
+                         const torch::Tensor& row_weights, double softcap, double z_loss, bool want_hidden,
+                         bool want_weight) {
   const int64_t rows = hidden.size(0), vocabulary = weight.size(0);
   const auto accumulate = hidden.scalar_type() == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
   const auto options = hidden.options().dtype(accumulate);
@@ -48,14 +49,24 @@ LossAndGradients compute(const torch::Tensor& hidden, const torch::Tensor& weigh
       tanh = z.div_(softcap).tanh_().clone();
       z.mul_(softcap);
     }
-    z.sub_(z.amax(1, /*keepdim=*/true));
+    const auto largest = z.amax(1, /*keepdim=*/true);
+    z.sub_(largest);
     const auto label_logits = z.gather(1, label).squeeze(1);
     const auto sums = z.exp_().sum(1);  // summed pairwise, which log_softmax's kernel does not do
-    losses.narrow(0, begin, count).copy_(sums.log() - label_logits);
+    auto loss = losses.narrow(0, begin, count);
+    loss.copy_(sums.log() - label_logits);
+    torch::Tensor pull;  // of the z-loss on every logit, times its probability
+    if (z_loss > 0) {
+      const auto log_sum = sums.log() + largest.squeeze(1);
+      loss.add_(log_sum.square(), z_loss);
+      pull = log_sum.mul_(2 * z_loss).add_(1);
+    }
     if (!want_hidden && !want_weight) continue;
 
-    // dL/dz of a row of weight 1: softmax(z) - onehot(label); the row's weight goes to the narrow side of each product.
+    // dL/dz of a row of weight 1: (1 + 2 z_loss lse) softmax(z) - onehot(label); the row's weight goes to the narrow
+    // side of each product.
     z.div_(sums.unsqueeze(1));
+    if (pull.defined()) z.mul_(pull.unsqueeze(1));
     z.scatter_add_(1, label, torch::full({count, 1}, -1.0, options));
     if (softcap > 0) z.mul_(tanh.square_().neg_().add_(1));
     const auto w = scale.narrow(0, begin, count).unsqueeze(1);
@@ -83,9 +94,9 @@ class ChunkedCrossEntropy : public torch::autograd::Function<ChunkedCrossEntropy
  public:
   static torch::Tensor forward(torch::autograd::AutogradContext* context, const torch::Tensor& hidden,
                                const torch::Tensor& weight, const torch::Tensor& labels,
-                               const torch::Tensor& row_weights, double softcap) {
+                               const torch::Tensor& row_weights, double softcap, double z_loss) {
     const auto result =
-        compute(hidden, weight, labels, row_weights, softcap, hidden.requires_grad(), weight.requires_grad());
+        compute(hidden, weight, labels, row_weights, softcap, z_loss, hidden.requires_grad(), weight.requires_grad());
     context->save_for_backward({result.hidden_gradient, result.weight_gradient});
     context->saved_data["weight_dtype"] = weight.scalar_type();
     return result.loss;
@@ -100,6 +111,7 @@ class ChunkedCrossEntropy : public torch::autograd::Function<ChunkedCrossEntropy
             saved[1].defined() ? (saved[1] * factor).to(dtype) : torch::Tensor(),
             {},
             {},
+            {},
             {}};
   }
 };
@@ -107,7 +119,8 @@ class ChunkedCrossEntropy : public torch::autograd::Function<ChunkedCrossEntropy
 }  // namespace
 
 torch::Tensor chunked_cross_entropy(const torch::Tensor& hidden, const torch::Tensor& weight,
-                                    const torch::Tensor& labels, const torch::Tensor& row_weights, double softcap) {
+                                    const torch::Tensor& labels, const torch::Tensor& row_weights, double softcap,
+                                    double z_loss) {
   MOESAIC_CHECK(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1), ShapeError,
                 "cross entropy: hidden [{}] and head [{}] must be [M, d] and [V, d]", fmt::join(hidden.sizes(), ", "),
                 fmt::join(weight.sizes(), ", "));
@@ -116,9 +129,9 @@ torch::Tensor chunked_cross_entropy(const torch::Tensor& hidden, const torch::Te
                 ShapeError, "cross entropy: got {} rows, {} labels and {} row weights", hidden.size(0), labels.numel(),
                 row_weights.numel());
   if (torch::GradMode::is_enabled() && (hidden.requires_grad() || weight.requires_grad())) {
-    return ChunkedCrossEntropy::apply(hidden, weight, labels, row_weights, softcap);
+    return ChunkedCrossEntropy::apply(hidden, weight, labels, row_weights, softcap, z_loss);
   }
-  return compute(hidden, weight, labels, row_weights, softcap, false, false).loss;
+  return compute(hidden, weight, labels, row_weights, softcap, z_loss, false, false).loss;
 }
 
 }  // namespace moesaic::nn

@@ -42,6 +42,7 @@ Pass Pass::sibling() const {
 Pass Pass::over_source() const {
   Pass other = sibling();
   other.place = place;
+  other.dropout = dropout;
   other.offsets = source->offsets;
   other.segments = source->segments;
   other.sentence = sentence;

@@ -1,9 +1,12 @@
 #include "moesaic/nn/seq2seq_block.h"
 
+#include "moesaic/nn/dropout.h"
+
 namespace moesaic::nn {
 
-Seq2SeqBlockImpl::Seq2SeqBlockImpl(const Seq2SeqBlockConfig& config, int64_t index, const torch::TensorOptions& options)
-    : SitedBlock(index) {
+Seq2SeqBlockImpl::Seq2SeqBlockImpl(const Seq2SeqBlockConfig& config, std::shared_ptr<Ffn> ffn,
+                                   const std::string& ffn_name, int64_t index, const torch::TensorOptions& options)
+    : SitedBlock(index), ffn_name_(ffn_name) {
   const SelfAttentionConfig& attention = config.attention;
   const auto layer = register_module("layer", std::make_shared<torch::nn::Module>());
   auto add_part = [&](const char* name, auto part) {
@@ -20,8 +23,7 @@ Seq2SeqBlockImpl::Seq2SeqBlockImpl(const Seq2SeqBlockConfig& config, int64_t ind
     cross.options.bias = nullptr;
     cross_attention_ = add_part("EncDecAttention", CrossAttention(cross, index, options));
   }
-  ffn_ = add_part("DenseReluDense", FeedForward(attention.hidden_size, config.intermediate_size, /*bias=*/false,
-                                                config.activation, index, options, config.ffn_names));
+  ffn_ = add_part(ffn_name.c_str(), std::move(ffn));
   add_sites("", sites_);
 }
 
@@ -29,17 +31,17 @@ torch::Tensor Seq2SeqBlockImpl::forward(const torch::Tensor& h, Pass& pass) {
   torch::Tensor y = h;
   size_t part = 0;
   auto normed = [&] { return pass.layer_input = norms_[part++]->forward(y); };
-  y = y + self_attention_->forward(normed(), pass);
-  if (cross_attention_) y = y + cross_attention_->forward(normed(), pass);
-  return y + ffn_->forward(normed(), pass);
+  y = y + drop_columns(self_attention_->forward(normed(), pass), pass);
+  if (cross_attention_) y = y + drop_columns(cross_attention_->forward(normed(), pass), pass);
+  return y + drop_columns(ffn_->forward(normed(), pass), pass);
 }
 
 void Seq2SeqBlockImpl::add_sites(const std::string& path, Sites& sites) {
   int64_t part = 0;
-  auto next = [&](const char* name) { return fmt::format("{}.layer.{}.{}", path, part++, name); };
+  auto next = [&](const std::string& name) { return fmt::format("{}.layer.{}.{}", path, part++, name); };
   self_attention_->add_sites(next("SelfAttention"), sites);
   if (cross_attention_) cross_attention_->add_sites(next("EncDecAttention"), sites);
-  ffn_->add_sites(next("DenseReluDense"), sites);
+  ffn_->add_sites(next(ffn_name_), sites);
 }
 
 void Seq2SeqBlockImpl::quantize_int8() {

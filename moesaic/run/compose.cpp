@@ -127,8 +127,7 @@ Request parse_request(const Json& json, const std::string& where, uint64_t seed)
   return request;
 }
 
-compose::ConnectionConfig parse_connection(const Json& json, const models::DecoderConfig& anchor,
-                                           const std::string& where) {
+compose::ConnectionConfig parse_connection(const Json& json, const compose::Anchor& anchor, const std::string& where) {
   compose::ConnectionConfig connection;
   connection.num_heads = get_or<int64_t>(json, "num_heads", compose::default_heads(anchor), where);
   connection.cross_position = get_or<std::string>(json, "cross_position", connection.cross_position, where);
@@ -192,8 +191,8 @@ Plan compose_models(const Json& keys, const std::string& where, uint64_t seed, c
   try {
     const Request request = parse_request(json, where, seed);
     const auto anchor_checkpoint = models::open_checkpoint(request.anchor.model);
-    const models::DecoderConfig anchor_config =
-        compose::parse_anchor(anchor_checkpoint->config(), anchor_checkpoint->path().string());
+    const compose::Anchor anchor_config =
+        compose::anchor_of(anchor_checkpoint->config(), anchor_checkpoint->path().string());
     const compose::Member anchor = compose::open_member(anchor_checkpoint, load, request.anchor.options);
     compose::CompositionConfig config;
     config.connection = parse_connection(json, anchor_config, where);
@@ -205,7 +204,7 @@ Plan compose_models(const Json& keys, const std::string& where, uint64_t seed, c
       readers.push_back(compose::reader_of(checkpoint->config(), checkpoint->path().string()));
       const char* mask = readers[m].ahead ? "prefix" : "causal";
       config.augmenting.push_back(
-          {pairs_of(entry, anchor_config.num_layers, readers[m].blocks, fmt::format("{}: augmenting[{}]", where, m)),
+          {pairs_of(entry, anchor_config.blocks, readers[m].blocks, fmt::format("{}: augmenting[{}]", where, m)),
            entry.align, entry.mask.empty() ? mask : entry.mask});
       compose::MemberOptions options = entry.member.options;
       options.num_blocks = compose::num_blocks(config.augmenting[m]);

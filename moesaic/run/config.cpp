@@ -388,6 +388,8 @@ void each_render_key(Config& render, Visit visit) {
   visit("template", render.template_name, KeyInfo{kData, templates_help().c_str()});
   visit("cutoff_len", render.cutoff_len,
         KeyInfo{kData, "tokens of an example; a longer one loses the middle of its prompt first"});
+  visit("source_cutoff_len", render.source_cutoff_len,
+        KeyInfo{kData, "encoder-decoders: tokens of a prompt, a longer one loses its end; 0 is no limit of its own"});
   visit("target_cutoff_len", render.target_cutoff_len, KeyInfo{kData, "tokens of an answer; 0 is no limit of its own"});
   visit("train_on_prompt", render.train_on_prompt, KeyInfo{kData, "learn the prompt's tokens, too"});
   visit("prompt_eos", render.prompt_eos,

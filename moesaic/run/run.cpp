@@ -98,7 +98,7 @@ Run::Run(RunConfig config, bool dry)
   };
   prepared_ = subject_of(config_.finetuning_type).open(config_, {device_, format_.dtype, dry, opened});
   check_sentences();
-  train::check_run(config_.train, *prepared_.learner);
+  train::check_run(config_.train, *prepared_.model, *prepared_.learner);
   if (!config_.eval_tasks.empty()) tasks_ = eval::load_tasks(config_.eval_tasks, {.limit = config_.eval_limit});
   for (const eval::Task& task : tasks_) eval::check_metrics(task, {});
   train::check_config(config_.train, mixture_->epoch_size());

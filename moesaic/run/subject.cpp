@@ -211,7 +211,7 @@ Prepared open_calm(const RunConfig& run, const Place& place) {
   place.opened(*made.checkpoint);
   made.keeps_tokenizer = false;  // the folder names the models, which bring their own
   made.learner = std::make_shared<compose::Connections>(composition, run.train_adapters);
-  made.base_parameters = numbers_of(composition->anchor());
+  made.base_parameters = numbers_of(*composition->anchor_member().model);
   made.model = composition;
   std::vector<std::string> paths;
   for (const auto& member : composition->augmenting()) paths.push_back(member.checkpoint->path().string());

@@ -126,7 +126,8 @@ torch::Tensor Stepper::routing_loss(const std::vector<nn::RoutingRecord>& record
   return sum;
 }
 
-/// The cross-entropy part and the routers' part (undefined when off) of the step's loss that this micro-batch makes.
+/// The cross-entropy part, with the logits' z-loss, and the routers' part (undefined when off) of the step's loss that
+/// this micro-batch makes.
 std::pair<torch::Tensor, torch::Tensor> Stepper::batch_loss(const data::Batch& collated, const MicroBatch& batch,
                                                             const torch::Tensor& weights, double share,
                                                             moe::RoutingStats* routing) {
@@ -134,6 +135,7 @@ std::pair<torch::Tensor, torch::Tensor> Stepper::batch_loss(const data::Batch& c
   std::vector<nn::RoutingRecord> records;
   nn::Pass pass;
   pass.training = true;
+  pass.dropout = config_.dropout_rate;
   if (has_aux || routing != nullptr) pass.routing = &records;
   CheckpointedBlocks checkpointed([this](const auto& of_block) { return routing_loss(of_block); });
   if (config_.gradient_checkpointing) {
@@ -142,7 +144,7 @@ std::pair<torch::Tensor, torch::Tensor> Stepper::batch_loss(const data::Batch& c
     };
   }
   const torch::Tensor hidden = model_.hidden(text_of(collated, batch.examples), pass);
-  const torch::Tensor loss = model_.head().loss(hidden, collated.labels, weights);
+  const torch::Tensor loss = model_.head().loss(hidden, collated.labels, weights, config_.z_loss_coef);
   if (routing != nullptr) routing->add(records);
   const auto trained = std::count_if(records.begin(), records.end(), [](const auto& record) { return record.trained; });
   if (!has_aux || trained == 0) return {loss, torch::Tensor()};

@@ -19,6 +19,13 @@ void each_train_key(Config& train, Visit visit) {
   visit("moe_aux_loss_coef", train.moe_aux_loss_coef,
         KeyInfo{kModel, "weight of the balance loss of the routers that are trained; needs one", true});
   visit("router_z_loss_coef", train.router_z_loss_coef, KeyInfo{kModel, "weight of their z-loss", true});
+  visit("dropout_rate", train.dropout_rate,
+        KeyInfo{kModel,
+                "of the base model at its own sites while training, drawn once a sequence; T5 was trained with "
+                "0.1. Only T5's kind has such sites",
+                true});
+  visit("z_loss_coef", train.z_loss_coef,
+        KeyInfo{kSteps, "weight of the logits' z-loss, log(Z)^2 of each target token; T5 was trained with 1e-4", true});
   visit("per_device_train_batch_size", train.per_device_train_batch_size,
         KeyInfo{kSteps, "examples of a micro-batch", true});
   visit("max_batch_tokens", train.max_batch_tokens,

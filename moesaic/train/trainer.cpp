@@ -394,6 +394,9 @@ void check_config(const TrainConfig& config, int64_t epoch_size) {
   } catch (const UsageError& error) {
     wrong.emplace_back(error.what());
   }
+  require(config.dropout_rate >= 0 && config.dropout_rate < 1,
+          fmt::format("dropout_rate: got {}, expected 0 to below 1", config.dropout_rate));
+  require(std::isfinite(config.z_loss_coef) && config.z_loss_coef >= 0, "z_loss_coef must not be negative");
   require(config.logging_steps > 0, "logging_steps must be at least 1");
   require(config.task_eval_steps >= 0, "eval.steps must not be negative");
   for (const std::string& target : config.report_to) {
@@ -441,7 +444,11 @@ void check_metric(const TrainConfig& config, const std::vector<std::string>& kno
                               : fmt::format("one of {}", fmt::join(known, ", ")));
 }
 
-void check_run(const TrainConfig& config, nn::Learner& learner) {
+void check_run(const TrainConfig& config, const models::LanguageModel& model, nn::Learner& learner) {
+  MOESAIC_CHECK(config.dropout_rate == 0 || model.facts().has_dropout, UsageError,
+                "dropout_rate: got {}, expected 0: a {} has no dropout of its own\nhint: lora_dropout acts in the "
+                "adapter",
+                config.dropout_rate, model.facts().model_type);
   const auto parameters = learner.parameters();
   const bool routed = std::any_of(parameters.begin(), parameters.end(), [](const nn::Parameter& parameter) {
     return parameter.kind == nn::Parameter::Kind::kRouter;
@@ -490,7 +497,7 @@ double evaluate_loss(models::LanguageModel& model, const std::vector<data::Examp
 void check_start(models::LanguageModel& model, nn::Learner& learner, data::ExampleStream& stream,
                  const TrainConfig& config, int64_t epoch_size) {
   check_config(config, epoch_size);
-  check_run(config, learner);
+  check_run(config, model, learner);
   const std::vector<EvalSet> none;
   const TrainHooks hooks;
   Run(model, learner, stream, none, config, epoch_size, hooks).check_start();
@@ -500,7 +507,7 @@ TrainResult train(models::LanguageModel& model, nn::Learner& learner, data::Exam
                   const std::vector<EvalSet>& eval_sets, const TrainConfig& config, int64_t epoch_size,
                   const TrainHooks& hooks) {
   check_config(config, epoch_size);
-  check_run(config, learner);
+  check_run(config, model, learner);
   return Run(model, learner, stream, eval_sets, config, epoch_size, hooks).execute();
 }
 

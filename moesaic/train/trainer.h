@@ -37,6 +37,8 @@ struct TrainConfig {
   std::string loss_normalization = "tokens";        // tokens | sequences
   double moe_aux_loss_coef = 0.0;                   // of the balance loss
   double router_z_loss_coef = 0.0;                  // of the z-loss
+  double z_loss_coef = 0.0;                         // of the logits' z-loss
+  double dropout_rate = 0.0;                        // at the model's own sites
   int64_t logging_steps = 10;                       // steps between log lines
   int64_t save_steps = 500;                         // steps between checkpoints; 0 = none
   int64_t eval_steps = 0;                           // steps between evaluations; 0 = none
@@ -77,8 +79,8 @@ void check_sizes(const TrainConfig& config);
 /// it.
 void check_config(const TrainConfig& config, int64_t epoch_size);
 /// Throws UsageError when the config asks for what this model or learner hasn't: losses of routers where none is
-/// trained.
-void check_run(const TrainConfig& config, nn::Learner& learner);
+/// trained, dropout where the model has no place for it.
+void check_run(const TrainConfig& config, const models::LanguageModel& model, nn::Learner& learner);
 
 /// Names of what was measured, and their values.
 using Scores = std::vector<std::pair<std::string, double>>;

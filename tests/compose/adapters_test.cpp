@@ -215,8 +215,9 @@ TEST_F(CarriedAdapters, AnAttachedOneMayRouteBySentence) {
   {
     nn::AdapterDisabled disabled;
     nn::Pass of_anchor;
-    told.sentence =
-        made->anchor().hidden({nn::RaggedBatch::from_sequences({prompt})}, of_anchor).mean(0, /*keepdim=*/true);
+    told.sentence = made->anchor_member()
+                        .model->hidden({nn::RaggedBatch::from_sequences({prompt})}, of_anchor)
+                        .mean(0, /*keepdim=*/true);
   }
   EXPECT_TRUE(torch::equal(made->head().logits(made->hidden(told, pass)), expected));
   const auto memory = made->memory(1);

@@ -106,7 +106,8 @@ TEST(Composition, FinalStatesAreWhatHeadsRead) {
   const std::vector<Ids> sequences{{40, 90, 91, 3}, {17, 18}};
   {
     torch::NoGradGuard no_grad;
-    EXPECT_TRUE(torch::equal(logits_of(*composition, sequences), test::logits_of(composition->anchor(), sequences)));
+    EXPECT_TRUE(torch::equal(logits_of(*composition, sequences),
+                             test::logits_of(*composition->anchor_member().model, sequences)));
     for (auto& item : composition->named_parameters()) item.value().zero_();
     composition->named_parameters()["connections.3.proj.bias"].fill_(1.0);
     const auto hidden = [&] { return test::hidden_of(*composition, sequences); };
@@ -318,7 +319,8 @@ TEST(Incremental, EqualsTheFullPassWhereNothingIsSeenAtFirst) {
   expect_incremental_equals_full(*composition, sequences, {3, 1, 1, 5});
   torch::NoGradGuard no_grad;
   const auto logits = logits_of(*composition, sequences);
-  EXPECT_TRUE(torch::equal(logits[0], test::logits_of(composition->anchor(), sequences)[0])) << "the anchor alone";
+  EXPECT_TRUE(torch::equal(logits[0], test::logits_of(*composition->anchor_member().model, sequences)[0]))
+      << "the anchor alone";
 }
 
 TEST(Incremental, TruncateGoesBackExactly) {

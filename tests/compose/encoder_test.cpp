@@ -45,7 +45,7 @@ TEST(EncoderAsAugmenting, ReadsThePromptAndNothingBehindIt) {
   const auto composition = with_encoder();
   const Texts texts = texts_of(*composition);
   const auto logits = logits_of(*composition, texts.ids, texts.borders);
-  const auto plain = test::logits_of(composition->anchor(), texts.ids);
+  const auto plain = test::logits_of(*composition->anchor_member().model, texts.ids);
   int64_t row = 0;
   for (size_t b = 0; b < texts.ids.size(); ++b) {
     const int64_t end = row + std::ssize(texts.ids[b]), first = row + texts.borders[b][0] - 1;
@@ -64,7 +64,8 @@ TEST(EncoderAsAugmenting, ReadsThePromptAndNothingBehindIt) {
     EXPECT_TRUE(torch::equal(other.slice(0, 0, end), alone.slice(0, 0, end))) << t;
   }
   // Without a border nothing is read.
-  EXPECT_TRUE(torch::equal(logits_of(*composition, {ids}), test::logits_of(composition->anchor(), {ids})));
+  EXPECT_TRUE(
+      torch::equal(logits_of(*composition, {ids}), test::logits_of(*composition->anchor_member().model, {ids})));
 }
 
 TEST(EncoderAsAugmenting, TokenByTokenEqualsAtOnce) {
@@ -181,7 +182,9 @@ TEST(EncoderAsAugmenting, WhatCanNotBe) {
   EXPECT_THAT(error_of({{{0, 0}}, "word", "causal"}, anchor), HasSubstr("mask: got 'causal', expected prefix"));
   EXPECT_THAT(error_of({{{0, 0}}, "token", "prefix"}, anchor), HasSubstr("align: got 'token', expected word"));
   EXPECT_THAT(error_of({{{0, 3}}, "word", "prefix"}, anchor), HasSubstr("aug 3"));  // the encoder has three blocks
-  EXPECT_THAT(error_of(kPrefix, test::encoder_member(1)), HasSubstr("the anchor is an encoder-decoder (t5)"));
+  const Member t5 = test::encoder_member(1);                                        // three blocks in the decoder, too
+  EXPECT_THAT(error_of({{{3, 0}}, "word", "prefix"}, t5), HasSubstr("anchor 3"));
+  EXPECT_THAT(error_of({{{kFinal, 0}}, "word", "prefix"}, t5), HasSubstr("got anchor final, expected a block of the"));
 }
 
 }  // namespace

@@ -155,10 +155,38 @@ def test_the_encoder_of_a_t5(folder):
     assert score(trained, "--target", "dog one is")[:2] == pytest.approx(target[:2], abs=1e-5)
 
     for change, says in (("mask=causal", "mask: got 'causal', expected prefix"), ("align=token", "align: got 'token'"),
-                         (f"anchor={folder / 't5'}", "is an encoder-decoder, expected a decoder as the anchor"),
                          ("connections=[{anchor: 0, aug: 2}]", "aug 2")):
         done = moesaic("compose", folder / "compose.yaml", *keys, change, f"output_dir={folder / 'refused'}")
         assert done.returncode == 2 and says in done.stderr
+
+
+def test_a_t5_that_reads_a_decoder(folder):
+    """The anchor's decoder is connected, whatever reads beside it: made, trained, asked, scored, looked at, refused."""
+    test_seq2seq.make_model(folder / "t5_anchor")
+    keys = [f"anchor={folder / 't5_anchor'}", "connections=[{anchor: 0, aug: 0}, {anchor: 1, aug: 1}]", "num_heads=2"]
+    printed = run("compose", folder / "compose.yaml", *keys, f"output_dir={folder / 'of_t5'}")
+    assert "(t5, 2 blocks of width 32" in printed
+    assert generate(folder / "of_t5") == generate(folder / "t5_anchor")
+    trained = folder / "trained_of_t5"
+    settings = make_run(folder, finetuning_type="calm", model_name_or_path=str(folder / "of_t5"), num_experts=None,
+                        learning_rate=1e-2, max_steps=100, save_steps=50, logging_steps=1, output_dir=str(trained),
+                        lr_scheduler_type="constant", template="none")
+    run("train", settings)
+    log = [json.loads(line) for line in (trained / "train_log.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < 0.6 * log[0]["loss"]
+    assert generate(trained) != generate(folder / "of_t5")
+    assert generate(trained, "--batch_size", 1) == generate(trained)
+    target = json.loads(run("score", "--model", trained, "--text", "red cat", "--target", "dog one not", "--json"))
+    shorter = json.loads(run("score", "--model", trained, "--text", "red cat", "--target", "dog one is", "--json"))
+    assert shorter["logprobs"][:2] == pytest.approx(target["logprobs"][:2], abs=1e-5)
+    (folder / "t5_task.jsonl").write_text('{"query": "red cat", "choices": ["red", "dog"], "gold": 0}\n' * 3)
+    run("routes", "--model", trained, "--tasks", folder / "t5_task.jsonl", "-o", folder / "t5_read")
+    assert json.loads((folder / "t5_read.json").read_text())["structure"]["anchor"]["blocks"] == 2
+    done = moesaic("train", settings, "dropout_rate=0.1", f"output_dir={folder / 'refused'}")
+    assert done.returncode == 2 and "dropout_rate: got 0.1" in done.stderr
+    done = moesaic("compose", folder / "compose.yaml", *keys[:1], "connections=[{anchor: final, aug: 0}]",
+                   f"output_dir={folder / 'refused'}")
+    assert done.returncode == 2 and "got anchor final, expected a block of the decoder's" in done.stderr
 
 
 def test_models_that_carry_adapters(folder):

@@ -10,6 +10,7 @@ import tokenizers
 import torch
 import transformers
 import yaml
+from safetensors.torch import load_file
 
 import tiny_run
 from tiny_run import WORDS, float32_only, run
@@ -342,3 +343,37 @@ def test_t5gemma(tmp_path):
                              decoder_input_ids=torch.tensor([[2, *done["ids"][:-1]]])).logits[0]
         theirs = [row[i].item() for row, i in zip(logits.log_softmax(-1), done["ids"], strict=True)]
         assert done["logprobs"] == pytest.approx(theirs, abs=1e-4)
+
+
+@float32_only
+def test_a_switch_is_trained(tmp_path):
+    """Its routers and experts, resumed to the same bytes; LoRA of its experts; what transformers reads of it."""
+    make_model(tmp_path / "dense", tied=True)
+    (tmp_path / "moe.yaml").write_text(yaml.safe_dump(dict(base_model=str(tmp_path / "dense"), method="copy",
+                                                           num_experts=3, experts_per_token=1)))
+    run("upcycle", tmp_path / "moe.yaml", tmp_path / "model")
+    changes = dict(finetuning_type="full", num_experts=None, moe_aux_loss_coef=0.01, router_z_loss_coef=0.001,
+                   save_steps=4, dropout_rate=0.1, z_loss_coef=1e-4, max_steps=8, learning_rate=3e-3)
+    run("train", make_run(tmp_path, "full", **changes))
+    half = make_run(tmp_path, "half", **changes)
+    run("train", half)
+    shutil.rmtree(tmp_path / "half" / "checkpoint-8")
+    (tmp_path / "half" / "model.safetensors").unlink()
+    run("train", half, "--resume", "auto")
+    trained = load_file(tmp_path / "full" / "model.safetensors")
+    assert all(torch.equal(t, trained[n]) for n, t in load_file(tmp_path / "half" / "model.safetensors").items())
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    moved = {n for n in before if not torch.equal(before[n], trained[n])}
+    assert {"encoder.block.1.layer.1.mlp.router.classifier.weight",
+            "encoder.block.1.layer.1.mlp.experts.expert_0.wi.weight"} <= moved
+    model = transformers.SwitchTransformersForConditionalGeneration.from_pretrained(tmp_path / "full").eval()
+    reference = model, transformers.AutoTokenizer.from_pretrained(tmp_path / "full")
+    ours = json.loads(run("score", "--model", tmp_path / "full", "--text", "red one cat is", "--target", "dog two",
+                          "--json"))
+    assert ours["logprobs"] == pytest.approx(logprobs(reference, "red one cat is", ours["ids"][-len(ours["logprobs"]):]),
+                                             abs=1e-4)
+    said = run("train", make_run(tmp_path, "lora", finetuning_type="lora", num_experts=None, lora_target=["wi", "wo"],
+                                 dropout_rate=0.1))
+    assert "wi " in said
+    names = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert any("experts.expert_2.wi.lora_B" in name and t.abs().max() > 0 for name, t in names.items())

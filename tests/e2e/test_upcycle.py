@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 
 import peft
 import pytest
@@ -12,6 +13,7 @@ import transformers
 import yaml
 from safetensors.torch import load_file
 
+import test_seq2seq
 from tiny_run import WORDS, moesaic, run, train
 
 SIZES = dict(vocab_size=13, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -257,10 +259,42 @@ def test_what_the_family_cannot_hold_is_refused(case, tmp_path):
     assert message in refused(tmp_path, base_model=base, **{"method": "copy", "num_experts": 4, **keys})
 
 
-def test_encoder_decoders_are_refused(tmp_path):
-    config = transformers.T5Config(vocab_size=13, d_model=16, d_ff=24, d_kv=4, num_layers=1, num_heads=2)
-    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
-    assert "encoder-decoder" in refused(tmp_path, base_model=tmp_path / "base", method="copy", num_experts=4)
+def seq2seq_logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS, decoder_input_ids=torch.tensor([[0, 4, 9, 2, 7]])).logits[0].double()
+
+
+def test_a_t5_becomes_a_switch(tmp_path):
+    """Every second layer of both halves; near the dense model where the router starts near nothing."""
+    dense = test_seq2seq.make_model(tmp_path / "base", tied=True, num_layers=4, num_decoder_layers=3)
+    out, printed = upcycle(tmp_path, tmp_path / "base", "--check-equal", method="copy", num_experts=4,
+                           experts_per_token=1, router_init_std=1e-4, expert_capacity=40)
+    model, info = transformers.SwitchTransformersForConditionalGeneration.from_pretrained(out, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert (model.config.num_experts, model.config.expert_capacity) == (4, 40)
+    assert sorted(name for name in tensors(out) if "router" in name) == [
+        f"{place}.mlp.router.classifier.weight" for place in ("decoder.block.1.layer.2", "encoder.block.1.layer.1",
+                                                              "encoder.block.3.layer.1")]
+    expected = seq2seq_logits(dense)
+    apart = ((seq2seq_logits(model.eval()) - expected).abs().max() / expected.abs().max()).item()
+    assert 0 < apart < 5e-3, apart
+    assert "switch_transformers, 3 layers" in printed and "near the dense model" in printed
+    assert float(printed.split("of its largest logit:")[1].split()[0]) < 5e-3
+    sizes = json.loads(run("inspect", out, "--json"))
+    assert f"of which {sizes['active_parameters']} " in printed and f"parameters  {sizes['total_parameters']}," in printed
+    gated = tmp_path / "gated"
+    test_seq2seq.make_model(gated)
+    keys = dict(base_model=gated, method="copy", num_experts=4, experts_per_token=1)
+    shutil.rmtree(out)
+    assert "got a gated network" in refused(tmp_path, **keys)
+    keys["base_model"] = tmp_path / "base"
+    assert "Switch has one for each token" in refused(tmp_path, **{**keys, "experts_per_token": 2})
+    assert "method: got drop for a T5" in refused(tmp_path, **{**keys, "method": "drop"})
+
+
+def test_a_capacity_is_a_switchs(bases, tmp_path):
+    assert "only Switch's experts" in refused(tmp_path, base_model=bases["llama"], method="copy", num_experts=2,
+                                              expert_capacity=3)
 
 
 @pytest.mark.parametrize("keys, message", [

@@ -241,6 +241,103 @@ TEST(Seq2SeqLM, EverythingWrongWithAConfigIsSaidAtOnce) {
               HasSubstr("float16"));
 }
 
+/// A Switch whose experts have room for `capacity` tokens of a text.
+std::shared_ptr<Seq2SeqLM> switch_model(int64_t capacity) {
+  for (auto [name, config] : tiny_seq2seq_configs()) {
+    if (name != "switch") continue;
+    config["expert_capacity"] = capacity;
+    return random_seq2seq(config);
+  }
+  throw std::logic_error("no switch");
+}
+
+TEST(Seq2SeqLM, AFullExpertAddsNothing) {
+  torch::NoGradGuard no_grad;
+  const auto small = switch_model(2), large = switch_model(100);
+  const auto of_small = states(*small, kSequences, kBorders), of_large = states(*large, kSequences, kBorders);
+  EXPECT_GT(relative_error(of_small, of_large), 1e-2);
+  // Two tokens of a text never fill one.
+  EXPECT_LT(relative_error(of_small.narrow(0, 8, 2), of_large.narrow(0, 8, 2)), 1e-6);
+}
+
+TEST(Seq2SeqLM, AnExpertsRoomIsThatOfTheTextThatIsKept) {
+  torch::NoGradGuard no_grad;
+  const auto model = switch_model(2);
+  const auto memory = model->memory(1);
+  states(*model, {{1, 2, 3, 4, 5, 6, 7, 8, 9}}, {{3}}, memory.get());
+  memory->truncate(0, 5);  // what came behind leaves its room
+  memory->keep({0, 0});
+  const auto got = states(*model, {{20, 21, 22, 23}, {30, 31, 32, 33}}, {}, memory.get());
+  EXPECT_LT(
+      relative_error(got.narrow(0, 0, 4), states(*model, {{1, 2, 3, 4, 5, 20, 21, 22, 23}}, {{3}}).narrow(0, 5, 4)),
+      1e-5);
+  EXPECT_LT(
+      relative_error(got.narrow(0, 4, 4), states(*model, {{1, 2, 3, 4, 5, 30, 31, 32, 33}}, {{3}}).narrow(0, 5, 4)),
+      1e-5);
+}
+
+/// A T5 whose layers add nothing: its states are norms of its embeddings, and its dropout shows as zeros.
+std::shared_ptr<Seq2SeqLM> embedding_alone() {
+  torch::NoGradGuard no_grad;
+  auto model = random_seq2seq(tiny_seq2seq_configs()[0].second);
+  for (auto& item : model->named_parameters()) {
+    if (item.key().ends_with(".o.weight") || item.key().ends_with(".wo.weight")) item.value().zero_();
+  }
+  return model;
+}
+
+TEST(Seq2SeqLM, DropoutIsDrawnOnceForAWholeSequence) {
+  auto model = embedding_alone();
+  torch::manual_seed(1);
+  nn::Pass pass;
+  pass.training = true;
+  pass.dropout = 0.5;
+  const auto batch = nn::RaggedBatch::from_sequences({{7, 7, 7, 7}, {7, 7}});
+  const torch::Tensor states = model->encode(batch, pass);
+  for (const int64_t row : {1, 2, 3}) EXPECT_TRUE(torch::equal(states[row], states[0]));
+  EXPECT_TRUE(torch::equal(states[5], states[4]));
+  EXPECT_FALSE(torch::equal(states[4], states[0]));
+  // Dropped at the embedding or behind the norm: a quarter of 24 columns is left.
+  EXPECT_GT((states[0] == 0).sum().item<int64_t>(), 8);
+  EXPECT_LT((states[0] == 0).sum().item<int64_t>(), 24);
+  nn::Pass evaluating;
+  evaluating.dropout = 0.5;
+  EXPECT_EQ((model->encode(batch, evaluating) == 0).sum().item<int64_t>(), 0);
+}
+
+TEST(Seq2SeqLM, DropoutActsInTheirLayers) {
+  for (const auto& [name, config] : tiny_seq2seq_configs()) {
+    auto model = random_seq2seq(config);
+    if (!model->facts().has_dropout) continue;
+    nn::Pass plain, a, b;
+    a.training = b.training = true;
+    a.dropout = b.dropout = 0.1;
+    const Text text{nn::RaggedBatch::from_sequences(kSequences), kBorders};
+    const auto expected = model->hidden(text, plain);
+    torch::manual_seed(1);
+    const auto first = model->hidden(text, a), second = model->hidden(text, b);
+    EXPECT_GT(relative_error(first, second), 1e-2) << name;
+    EXPECT_GT(relative_error(first, expected), 1e-2) << name;
+  }
+}
+
+TEST(Seq2SeqLM, DropoutsGradientIsThatOfWhatWasDropped) {
+  for (const auto& [name, config] : tiny_seq2seq_configs()) {
+    auto model = random_seq2seq(config, torch::kFloat64);
+    if (!model->facts().has_dropout || name == "switch") continue;  // a step may choose another expert
+    auto loss = [&] {
+      torch::manual_seed(3);
+      nn::Pass pass;
+      pass.training = true;
+      pass.dropout = 0.2;
+      const auto h = model->hidden({nn::RaggedBatch::from_sequences(kSequences), kBorders}, pass);
+      return at::linear(h, model->head().weight()).square().mean();
+    };
+    SCOPED_TRACE(name);
+    test::expect_slope_matches(loss, model->parameters());
+  }
+}
+
 /// An adapter whose routers read what the frozen model says of a prompt.
 struct ReadsPrompts : nn::Attachment {
   nn::Needs needs() const override { return {.sentence = nn::Needs::Sentence::kHidden, .sentence_width = 24}; }

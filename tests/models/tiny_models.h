@@ -115,6 +115,13 @@ inline std::vector<std::pair<std::string, Json>> tiny_seq2seq_configs() {
       {"t5 1.1", with({{"model_type", "t5"}, {"feed_forward_proj", "gated-gelu"}, {"tie_word_embeddings", false}})},
       {"mt5", with({{"model_type", "mt5"}, {"decoder_start_token_id", 3}})},
       {"umt5", with({{"model_type", "umt5"}})},
+      // Experts that are full before a text of a few tokens ends.
+      {"switch", with({{"model_type", "switch_transformers"},
+                       {"num_decoder_layers", 3},
+                       {"num_sparse_encoder_layers", 1},
+                       {"num_sparse_decoder_layers", 3},
+                       {"num_experts", 3},
+                       {"expert_capacity", 2}})},
       {"t5gemma",
        {{"model_type", "t5gemma"},
         {"is_encoder_decoder", true},

@@ -10,10 +10,11 @@ namespace {
 
 /// The definition, with all logits at once.
 torch::Tensor plain_loss(const torch::Tensor& hidden, const torch::Tensor& weight, const torch::Tensor& labels,
-                         const torch::Tensor& row_weights, double softcap) {
+                         const torch::Tensor& row_weights, double softcap, double z_loss = 0) {
   auto z = at::matmul(hidden, weight.t());
   if (softcap > 0) z = softcap * (z / softcap).tanh();
-  const auto losses = z.logsumexp(1) - z.gather(1, labels.unsqueeze(1)).squeeze(1);
+  const auto sums = z.logsumexp(1);
+  const auto losses = sums - z.gather(1, labels.unsqueeze(1)).squeeze(1) + z_loss * sums.square();
   return (losses * row_weights.to(losses.scalar_type())).sum();
 }
 
@@ -40,15 +41,16 @@ TEST(ChunkedCrossEntropy, TwoLogitsByHand) {
   EXPECT_NEAR(hidden.grad()[0][1].item<double>(), 1.5, 1e-12);
 }
 
-class ChunkedCrossEntropyMatches : public testing::TestWithParam<double> {};
+/// softcap, z_loss
+class ChunkedCrossEntropyMatches : public testing::TestWithParam<std::pair<double, double>> {};
 
 TEST_P(ChunkedCrossEntropyMatches, PlainLossAndBothGradients) {
-  const double softcap = GetParam();
+  const auto [softcap, z_loss] = GetParam();
   Problem p = random_problem(37, 5, 11, torch::kFloat64);
   auto h1 = p.hidden.clone().requires_grad_(true), h2 = p.hidden.clone().requires_grad_(true);
   auto w1 = p.weight.clone().requires_grad_(true), w2 = p.weight.clone().requires_grad_(true);
-  const auto ours = chunked_cross_entropy(h1, w1, p.labels, p.row_weights, softcap);
-  const auto plain = plain_loss(h2, w2, p.labels, p.row_weights, softcap);
+  const auto ours = chunked_cross_entropy(h1, w1, p.labels, p.row_weights, softcap, z_loss);
+  const auto plain = plain_loss(h2, w2, p.labels, p.row_weights, softcap, z_loss);
   // A factor on the loss reaches the gradients.
   (3 * ours).backward();
   (3 * plain).backward();
@@ -56,7 +58,9 @@ TEST_P(ChunkedCrossEntropyMatches, PlainLossAndBothGradients) {
   EXPECT_LT(largest_difference(h1.grad(), h2.grad()), 1e-12);
   EXPECT_LT(largest_difference(w1.grad(), w2.grad()), 1e-12);
 }
-INSTANTIATE_TEST_SUITE_P(Softcaps, ChunkedCrossEntropyMatches, testing::Values(0.0, 2.5));
+INSTANTIATE_TEST_SUITE_P(SoftcapsAndZLosses, ChunkedCrossEntropyMatches,
+                         testing::Values(std::pair(0.0, 0.0), std::pair(2.5, 0.0), std::pair(0.0, 0.3),
+                                         std::pair(2.5, 0.3)));
 
 TEST(ChunkedCrossEntropy, SeveralChunks) {
   // 64 MiB of float32 logits hold 83 rows of this vocabulary: 170 rows are three chunks, the last one short.

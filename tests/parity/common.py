@@ -51,7 +51,8 @@ class Family:
         return self.config_class(**{**(TINY_T5 if seq2seq else TINY), **self.arguments})
 
 
-T5_CONFIGS = (transformers.T5Config, transformers.MT5Config, transformers.UMT5Config)
+T5_CONFIGS = (transformers.T5Config, transformers.MT5Config, transformers.UMT5Config,
+              transformers.SwitchTransformersConfig)
 
 
 FAMILIES = {
@@ -113,6 +114,12 @@ FAMILIES = {
     "t5-start": Family(transformers.T5Config, dict(feed_forward_proj="gated-silu", decoder_start_token_id=5)),
     "mt5": Family(transformers.MT5Config, untied=True),
     "umt5": Family(transformers.UMT5Config, dict(num_heads=5), untied=True),
+    # Experts that have room for all, in every second layer and in all, and such that are soon full.
+    "switch": Family(transformers.SwitchTransformersConfig, dict(num_layers=4, num_sparse_encoder_layers=2,
+                                                                 num_sparse_decoder_layers=2, num_experts=4)),
+    "switch-full": Family(transformers.SwitchTransformersConfig, dict(
+        num_layers=4, num_sparse_encoder_layers=2, num_decoder_layers=3, num_sparse_decoder_layers=1, num_experts=3,
+        expert_capacity=2)),
     # A window that looks both ways and one that looks back, in the first layer and in none; caps on scores and logits.
     "t5gemma": Family(transformers.T5GemmaConfig, dict(
         encoder=dict(query_pre_attn_scalar=13, sliding_window=3, attn_logit_softcapping=3.0, intermediate_size=54),

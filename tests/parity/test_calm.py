@@ -78,7 +78,9 @@ class Composition:
     def __init__(self, anchor, augmenting, config, weights):
         self.anchor, self.augmenting, self.config = anchor, augmenting, config
         self.weights = {k: v.clone().requires_grad_("input_" not in k) for k, v in weights.items()}
-        self.theta = anchor.config.rope_parameters["rope_theta"]
+        t5 = anchor.config.is_encoder_decoder
+        self.theta = 10_000.0 if t5 else anchor.config.rope_parameters["rope_theta"]
+        self.eps = anchor.config.layer_norm_epsilon if t5 else anchor.config.rms_norm_eps
 
     def linear(self, name, x):
         y = x @ self.weights[f"{name}.weight"].T
@@ -86,7 +88,7 @@ class Composition:
         return y if bias is None else y + bias
 
     def unit_rows(self, x):
-        return x * (x.pow(2).mean(-1, keepdim=True) + self.anchor.config.rms_norm_eps).rsqrt()
+        return x * (x.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt()
 
     def connection(self, k, h, states, visible, coordinates, places=None):
         """What is added to h, rows at `places` (all)."""
@@ -147,8 +149,9 @@ class Composition:
             hook.remove()
         return states
 
-    def logits(self, ids, streams):
-        """`streams`: for each augmenting model (tokens, visible, coordinates) of this sequence."""
+    def logits(self, ids, streams, prompt=None):
+        """`streams`: for each augmenting model (tokens, visible, coordinates) of this sequence. prompt: tokens of it that
+        an anchor's encoder reads."""
         by_block, k = {}, 0
         for model, entry, (tokens, visible, coordinates) in zip(self.augmenting, self.config["augmenting"], streams):
             text_so_far = entry.get("align") == "text"  # then tokens and coordinates are each position's
@@ -168,6 +171,8 @@ class Composition:
                 for k, states, _, places in by_block[block]) for t in range(len(ids))])[None]
 
         add = add_text_so_far if text_so_far else add
+        if self.anchor.config.is_encoder_decoder:
+            return self.encoder_decoder_logits(ids, by_block, prompt)
         layers, hooks = self.anchor.model.layers, []
         for block in by_block:
             if block == "final":
@@ -178,6 +183,26 @@ class Composition:
             else:
                 hooks.append(layers[block].register_forward_hook(lambda m, x, y, block=block: add(block, y)))
         result = self.anchor(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+        for hook in hooks:
+            hook.remove()
+        return result
+
+
+    def encoder_decoder_logits(self, ids, by_block, prompt):
+        """The decoder's rows are those of the text from the prompt's last token on, and see what these see."""
+        first, blocks, hooks = prompt - 1, self.anchor.decoder.block, []
+
+        def add(block, h):
+            return h + sum(self.connection(k, h[0], states, visible[first:], coordinates, torch.arange(first, len(ids)))
+                           for k, states, visible, coordinates in by_block[block])[None]
+
+        for block in by_block:
+            if block < 0:
+                hooks.append(blocks[0].register_forward_pre_hook(lambda m, args: (add(-1, args[0]), *args[1:])))
+            else:
+                hooks.append(blocks[block].register_forward_hook(
+                    lambda m, x, y, block=block: (add(block, y[0]), *y[1:])))
+        result = common.reference_logits(self.anchor, [ids])
         for hook in hooks:
             hook.remove()
         return result
@@ -218,7 +243,7 @@ def run_reference(anchor, augmenting, config, ids, streams, folder, dtype):
         end = start + len(sequence)
         per_sequence = [of_sequence(stream, entry.get("align"), b, start, end)
                         for stream, entry in zip(streams, config["augmenting"])]
-        rows.append(reference.logits(sequence, per_sequence))
+        rows.append(reference.logits(sequence, per_sequence, common.prompt_lengths([sequence])[0]))
         start = end
     logits = torch.cat(rows)
     loss = common.loss_of(logits, ids, common.masks(ids))
@@ -368,6 +393,19 @@ def test_an_encoder_reads_the_prompt(family, norm, cross_position, driver, make,
     assert streams[0]["visible"] == [c for _, visible, _ in expected for c in visible]
     shutil.rmtree(tmp_path / "calm")
     check(driver, tmp_path, *models, config, ids, borders=borders)
+
+
+@pytest.mark.parametrize("norm, cross_position, align", [("pre", "rope", "word"), ("none", "recency", "token")])
+def test_an_encoder_decoder_as_the_anchor(norm, cross_position, align, driver, make, tmp_path):
+    """T5's decoder reads a decoder's states and those of another T5's encoder."""
+    anchor, folder, tokenizer = make_seq2seq(tmp_path / "t5", "t5", 5)
+    reader, reader_folder, _ = make_seq2seq(tmp_path / "reader", "t5", 6)
+    ids = [tokenizer.encode(text) for text in (*TEXTS[:2], "The keeper wrote of the lighthouse book until tomorrow")]
+    config = dict(num_heads=2, norm=norm, cross_position=cross_position,
+                  augmenting=[dict(connections=[[-1, 0], [0, 1], [1, 2]], align=align),
+                              dict(connections=[[1, 1]], mask="prefix")])
+    check(driver, tmp_path, (anchor, folder), [make("aug", "qwen2", "llama3", 2), (reader, reader_folder)], config, ids,
+          borders=[[n] for n in common.prompt_lengths(ids)])
 
 
 def test_released_form(driver, make, tokenizers, tmp_path):

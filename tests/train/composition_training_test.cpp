@@ -80,12 +80,12 @@ TEST_F(CompositionTraining, LearnsWithTheConnectionsAlone) {
   const auto composition = fresh();
   Sentences stream(*composition->anchor_member().tokenizer);
   std::vector<torch::Tensor> before;
-  for (const auto& parameter : composition->anchor().parameters()) before.push_back(parameter.clone());
+  for (const auto& parameter : composition->anchor_member().model->parameters()) before.push_back(parameter.clone());
   const double start = evaluate_loss(*composition, stream.examples(), 2);
-  EXPECT_EQ(start, evaluate_loss(composition->anchor(), stream.examples(), 2)) << "W_O = 0";
+  EXPECT_EQ(start, evaluate_loss(*composition->anchor_member().model, stream.examples(), 2)) << "W_O = 0";
   train_connections(composition, stream, config(80));
   EXPECT_LT(evaluate_loss(*composition, stream.examples(), 2), 0.5 * start);
-  const auto after = composition->anchor().parameters();
+  const auto after = composition->anchor_member().model->parameters();
   for (size_t i = 0; i < after.size(); ++i) EXPECT_TRUE(torch::equal(after[i], before[i]));
 }
 
