@@ -124,6 +124,11 @@ Runner add_data(CLI::App& app, CommonOptions& common) {
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   superni_app
+      ->add_option("--held_out_rows", options->superni.held_out_rows,
+                   "Instances of each task of these categories; 0: all")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  superni_app
       ->add_option("--max_chars", options->superni.max_chars,
                    "Leave longer instances out, the definition counted; 0: none")
       ->check(CLI::NonNegativeNumber)

@@ -103,8 +103,10 @@ std::vector<SuperniCategory> split_superni(const fs::path& folder, const fs::pat
     SuperniCategory& category = categories.try_emplace(task.category, task.category, held_out).first->second;
     ++category.tasks;
     if (held_out) {
-      category.test_rows += rows;
-      write_task(task, instances, out / "held_out" / (task.name + ".held_out.json"));
+      const int64_t most = options.held_out_rows > 0 ? std::min(rows, options.held_out_rows) : rows;
+      category.test_rows += most;
+      write_task(task, drawn_apart(instances, most, task, options.seed).second,
+                 out / "held_out" / (task.name + ".held_out.json"));
       continue;
     }
     const auto [train, test] = drawn_apart(instances, test_rows, task, options.seed);

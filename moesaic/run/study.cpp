@@ -105,13 +105,21 @@ Study read_study(const fs::path& file, const std::vector<std::string>& overrides
   MOESAIC_CHECK(shared.is_object(), UsageError, "{}: run: got {}, expected the keys that all runs have", where,
                 shared.dump().substr(0, 60));
   std::set<std::string> folders;
-  for (const auto& [method, keys] : methods.items()) {
+  for (const auto& [method, given] : methods.items()) {
+    OrderedJson keys = given;
+    OrderedJson sweep = json.value("sweep", OrderedJson());
+    std::string sweep_where = where + ": sweep";
+    if (keys.is_object() && keys.contains("sweep")) {
+      sweep = keys["sweep"];
+      sweep_where = fmt::format("{}: methods.{}.sweep", where, method);
+      keys.erase("sweep");
+    }
     for (const Combination& setting : combinations(json.value("settings", OrderedJson()), where + ": settings")) {
       StudyRow row{method + (setting.label.empty() ? "" : ", " + setting.label), {}};
       const std::string folder = folder_name(row.name);
       MOESAIC_CHECK(folders.insert(folder).second, UsageError, "{}: methods: two rows have the folder {}", where,
                     folder);
-      for (const Combination& swept : combinations(json.value("sweep", OrderedJson()), where + ": sweep")) {
+      for (const Combination& swept : combinations(sweep, sweep_where)) {
         OrderedJson config = shared;
         config.merge_patch(keys);
         apply_overrides(config, setting.overrides);

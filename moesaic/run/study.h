@@ -39,7 +39,8 @@ struct StudyRow {
 ///   run: {keys of a run file that all runs have}
 ///   methods: {name: {keys that the method adds or replaces}}
 ///   settings: {key: [values]}       every combination with every method
-///   sweep: {key: [values]}          every row keeps the combination that serves it best with the first seed
+///   sweep: {key: [values]}          every row keeps the combination that serves it best with the first seed; one
+///                                   among a method's keys is that method's, in place of this
 ///   metric: eval_loss               judged by this: a loss falls; a score, eval/<task>/<metric>, or one of means rises
 ///   means: {name: [scores]}         their mean, a figure of its own; * stands for any characters
 ///   seeds: [1, 2, 3]

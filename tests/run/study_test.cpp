@@ -99,6 +99,18 @@ TEST_F(StudyTest, IsEveryMethodWithEverySettingAndSeed) {
   EXPECT_FALSE(study.rows[0].choices[1].at_edge);
 }
 
+TEST_F(StudyTest, AMethodMaySweepByItself) {
+  const Study study = read_study(file("sweep: {learning_rate: [1.0e-4, 1.0e-3]}"),
+                                 {"methods.molora.sweep={learning_rate: [1.0e-2, 3.0e-2, 1.0e-1]}"});
+  ASSERT_EQ(study.rows.size(), 2u);
+  EXPECT_EQ(study.rows[0].choices.size(), 2u);
+  ASSERT_EQ(study.rows[1].choices.size(), 3u);
+  EXPECT_EQ(study.rows[1].choices[1].runs[0].name, "molora, learning_rate=0.03, seed=1");
+  EXPECT_FALSE(study.rows[1].choices[0].runs[0].config.contains("sweep"));
+  EXPECT_THAT([&] { read_study(file(""), {"methods.molora.sweep={learning_rate: 3}"}); },
+              ThrowsMessage<UsageError>(HasSubstr("methods.molora.sweep.learning_rate: got 3")));
+}
+
 TEST_F(StudyTest, EveryRowKeepsWhatServesItBest) {
   const fs::path by_loss = file("sweep: {learning_rate: [1.0e-4, 1.0e-3, 1.0e-2]}");
   StudyOutcome outcome = run(by_loss);
