@@ -17,17 +17,18 @@ namespace moesaic::adapters {
 /// How a router weighs the experts. The keys are those of a run's `router:` block and of adapter_config.json's
 /// `moesaic.router` block.
 struct RouterConfig {
-  std::string type = "soft";               // soft | top_k
-  int64_t top_k = 0;                       // experts kept when type is top_k
-  std::string topk_mode = "mask";          // mask (reference) | renorm | residual
-  std::string input = "token";             // token | sentence | layer_input | ffn_product
-  int64_t sentence_dim = 0;                // d_e for input `sentence`; 0 = the model's hidden size
-  std::string sentence_source = "hidden";  // hidden (the frozen model's mean-pooled last state) | column
-  double init_std = 0.02;                  // of the normal distribution that a router's weights begin with
-  double jitter = 0.0;                     // multiplicative uniform(1-j, 1+j) on the router's input while training
-  double temperature = 1.0;                // divides the logits
-  std::string logits = "signed";           // signed | absolute: their magnitude, as the sign of arrows is arbitrary
-  bool head_wise = true;  // mov at heads: a vector and a router row per head, or one of each over all heads
+  std::string type = "soft";       // soft | top_k
+  int64_t top_k = 0;               // experts kept when type is top_k
+  std::string topk_mode = "mask";  // mask (reference) | renorm | residual
+  std::string input = "token";     // token | sentence | layer_input | ffn_product
+  int64_t sentence_dim = 0;        // d_e for input `sentence`; 0 = the model's hidden size
+  /// hidden (the frozen model's mean-pooled last state) | column | the folder of a sentence encoder
+  std::string sentence_source = "hidden";
+  double init_std = 0.02;         // of the normal distribution that a router's weights begin with
+  double jitter = 0.0;            // multiplicative uniform(1-j, 1+j) on the router's input while training
+  double temperature = 1.0;       // divides the logits
+  std::string logits = "signed";  // signed | absolute: their magnitude, as the sign of arrows is arbitrary
+  bool head_wise = true;          // mov at heads: a vector and a router row per head, or one of each over all heads
 };
 
 /// Everything that defines an adapter. Parsed from a run's keys or from adapter_config.json.
@@ -58,8 +59,11 @@ struct AdapterConfig {
   std::string base_model_name_or_path;  // the model it was trained on, for people
   std::string base_fingerprint;         // Checkpoint::fingerprint()
   std::string base_dtype;               // number format the base had in training
+  std::string sentence_fingerprint;     // of the sentence encoder's weights
   Json extra = Json::object();          // PEFT keys we carry but do not use
 
+  /// The sentence encoder whose vectors the routers read; "" = none.
+  std::string sentence_encoder() const;
   /// Experts at a site of `layer`, which must be one of layer_experts' when that is not empty.
   int64_t experts_at(int64_t layer) const { return layer_experts.empty() ? num_experts : layer_experts.at(layer); }
   /// Whether the site `path` is adapted.

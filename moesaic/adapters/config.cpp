@@ -172,11 +172,14 @@ AdapterConfig parse_adapter_config(const OrderedJson& ordered, const std::string
 
   const Json block = get_or<Json>(json, "moesaic", Json::object(), where);
   const std::string in = where + ": moesaic";
-  check_keys(block, {"version", "num_experts", "router", "k_site", "base_fingerprint", "base_dtype"}, in);
+  check_keys(block,
+             {"version", "num_experts", "router", "k_site", "base_fingerprint", "base_dtype", "sentence_fingerprint"},
+             in);
   if (block.contains("num_experts")) parse_experts(block["num_experts"], in + ": num_experts", config);
   config.k_site = get_or<std::string>(block, "k_site", "output", in);
   config.base_fingerprint = get_or<std::string>(block, "base_fingerprint", "", in);
   config.base_dtype = get_or<std::string>(block, "base_dtype", "", in);
+  config.sentence_fingerprint = get_or<std::string>(block, "sentence_fingerprint", "", in);
   const Json router = get_or<Json>(block, "router", Json::object(), in);
   std::set<std::string> router_keys;
   const Json known = router_config_json(RouterConfig());
@@ -228,6 +231,12 @@ Json experts_json(const AdapterConfig& config) {
     json[last == first ? std::to_string(first) : fmt::format("{}-{}", first, last)] = experts;
   }
   return json;
+}
+
+std::string AdapterConfig::sentence_encoder() const {
+  const bool reads = num_experts > 1 && router.input == "sentence" && router.sentence_source != "hidden" &&
+                     router.sentence_source != "column";
+  return reads ? router.sentence_source : "";
 }
 
 RouterConfig parse_router_config(const Json& json, const std::string& where) {
@@ -286,8 +295,8 @@ void validate(const AdapterConfig& config, const std::string& where) {
          fmt::format("router.type: got '{}', expected soft or top_k", router.type));
   expect(router.type != "top_k" || (router.top_k >= 1 && router.top_k <= config.num_experts),
          fmt::format("router.top_k: got {}, expected 1 to {} (num_experts)", router.top_k, config.num_experts));
-  expect(router.sentence_source == "hidden" || router.sentence_source == "column",
-         fmt::format("router.sentence_source: got '{}', expected hidden or column", router.sentence_source));
+  expect(!router.sentence_source.empty(),
+         "router.sentence_source: got '', expected hidden, column or the folder of a sentence encoder");
   expect(router.sentence_dim >= 0 && router.sentence_dim <= (1 << 20),
          fmt::format("router.sentence_dim: got {}, expected 0 to 1048576", router.sentence_dim));
   expect(router.init_std >= 0 && std::isfinite(router.init_std),
@@ -344,6 +353,7 @@ OrderedJson adapter_config_json(const AdapterConfig& config) {
                      {"k_site", config.k_site},
                      {"base_fingerprint", config.base_fingerprint},
                      {"base_dtype", config.base_dtype}};
+  if (!config.sentence_fingerprint.empty()) json["moesaic"]["sentence_fingerprint"] = config.sentence_fingerprint;
   OrderedJson ordered = json;
   if (method.low_rank) {
     ordered["rank_pattern"] = config.rank_pattern;

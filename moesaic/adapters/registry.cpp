@@ -155,7 +155,9 @@ nn::Needs Adapter::needs() const {
   needs.replaces = !replaced_.empty();
   needs.routed = config_.num_experts > 1;
   if (!needs.routed || config_.router.input != "sentence") return needs;
-  needs.sentence = config_.router.sentence_source == "hidden" ? Sentence::kHidden : Sentence::kColumn;
+  needs.sentence = config_.router.sentence_source == "hidden"   ? Sentence::kHidden
+                   : config_.router.sentence_source == "column" ? Sentence::kColumn
+                                                                : Sentence::kEncoder;
   needs.sentence_width = config_.router.sentence_dim > 0 ? config_.router.sentence_dim : hidden_width_;
   return needs;
 }

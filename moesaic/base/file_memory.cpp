@@ -49,6 +49,11 @@ void set_file_memory(const fs::path& folder) {
   memory().folder = folder;
 }
 
+fs::path file_memory() {
+  const std::lock_guard lock(memory().mutex);
+  return memory().folder;
+}
+
 std::string remembered(const std::string& what, const std::vector<fs::path>& files,
                        const std::function<std::string()>& work) {
   const std::string state = state_of(files);

@@ -9,6 +9,7 @@ namespace moesaic {
 
 /// Keeps it in this folder, too, for later runs of the program; "" (as at the start) is this process alone.
 void set_file_memory(const std::filesystem::path& folder);
+std::filesystem::path file_memory();
 
 /// work()'s value, or what an earlier call for `what` and these files gave, while each has the same size, times and
 /// inode. Files changed within the last two seconds are not remembered: their times don't tell changes apart.

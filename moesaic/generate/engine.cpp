@@ -152,7 +152,7 @@ int64_t Engine::submit(Request request, std::shared_ptr<Listener> listener) {
   const auto given = std::ssize(request.prompt.sentence);
   MOESAIC_CHECK(
       wants.sentence == nn::Needs::Sentence::kNone || given == wants.sentence_width ||
-          (given == 0 && wants.sentence == nn::Needs::Sentence::kHidden),
+          (given == 0 && wants.sentence != nn::Needs::Sentence::kColumn),
       UsageError,
       "sentence: got {} numbers, expected {}: an adapter's router reads sentence embeddings from a data column", given,
       wants.sentence_width);

@@ -24,6 +24,7 @@ Seq2SeqConfig parse_mt5(ConfigReader& reader);
 Seq2SeqConfig parse_umt5(ConfigReader& reader);
 Seq2SeqConfig parse_switch(ConfigReader& reader);
 Seq2SeqConfig parse_t5gemma(ConfigReader& reader);
+Seq2SeqConfig parse_t5gemma2(ConfigReader& reader);
 
 /// Whether a layer has Qwen's window where layer_types does not say it.
 using Slides = bool (*)(int64_t layer, int64_t max_window_layers);

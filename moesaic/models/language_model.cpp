@@ -96,6 +96,10 @@ void LanguageModel::attach(const std::string& name, std::shared_ptr<nn::Attachme
                 "adapter {}: its router reads sentence embeddings of another source or width than another adapter's. "
                 "Use them one at a time.",
                 name);
+  MOESAIC_CHECK(wants.sentence != Sentence::kEncoder || sentence_encoder_ != nullptr, UsageError,
+                "adapter {}: its router reads vectors of a sentence encoder (router.sentence_source), which is not "
+                "loaded; expected the adapter among those that the program begins with",
+                name);
   MOESAIC_CHECK(attachments_.empty() || !(before.replaces || wants.replaces), UsageError,
                 "adapter {}: of {} adapters one replaces weights of the model (DoRA, or weights held whole), expected "
                 "it alone",
@@ -178,7 +182,7 @@ torch::Tensor LanguageModel::sentence_vectors(const Text& text, const Memory* me
                   wants.sentence_width);
     return of_beginning(kept, text.sentence.to(facts().device), begins);
   }
-  MOESAIC_CHECK(wants.sentence == Sentence::kHidden, UsageError,
+  MOESAIC_CHECK(wants.sentence != Sentence::kColumn, UsageError,
                 "an adapter's router reads sentence embeddings from a data column; they can't be made from a prompt. "
                 "Give a \"sentence\" list of {} numbers with each row.",
                 wants.sentence_width);
@@ -193,11 +197,18 @@ torch::Tensor LanguageModel::sentence_vectors(const Text& text, const Memory* me
     beginning.push_back(b);
     if (!text.prompts.empty()) prompts.push_back(text.prompts[b]);
   }
-  const bool whole = text.prompts.empty() && std::ssize(beginning) == batch;
+  const bool encoded = wants.sentence == Sentence::kEncoder;
+  const bool whole = text.prompts.empty() && std::ssize(beginning) == batch && !encoded;
   for (size_t i = 0; i < beginning.size() && text.prompts.empty() && !whole; ++i) {
     const torch::Tensor ids =
         text.tokens.tokens.slice(0, text.tokens.offsets[beginning[i]], text.tokens.offsets[beginning[i] + 1]).cpu();
     prompts.emplace_back(ids.data_ptr<int64_t>(), ids.data_ptr<int64_t>() + ids.numel());
+  }
+  if (encoded) {
+    const torch::Tensor vectors = sentence_encoder_->vectors(prompts);
+    torch::Tensor rows = torch::zeros({batch, vectors.size(1)}, torch::kFloat32);
+    for (size_t i = 0; i < beginning.size(); ++i) rows[beginning[i]].copy_(vectors[static_cast<int64_t>(i)]);
+    return of_beginning(kept, rows.to(facts().device), begins);
   }
   const nn::RaggedBatch read = whole ? text.tokens : nn::RaggedBatch::from_sequences(prompts, facts().device);
   const torch::Tensor hidden = prompt_states(read);

@@ -60,6 +60,14 @@ class Memory {
   virtual void add_sequences(int64_t count) = 0;
 };
 
+/// Makes the vectors of prompts that routers read, in place of the model itself.
+class SentenceEncoder {
+ public:
+  virtual ~SentenceEncoder() = default;
+  /// Of prompts of the model's token ids: [B, d_e] float32 on the CPU.
+  virtual torch::Tensor vectors(const std::vector<std::vector<int64_t>>& prompts) = 0;
+};
+
 /// A part of a model with sites of its own: the model itself, or a member of a composition.
 struct Part {
   std::string place;  // "" of a single model; "anchor", "augmenting.0" of a composition
@@ -107,9 +115,12 @@ class LanguageModel {
   /// The texts of a source's token ids (nn::ReadingRecord).
   virtual std::vector<std::string> source_texts(int64_t source, const std::vector<int64_t>& ids) const;
 
+  /// What makes the vectors that routers of adapters attached from here on read.
+  void read_sentences_with(std::shared_ptr<SentenceEncoder> encoder) { sentence_encoder_ = std::move(encoder); }
   /// Takes an adapter made for the first part's sites under its name; the model owns it from here on. Its column of
   /// `mixture` is its number. Throws UsageError when the name is taken, or when one adapter reads sentence embeddings
-  /// of the model and another of a column. The sequences of `memory` give it weight 0.
+  /// of the model and another of a column, or of a sentence encoder that there is not. The sequences of `memory` give
+  /// it weight 0.
   void attach(const std::string& name, std::shared_ptr<nn::Attachment> attachment, Memory* memory = nullptr);
   /// Gives the adapter `name` back; those behind it move up a column, in `memory` too. Throws as column() does.
   std::shared_ptr<nn::Attachment> detach(const std::string& name, Memory* memory = nullptr);
@@ -135,6 +146,7 @@ class LanguageModel {
   torch::Tensor mixture_rows(const Text& text, const Memory* memory) const;
 
   std::vector<std::shared_ptr<nn::Attachment>> attachments_;
+  std::shared_ptr<SentenceEncoder> sentence_encoder_;
 };
 
 }  // namespace moesaic::models

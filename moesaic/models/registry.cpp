@@ -31,6 +31,7 @@ const Family kFamilies[] = {
     {"switch_transformers", nullptr, nullptr, parse_switch},
     {"t5", nullptr, nullptr, parse_t5},
     {"t5gemma", nullptr, nullptr, parse_t5gemma},
+    {"t5gemma2", nullptr, nullptr, parse_t5gemma2},
     {"umt5", nullptr, nullptr, parse_umt5},
 };
 

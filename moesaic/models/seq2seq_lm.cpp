@@ -17,17 +17,29 @@ struct Names {
   const char *embedding, *head;  // the embedding that may be the head
   std::string_view block, norm;
   std::vector<std::string> embeddings;  // modules
+  std::vector<const char*> copies{};    // of the embedding and what belongs to it
 };
-const Names kT5{"shared.weight", "lm_head.weight", "{}.block.{}", "{}.final_layer_norm", {"shared"}};
+const Names kT5{"shared.weight", "lm_head.weight",
+                "{}.block.{}",   "{}.final_layer_norm",
+                {"shared"},      {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}};
 const Names kHalves{"model.decoder.embed_tokens.weight",
                     "lm_head.out_proj.weight",
                     "model.{}.layers.{}",
                     "model.{}.norm",
                     {"model.encoder.embed_tokens", "model.decoder.embed_tokens"}};
-const Names& names_of(const Seq2SeqConfig& config) { return config.halves ? kHalves : kT5; }
+const Names kMerged{"model.encoder.embed_tokens.weight",
+                    "lm_head.out_proj.weight",
+                    "model.{}.layers.{}",
+                    "model.{}.norm",
+                    {"model.encoder.embed_tokens"},
+                    {"model.decoder.embed_tokens.weight"}};
+const Names& names_of(const Seq2SeqConfig& config) {
+  return !config.halves ? kT5 : config.halves->merged ? kMerged : kHalves;
+}
 
-// Of T5.
-constexpr const char* kCopies[] = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"};
+// What a T5Gemma 2 has for images, which are not read here.
+constexpr const char* kOfImages[] = {"model.encoder.vision_tower.", "model.encoder.multi_modal_projector."};
+constexpr const char *kImageEnd = "eoi_embedding", *kImageEndCopy = "model.decoder.embed_tokens.eoi_embedding";
 // Old checkpoints hold it; nothing reads it.
 constexpr const char* kUnused = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight";
 
@@ -150,17 +162,27 @@ torch::Tensor Seq2SeqLM::make_t5(const torch::TensorOptions& options) {
 torch::Tensor Seq2SeqLM::make_halves(const torch::TensorOptions& options) {
   const auto model = register_module("model", std::make_shared<torch::nn::Module>());
   const DecoderConfig &encoder = config_.halves->encoder, &decoder = config_.halves->decoder;
+  const bool merged = config_.halves->merged;
   auto named = [](nn::DecoderLayerConfig& layer) {
     layer.before_attention = "pre_self_attn_layernorm";
     layer.behind_attention = "post_self_attn_layernorm";
   };
   auto of_encoder = [&](nn::DecoderLayerConfig& layer, int64_t) {
     named(layer);
-    layer.attention.options.causal = false;
+    nn::AttentionOptions& attention = layer.attention.options;
+    attention.causal = false;
+    if (!merged || attention.window == 0) return;
+    attention.behind =
+        attention.window / 2;  // its window is of both sides together, its own position with those before
+    attention.window = (attention.window + 1) / 2 - 1;
   };
   auto of_decoder = [&](nn::DecoderLayerConfig& layer, int64_t i) {
     named(layer);
     layer.attention.cache_layer = i;
+    if (merged) {
+      layer.merged = true;
+      return;
+    }
     layer.cross = layer.attention;
     layer.cross->source_size = encoder.hidden_size;
     layer.cross->rotary = false;
@@ -170,9 +192,17 @@ torch::Tensor Seq2SeqLM::make_halves(const torch::TensorOptions& options) {
   const auto half = [&](const char* name) {
     return model->register_module(name, std::make_shared<torch::nn::Module>());
   };
-  encoder_ = make_stack(*half("encoder"), "model.encoder", encoder, 0, of_encoder, options, sites_);
-  decoder_ = make_stack(*half("decoder"), "model.decoder", decoder, encoder.num_layers, of_decoder, options, sites_);
-  return decoder_.embedding;
+  const auto reader = half("encoder");
+  // transformers' module; its files leave `text_model` out.
+  const char* path = merged ? "model.encoder.text_model" : "model.encoder";
+  encoder_ = make_stack(*reader, path, encoder, 0, of_encoder, options, sites_);
+  decoder_ = make_stack(*half("decoder"), "model.decoder", decoder, encoder.num_layers, of_decoder, options, sites_,
+                        merged ? encoder_.embedding : torch::Tensor());
+  if (!merged) return decoder_.embedding;
+  encoder_.image_end_id = decoder_.image_end_id = config_.halves->image_end_id;
+  encoder_.image_end = decoder_.image_end = reader->named_children()["embed_tokens"]->register_parameter(
+      kImageEnd, torch::empty({encoder.hidden_size}, options), /*requires_grad=*/false);
+  return encoder_.embedding;
 }
 
 /// Layer i of a half; `index`: the layer's among all of the model.
@@ -250,15 +280,22 @@ std::shared_ptr<Seq2SeqLM> Seq2SeqLM::load(const formats::Checkpoint& checkpoint
            at::equal(checkpoint.tensor(name), checkpoint.tensor(embedding));
   };
   if (!config.halves) {
-    for (const char* name : kCopies) {
+    for (const char* name : parts.copies) {
       if (!present.contains(embedding) && present.contains(name)) embedding = name;
     }
-    for (const char* name : kCopies) {
-      if (name == embedding || !present.contains(name)) continue;
-      if (!is_embedding(name)) found.wrong.push_back(fmt::format("{}: is another matrix than {}", name, embedding));
-      present.erase(name);
-    }
     present.erase(kUnused);
+  }
+  for (const char* name : parts.copies) {
+    if (name == embedding || !present.contains(name)) continue;
+    if (!is_embedding(name)) found.wrong.push_back(fmt::format("{}: is another matrix than {}", name, embedding));
+    present.erase(name);
+  }
+  if (config.halves && config.halves->merged) {
+    present.erase(kImageEndCopy);
+    std::erase_if(present, [](const auto& item) {
+      return std::any_of(std::begin(kOfImages), std::end(kOfImages),
+                         [&](const char* start) { return item.first.starts_with(start); });
+    });
   }
   config.tie_word_embeddings = !present.contains(parts.head) || is_embedding(parts.head);
   if (config.tie_word_embeddings) present.erase(parts.head);
@@ -266,14 +303,15 @@ std::shared_ptr<Seq2SeqLM> Seq2SeqLM::load(const formats::Checkpoint& checkpoint
   formats::Declarations expected;
   const Seq2SeqLM shapes(config, torch::TensorOptions(torch::kMeta).dtype(options.dtype));
   for (const auto& item : shapes.named_parameters()) {
+    if (config.encoder_alone && item.key().starts_with("decoder.")) continue;
     expected[item.key() == parts.embedding ? embedding : item.key()] = {item.value().sizes().vec()};
   }
   found.add(formats::misfits(expected, present, formats::Dtypes::kAny));
   formats::check_fits(found, checkpoint.path().string(), fmt::format("config.json (model_type {})", config.model_type),
                       "config.json and weights of one model?");
-  const bool encoder_alone = options.num_blocks >= 0;
+  const bool encoder_alone = options.num_blocks >= 0 || config.encoder_alone;
   if (encoder_alone) {
-    config.encoder_layers = std::min(config.encoder_layers, options.num_blocks);
+    if (options.num_blocks >= 0) config.encoder_layers = std::min(config.encoder_layers, options.num_blocks);
     config.decoder_layers = 0;
     if (config.halves) {
       config.halves->encoder.num_layers = config.encoder_layers;
@@ -301,6 +339,7 @@ std::shared_ptr<Seq2SeqLM> Seq2SeqLM::load(const formats::Checkpoint& checkpoint
       dynamic_cast<nn::SitedBlock&>(*modules[name]).quantize_int8();
       give_back_freed();
     }
+    if (config.encoder_alone && layers == 0) continue;
     read(fmt::format(fmt::runtime(parts.norm), half));
   }
   if (!config.tie_word_embeddings) read("lm_head");
@@ -416,6 +455,9 @@ torch::Tensor Seq2SeqLM::prompt_states(const nn::RaggedBatch& prompts) {
 }
 
 torch::Tensor Seq2SeqLM::run(const Text& text, nn::Pass& pass, Memory* memory) {
+  MOESAIC_CHECK(config_.decoder_layers > 0, UsageError,
+                "{}: got an encoder alone, expected a model with a decoder: there is nothing that writes or predicts",
+                config_.model_type);
   auto* remembered = static_cast<Seq2SeqMemory*>(memory);
   const Cut halves = cut(text, remembered, config_.start_id, device());
   pass.source = std::make_shared<nn::Source>();

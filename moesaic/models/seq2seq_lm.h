@@ -18,9 +18,12 @@ namespace moesaic::models {
 
 /// Everything that differs between encoder-decoders.
 struct Seq2SeqConfig {
-  /// Two stacks of Gemma's kind, each with an embedding of its own.
+  /// Two stacks of Gemma's kind, each with an embedding of its own; of T5Gemma 2 with one for both, and the decoder's
+  /// attention reads the source, too.
   struct Halves {
     DecoderConfig encoder, decoder;
+    bool merged = false;
+    int64_t image_end_id = -1;  // a token with an embedding of its own
   };
 
   /// Switch's layers: a router and experts, one for each token.
@@ -42,6 +45,7 @@ struct Seq2SeqConfig {
   bool gated = false;                           // these have a gate
   std::optional<Switch> sparse;
   bool tie_word_embeddings = true;  // the head is the embedding
+  bool encoder_alone = false;       // there is no decoder (T5EncoderModel)
   bool scale_output = true;         // the decoder's states are divided by sqrt(d) before the head
   int64_t start_id = 0;             // what a decoder's text begins with
   std::vector<int64_t> eos_ids;     // end an answer

@@ -79,15 +79,19 @@ void Stack::prepare(const nn::RaggedBatch& batch, nn::Pass& pass) const {
 
 torch::Tensor Stack::embed(const torch::Tensor& tokens) const {
   const torch::Tensor h = at::embedding(embedding, tokens);
-  return embedding_scale == 1.0 ? h : h * embedding_scale;
+  const torch::Tensor scaled = embedding_scale == 1.0 ? h : h * embedding_scale;
+  return image_end.defined() ? torch::where((tokens == image_end_id).unsqueeze(1), image_end, scaled) : scaled;
 }
 
 Stack make_stack(torch::nn::Module& module, const std::string& path, const DecoderConfig& config, int64_t first_index,
                  const std::function<void(nn::DecoderLayerConfig& layer, int64_t i)>& adapt,
-                 const torch::TensorOptions& options, nn::Sites& sites) {
+                 const torch::TensorOptions& options, nn::Sites& sites, const torch::Tensor& embedding) {
   Stack stack;
   stack.embedding =
-      module.register_module("embed_tokens", MatrixModule(config.vocab_size, config.hidden_size, options))->weight;
+      embedding.defined()
+          ? embedding
+          : module.register_module("embed_tokens", MatrixModule(config.vocab_size, config.hidden_size, options))
+                ->weight;
   const auto layers = module.register_module("layers", std::make_shared<torch::nn::Module>());
   for (int64_t i = 0; i < config.num_layers; ++i) {
     nn::DecoderLayerConfig wanted = layer_config(config, i);

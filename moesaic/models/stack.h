@@ -18,6 +18,8 @@ namespace moesaic::models {
 struct Stack {
   torch::Tensor embedding;       // [V, d]
   double embedding_scale = 1.0;  // rounded to the weights' precision
+  torch::Tensor image_end;       // [d]: the embedding of the token `image_end_id` in place of its own; undefined: none
+  int64_t image_end_id = -1;
   std::vector<nn::Block*> blocks;
   nn::RmsNorm norm{nullptr};
   std::unique_ptr<nn::Rope> rope, rope_local;  // of global blocks, and of sliding ones with their own base
@@ -29,9 +31,9 @@ struct Stack {
 };
 
 /// The stack of a config under `module`, whose path is `path`: "embed_tokens", "layers", "norm". Layers count from
-/// `first_index`; `adapt` may change what the config says of one.
+/// `first_index`; `adapt` may change what the config says of one. `embedding`: another stack's, in place of its own.
 Stack make_stack(torch::nn::Module& module, const std::string& path, const DecoderConfig& config, int64_t first_index,
                  const std::function<void(nn::DecoderLayerConfig& layer, int64_t i)>& adapt,
-                 const torch::TensorOptions& options, nn::Sites& sites);
+                 const torch::TensorOptions& options, nn::Sites& sites, const torch::Tensor& embedding = {});
 
 }  // namespace moesaic::models

@@ -41,10 +41,14 @@ Seq2SeqConfig read_t5(ConfigReader& reader, const T5Defaults& defaults) {
   } else if (activation != "relu") {
     reader.error(defaults.feed_forward_key, fmt::format("got \"{}\", expected relu, gated-gelu or gated-silu", form));
   }
-  // Prompts are tokenised by it too, so it is no default.
-  if (!reader.has("is_encoder_decoder")) {
+  const Json architectures = reader.json().value("architectures", Json());
+  config.encoder_alone = architectures.is_array() && !architectures.empty() && architectures[0].is_string() &&
+                         architectures[0].get_ref<const std::string&>().ends_with("EncoderModel");
+  if (config.encoder_alone) config.decoder_layers = 0;
+  // Prompts are tokenised by it too, so it is no default. Of an encoder alone transformers 5 writes false, 4 true.
+  if (!config.encoder_alone && !reader.has("is_encoder_decoder")) {
     reader.error("is_encoder_decoder", "is missing, expected true");
-  } else if (!reader.flag("is_encoder_decoder", true)) {
+  } else if (!config.encoder_alone && !reader.flag("is_encoder_decoder", true)) {
     reader.error("is_encoder_decoder", "got false, expected true: half of a T5 is not supported");
   }
   // Of a model's config alone; where there are weights, they decide.

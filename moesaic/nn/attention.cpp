@@ -16,6 +16,9 @@
 namespace moesaic::nn {
 namespace {
 
+/// How many positions behind it one that is not causal sees, where it has a window.
+int64_t behind(const AttentionOptions& attention) { return attention.behind < 0 ? attention.window : attention.behind; }
+
 /// 0 where a query sees a key, -inf elsewhere: [S, T]; the S queries are the last of T positions.
 torch::Tensor visibility_mask(int64_t queries, int64_t keys, const AttentionOptions& attention,
                               const torch::TensorOptions& options) {
@@ -25,11 +28,12 @@ torch::Tensor visibility_mask(int64_t queries, int64_t keys, const AttentionOpti
   const int64_t window = attention.window;
   torch::Tensor hidden;
   if (!attention.causal) {
-    hidden = (key - position).abs() > window;
+    hidden = (key < position - window).logical_or(key > position + behind(attention));
   } else {
     hidden = key > position;
     if (window > 0) hidden = hidden.logical_or(key <= position - window);
   }
+  if (attention.always > 0) hidden = hidden.logical_and(key >= attention.always);
   return torch::zeros({queries, keys}, options).masked_fill_(hidden, -std::numeric_limits<double>::infinity());
 }
 
@@ -41,7 +45,8 @@ struct Visibility {
 Visibility visibility(int64_t queries, int64_t keys, const AttentionOptions& attention,
                       const torch::TensorOptions& options) {
   if (attention.bias) return {false, attention.bias.ptr()->forward(queries, keys)};
-  const bool windowed = attention.window > 0 && keys > attention.window;
+  const int64_t nearest = attention.causal ? attention.window : std::min(attention.window, behind(attention));
+  const bool windowed = attention.window > 0 && keys > nearest;
   if (!attention.causal && !windowed) return {};
   if (windowed || (queries > 1 && queries < keys)) return {false, visibility_mask(queries, keys, attention, options)};
   if (!attention.causal) return {};
@@ -149,6 +154,7 @@ SeenKeys seen_keys(const Stretch& rows, int64_t begin, int64_t head, const HeadR
                 .position = rows.keys - (rows.end - begin),
                 .causal = options.causal && !bias.defined(),
                 .window = bias.defined() ? 0 : options.window,
+                .behind = behind(options),
                 .scale = static_cast<float>(options.scale),
                 .softcap = static_cast<float>(options.softcap),
                 .bias = nullptr,
@@ -253,6 +259,7 @@ struct CpuAttention : torch::autograd::Function<CpuAttention> {
     ctx->saved_data["scale"] = options.scale;
     ctx->saved_data["softcap"] = options.softcap;
     ctx->saved_data["window"] = options.window;
+    ctx->saved_data["behind"] = options.behind;
     ctx->saved_data["causal"] = options.causal;
     return out;
   }
@@ -268,7 +275,8 @@ struct CpuAttention : torch::autograd::Function<CpuAttention> {
     const AttentionOptions options{.scale = ctx->saved_data["scale"].toDouble(),
                                    .softcap = ctx->saved_data["softcap"].toDouble(),
                                    .window = ctx->saved_data["window"].toInt(),
-                                   .causal = ctx->saved_data["causal"].toBool()};
+                                   .causal = ctx->saved_data["causal"].toBool(),
+                                   .behind = ctx->saved_data["behind"].toInt()};
     const int64_t heads = q.size(1), kv_heads = k.size(1), group = heads / kv_heads;
     const torch::Tensor d_out = grads[0].contiguous();
     torch::Tensor dq = at::empty_like(q), dk = at::zeros_like(k), dv = at::zeros_like(v);
@@ -308,10 +316,10 @@ torch::Tensor cuda_flash_attention(const torch::Tensor& q, const torch::Tensor& 
     for (size_t b = 0; b + 1 < rows.size(); ++b) most = std::max(most, rows[b + 1] - rows[b]);
     return most;
   };
-  const bool windowed = options.window > 0 && longest(offsets) > options.window;
-  const int64_t before = options.causal ? options.window - 1 : options.window, behind = options.causal ? 0 : before;
+  const bool windowed = options.window > 0;
+  const int64_t before = options.causal ? options.window - 1 : options.window;
   const std::optional<int64_t> left = windowed ? std::optional(before) : std::nullopt;
-  const std::optional<int64_t> right = windowed ? std::optional(behind) : std::nullopt;
+  const std::optional<int64_t> right = windowed ? std::optional(options.causal ? 0 : behind(options)) : std::nullopt;
   return std::get<0>(at::_flash_attention_forward(q.contiguous(), k.contiguous(), v.contiguous(), bounds(offsets),
                                                   bounds(key_offsets), longest(offsets), longest(key_offsets), 0.0,
                                                   options.causal, false, options.scale, left, right));
@@ -414,8 +422,8 @@ torch::Tensor ragged_attention(const torch::Tensor& q, const torch::Tensor& k, c
                                const std::vector<int64_t>& offsets, const std::vector<int64_t>& key_offsets,
                                const AttentionOptions& options) {
   MOESAIC_ASSERT(offsets.back() == q.size(0) && key_offsets.back() == k.size(0) &&
-                 offsets.size() == key_offsets.size() && (!options.causal || offsets == key_offsets) &&
-                 k.sizes() == v.sizes() && q.size(1) % k.size(1) == 0);
+                 offsets.size() == key_offsets.size() && options.always == 0 && k.sizes() == v.sizes() &&
+                 q.size(1) % k.size(1) == 0);
   const bool grad = torch::GradMode::is_enabled() && (q.requires_grad() || k.requires_grad() || v.requires_grad());
   const bool bias_learns = torch::GradMode::is_enabled() && options.bias && options.bias->weight.requires_grad();
   if (has_kernels(q) && !bias_learns) {
@@ -524,6 +532,115 @@ int64_t SelfAttentionImpl::saved_per_row(bool whole) const {
 
 void SelfAttentionImpl::quantize_int8() {
   qkv_.quantize_int8();
+  o_.quantize_int8();
+}
+
+MergedAttentionImpl::MergedAttentionImpl(const SelfAttentionConfig& config, int64_t layer,
+                                         const torch::TensorOptions& options)
+    : config_(config),
+      layer_(layer),
+      q_(config.hidden_size, {config.heads * config.head_dim}, config.qkv_bias, options, {config.heads}),
+      kv_(config.hidden_size, {config.kv_heads * config.head_dim, config.kv_heads * config.head_dim}, config.qkv_bias,
+          options, {config.kv_heads, config.kv_heads}),
+      o_(config.heads * config.head_dim, {config.hidden_size}, config.o_bias, options) {
+  register_module(config.names.q, q_.members()[0]);
+  register_module(config.names.k, kv_.members()[0]);
+  register_module(config.names.v, kv_.members()[1]);
+  register_module(config.names.o, o_.members()[0]);
+  q_norm_ = register_module("q_norm", RmsNorm(config.head_dim, config.norm_eps, config.norm_offset, options));
+  k_norm_ = register_module("k_norm", RmsNorm(config.head_dim, config.norm_eps, config.norm_offset, options));
+}
+
+/// Of the rows of `pass`, keys normed.
+KeysValues MergedAttentionImpl::keys_values(const torch::Tensor& x, Pass& pass) {
+  const auto parts = kv_.parts(x, pass);
+  const std::vector<int64_t> shape{x.size(0), config_.kv_heads, config_.head_dim};
+  return {k_normed_slot_.apply(k_norm_->forward(parts[0].view(shape)), pass), parts[1].view(shape)};
+}
+
+torch::Tensor MergedAttentionImpl::forward(const torch::Tensor& x, Pass& pass) {
+  MOESAIC_ASSERT(pass.source != nullptr);
+  const Source& source = *pass.source;
+  const int64_t rows = x.size(0), batch = std::ssize(pass.offsets) - 1;
+  const RotaryTables& tables = config_.local_rope ? pass.rope_local : pass.rope;
+  const torch::Tensor heads = q_.forward(x, pass).view({rows, config_.heads, config_.head_dim});
+  const torch::Tensor q = apply_rope(q_normed_slot_.apply(q_norm_->forward(heads), pass), tables);
+  auto [k, v] = keys_values(x, pass);
+  k = apply_rope(k, tables);
+  KeysValues of_source;
+  if (source.states.defined()) {
+    Pass over = pass.over_source();
+    of_source = keys_values(source.states, over);
+  }
+  // The source's keys stand before the text's, whose rows are then the last positions.
+  std::vector<KeysValues> merged(batch);
+  std::vector<int64_t> key_offsets{0}, read(batch);
+  bool beyond_window = false;
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t begin = pass.offsets[b], end = pass.offsets[b + 1];
+    const int64_t from = source.offsets[b], to = source.offsets[b + 1];
+    KeysValues before, own{k.slice(0, begin, end), v.slice(0, begin, end)};
+    if (from < to) before = {of_source.first.slice(0, from, to), of_source.second.slice(0, from, to)};
+    if (source.kept != nullptr) {
+      if (from < to) source.kept->put(config_.cache_layer, b, before.first, before.second);
+      before = source.kept->at(config_.cache_layer, b);
+      if (begin < end) own = pass.cache->append(config_.cache_layer, b, own.first, own.second);
+    }
+    if (begin < end) {
+      read[b] = before.first.size(0);
+      merged[b] = {at::cat({before.first, own.first}), at::cat({before.second, own.second})};
+      beyond_window = beyond_window || (config_.options.window > 0 && own.first.size(0) > config_.options.window);
+    }
+    key_offsets.push_back(key_offsets.back() + (begin < end ? merged[b].first.size(0) : 0));
+  }
+  AttentionOptions options = config_.options;
+  torch::Tensor mixed;
+  if (beyond_window) {
+    std::vector<torch::Tensor> parts;
+    for (int64_t b = 0; b < batch; ++b) {
+      if (pass.offsets[b] == pass.offsets[b + 1]) continue;
+      options.always = read[b];
+      const torch::Tensor own = q.slice(0, pass.offsets[b], pass.offsets[b + 1]);
+      parts.push_back(options.softcap > 0 || own.scalar_type() == torch::kFloat64
+                          ? plain_attention(own, merged[b].first, merged[b].second, options)
+                          : fused_attention(own, merged[b].first, merged[b].second, options));
+    }
+    mixed = at::cat(parts);
+  } else {
+    options.window = 0;
+    if (source.kept != nullptr) {
+      mixed = attention_to(q, pass.offsets, merged, options);
+    } else {
+      std::vector<torch::Tensor> keys, values;
+      for (const KeysValues& each : merged) {
+        keys.push_back(each.first);
+        values.push_back(each.second);
+      }
+      mixed = ragged_attention(q, at::cat(keys), at::cat(values), pass.offsets, key_offsets, options);
+    }
+  }
+  return o_.forward(mixed.reshape({rows, config_.heads * config_.head_dim}), pass);
+}
+
+void MergedAttentionImpl::add_sites(const std::string& path, Sites& sites) {
+  const SiteAdder adder{path, layer_, config_.hidden_size, sites};
+  adder.add(config_.names.q, Role::kQuery, q_, 0, config_.heads, &q_normed_slot_);
+  adder.add(config_.names.k, Role::kKey, kv_, 0, config_.kv_heads, &k_normed_slot_);
+  adder.add(config_.names.v, Role::kValue, kv_, 1, config_.kv_heads);
+  adder.add(config_.names.o, Role::kAttentionOut, o_, 0, 0);
+}
+
+int64_t MergedAttentionImpl::saved_per_row(bool whole) const {
+  const int64_t q = config_.heads * config_.head_dim, kv = config_.kv_heads * config_.head_dim;
+  // As self-attention, and keys and values once more, those of the source among them.
+  int64_t numbers = 2 * q + 6 * kv + config_.heads;
+  if (whole || q_.delta || kv_.delta) numbers += config_.hidden_size;  // the normed input
+  return numbers + saved_by_deltas({&q_, &kv_, &o_});
+}
+
+void MergedAttentionImpl::quantize_int8() {
+  q_.quantize_int8();
+  kv_.quantize_int8();
   o_.quantize_int8();
 }
 

@@ -16,7 +16,9 @@ struct AttentionOptions {
   double scale = 1.0;          // of the scores, e.g. 1/sqrt(k)
   double softcap = 0.0;        // scores = softcap tanh(scores / softcap); 0 = off
   int64_t window = 0;          // a position sees itself and the window-1 positions before it; 0 = all before it
-  bool causal = true;          // false: a position sees its whole sequence, or up to `window` positions to either side
+  bool causal = true;          // false: a position sees its whole sequence, or up to `window` positions before it
+  int64_t behind = -1;         // not causal: how many positions behind it with a window; -1 = as many
+  int64_t always = 0;          // the first positions of the keys, which all see whatever the window
   RelativeBias bias{nullptr};  // added to the scores; it hides what lies ahead itself where it is a decoder's
 };
 
@@ -26,7 +28,8 @@ struct AttentionOptions {
 /// is longer than the window.
 torch::Tensor ragged_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
                                const std::vector<int64_t>& offsets, const AttentionOptions& options);
-/// The same with sequences of keys and values of their own, k, v: [N_k, H_kv, k]; not causal.
+/// The same with sequences of keys and values of their own, k, v: [N_k, H_kv, k]; causal: the queries are the last
+/// positions of these. Not for `always`.
 torch::Tensor ragged_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
                                const std::vector<int64_t>& offsets, const std::vector<int64_t>& key_offsets,
                                const AttentionOptions& options);
@@ -78,6 +81,30 @@ struct SelfAttentionImpl : torch::nn::Module {
   ScaleSlot q_normed_slot_, k_normed_slot_;  // after the per-head norm
 };
 TORCH_MODULE(SelfAttention);
+
+/// One softmax over a text and its source (T5Gemma 2): q = rope(norm(x Wq)); k, v = [s Wkv; x Wkv] over the encoder's
+/// states s of pass.source, keys normed and those of x rotated; out = attention(q, k, v) Wo. Every row sees the whole
+/// source of its sequence, and of its own text what causality and window let it.
+struct MergedAttentionImpl : torch::nn::Module {
+  MergedAttentionImpl(const SelfAttentionConfig& config, int64_t layer, const torch::TensorOptions& options);
+
+  /// x: [N, d] -> [N, d].
+  torch::Tensor forward(const torch::Tensor& x, Pass& pass);
+  /// Appends the sites; `path` is the module path, "model.decoder.layers.0.self_attn".
+  void add_sites(const std::string& path, Sites& sites);
+  void quantize_int8();
+  int64_t saved_per_row(bool whole) const;
+
+ private:
+  std::pair<torch::Tensor, torch::Tensor> keys_values(const torch::Tensor& x, Pass& pass);
+
+  SelfAttentionConfig config_;
+  int64_t layer_;
+  LinearGroup q_, kv_, o_;
+  RmsNorm q_norm_{nullptr}, k_norm_{nullptr};
+  ScaleSlot q_normed_slot_, k_normed_slot_;
+};
+TORCH_MODULE(MergedAttention);
 
 /// q = x Wq; k, v = s Wkv over the encoder's states s of pass.source; out = attention(q, k, v) Wo. Every row sees the
 /// whole source of its sequence. Keys and values of a source are made once where the pass remembers.

@@ -10,7 +10,11 @@ DecoderLayerImpl::DecoderLayerImpl(const DecoderLayerConfig& config, std::shared
     return register_module(name, RmsNorm(attention.hidden_size, attention.norm_eps, attention.norm_offset, options));
   };
   input_layernorm_ = norm(config.before_attention);
-  self_attn_ = register_module("self_attn", SelfAttention(attention, layer, options));
+  if (config.merged) {
+    merged_attn_ = register_module("self_attn", MergedAttention(attention, layer, options));
+  } else {
+    self_attn_ = register_module("self_attn", SelfAttention(attention, layer, options));
+  }
   post_attention_layernorm_ = norm(config.behind_attention);
   if (config.cross) {
     pre_cross_attn_layernorm_ = norm("pre_cross_attn_layernorm");
@@ -28,7 +32,8 @@ DecoderLayerImpl::DecoderLayerImpl(const DecoderLayerConfig& config, std::shared
 torch::Tensor DecoderLayerImpl::forward(const torch::Tensor& h, Pass& pass) {
   const bool post = !post_feedforward_layernorm_.is_empty();
   pass.layer_input = input_layernorm_->forward(h);
-  torch::Tensor mixed = self_attn_->forward(pass.layer_input, pass);
+  torch::Tensor mixed =
+      merged_attn_ ? merged_attn_->forward(pass.layer_input, pass) : self_attn_->forward(pass.layer_input, pass);
   if (post) mixed = post_attention_layernorm_->forward(mixed);
   torch::Tensor middle = at::add(h, mixed, residual_scale_);
   if (cross_attn_) {
@@ -44,13 +49,21 @@ torch::Tensor DecoderLayerImpl::forward(const torch::Tensor& h, Pass& pass) {
 }
 
 void DecoderLayerImpl::add_sites(const std::string& path, Sites& sites) {
-  self_attn_->add_sites(path + ".self_attn", sites);
+  if (merged_attn_) {
+    merged_attn_->add_sites(path + ".self_attn", sites);
+  } else {
+    self_attn_->add_sites(path + ".self_attn", sites);
+  }
   if (cross_attn_) cross_attn_->add_sites(path + ".cross_attn", sites);
   ffn_->add_sites(path + "." + ffn_name_, sites);
 }
 
 void DecoderLayerImpl::quantize_int8() {
-  self_attn_->quantize_int8();
+  if (merged_attn_) {
+    merged_attn_->quantize_int8();
+  } else {
+    self_attn_->quantize_int8();
+  }
   if (cross_attn_) cross_attn_->quantize_int8();
   ffn_->quantize_int8();
 }
@@ -62,7 +75,8 @@ int64_t DecoderLayerImpl::saved_bytes(int64_t rows) const {
   int64_t numbers = 2 * d;  // inputs of the two norms
   if (!post_feedforward_layernorm_.is_empty()) numbers += 2 * d;
   if (cross_attn_) numbers += 2 * d + cross_attn_->saved_per_row(whole);
-  numbers += self_attn_->saved_per_row(whole) + ffn_->saved_per_row(whole) + saved_by_scales();
+  numbers += merged_attn_ ? merged_attn_->saved_per_row(whole) : self_attn_->saved_per_row(whole);
+  numbers += ffn_->saved_per_row(whole) + saved_by_scales();
   return numbers * rows * static_cast<int64_t>(weight.element_size());
 }
 

@@ -16,6 +16,7 @@ struct DecoderLayerConfig {
   double residual_scale = 1.0;    // what each half is multiplied by before it is added (Granite)
   const char *before_attention = "input_layernorm", *behind_attention = "post_attention_layernorm";  // norms' names
   std::optional<SelfAttentionConfig> cross{};  // of the encoder's states, with norms on both sides
+  bool merged = false;                         // the first half reads them, too
 };
 
 /// h = h + attention(norm(h));  h = h + cross_attention(norm(h), source), where there is one;  h = h + ffn(norm(h)).
@@ -37,6 +38,7 @@ struct DecoderLayerImpl : torch::nn::Module, SitedBlock {
   RmsNorm pre_cross_attn_layernorm_{nullptr}, post_cross_attn_layernorm_{nullptr};
   RmsNorm pre_feedforward_layernorm_{nullptr}, post_feedforward_layernorm_{nullptr};
   SelfAttention self_attn_{nullptr};
+  MergedAttention merged_attn_{nullptr};  // in its place
   CrossAttention cross_attn_{nullptr};
   std::shared_ptr<Ffn> ffn_;
   std::string ffn_name_;

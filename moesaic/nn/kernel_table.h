@@ -16,7 +16,8 @@ struct SeenKeys {
   int64_t stride, count, k;
   int64_t position;
   bool causal;     // no key behind the row's own position
-  int64_t window;  // causal: that many keys up to its own; else as many to either side; 0 = all
+  int64_t window;  // causal: that many keys up to its own; else as many before it and `behind` behind it; 0 = all
+  int64_t behind;
   float scale, softcap;
   const float* bias;  // [rows, count], rows `bias_stride` apart, or null
   int64_t bias_stride;

@@ -1058,7 +1058,7 @@ inline Range seen_by(const SeenKeys& seen, int64_t n) {
   int64_t first = 0, last = seen.causal ? position + 1 : seen.count;
   if (seen.window > 0) {
     first = position - seen.window + (seen.causal ? 1 : 0);
-    if (!seen.causal) last = position + seen.window + 1;
+    if (!seen.causal) last = position + seen.behind + 1;
   }
   return {first < 0 ? 0 : first, last > seen.count ? seen.count : last};
 }

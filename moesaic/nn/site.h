@@ -127,9 +127,9 @@ struct Sites {
 
 /// What an adapter wants to know of a text.
 struct Needs {
-  enum class Sentence { kNone, kHidden, kColumn };
+  enum class Sentence { kNone, kHidden, kColumn, kEncoder };
   bool routed = false;                  // a router mixes experts
-  Sentence sentence = Sentence::kNone;  // vectors of a whole prompt: the frozen model's, or a data column's
+  Sentence sentence = Sentence::kNone;  // vectors of a whole prompt, and whose
   int64_t sentence_width = 0;           // d_e
   bool replaces = false;                // weights of the model: it is attached alone, with weight 1
 };

@@ -554,7 +554,9 @@ std::vector<RunKey> other_keys() {
        "their sum; `residual`: MoV scales by 1 + the kept deviations; null is `residual` for MoV, else `mask`"},
       {"input", "what the router reads: `token` (the site's own input), `sentence`, `layer_input`, `ffn_product`"},
       {"sentence_source",
-       "for `sentence`: the frozen model's mean last hidden state of the prompt, or a `column` of the data"},
+       "for `sentence`: `hidden`, the frozen model's mean last hidden state of the prompt; `column`, numbers of the "
+       "data; or the folder of a sentence encoder, a T5 encoder (sentence-T5 among them) whose mean states of the "
+       "prompt's text are kept in the user's cache folder"},
       {"sentence_dim", "width of the sentence vector; 0 is the model's"},
       {"init_std", "of the router's start values"},
       {"jitter", "its input is multiplied by uniform(1-j, 1+j) while training"},

@@ -9,6 +9,7 @@
 #include "moesaic/compose/folder.h"
 #include "moesaic/formats/adapter_folder.h"
 #include "moesaic/models/registry.h"
+#include "moesaic/run/sentence_encoder.h"
 
 namespace moesaic::run {
 
@@ -81,6 +82,22 @@ std::string common_base(const std::vector<AdapterReference>& adapters) {
   return base.string();
 }
 
+/// Where `name` stands that an adapter's folder has: looked for where its run was started, then here, then beside it.
+/// Throws UsageError where it is in none; `what` is it, `hint` what to do.
+fs::path place_of(const fs::path& adapter, const std::string& name, const char* what, const char* hint) {
+  std::vector<std::string> places{name};
+  if (fs::path(name).is_relative()) {
+    const fs::path start = started_in(adapter);
+    std::error_code error;
+    if (!start.empty() && !fs::equivalent(start, ".", error)) places.insert(places.begin(), (start / name).string());
+    places.push_back((adapter / name).lexically_normal().string());
+  }
+  const auto place = std::find_if(places.begin(), places.end(), formats::is_there);
+  MOESAIC_CHECK(place != places.end(), UsageError, "{}: its {} {} is not there: looked for {}\nhint: {}",
+                adapter.string(), what, name, fmt::join(places, ", "), hint);
+  return *place;
+}
+
 }  // namespace
 
 fs::path base_of(const fs::path& adapter) {
@@ -90,18 +107,7 @@ fs::path base_of(const fs::path& adapter) {
                 "{}: its adapter_config.json names no base_model_name_or_path, expected the model it was trained on\n"
                 "hint: name it with --model",
                 adapter.string());
-  std::vector<std::string> places{name};
-  if (fs::path(name).is_relative()) {
-    const fs::path start = started_in(adapter);
-    std::error_code error;
-    if (!start.empty() && !fs::equivalent(start, ".", error)) places.insert(places.begin(), (start / name).string());
-    places.push_back((adapter / name).lexically_normal().string());
-  }
-  const auto place = std::find_if(places.begin(), places.end(), formats::is_there);
-  MOESAIC_CHECK(place != places.end(), UsageError,
-                "{}: its base model {} is not there: looked for {}\nhint: name it with --model", adapter.string(), name,
-                fmt::join(places, ", "));
-  return *place;
+  return place_of(adapter, name, "base model", "name it with --model");
 }
 
 ModelReference resolve_model(const std::string& named, const std::string& model,
@@ -198,6 +204,29 @@ void adapt_tokenizer(const std::string& path, const std::vector<AdapterReference
 
 }  // namespace
 
+namespace {
+
+/// Loads the sentence encoder that the adapter in `dir` reads, where it reads one; `loaded`: that of another.
+void open_encoder(const fs::path& dir, const adapters::AdapterConfig& config, const torch::Device& device,
+                  Opened& opened, std::shared_ptr<SentenceEncoder>& loaded) {
+  const std::string name = config.sentence_encoder();
+  if (name.empty()) return;
+  const fs::path folder = place_of(dir, name, "sentence encoder",
+                                   "put it back, or correct router.sentence_source in its adapter_config.json");
+  const auto encoder = open_sentence_encoder(folder, opened.tokenizer, device);
+  MOESAIC_CHECK(config.sentence_fingerprint.empty() || encoder->fingerprint() == config.sentence_fingerprint, DataError,
+                "{}: its router was trained on the vectors of another sentence encoder than {}: got weights {}, "
+                "expected {}",
+                dir.string(), folder.string(), encoder->fingerprint(), config.sentence_fingerprint);
+  MOESAIC_CHECK(loaded == nullptr || loaded->fingerprint() == encoder->fingerprint(), UsageError,
+                "{}: its router reads another sentence encoder than another adapter's. Use them one at a time.",
+                dir.string());
+  loaded = encoder;
+  opened.model->read_sentences_with(encoder);
+}
+
+}  // namespace
+
 Opened open(const std::string& path, const std::vector<AdapterReference>& adapters, const OpenOptions& options) {
   MOESAIC_CHECK(
       fs::exists(path), UsageError,
@@ -208,10 +237,12 @@ Opened open(const std::string& path, const std::vector<AdapterReference>& adapte
   const bool composed = compose::is_composition(path);
   (composed ? open_composition : open_single)(path, options, opened);
   bool embeds = false;
+  std::shared_ptr<SentenceEncoder> encoder;
   const int64_t vocabulary = opened.model->facts().vocab_size;
   for (const AdapterReference& reference : adapters) {
     const auto adapter = adapters::Adapter::open(reference.dir, *opened.model->parts().front().sites, options.device,
                                                  opened.checkpoint->fingerprint(), reference.scale);
+    open_encoder(reference.dir, adapter->config(), options.device, opened, encoder);
     opened.model->attach(reference.name, adapter);
     embeds = embeds || (!composed && adapter->embeds());
     MOESAIC_CHECK(!composed || opened.model->facts().vocab_size == vocabulary, DataError,

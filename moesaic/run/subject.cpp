@@ -8,6 +8,7 @@
 #include "moesaic/models/causal_lm.h"
 #include "moesaic/models/registry.h"
 #include "moesaic/run/new_model.h"
+#include "moesaic/run/sentence_encoder.h"
 
 namespace moesaic::run {
 namespace {
@@ -89,6 +90,16 @@ Prepared open_adapter(const RunConfig& run, const Place& place) {
   wanted.base_model_name_or_path = run.model_name_or_path;
   wanted.base_dtype = dtype_name(place.dtype);
   if (!place.dry && run.init == "pretrained") wanted.base_fingerprint = made.checkpoint->fingerprint();
+  if (const std::string folder = wanted.sentence_encoder(); !folder.empty()) {
+    const auto encoder =
+        open_sentence_encoder(folder, tokenizer::Tokenizer::open(*made.checkpoint), model->facts().device);
+    int64_t& width = wanted.router.sentence_dim;
+    MOESAIC_CHECK(width == 0 || width == encoder->width(), UsageError,
+                  "router.sentence_dim: got {}, expected {}, the width of {}", width, encoder->width(), folder);
+    width = encoder->width();
+    wanted.sentence_fingerprint = encoder->fingerprint();
+    model->read_sentences_with(encoder);
+  }
   const auto adapter = adapters::Adapter::create(wanted, model->sites(), place.dry ? torch::kMeta : place.device,
                                                  derive_seed(run.train.seed, "adapter"));
   if (!run.adapter_name_or_path.empty()) {

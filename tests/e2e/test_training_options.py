@@ -2,10 +2,12 @@
 
 import json
 import resource
+import shutil
 
 import pytest
+import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import tiny_run
 
@@ -100,6 +102,97 @@ def test_a_column_cannot_be_made_up(by_sentence, tmp_path):
     (tmp_path / "task.jsonl").write_text(json.dumps({"inputs": "a", "answer_choices": ["b", "c"], "target": "b"}) + "\n")
     done = tiny_run.moesaic("eval", "--model", folder / "model", "--adapter", out, "--tasks", tmp_path / "task.jsonl")
     assert done.returncode in (2, 3) and "sentence" in done.stderr
+
+
+def sentence_t5(folder, dense=True):
+    """A T5 encoder as sentence-transformers keeps one; returns what turns a text into its vector."""
+    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)] + [("\u2581" + w, -3.0) for w in tiny_run.WORDS]
+    tokenizer = transformers.T5Tokenizer(vocab=words + [(letter, -8.0) for letter in "abcdefghijklm"], extra_ids=0)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(4)
+    model = transformers.T5EncoderModel(transformers.T5Config(
+        vocab_size=40, d_model=16, d_ff=24, d_kv=4, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
+        relative_attention_num_buckets=8, relative_attention_max_distance=16)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 1.0 if name == "shared.weight" else 0.7 * parameter.shape[1] ** -0.5)
+    model.save_pretrained(folder)
+    layer = torch.nn.Linear(16, 12, bias=False)
+    if dense:
+        names = ["Transformer", "Pooling", "Dense", "Normalize"]
+        (folder / "modules.json").write_text(json.dumps([
+            {"idx": i, "name": str(i), "path": f"{i}_{name}" if i else "", "type": f"sentence_transformers.models.{name}"}
+            for i, name in enumerate(names)]))
+        for i, config in ((1, {"word_embedding_dimension": 16, "pooling_mode_mean_tokens": True,
+                               "pooling_mode_cls_token": False}),
+                          (2, {"in_features": 16, "out_features": 12, "bias": False,
+                               "activation_function": "torch.nn.modules.linear.Identity"})):
+            (folder / f"{i}_{names[i]}").mkdir()
+            (folder / f"{i}_{names[i]}" / "config.json").write_text(json.dumps(config))
+        torch.save({"linear.weight": layer.weight.detach()}, folder / "2_Dense" / "pytorch_model.bin")
+        (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 5}))
+
+    def vector(text):
+        ids = tokenizer(text)["input_ids"]
+        ids = ids[:4] + ids[-1:] if dense and len(ids) > 5 else ids
+        with torch.no_grad():
+            mean = model(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0)
+            return torch.nn.functional.normalize(layer(mean), dim=0).tolist() if dense else mean.tolist()
+    return vector
+
+
+@tiny_run.float32_only
+@pytest.mark.parametrize("dense", [True, False])
+def test_a_sentence_encoder_routes(dense, tmp_path, monkeypatch):
+    """Its vectors are transformers': the same adapter fed with these from a column gives the same numbers. They are kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "encoder").mkdir()
+    vector = sentence_t5(tmp_path / "encoder", dense)
+    rows = [{"inputs": f"{words} is", "targets": answer}
+            for words, answer in (("red", "cat"), ("blue green one two three", "dog"))]
+    (tmp_path / "colours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 8))
+    settings = dict(dataset=[str(tmp_path / "colours.jsonl")], max_steps=40, per_device_train_batch_size=2,
+                    router={"input": "sentence", "sentence_source": str(tmp_path / "encoder"), "init_std": 0.5})
+    out = tiny_run.train(tmp_path, "out", **settings)
+    saved = json.loads((out / "adapter_config.json").read_text())
+    assert saved["moesaic"]["router"]["sentence_dim"] == (12 if dense else 16)
+    kept = list((tmp_path / "cache").rglob("sentences/*"))
+    assert len(kept) == 1 and kept[0].stat().st_size == 2 * (64 + 4 * (12 if dense else 16))
+
+    (tmp_path / "task.jsonl").write_text("".join(json.dumps(
+        {"inputs": row["inputs"] + " ", "answer_choices": ["cat", "dog"], "target": row["targets"],
+         "sentence": vector(row["inputs"])}) + "\n" for row in rows))
+
+    def scores(adapter, name):
+        tiny_run.run("eval", "--model", tmp_path / "model", "--adapter", adapter, "--tasks", tmp_path / "task.jsonl",
+                     "--target_delimiter", "", "--output_path", tmp_path / name, "--log_samples")
+        samples = next((tmp_path / name).rglob("samples_task*.jsonl")).read_text().splitlines()
+        return [json.loads(line)["resps"] for line in samples]
+
+    by_encoder = scores(out, "by_encoder")
+    fed = shutil.copytree(out, tmp_path / "fed")
+    saved["moesaic"]["router"]["sentence_source"] = "column"
+    (fed / "adapter_config.json").write_text(json.dumps(saved))
+    by_column = scores(fed, "by_column")
+    assert str(by_encoder) != str(scores(tiny_run.train(tmp_path, "plain", **{**settings, "router": {}}), "plain"))
+    numbers, expected = ([float(x[0][0]) for row in rows for x in row] for rows in (by_encoder, by_column))
+    assert numbers == pytest.approx(expected, abs=1e-4)
+
+    ask = ["--model", tmp_path / "model", "--adapter", out, "-p", "red is", "--raw", "--max_new_tokens", 1]
+    assert "cat" in tiny_run.run("generate", *ask)
+    (tmp_path / "encoder").rename(tmp_path / "elsewhere")
+    done = tiny_run.moesaic("generate", *ask)
+    assert done.returncode == 2 and "its sentence encoder" in done.stderr and "put it back" in done.stderr
+    (tmp_path / "encoder").mkdir()
+    sentence_t5(tmp_path / "encoder", False)
+    tensors = load_file(tmp_path / "encoder" / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, tmp_path / "encoder" / "model.safetensors")
+    done = tiny_run.moesaic("generate", *ask)
+    assert done.returncode == 3 and "another sentence encoder" in done.stderr
+    done = tiny_run.moesaic("train", tiny_run.make_run(tmp_path, output_dir=str(tmp_path / "r"), router={
+        "input": "sentence", "sentence_source": "hiden"}))
+    assert done.returncode == 2 and "got 'hiden', expected hidden, column, or the folder" in done.stderr
 
 
 def test_the_models_own_sentence_state_routes(tmp_path):

@@ -140,7 +140,7 @@ TEST(ParseDecoderConfig, UnknownFamiliesNameTheKnownOnes) {
   const std::string text = message({{"model_type", "lama"}});
   EXPECT_THAT(text, HasSubstr("got \"lama\", expected one of gemma, gemma2, gemma3_text, granitemoe, granitemoeshared, "
                               "llama, mistral, mixtral, mt5, olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe, "
-                              "switch_transformers, t5, t5gemma, umt5"));
+                              "switch_transformers, t5, t5gemma, t5gemma2, umt5"));
   EXPECT_THAT(text, HasSubstr("Did you mean llama?"));
   EXPECT_THAT(message(Json::object()), HasSubstr("model_type"));
   EXPECT_THAT(message(Json::array()), HasSubstr("is not a JSON object"));

@@ -127,6 +127,14 @@ inline std::vector<std::pair<std::string, Json>> tiny_seq2seq_configs() {
         {"is_encoder_decoder", true},
         {"encoder", half({{"num_key_value_heads", 2}, {"attn_logit_softcapping", nullptr}})},
         {"decoder", half({{"num_hidden_layers", 3}, {"head_dim", 10}, {"attn_logit_softcapping", 6.0}})}}},
+      // Windows of either side and of one, shorter than the texts; a token with an embedding of its own.
+      {"t5gemma2",
+       {{"model_type", "t5gemma2"},
+        {"is_encoder_decoder", true},
+        {"encoder",
+         {{"text_config", half({{"num_key_value_heads", 2}, {"sliding_window", 4}, {"sliding_window_pattern", 2}})},
+          {"eoi_token_index", 9}}},
+        {"decoder", half({{"num_key_value_heads", 2}, {"num_hidden_layers", 3}, {"sliding_window_pattern", 2}})}}},
   };
 }
 

@@ -46,7 +46,11 @@ class Family:
 
     def config(self):
         if "encoder" in self.arguments:
-            return self.config_class(**{half: {**TINY, **of_half} for half, of_half in self.arguments.items()})
+            def sized(half):
+                if "text_config" in half:
+                    return {**half, "text_config": sized(half["text_config"])}
+                return {**TINY, **half}
+            return self.config_class(**{half: sized(of_half) for half, of_half in self.arguments.items()})
         seq2seq = self.config_class in T5_CONFIGS
         return self.config_class(**{**(TINY_T5 if seq2seq else TINY), **self.arguments})
 
@@ -129,10 +133,19 @@ FAMILIES = {
         encoder=dict(query_pre_attn_scalar=13, sliding_window=3, attn_logit_softcapping=None),
         decoder=dict(query_pre_attn_scalar=11, sliding_window=4, attn_logit_softcapping=None,
                      final_logit_softcapping=None))),
+    # Two-sided and one-sided windows beside full layers; a token with an embedding of its own.
+    "t5gemma2": Family(transformers.T5Gemma2Config, dict(
+        encoder=dict(text_config=dict(query_pre_attn_scalar=13, sliding_window=4, intermediate_size=54,
+                                      layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+                     vision_config=dict(model_type="siglip_vision_model", hidden_size=16, intermediate_size=16,
+                                        num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14),
+                     mm_tokens_per_image=4, eoi_token_index=100),
+        decoder=dict(query_pre_attn_scalar=11, sliding_window=5, num_hidden_layers=2,
+                     layer_types=["sliding_attention", "full_attention"], final_logit_softcapping=4.0))),
 }
 # One model of each architecture, for the tests that need not vary the rope.
 ARCHITECTURES = ["llama", "llama-tied-mqa", "llama-biases", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"]
-SEQ2SEQ = ["t5", "t5-gated", "mt5", "umt5", "t5gemma"]
+SEQ2SEQ = ["t5", "t5-gated", "mt5", "umt5", "t5gemma", "t5gemma2"]
 SPARSE = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared"]
 
 
@@ -277,7 +290,7 @@ def rewrite_as_transformers_4(folder):
 def start_id(model):
     """What an answer of an encoder-decoder begins with."""
     config = model.config
-    return config.decoder.bos_token_id if config.model_type == "t5gemma" else config.decoder_start_token_id
+    return config.decoder.bos_token_id if config.model_type.startswith("t5gemma") else config.decoder_start_token_id
 
 
 def reference_logits(model, ids, **inputs):
@@ -289,7 +302,7 @@ def reference_logits(model, ids, **inputs):
     if not model.config.is_encoder_decoder:
         return torch.cat([model(input_ids=torch.tensor([s]), use_cache=False, **inputs).logits[0] for s in ids])
     config, rows = model.config, []
-    cap = config.decoder.final_logit_softcapping if config.model_type == "t5gemma" else None
+    cap = config.decoder.final_logit_softcapping if config.model_type.startswith("t5gemma") else None
     for s, prompt in zip(ids, prompt_lengths(ids)):
         target = [start_id(model), *s[prompt:]]
         out = model(input_ids=torch.tensor([s[:prompt]]), decoder_input_ids=torch.tensor([target]), use_cache=False,
@@ -325,6 +338,12 @@ def reference_gradients(model, ids, mask, normalization="tokens"):
 
 
 def by_expert(model_type, tensors):
+    return by_matrix(model_type, {name.replace("model.encoder.text_model.", "model.encoder.")
+                                  if name.startswith("model.encoder.text_model.") else name: tensor  # as files have it
+                                  for name, tensor in tensors.items()})
+
+
+def by_matrix(model_type, tensors):
     """The tensors of a sparse model by the names with one matrix per expert; transformers 5 holds all in one tensor."""
     block = "block_sparse_moe" if model_type in ("mixtral", "granitemoe", "granitemoeshared") else "mlp"
     gate, up, down = ("w1", "w3", "w2") if block == "block_sparse_moe" else ("gate_proj", "up_proj", "down_proj")

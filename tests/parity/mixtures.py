@@ -21,9 +21,10 @@ KEYS, VALUES, DOWNS = ("k_proj", "k"), ("v_proj", "v"), ("down_proj", "wo")
 
 def parts_of(model):
     """(layer, path, module that holds it, its name) of every attention and feed-forward network, in order."""
-    if model.config.model_type == "t5gemma":
-        layers = [(f"model.{half}.layers.{i}", layer) for half in ("encoder", "decoder")
-                  for i, layer in enumerate(getattr(model.model, half).layers)]
+    if model.config.model_type.startswith("t5gemma"):
+        first = "encoder.text_model" if model.config.model_type == "t5gemma2" else "encoder"
+        layers = [(f"model.{half}.layers.{i}", layer) for half in (first, "decoder")
+                  for i, layer in enumerate(model.model.get_submodule(half).layers)]
         for index, (path, layer) in enumerate(layers):
             for name in ("self_attn", "cross_attn", "mlp"):
                 if hasattr(layer, name):
@@ -280,7 +281,7 @@ class Mixture:
                 own = k if self.mixing.head_wise else heads * k
                 module = MovHeads(getattr(feed, point), self.layer_experts[index], heads, k,
                                   self._router_width(own, hidden), self.mixing, self.draw,
-                                  heads_first=point == "k_norm" and self.model.config.model_type == "gemma3_text")
+                                  heads_first=point == "k_norm" and self.model.config.model_type in ("gemma3_text", "t5gemma2"))
                 setattr(feed, point, module)
             wrapped.append(module)
             self._register(f"{path}.{name}", module, names)

@@ -42,7 +42,7 @@ def linears_of(name):
     """Every linear but the head. PEFT finds none in an expert: transformers 5 keeps those of a layer in one tensor."""
     if name in common.SPARSE and name != "qwen2_moe":
         return ALL_LINEAR[:4]
-    if name not in common.SEQ2SEQ or name == "t5gemma":
+    if name not in common.SEQ2SEQ or name.startswith("t5gemma"):
         return ALL_LINEAR
     return ["q", "k", "v", "o", "wi", "wo"] if name == "t5" else T5_LINEARS
 
@@ -129,6 +129,7 @@ def test_ia3_of_peft(name, driver, models, tmp_path):
     # PEFT has no default targets for gemma3_text and umt5: its lists for gemma and t5.
     arguments = {"gemma3": dict(target_modules=["q_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
                  "t5gemma": dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+                 "t5gemma2": dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
                  "umt5": dict(target_modules=["k", "v", "wo"], feedforward_modules=["wo"])}.get(name, IA3["default"])
     check_peft_adapter_here(name, peft.IA3Config(task_type=task_of(name), **arguments), driver, models, tmp_path)
 
