@@ -6,10 +6,25 @@
 
 namespace moesaic::exporting {
 
+namespace {
+
+/// T5Gemma 2's modules have a part `text_model` in their names that its files leave out.
+formats::TensorMap by_file_names(formats::TensorMap tensors) {
+  constexpr std::string_view kModule = "encoder.text_model.", kFile = "encoder.";
+  formats::TensorMap renamed;
+  for (auto& [name, tensor] : tensors) {
+    std::string key = name;
+    if (const size_t at = key.find(kModule); at != std::string::npos) key.replace(at, kModule.size(), kFile);
+    renamed[key] = tensor;
+  }
+  return renamed;
+}
+
+}  // namespace
+
 at::ScalarType stored_dtype(const formats::Checkpoint& checkpoint) {
-  for (const char* matrix :
-       {"model.layers.0.self_attn.q_proj.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"}) {
-    if (checkpoint.contains(matrix)) return checkpoint.dtype(matrix);
+  for (const std::string& name : checkpoint.names()) {
+    if (name.ends_with(".q_proj.weight") || name.ends_with(".q.weight")) return checkpoint.dtype(name);
   }
   return at::kFloat;
 }
@@ -30,7 +45,9 @@ void merge_adapter(formats::ModelFolder& model, const std::filesystem::path& ada
     return found == model.tensors.end() ? at::Tensor() : found->second;
   };
   const at::Tensor before = weight("model.embed_tokens.weight");  // encoder-decoders have none of this name
-  adapters::fold(formats::read_adapter_folder(adapter_dir), adapter_dir.string(), model.tensors);
+  formats::AdapterFolder adapter = formats::read_adapter_folder(adapter_dir);
+  if (model.config.value("model_type", "") == "t5gemma2") adapter.tensors = by_file_names(std::move(adapter.tensors));
+  adapters::fold(adapter, adapter_dir.string(), model.tensors);
   const at::Tensor embedding = weight("model.embed_tokens.weight"), head = weight("lm_head.weight");
   const bool own_head = embedding.defined() && head.defined() && !at::equal(head, embedding);  // the adapter's
   if (own_head) model.config["tie_word_embeddings"] = false;

@@ -195,6 +195,10 @@ int64_t CausalLM::exact_memory() const {
 
 AllWeights::AllWeights(std::shared_ptr<SingleModel> model, formats::ModelFolder folder, std::vector<std::string> parts)
     : model_(std::move(model)), folder_(std::move(folder)), parts_(std::move(parts)) {
+  MOESAIC_CHECK(
+      model_->facts().model_type != "t5gemma2", UsageError,
+      "finetuning_type: got full for a t5gemma2, expected an adapter: what it reads images with is not loaded, "
+      "and would be missing in the folder that is written");
   std::set<std::string> there;
   for (const auto& [_, part] : parts_of(*model_)) there.insert(part);
   for (const std::string& part : parts_) {

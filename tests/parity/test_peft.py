@@ -47,6 +47,9 @@ def linears_of(name):
     return ["q", "k", "v", "o", "wi", "wo"] if name == "t5" else T5_LINEARS
 
 
+OF_IMAGES = {"t5gemma2": r".*vision_tower.*"}  # whose linears have the same names
+
+
 def task_of(name):
     return "SEQ_2_SEQ_LM" if name in common.SEQ2SEQ else "CAUSAL_LM"
 
@@ -86,7 +89,8 @@ def check_peft_adapter_here(name, config, driver, models, tmp_path):
 
 @pytest.mark.parametrize("name", ALL + common.SPARSE)
 def test_lora_of_peft(name, driver, models, tmp_path):
-    config = peft.LoraConfig(task_type=task_of(name), **{**LORA["all-linear"], "target_modules": linears_of(name)})
+    config = peft.LoraConfig(task_type=task_of(name), exclude_modules=OF_IMAGES.get(name),
+                             **{**LORA["all-linear"], "target_modules": linears_of(name)})
     check_peft_adapter_here(name, config, driver, models, tmp_path)
 
 
@@ -118,6 +122,21 @@ def test_lora_of_experts(name, modules, parameters, driver, models, tmp_path):
     common.assert_close(merged["logits"], logits, "logits of the merged model")
 
 
+def test_a_t5gemma2_is_merged_with_what_it_reads_images_with(models, tmp_path):
+    model, folder = models("t5gemma2")
+    wrapped = peft_model("t5gemma2", peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=3, lora_alpha=7, target_modules=ALL_LINEAR,
+                                                     exclude_modules=OF_IMAGES["t5gemma2"]))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    subprocess.run([common.BUILD / "moesaic", "merge", "--model", folder, tmp_path / "adapter", tmp_path / "merged"],
+                   check=True)
+    merged, info = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+        tmp_path / "merged", output_loading_info=True, attn_implementation="eager")
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    ids = common.sequences()
+    with torch.no_grad():
+        common.assert_close(common.reference_logits(merged.eval(), ids), common.reference_logits(wrapped, ids), "logits")
+
+
 @pytest.mark.parametrize("variant", [v for v in LORA if v != "all-linear"])
 def test_lora_variants_of_peft(variant, driver, models, tmp_path):
     config = peft.LoraConfig(task_type="CAUSAL_LM", **LORA[variant])
@@ -131,7 +150,7 @@ def test_ia3_of_peft(name, driver, models, tmp_path):
                  "t5gemma": dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
                  "t5gemma2": dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
                  "umt5": dict(target_modules=["k", "v", "wo"], feedforward_modules=["wo"])}.get(name, IA3["default"])
-    check_peft_adapter_here(name, peft.IA3Config(task_type=task_of(name), **arguments), driver, models, tmp_path)
+    check_peft_adapter_here(name, peft.IA3Config(task_type=task_of(name), exclude_modules=OF_IMAGES.get(name), **arguments), driver, models, tmp_path)
 
 
 @pytest.mark.parametrize("modules", ["cross", "inputs", "regex"])
