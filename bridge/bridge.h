@@ -1,5 +1,5 @@
 // The C side of the Rust crate in this folder: tokenizers (tokenizer.json), minijinja (chat templates and those over
-// rows of data), fancy-regex (patterns in files) and hyper (HTTP).
+// rows of data), fancy-regex (patterns in files), llguidance (what answers may hold) and hyper (HTTP).
 //
 // Handles are opaque, immutable after set-up and safe to share between threads. Texts are UTF-8 with explicit lengths.
 // A function that can fail writes its reason to `error`, which the caller passes empty; no panic leaves the crate. A
@@ -15,6 +15,8 @@ struct BridgeTokenizer;
 struct BridgeTemplate;
 struct BridgeRowTemplate;
 struct BridgePattern;
+struct BridgeGrammars;
+struct BridgeMatcher;
 
 struct BridgeText {
   char* data;
@@ -85,6 +87,24 @@ BridgePattern* bridge_pattern_new(const char* source, size_t size, BridgeText* e
 void bridge_pattern_free(BridgePattern* pattern);
 /// Whether the whole text matches; fails when that takes too many steps.
 bool bridge_pattern_matches(const BridgePattern* pattern, const char* text, size_t size, bool* out, BridgeText* error);
+
+/// A tokenizer's tokens by the bytes they write; eos: those that end an answer; vocab_size: of the model's logits. Null
+/// on failure.
+BridgeGrammars* bridge_grammars_new(const BridgeTokenizer* tokenizer, const uint32_t* eos, size_t eos_size,
+                                    size_t vocab_size, BridgeText* error);
+void bridge_grammars_free(BridgeGrammars* grammars);
+/// A text's start in the grammar `source`; kind: "json_schema", "regex" or "lark". Not to be shared between threads,
+/// unlike all other handles. Null on failure.
+BridgeMatcher* bridge_matcher_new(const BridgeGrammars* grammars, const char* kind, size_t kind_size,
+                                  const char* source, size_t size, BridgeText* error);
+/// The same place, for another text.
+BridgeMatcher* bridge_matcher_fork(const BridgeMatcher* matcher, BridgeText* error);
+void bridge_matcher_free(BridgeMatcher* matcher);
+/// Bit t % 32 of word t / 32: token t may come next.
+bool bridge_matcher_mask(BridgeMatcher* matcher, uint32_t* bits, size_t words, BridgeText* error);
+bool bridge_matcher_take(BridgeMatcher* matcher, uint32_t token, BridgeText* error);
+/// Whether nothing may come any more.
+bool bridge_matcher_ended(const BridgeMatcher* matcher);
 
 /// An HTTP/1.1 server on a thread of its own.
 struct BridgeHttp;

@@ -1,4 +1,5 @@
-//! C ABI over `tokenizers`, `minijinja`, `fancy-regex` and `hyper`; bridge.h is its other half and says what each function does.
+//! C ABI over `tokenizers`, `minijinja`, `fancy-regex`, `llguidance` and `hyper`; bridge.h is its other half and says what each function does.
+mod grammar;
 mod http;
 mod pattern;
 mod row_template;
@@ -9,6 +10,7 @@ use std::os::raw::c_char;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::{Mutex, Once};
 
+use grammar::{GrammarMatcher, Grammars};
 use http::Http;
 use pattern::Pattern;
 use row_template::RowTemplate;
@@ -383,4 +385,67 @@ pub unsafe extern "C" fn bridge_http_drain(http: *const Http) {
         (*http).drain();
         Ok(())
     });
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_grammars_new(
+    tokenizer: *const BridgeTokenizer,
+    eos: *const u32,
+    eos_size: usize,
+    vocab_size: usize,
+    error: *mut Text,
+) -> *mut Grammars {
+    guard(error, || {
+        let eos = if eos_size == 0 { &[] } else { std::slice::from_raw_parts(eos, eos_size) };
+        Grammars::new(&*tokenizer, eos, vocab_size)
+    })
+    .map_or(std::ptr::null_mut(), |grammars| Box::into_raw(Box::new(grammars)))
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_grammars_free(grammars: *mut Grammars) {
+    release(grammars);
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_matcher_new(
+    grammars: *const Grammars,
+    kind: *const c_char,
+    kind_size: usize,
+    source: *const c_char,
+    size: usize,
+    error: *mut Text,
+) -> *mut GrammarMatcher {
+    guard(error, || (*grammars).compile(utf8(kind, kind_size)?, utf8(source, size)?))
+        .map_or(std::ptr::null_mut(), |matcher| Box::into_raw(Box::new(matcher)))
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_matcher_fork(matcher: *const GrammarMatcher, error: *mut Text) -> *mut GrammarMatcher {
+    guard(error, || Ok((*matcher).fork())).map_or(std::ptr::null_mut(), |matcher| Box::into_raw(Box::new(matcher)))
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_matcher_free(matcher: *mut GrammarMatcher) {
+    release(matcher);
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_matcher_mask(
+    matcher: *mut GrammarMatcher,
+    bits: *mut u32,
+    words: usize,
+    error: *mut Text,
+) -> bool {
+    guard(error, || (*matcher).mask(std::slice::from_raw_parts_mut(bits, words))).is_some()
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_matcher_take(matcher: *mut GrammarMatcher, token: u32, error: *mut Text) -> bool {
+    guard(error, || (*matcher).take(token)).is_some()
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn bridge_matcher_ended(matcher: *const GrammarMatcher) -> bool {
+    (*matcher).ended()
 }

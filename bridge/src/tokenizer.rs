@@ -1,4 +1,6 @@
 //! tokenizer.json through the `tokenizers` crate, set up as transformers sets it up.
+use std::collections::HashMap;
+
 use serde_json::Value;
 use tokenizers::models::bpe::{BpeTrainer, BPE};
 use tokenizers::models::TrainerWrapper;
@@ -129,6 +131,19 @@ impl BridgeTokenizer {
 
     pub fn vocab_size(&self) -> usize {
         self.tokenizer.get_vocab_size(true)
+    }
+
+    pub fn vocabulary(&self) -> HashMap<String, u32> {
+        self.tokenizer.get_vocab(true).into_iter().collect()
+    }
+
+    /// The added tokens' ids, and whether each is special.
+    pub fn added(&self) -> HashMap<u32, bool> {
+        self.tokenizer.get_added_tokens_decoder().into_iter().map(|(id, token)| (id, token.special)).collect()
+    }
+
+    pub fn decoder(&self) -> Result<Value, String> {
+        serde_json::to_value(self.tokenizer.get_decoder()).map_err(|e| e.to_string())
     }
 
     pub fn special_tokens(&self) -> String {

@@ -62,6 +62,7 @@ class Answer {
             request.sampling,
             derive_seed(request.sampling.seed, "answer",
                         static_cast<uint64_t>(request.sampling.first * request.sampling.num_return_sequences + index))),
+        grammar_(request.sampling.grammar ? request.sampling.grammar->fork() : nullptr),
         decoder_(borrow(tokenizer)),
         stops_(request.sampling.stop) {}
 
@@ -70,6 +71,7 @@ class Answer {
   std::pair<int64_t, std::optional<TokenLogprob>> draw(std::span<float> logits) {
     std::vector<float> plain;
     if (request_.logprobs >= 0) plain.assign(logits.begin(), logits.end());
+    if (grammar_) grammar_->mask(logits);
     const int64_t token = sampler_.next(logits, seen_, prompt_);
     if (plain.empty()) return {token, std::nullopt};
     return {token, logprob_of(plain, token, request_.logprobs)};
@@ -82,10 +84,13 @@ class Answer {
       finish("stop", piece);
       return piece;
     }
+    if (grammar_) grammar_->take(token);
     piece.text = stops_.push(decoder_.push(token));
     if (stops_.found()) {
       piece.finish_reason = "stop";
       if (request_.sampling.include_stop) piece.text += stops_.what();
+    } else if (grammar_ && grammar_->ended()) {
+      finish("stop", piece);
     } else if (std::ssize(seen_) - prompt_ >= request_.sampling.max_new_tokens) {
       finish("length", piece);
     }
@@ -104,6 +109,7 @@ class Answer {
   int64_t prompt_;             // tokens of seen_ that the answer goes on
   std::vector<int64_t> seen_;  // these and the answer's
   Sampler sampler_;
+  std::unique_ptr<tokenizer::Grammar> grammar_;  // where the answer stands in it
   tokenizer::StreamDecoder decoder_;
   StopStrings stops_;
 };

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "moesaic/models/language_model.h"
+#include "moesaic/tokenizer/grammar.h"
 #include "moesaic/tokenizer/tokenizer.h"
 
 namespace moesaic::generate {
@@ -32,6 +33,7 @@ struct SamplingOptions {
   double presence_penalty = 0;                           // taken once from each token that the answer holds
   std::vector<std::pair<int64_t, double>> logit_bias{};  // added to tokens' logits; -infinity forbids
   bool include_stop = false;                             // the stop string found stays in the answer
+  std::shared_ptr<const tokenizer::Grammar> grammar{};   // what answers may hold; null = anything
 };
 
 /// What is asked, and with which adapters.

@@ -112,9 +112,9 @@ void validate(const SamplingOptions& options) {
   }
   const bool beams = options.num_beams > 1;
   expect(!beams || (options.logit_bias.empty() && options.frequency_penalty == 0 && options.presence_penalty == 0 &&
-                    options.min_new_tokens == 0),
+                    options.min_new_tokens == 0 && options.grammar == nullptr),
          "num_beams", static_cast<double>(options.num_beams),
-         "1 with logit_bias, min_new_tokens, frequency_penalty or presence_penalty");
+         "1 with logit_bias, min_new_tokens, frequency_penalty, presence_penalty or a grammar");
   expect(options.num_beams >= 1, "num_beams", static_cast<double>(options.num_beams), "1 (no beam search) or more");
   expect(!beams || options.temperature == 0, "temperature", options.temperature,
          "0 with num_beams: a beam draws nothing");
@@ -151,7 +151,8 @@ int64_t Sampler::next(std::span<float> logits, const std::vector<int64_t>& seen,
   }
   const auto best = largest();
   MOESAIC_CHECK(std::isfinite(*best), UsageError,
-                "logit_bias: it forbids every token after {}, expected at least one that is left", seen.size());
+                "logit_bias, min_tokens: every token after {} is forbidden, expected at least one that is left{}",
+                seen.size(), options_.grammar ? " by the grammar, too" : "");
   if (options_.temperature == 0) return best - logits.begin();
   apply_filters(logits, options_);
   const auto [weights, sum] = exponentials(logits);

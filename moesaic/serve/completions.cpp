@@ -1,9 +1,11 @@
 #include "moesaic/serve/completions.h"
 
 #include <algorithm>
+#include <cstring>
 #include <random>
 
 #include "moesaic/base/check.h"
+#include "moesaic/base/regex.h"
 #include "moesaic/serve/fields.h"
 
 namespace moesaic::serve {
@@ -110,18 +112,139 @@ void read_lengths(Fields& fields, const Surroundings& around, Completion& asked)
   asked.sampling.min_new_tokens = fields.integer("min_tokens", 0, 0, asked.sampling.max_new_tokens);
 }
 
+/// A regular expression for these texts alone.
+std::string regex_of(const std::vector<std::string>& texts) {
+  std::string regex;
+  for (const std::string& text : texts) {
+    regex += regex.empty() ? "(" : "|";
+    for (const char c : text) {
+      if (std::strchr(R"(\.+*?()|[]{}^$#&-~/)", c) != nullptr) regex += '\\';
+      regex += c;
+    }
+  }
+  return regex + ")";
+}
+
+/// Answers are of this grammar; `name`: the field that says so.
+void hold_to(const Surroundings& around, const std::string& kind, const std::string& source, const std::string& name,
+             Completion& asked) {
+  try {
+    asked.sampling.grammar = around.grammars.compile(kind, source);
+  } catch (const Error& error) {
+    throw ApiError(400, fmt::format("{}: {}", name, error.what()), name);
+  }
+}
+
+/// OpenAI's response_format, and vLLM's structured_outputs.
+void read_grammar(Fields& fields, const Surroundings& around, Completion& asked) {
+  std::string name, kind, source;
+  if (const OrderedJson* format = fields.find("response_format")) {
+    name = "response_format";
+    Fields of_format(*format, name);
+    const std::string type = of_format.text("type", "");
+    if (type == "json_object") {
+      kind = "json_schema";
+      source = R"({"type": "object"})";
+    } else if (type == "json_schema") {
+      const OrderedJson* named = of_format.find("json_schema");
+      if (named == nullptr) of_format.refuse("json_schema", "an object with \"schema\"");
+      Fields of_schema(*named, "response_format.json_schema");
+      const OrderedJson* schema = of_schema.find("schema");
+      if (schema == nullptr) of_schema.refuse("schema", "a JSON schema");
+      kind = "json_schema";
+      source = schema->dump();
+    } else if (type != "text") {
+      of_format.refuse("type", "text, json_object or json_schema");
+    }
+  }
+  if (const OrderedJson* outputs = fields.find("structured_outputs")) {
+    if (!kind.empty()) fields.refuse("structured_outputs", "none beside response_format");
+    name = "structured_outputs";
+    Fields of_outputs(*outputs, name);
+    auto take = [&](const char* of, std::string text) {
+      if (!kind.empty()) of_outputs.refuse(of, "one of json, json_object, regex, choice and grammar");
+      kind = of;
+      source = std::move(text);
+    };
+    if (const OrderedJson* json = of_outputs.find("json")) {
+      take("json_schema", json->is_string() ? json->get<std::string>() : json->dump());
+    }
+    if (of_outputs.flag("json_object", false)) take("json_schema", R"({"type": "object"})");
+    if (of_outputs.has("regex")) take("regex", of_outputs.text("regex", ""));
+    if (of_outputs.has("choice")) take("regex", regex_of(of_outputs.texts("choice", 1024, 1024)));
+    if (of_outputs.has("grammar")) take("lark", of_outputs.text("grammar", ""));
+    if (kind.empty()) of_outputs.refuse("json", "one of json, json_object, regex, choice and grammar");
+    for (const std::string& other : of_outputs.unknown())
+      of_outputs.refuse(other, "none: this server has no such thing");
+  }
+  if (kind.empty()) return;
+  if (asked.sampling.grammar) fields.refuse(name, "none beside a tool_choice that asks for calls");
+  hold_to(around, kind, source, name, asked);
+}
+
+/// The tools that a chat's template shows; null: none. Where tool_choice asks for calls, answers are held to them.
+OrderedJson read_tools(Fields& fields, const Surroundings& around, Completion& asked) {
+  static const Regex kName("[A-Za-z0-9_-]{1,64}", "tools");
+  const OrderedJson *tools = fields.find("tools"), *choice = fields.find("tool_choice");
+  const bool several = fields.flag("parallel_tool_calls", true);
+  std::string wanted = "auto", named;
+  if (choice != nullptr && choice->is_object()) {
+    Fields of_choice(*choice, "tool_choice");
+    const OrderedJson* function = of_choice.find("function");
+    if (of_choice.text("type", "") != "function" || function == nullptr) {
+      fields.refuse("tool_choice", "none, auto, required or {\"type\": \"function\", \"function\": {\"name\"}}");
+    }
+    named = Fields(*function, "tool_choice.function").text("name", "");
+    wanted = "required";
+  } else if (choice != nullptr) {
+    wanted = choice->is_string() ? choice->get<std::string>() : "";
+    if (wanted != "none" && wanted != "auto" && wanted != "required") {
+      fields.refuse("tool_choice", "none, auto, required or {\"type\": \"function\", \"function\": {\"name\"}}");
+    }
+  }
+  if (tools == nullptr || (tools->is_array() && tools->empty())) {
+    if (wanted == "required") fields.refuse("tool_choice", "none or auto: there are no tools");
+    return nullptr;
+  }
+  if (!tools->is_array()) fields.refuse("tools", "a list of tools");
+  OrderedJson callable = OrderedJson::array();
+  for (size_t i = 0; i < tools->size(); ++i) {
+    Fields tool((*tools)[i], fmt::format("tools[{}]", i));
+    const OrderedJson* function = tool.find("function");
+    if (tool.text("type", "") != "function" || function == nullptr) tool.refuse("type", "function");
+    Fields of_function(*function, fmt::format("tools[{}].function", i));
+    const std::string name = of_function.text("name", "");
+    if (!kName.matches(name)) of_function.refuse("name", "up to 64 letters, digits, _ and -");
+    const OrderedJson* parameters = of_function.find("parameters");
+    if (parameters != nullptr && !parameters->is_object()) of_function.refuse("parameters", "a JSON schema");
+    if (named.empty() || named == name) callable.push_back((*tools)[i]);
+  }
+  if (callable.empty()) fields.refuse("tool_choice", "the name of one of the tools");
+  if (wanted == "none") return nullptr;
+  asked.tool_format = tool_format(*asked.entry->chat_template);
+  if (!asked.tool_format) {
+    fields.refuse("tools", "none: the model's chat template takes none, or writes calls in a way that isn't read here");
+  }
+  if (wanted == "required") {
+    hold_to(around, "lark", tool_grammar(*asked.tool_format, callable, several && named.empty()), "tools", asked);
+  }
+  return *tools;
+}
+
 /// What peers take and this server does not: refused unless it changes nothing.
-void refuse_foreign(Fields& fields, int64_t answers) {
+void refuse_foreign(Fields& fields, bool chat, int64_t answers) {
   const std::string lacks = "this server has no such thing";
-  for (const char* name : {"tools", "functions", "tool_choice", "function_call"}) {
-    fields.only(name, {OrderedJson::array(), "none", "auto"}, "this server does not read tool calls yet");
+  for (const char* name : {"functions", "function_call"}) {
+    fields.only(name, {OrderedJson::array(), "none", "auto"}, "they are tools and tool_choice here");
   }
-  fields.only("response_format", {OrderedJson::object({{"type", "text"}})},
-              "this server does not constrain answers yet");
-  for (const char* name : {"guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar", "json_schema",
-                           "structured_outputs", "prompt_embeds", "audio"}) {
-    fields.only(name, {}, lacks);
+  for (const char* name : {"tools", "tool_choice"}) {  // chat has read them
+    if (!chat) fields.only(name, {OrderedJson::array(), "none", "auto"}, "ask /v1/chat/completions");
   }
+  for (const char* name :
+       {"guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar", "json_schema"}) {
+    fields.only(name, {}, "it is response_format or structured_outputs here");
+  }
+  for (const char* name : {"prompt_embeds", "audio"}) fields.only(name, {}, lacks);
   fields.only("suffix", {""}, lacks);
   fields.only("bad_words", {OrderedJson::array()}, "forbid tokens with logit_bias");
   fields.only("modalities", {OrderedJson::array({"text"})}, lacks);
@@ -244,8 +367,9 @@ Completion read_completion(const OrderedJson& body, bool chat, const std::string
     const OrderedJson* extra = fields.find("chat_template_kwargs");
     if (extra != nullptr && !extra->is_object()) fields.refuse("chat_template_kwargs", "an object");
     const bool opens = fields.flag("add_generation_prompt", true);
+    const OrderedJson tools = read_tools(fields, around, asked);
     try {
-      const std::string text = asked.entry->chat_template->render(read_messages(*messages), opens, nullptr,
+      const std::string text = asked.entry->chat_template->render(read_messages(*messages), opens, tools,
                                                                   extra == nullptr ? OrderedJson::object() : *extra);
       asked.prompts.push_back(around.tokenizer.encode(text, false));
     } catch (const DataError& error) {  // the template's own words
@@ -260,7 +384,8 @@ Completion read_completion(const OrderedJson& body, bool chat, const std::string
   asked.salt = fields.text("cache_salt", "", 1024);
   asked.timeout = fields.number("timeout", around.max_request_time, 1e-3, 1e9);
   asked.timeout = std::min(asked.timeout, around.max_request_time);
-  refuse_foreign(fields, asked.sampling.num_return_sequences);
+  read_grammar(fields, around, asked);
+  refuse_foreign(fields, chat, asked.sampling.num_return_sequences);
   asked.unknown = fields.unknown();
   return asked;
 }

@@ -7,6 +7,7 @@
 
 #include "moesaic/generate/generate.h"
 #include "moesaic/serve/catalog.h"
+#include "moesaic/serve/tools.h"
 
 namespace moesaic::serve {
 
@@ -18,6 +19,7 @@ struct Surroundings {
   const Catalog& catalog;
   std::vector<int64_t> eos_ids;
   int64_t vocab_size = 0;
+  const tokenizer::Grammars& grammars;
   int64_t max_model_len = 0;      // tokens of a prompt and its answer
   double max_request_time = 600;  // seconds
   std::string fingerprint{};      // system_fingerprint
@@ -32,8 +34,9 @@ struct Completion {
   std::vector<std::string> texts;      // of the prompts, where they are echoed
   generate::SamplingOptions sampling;  // of every prompt; num_return_sequences is `n`
   bool stream = false, include_usage = false, echo = false;
-  bool prompt_only = false;  // max_tokens 0: the prompt's scores alone
-  int64_t logprobs = -1;     // how many of the likeliest tokens are told; -1: no log-probabilities
+  std::optional<ToolFormat> tool_format{};  // how calls stand in answers; nullopt: none are looked for
+  bool prompt_only = false;                 // max_tokens 0: the prompt's scores alone
+  int64_t logprobs = -1;                    // how many of the likeliest tokens are told; -1: no log-probabilities
   bool seed_given = false;
   std::string salt;
   double timeout = 0;                  // seconds

@@ -15,11 +15,20 @@ std::string unique_name(const char* prefix) {
   return fmt::format("{}-{:013x}{:013x}", prefix, random_number(), random_number());
 }
 
+/// Its id has nine letters and digits: Mistral's templates take no other.
+OrderedJson call_json(const ToolCall& call) {
+  return {{"id", fmt::format("{:013x}", random_number()).substr(0, 9)},
+          {"type", "function"},
+          {"function", {{"name", call.name}, {"arguments", call.arguments}}}};
+}
+
 }  // namespace
 
 /// One answer to one prompt.
 struct Exchange::Choice {
   std::string text, finish;
+  std::string whole;                 // with tools: all of the text
+  size_t sent = 0;                   // of it as content
   std::vector<OrderedJson> content;  // of chat: a token each
   OrderedJson tokens = OrderedJson::array(), values = OrderedJson::array(), top = OrderedJson::array(),
               offsets = OrderedJson::array();  // of completions
@@ -213,6 +222,7 @@ bool Exchange::more(size_t prompt, int64_t answer, generate::Piece piece) {
   if (!asked_.prompt_only) {
     ++outcome_.completion_tokens;
     choice.text += piece.text;
+    if (asked_.tool_format) choice.whole += piece.text;
     if (piece.logprob && asked_.chat) {
       choice.content.push_back(token_json(*piece.logprob));
       if (asked_.stream) logprobs = {{"content", std::exchange(choice.content, {})}};
@@ -221,6 +231,11 @@ bool Exchange::more(size_t prompt, int64_t answer, generate::Piece piece) {
     }
   }
   choice.finish = asked_.prompt_only ? "length" : piece.finish_reason;
+  ToolAnswer taken;  // what ends, with tools
+  if (asked_.tool_format && !choice.finish.empty()) {
+    taken = read_tool_calls(*asked_.tool_format, choice.whole);
+    if (!taken.calls.empty() && choice.finish == "stop") choice.finish = "tool_calls";
+  }
   if (asked_.stream) {
     if (!choice.opened && asked_.chat) {
       write(chunk(number, {{"role", "assistant"}, {"content", ""}}, nullptr, ""));
@@ -233,9 +248,21 @@ bool Exchange::more(size_t prompt, int64_t answer, generate::Piece piece) {
                   {"text_offset", std::exchange(choice.offsets, OrderedJson::array())}};
     }
     std::string text = std::exchange(choice.text, "");
+    if (asked_.tool_format) {
+      const bool ended = !choice.finish.empty();
+      const std::string& content = ended ? taken.content : choice.whole;
+      const size_t end = ended ? content.size() : certain_content(*asked_.tool_format, content);
+      text = end > choice.sent ? content.substr(choice.sent, end - choice.sent) : "";
+      choice.sent += text.size();
+    }
     const bool says = !text.empty() || !logprobs.is_null();
     if (asked_.chat) {
       if (says && !over_) write(chunk(number, {{"content", std::move(text)}}, std::move(logprobs), ""));
+      for (size_t i = 0; i < taken.calls.size() && !over_; ++i) {
+        OrderedJson call = call_json(taken.calls[i]);
+        call["index"] = i;
+        write(chunk(number, {{"tool_calls", OrderedJson::array({std::move(call)})}}, nullptr, ""));
+      }
       if (!choice.finish.empty() && !over_) write(chunk(number, OrderedJson::object(), nullptr, choice.finish));
     } else if ((says || !choice.finish.empty()) && !over_) {
       write(chunk(number, std::move(text), std::move(logprobs), choice.finish));
@@ -260,6 +287,17 @@ bool Exchange::more(size_t prompt, int64_t answer, generate::Piece piece) {
   return !asked_.prompt_only;
 }
 
+/// The message of a whole answer.
+OrderedJson Exchange::message_of(const Choice& choice) const {
+  OrderedJson message{{"role", "assistant"}, {"content", choice.text}};
+  if (!asked_.tool_format) return message;
+  const ToolAnswer taken = read_tool_calls(*asked_.tool_format, choice.whole);
+  if (taken.calls.empty()) return message;
+  message["content"] = taken.content.empty() ? OrderedJson(nullptr) : OrderedJson(taken.content);
+  for (const ToolCall& call : taken.calls) message["tool_calls"].push_back(call_json(call));
+  return message;
+}
+
 /// Everything was said.
 void Exchange::end() {
   if (asked_.stream) {
@@ -278,7 +316,7 @@ void Exchange::end() {
     Choice& choice = choices_[i];
     OrderedJson one = {{"index", i}}, logprobs = nullptr;
     if (asked_.chat) {
-      one["message"] = {{"role", "assistant"}, {"content", choice.text}};
+      one["message"] = message_of(choice);
       if (asked_.logprobs >= 0) logprobs = {{"content", std::move(choice.content)}};
     } else {
       one["text"] = choice.text;

@@ -48,6 +48,7 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
   OrderedJson chunk(size_t choice, OrderedJson delta, OrderedJson logprobs, const std::string& finish) const;
   OrderedJson token_json(const generate::TokenLogprob& token) const;
   void add_logprob(Choice& choice, const generate::TokenLogprob* logprob, int64_t id) const;
+  OrderedJson message_of(const Choice& choice) const;
   OrderedJson usage() const;
   OrderedJson envelope() const;
   std::string text_of(int64_t id) const;

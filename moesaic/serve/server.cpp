@@ -114,7 +114,8 @@ Server::Server(run::Opened opened, const std::string& path, const std::vector<ru
                const ServeOptions& options)
     : opened_(std::move(opened)),
       options_(options),
-      around_{*opened_.tokenizer, catalog_, opened_.eos_ids(), opened_.model->facts().vocab_size} {
+      grammars_(opened_.tokenizer, opened_.eos_ids(), opened_.model->facts().vocab_size),
+      around_{*opened_.tokenizer, catalog_, opened_.eos_ids(), opened_.model->facts().vocab_size, grammars_} {
   validate(options_);
   const std::string name = options_.served_name.empty() ? folder_name(path) : options_.served_name;
   check_name(name);

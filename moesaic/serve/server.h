@@ -87,6 +87,7 @@ class Server {
 
   run::Opened opened_;
   const ServeOptions options_;
+  tokenizer::Grammars grammars_;
   Surroundings around_;
   Catalog catalog_;
   Metrics metrics_;

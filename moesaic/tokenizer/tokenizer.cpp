@@ -243,6 +243,8 @@ std::optional<std::string> Tokenizer::id_to_token(int64_t id) const {
 }
 
 bool Tokenizer::prompts_apart() const { return impl_->prompts_apart; }
+
+const BridgeTokenizer* Tokenizer::bridge() const { return impl_->bridge.get(); }
 int64_t Tokenizer::vocab_size() const { return impl_->vocab_size; }
 std::optional<std::string> Tokenizer::bos_token() const { return impl_->special_token("bos_token"); }
 std::optional<std::string> Tokenizer::eos_token() const { return impl_->special_token("eos_token"); }

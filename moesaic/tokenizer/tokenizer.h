@@ -15,6 +15,8 @@ namespace moesaic::formats {
 class Checkpoint;
 }
 
+struct BridgeTokenizer;
+
 namespace moesaic::tokenizer {
 
 /// Ids with the byte range of the text each came from (special tokens added by the tokenizer have an empty range).
@@ -72,6 +74,8 @@ class Tokenizer {
   const std::string& json() const;
   /// tokenizer_config.json.
   const Json& config() const;
+  /// The Rust side of it, for others in this folder.
+  const BridgeTokenizer* bridge() const;
 
  private:
   struct Impl;

@@ -15,9 +15,14 @@ import struct
 import subprocess
 import threading
 import time
+import typing
 
 import openai
+import pydantic
 import pytest
+import tokenizers
+import torch
+import transformers
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -402,6 +407,139 @@ def test_an_encoder_decoder_answers(tmp_path):
 
 
 # --- life ------------------------------------------------------------------------------------------------------------
+
+class Pet(pydantic.BaseModel):
+    name: str = pydantic.Field(max_length=12)
+    kind: typing.Literal["cat", "dog"]
+    age: int = pydantic.Field(ge=0, le=30)
+    friends: list["Pet"] = pydantic.Field(max_length=2)
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory):
+    """A random model whose tokenizer writes bytes."""
+    folder = tmp_path_factory.mktemp("bytes") / "model"
+    golden = tiny_run.ROOT / "tests" / "compose" / "golden" / "gpt2.json"
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=tokenizers.Tokenizer.from_file(str(golden)).get_vocab_size() + 3, hidden_size=32, intermediate_size=48,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+        initializer_range=0.3)).save_pretrained(folder)
+    shutil.copy(golden, folder / "tokenizer.json")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    with Server("--model", folder) as running:
+        yield running
+
+
+def test_answers_are_held_to_schemas_and_grammars(byte_level, server):
+    """Whatever a random model says: what ended by itself is of the schema, for the openai client and on the wire."""
+    client = byte_level.client()
+    ask = dict(model="model", messages=[{"role": "user", "content": "a pet"}], temperature=1, max_tokens=1500)
+    kinds, ended = set(), 0
+    for seed in range(12):
+        choice = client.beta.chat.completions.parse(response_format=Pet, seed=seed, **ask).choices[0] if seed < 4 else \
+            client.chat.completions.create(seed=seed, response_format={"type": "json_schema", "json_schema": {
+                "name": "pet", "strict": True, "schema": Pet.model_json_schema()}}, **ask).choices[0]
+        if choice.finish_reason == "stop":
+            ended += 1
+            kinds.add(Pet.model_validate_json(choice.message.content).kind)
+    assert ended >= 6 and kinds == {"cat", "dog"}
+
+    def text(**more):
+        return byte_level.json("/v1/chat/completions", {**ask, **more})["choices"][0]
+
+    assert isinstance(json.loads(text(seed=3, response_format={"type": "json_object"})["message"]["content"]), dict)
+    said = text(seed=1, structured_outputs={"choice": ["a+b", "c (d)"]}, n=8)
+    assert said["finish_reason"] == "stop" and said["message"]["content"] in ("a+b", "c (d)")
+    for outputs, pattern in (({"regex": "[0-9]{3}-[a-f]{2}"}, "[0-9]{3}-[a-f]{2}"),
+                             ({"grammar": 'start: "<" N ("," N)* ">"\nN: /[0-9]/'}, "<[0-9](,[0-9])*>")):
+        assert re.fullmatch(pattern, text(seed=5, structured_outputs=outputs)["message"]["content"])
+    cut = text(response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": {
+        "type": "array", "items": {"type": "integer"}, "minItems": 50}}}, max_tokens=8)
+    assert cut["finish_reason"] == "length"
+    # With log-probabilities the model's own: those of tokens that it was kept from are higher.
+    scored = byte_level.json("/v1/completions", {"prompt": "a pet", "max_tokens": 3, "temperature": 0, "logprobs": 1,
+                                                 "structured_outputs": {"regex": "[0-9]{3}"}})["choices"][0]
+    assert re.fullmatch("[0-9]{3}", scored["text"])
+    assert any(max(top.values()) > own for top, own in zip(scored["logprobs"]["top_logprobs"],
+                                                          scored["logprobs"]["token_logprobs"]))
+    stream = client.chat.completions.create(seed=3, stream=True, response_format={"type": "json_object"}, **ask)
+    joined = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert joined == text(seed=3, response_format={"type": "json_object"})["message"]["content"]
+
+    for body, says in (({"response_format": {"type": "json_schema", "json_schema": {"schema": {
+                            "type": "array", "uniqueItems": True}}}}, "uniqueItems"),
+                       ({"response_format": {"type": "xml"}}, "text, json_object or json_schema"),
+                       ({"response_format": {"type": "json_schema"}}, 'an object with "schema"'),
+                       ({"structured_outputs": {"regex": "("}}, "regex"),
+                       ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "one of json"),
+                       ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "none beside")):
+        error = byte_level.json("/v1/chat/completions", {**ask, **body}, expect=400)["error"]
+        assert says in error["message"] and error["param"].startswith(list(body)[0]), error
+    refused = server.json("/v1/chat/completions", {**ask, "model": "tiny", "max_tokens": 3,
+                                                   "response_format": {"type": "json_object"}}, expect=400)
+    assert "what its tokens write is not known one by one" in refused["error"]["message"]
+
+
+# Qwen's way: tools shown, calls and their results in the conversation.
+TOOL_TEMPLATE = ("{% for t in tools or [] %}{{ t | tojson }} {% endfor %}{% for m in messages %}{{ m.role }}: "
+                 "{{ m.content or '' }}{% for c in m.tool_calls or [] %}<tool_call>\n{\"name\": {{ c.function.name | tojson }}, "
+                 "\"arguments\": {{ c.function.arguments | tojson }}}\n</tool_call>{% endfor %}\n{% endfor %}"
+                 "{% if add_generation_prompt %}assistant: {% endif %}")
+
+
+def test_tools_are_called(byte_level, tmp_path):
+    """Asked for, calls come whatever a random model would say, whole and streamed; what it says by itself is text."""
+    folder = shutil.copytree(byte_level.arguments[1], tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+    schema = {"type": "object", "properties": {"place": {"$ref": "#/$defs/Place"}, "days": {"type": "integer", "minimum": 1,
+                                                                                           "maximum": 9}},
+              "required": ["place", "days"], "additionalProperties": False,
+              "$defs": {"Place": {"enum": ["Oslo", "Lima"]}}}
+    tools = [{"type": "function", "function": {"name": "weather", "description": "Of a place", "parameters": schema}},
+             {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "additionalProperties": False}}}]
+    messages = [{"role": "user", "content": "weather in Oslo?"}]
+    with Server("--model", folder) as running:
+        client = running.client()
+        ask = dict(model="model", messages=messages, tools=tools, temperature=1, max_tokens=400)
+        for seed in range(4):
+            choice = client.chat.completions.create(tool_choice="required", seed=seed, **ask).choices[0]
+            if choice.finish_reason == "length":
+                continue
+            assert choice.finish_reason == "tool_calls" and choice.message.content is None, choice.message.content
+            for call in choice.message.tool_calls:
+                assert call.function.name in ("weather", "now") and re.fullmatch("[0-9a-z]{9}", call.id)
+        named = {"type": "function", "function": {"name": "weather"}}
+        whole = client.chat.completions.create(tool_choice=named, seed=1, **ask).choices[0]
+        arguments = json.loads(whole.message.tool_calls[0].function.arguments)
+        assert arguments["place"] in ("Oslo", "Lima") and 1 <= arguments["days"] <= 9
+        name, streamed, reasons = "", "", []
+        for chunk in client.chat.completions.create(tool_choice=named, seed=1, stream=True, **ask):
+            delta = chunk.choices[0].delta
+            assert not delta.content
+            for call in delta.tool_calls or []:
+                name, streamed = name + (call.function.name or ""), streamed + (call.function.arguments or "")
+            reasons.append(chunk.choices[0].finish_reason)
+        assert (name, json.loads(streamed), reasons[-1]) == ("weather", arguments, "tool_calls")
+        # The conversation goes on; what a template gets of a call is an object.
+        more = messages + [whole.message.model_dump(exclude_none=True),
+                           {"role": "tool", "tool_call_id": whole.message.tool_calls[0].id, "content": "rain"}]
+        said = client.chat.completions.create(**{**ask, "messages": more, "max_tokens": 5}).choices[0]
+        assert said.message.tool_calls is None and said.message.content
+        plain = running.json("/v1/chat/completions", {**ask, "temperature": 0, "max_tokens": 5, "tool_choice": "none"})
+        none = running.json("/v1/chat/completions", {**ask, "temperature": 0, "max_tokens": 5, "tools": None})
+        assert plain["choices"][0]["message"] == none["choices"][0]["message"]
+        for body, says in (({"tools": [{"type": "function"}]}, "tools[0].type"), ({"tools": {}}, "a list of tools"),
+                           ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "64 letters"),
+                           ({"tool_choice": "always"}, "none, auto, required"),
+                           ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, "one of the tools"),
+                           ({"tools": None, "tool_choice": "required"}, "there are no tools"),
+                           ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "none beside")):
+            assert says in running.json("/v1/chat/completions", {**ask, **body}, expect=400)["error"]["message"]
+    refused = byte_level.json("/v1/chat/completions", ask, expect=400)
+    assert "the model's chat template takes none" in refused["error"]["message"]
+
 
 def test_keys_limits_and_the_end(folder, tmp_path):
     keys = tmp_path / "keys"
