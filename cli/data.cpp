@@ -81,15 +81,15 @@ int validate(const DataOptions& options) {
   return static_cast<int>(damaged ? ExitCode::kData : ExitCode::kOk);
 }
 
-int split_superni(const DataOptions& options, const CommonOptions& common) {
+void split_superni(const DataOptions& options, const CommonOptions& common) {
   data::SuperniOptions wanted = options.superni;
   wanted.seed = common.seed;
+  const std::vector<data::SuperniCategory> categories = data::split_superni(options.tasks, options.folder, wanted);
   say("{:<34} {:>6} {:>10} {:>10}\n", "category", "tasks", "train rows", "test rows");
-  for (const data::SuperniCategory& category : data::split_superni(options.tasks, options.folder, wanted)) {
+  for (const data::SuperniCategory& category : categories) {
     say("{:<34} {:>6} {:>10} {:>10}{}\n", category.name, category.tasks, category.rows, category.test_rows,
         category.held_out ? "  held out" : "");
   }
-  return 0;
 }
 
 }  // namespace

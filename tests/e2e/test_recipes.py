@@ -199,6 +199,10 @@ exec {PROGRAM} "$@"
     (folder / "b.json").write_text(json.dumps({"Definition": ["red cat"], "Positive Examples": [], "Instances": [
         {"id": "1", "input": "red", "output": ["cat"]}]}))
     (folder / "file.jsonl").write_text(json.dumps({"prompt": "red cat"}) + "\n")
+    (folder / "TASKS").mkdir()
+    (folder / "TASKS" / "task1.json").write_text(json.dumps(
+        {"Categories": ["Question Answering"], "Definition": ["red cat"],
+         "Instances": [{"id": str(i), "input": "red", "output": ["cat"]} for i in range(40)]}))
     return folder
 
 
