@@ -88,6 +88,7 @@ class Answer {
     piece.text = stops_.push(decoder_.push(token));
     if (stops_.found()) {
       piece.finish_reason = "stop";
+      piece.stop = stops_.what();
       if (request_.sampling.include_stop) piece.text += stops_.what();
     } else if (grammar_ && grammar_->ended()) {
       finish("stop", piece);
@@ -102,6 +103,7 @@ class Answer {
     piece.text += stops_.push(decoder_.finish());
     piece.text += stops_.finish();
     piece.finish_reason = stops_.found() ? "stop" : reason;
+    if (stops_.found()) piece.stop = stops_.what();
   }
 
   int64_t index_;

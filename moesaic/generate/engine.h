@@ -34,6 +34,7 @@ struct Piece {
   std::string text{};                     // what became certain with it; may be empty
   std::optional<TokenLogprob> logprob{};  // where asked for
   std::string finish_reason{};            // stop | length, of the last token; empty before
+  std::string stop{};                     // the stop string that ended it; empty: another end
 };
 
 /// Who asked. Called by step(), on its thread.

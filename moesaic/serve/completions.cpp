@@ -231,6 +231,30 @@ OrderedJson read_tools(Fields& fields, const Surroundings& around, Completion& a
   return *tools;
 }
 
+/// A chat as its model's template writes it, as ids.
+std::vector<int64_t> render(Fields& fields, const Surroundings& around, Completion& asked) {
+  const OrderedJson* messages = fields.find("messages");
+  if (messages == nullptr) fields.refuse("messages", "a list of messages");
+  if (!asked.entry->chat_template) {
+    throw ApiError(400, fmt::format("model '{}' has no chat template: ask /v1/completions", asked.entry->name),
+                   "model");
+  }
+  const OrderedJson* extra = fields.find("chat_template_kwargs");
+  if (extra != nullptr && !extra->is_object()) fields.refuse("chat_template_kwargs", "an object");
+  const bool opens = fields.flag("add_generation_prompt", true);
+  const OrderedJson tools = read_tools(fields, around, asked);
+  std::vector<int64_t> ids;
+  try {
+    const std::string text = asked.entry->chat_template->render(read_messages(*messages), opens, tools,
+                                                                extra == nullptr ? OrderedJson::object() : *extra);
+    ids = around.tokenizer.encode(text, false);
+  } catch (const DataError& error) {  // the template's own words
+    throw ApiError(400, error.what(), "messages");
+  }
+  if (ids.empty()) fields.refuse("messages", "at least one token");
+  return ids;
+}
+
 /// What peers take and this server does not: refused unless it changes nothing.
 void refuse_foreign(Fields& fields, bool chat, int64_t answers) {
   const std::string lacks = "this server has no such thing";
@@ -339,6 +363,15 @@ std::shared_ptr<const Entry> read_entry(Fields& fields, const std::string& path_
   return std::make_shared<const Entry>(catalog.mixed("mixed", parts));
 }
 
+std::vector<int64_t> read_chat_prompt(const OrderedJson& body, const std::string& path_model,
+                                      const Surroundings& around) {
+  Completion asked;
+  asked.chat = true;
+  Fields fields(body);
+  asked.entry = read_entry(fields, path_model, around.catalog, asked.model);
+  return render(fields, around, asked);
+}
+
 Completion read_completion(const OrderedJson& body, bool chat, const std::string& path_model,
                            const Surroundings& around) {
   Completion asked;
@@ -358,24 +391,7 @@ Completion read_completion(const OrderedJson& body, bool chat, const std::string
     const bool wanted = fields.flag("logprobs", false);
     if (top > 0 && !wanted) fields.refuse("top_logprobs", "none without \"logprobs\": true");
     if (wanted) asked.logprobs = top;
-    const OrderedJson* messages = fields.find("messages");
-    if (messages == nullptr) fields.refuse("messages", "a list of messages");
-    if (!asked.entry->chat_template) {
-      throw ApiError(400, fmt::format("model '{}' has no chat template: ask /v1/completions", asked.entry->name),
-                     "model");
-    }
-    const OrderedJson* extra = fields.find("chat_template_kwargs");
-    if (extra != nullptr && !extra->is_object()) fields.refuse("chat_template_kwargs", "an object");
-    const bool opens = fields.flag("add_generation_prompt", true);
-    const OrderedJson tools = read_tools(fields, around, asked);
-    try {
-      const std::string text = asked.entry->chat_template->render(read_messages(*messages), opens, tools,
-                                                                  extra == nullptr ? OrderedJson::object() : *extra);
-      asked.prompts.push_back(around.tokenizer.encode(text, false));
-    } catch (const DataError& error) {  // the template's own words
-      throw ApiError(400, error.what(), "messages");
-    }
-    if (asked.prompts[0].empty()) fields.refuse("messages", "at least one token");
+    asked.prompts.push_back(render(fields, around, asked));
   } else {
     asked.logprobs = fields.integer("logprobs", -1, 0, kMostTop);
     read_prompts(fields, around, asked);

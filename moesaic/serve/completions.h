@@ -49,6 +49,9 @@ uint64_t random_number();
 /// Reads a body. path_model: the model that the path names, "" for none. Throws ApiError.
 Completion read_completion(const OrderedJson& body, bool chat, const std::string& path_model,
                            const Surroundings& around);
+/// The ids of a chat's prompt. Throws ApiError.
+std::vector<int64_t> read_chat_prompt(const OrderedJson& body, const std::string& path_model,
+                                      const Surroundings& around);
 /// messages as a chat template takes them: developers are systems, parts of text are joined. Throws ApiError.
 OrderedJson read_messages(const OrderedJson& messages);
 /// The adapters that a body names in `lora`, `adapter_id` or `model`. Throws ApiError.

@@ -26,7 +26,7 @@ OrderedJson call_json(const ToolCall& call) {
 
 /// One answer to one prompt.
 struct Exchange::Choice {
-  std::string text, finish;
+  std::string text, finish, stop;
   std::string whole;                 // with tools: all of the text
   size_t sent = 0;                   // of it as content
   std::vector<OrderedJson> content;  // of chat: a token each
@@ -56,13 +56,14 @@ class Exchange::Prompt : public generate::Listener {
 };
 
 Exchange::Exchange(HttpServer& http, uint64_t id, Completion asked, const Surroundings& around, Metrics& metrics,
-                   Headers headers, Done done)
+                   Headers headers, std::unique_ptr<Dialect> dialect, Done done)
     : http_(http),
       id_(id),
       asked_(std::move(asked)),
       around_(around),
       metrics_(metrics),
       headers_(std::move(headers)),
+      dialect_(std::move(dialect)),
       done_(std::move(done)),
       name_(unique_name(asked_.chat ? "chatcmpl" : "cmpl")),
       created_(std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch())
@@ -150,14 +151,20 @@ OrderedJson Exchange::envelope() const {
           {"model", asked_.model.empty() ? asked_.entry->name : asked_.model}};
 }
 
-OrderedJson Exchange::chunk(size_t choice, OrderedJson delta, OrderedJson logprobs, const std::string& finish) const {
+OrderedJson Exchange::chunk(size_t choice, OrderedJson delta, OrderedJson logprobs, bool last) const {
   OrderedJson json = envelope();
   OrderedJson one = {{"index", choice}};
   one[asked_.chat ? "delta" : "text"] = std::move(delta);
   one["logprobs"] = std::move(logprobs);
-  one["finish_reason"] = finish.empty() ? OrderedJson(nullptr) : OrderedJson(finish);
+  one["finish_reason"] = last ? OrderedJson(choices_[choice].finish) : OrderedJson(nullptr);
+  one["stop_reason"] = stop_reason(choices_[choice]);
   json["choices"] = OrderedJson::array({std::move(one)});
   return json;
+}
+
+/// As vLLM has it: the stop string that was found.
+OrderedJson Exchange::stop_reason(const Choice& choice) {
+  return choice.stop.empty() ? OrderedJson(nullptr) : OrderedJson(choice.stop);
 }
 
 OrderedJson Exchange::usage() const {
@@ -168,7 +175,7 @@ OrderedJson Exchange::usage() const {
 }
 
 void Exchange::write(const OrderedJson& chunk) {
-  const auto sent = http_.send(id_, fmt::format("data: {}\n\n", json_text(chunk)));
+  const auto sent = http_.send(id_, dialect_->events(chunk, usage()));
   if (sent != HttpServer::Sent::kTooSlow) return;  // departures are told
   metrics_.count("moesaic:slow_readers_total");
   http_.abort(id_);
@@ -231,6 +238,7 @@ bool Exchange::more(size_t prompt, int64_t answer, generate::Piece piece) {
     }
   }
   choice.finish = asked_.prompt_only ? "length" : piece.finish_reason;
+  choice.stop = piece.stop;
   ToolAnswer taken;  // what ends, with tools
   if (asked_.tool_format && !choice.finish.empty()) {
     taken = read_tool_calls(*asked_.tool_format, choice.whole);
@@ -238,7 +246,7 @@ bool Exchange::more(size_t prompt, int64_t answer, generate::Piece piece) {
   }
   if (asked_.stream) {
     if (!choice.opened && asked_.chat) {
-      write(chunk(number, {{"role", "assistant"}, {"content", ""}}, nullptr, ""));
+      write(chunk(number, {{"role", "assistant"}, {"content", ""}}, nullptr));
     }
     choice.opened = true;
     if (!asked_.chat && !choice.tokens.empty()) {
@@ -257,15 +265,15 @@ bool Exchange::more(size_t prompt, int64_t answer, generate::Piece piece) {
     }
     const bool says = !text.empty() || !logprobs.is_null();
     if (asked_.chat) {
-      if (says && !over_) write(chunk(number, {{"content", std::move(text)}}, std::move(logprobs), ""));
+      if (says && !over_) write(chunk(number, {{"content", std::move(text)}}, std::move(logprobs)));
       for (size_t i = 0; i < taken.calls.size() && !over_; ++i) {
         OrderedJson call = call_json(taken.calls[i]);
         call["index"] = i;
-        write(chunk(number, {{"tool_calls", OrderedJson::array({std::move(call)})}}, nullptr, ""));
+        write(chunk(number, {{"tool_calls", OrderedJson::array({std::move(call)})}}, nullptr));
       }
-      if (!choice.finish.empty() && !over_) write(chunk(number, OrderedJson::object(), nullptr, choice.finish));
+      if (!choice.finish.empty() && !over_) write(chunk(number, OrderedJson::object(), nullptr, /*last=*/true));
     } else if ((says || !choice.finish.empty()) && !over_) {
-      write(chunk(number, std::move(text), std::move(logprobs), choice.finish));
+      write(chunk(number, std::move(text), std::move(logprobs), /*last=*/!choice.finish.empty()));
     }
   }
   if (over_) {
@@ -307,7 +315,7 @@ void Exchange::end() {
       json["usage"] = usage();
       write(json);
     }
-    http_.send(id_, "data: [DONE]\n\n");
+    http_.send(id_, dialect_->last(usage()));
     http_.end(id_);
     return;
   }
@@ -329,6 +337,7 @@ void Exchange::end() {
     }
     one["logprobs"] = std::move(logprobs);
     one["finish_reason"] = choice.finish;
+    one["stop_reason"] = stop_reason(choice);
     list.push_back(std::move(one));
   }
   json["choices"] = std::move(list);
@@ -337,7 +346,7 @@ void Exchange::end() {
   if (!asked_.seed_given && asked_.sampling.temperature > 0) json["moesaic"] = {{"seed", asked_.sampling.seed}};
   Headers headers = headers_;
   headers.emplace_back("content-type", "application/json");
-  http_.respond(id_, 200, headers, json_text(json));
+  http_.respond(id_, 200, headers, json_text(dialect_->whole(std::move(json))));
 }
 
 void Exchange::failed(const std::exception_ptr& error) {
@@ -348,13 +357,13 @@ void Exchange::failed(const std::exception_ptr& error) {
   outcome_.status = told.status;
   if (begun_) {
     // A stream that ends cleanly passes for a whole answer: it breaks instead.
-    http_.send(id_, fmt::format("data: {}\n\n", json_text(told.json())));
+    http_.send(id_, dialect_->broken(told));
     http_.abort(id_);
   } else {
     Headers headers = headers_;
     headers.emplace_back("content-type", "application/json");
     if (told.retry_after > 0) headers.emplace_back("retry-after", std::to_string(told.retry_after));
-    http_.respond(id_, told.status, headers, json_text(told.json()));
+    http_.respond(id_, told.status, headers, json_text(dialect_->error(told)));
   }
   Outcome outcome = outcome_;
   lock.unlock();

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "moesaic/serve/completions.h"
+#include "moesaic/serve/dialect.h"
 #include "moesaic/serve/http.h"
 #include "moesaic/serve/metrics.h"
 #include "moesaic/serve/service.h"
@@ -28,7 +29,7 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
   using Done = std::function<void(const Outcome&)>;
   /// headers: of every answer beside those of its content. http, service, metrics and around outlive this.
   Exchange(HttpServer& http, uint64_t id, Completion asked, const Surroundings& around, Metrics& metrics,
-           Headers headers, Done done);
+           Headers headers, std::unique_ptr<Dialect> dialect, Done done);
   ~Exchange();
   /// Asks. Throws ApiError before anything was sent.
   void start(Service& service, const std::string& key);
@@ -45,7 +46,8 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
   void end();
   void finish(Outcome outcome);
   void write(const OrderedJson& chunk);
-  OrderedJson chunk(size_t choice, OrderedJson delta, OrderedJson logprobs, const std::string& finish) const;
+  OrderedJson chunk(size_t choice, OrderedJson delta, OrderedJson logprobs, bool last = false) const;
+  static OrderedJson stop_reason(const Choice& choice);
   OrderedJson token_json(const generate::TokenLogprob& token) const;
   void add_logprob(Choice& choice, const generate::TokenLogprob* logprob, int64_t id) const;
   OrderedJson message_of(const Choice& choice) const;
@@ -59,6 +61,7 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
   const Surroundings& around_;
   Metrics& metrics_;
   const Headers headers_;
+  const std::unique_ptr<Dialect> dialect_;
   Done done_;
   Service* service_ = nullptr;
   const std::string name_;  // "chatcmpl-..."

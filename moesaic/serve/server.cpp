@@ -13,8 +13,10 @@
 #include "moesaic/formats/tokenizer_files.h"
 #include "moesaic/nn/kernels.h"
 #include "moesaic/nn/linear.h"
+#include "moesaic/serve/anthropic.h"
 #include "moesaic/serve/fields.h"
 #include "moesaic/serve/pages.h"
+#include "moesaic/serve/responses.h"
 #include "moesaic/serve/texts.h"
 
 namespace moesaic::serve {
@@ -57,6 +59,10 @@ std::string folder_name(const fs::path& path) {
   for (const unsigned char c : name)
     letters += std::isalnum(c) != 0 || c == '.' || c == '_' || c == '-' ? static_cast<char>(c) : '-';
   return letters.substr(0, 128);
+}
+
+bool is_anthropic(std::string_view path) {
+  return path.ends_with("/v1/messages") || path.ends_with("/v1/messages/count_tokens");
 }
 
 /// The files that make an adapter what it is.
@@ -353,7 +359,8 @@ void Server::refuse(const HttpRequest& request, const ApiError& error) {
   headers.emplace_back("content-type", "application/json");
   if (error.retry_after > 0) headers.emplace_back("retry-after", std::to_string(error.retry_after));
   if (error.status == 429) metrics_.count("vllm:admission_rejections_total", 1, "reason=\"queue\"");
-  http_->respond(request.id, error.status, headers, json_text(error.json()));
+  http_->respond(request.id, error.status, headers,
+                 json_text(is_anthropic(request.path) ? AnthropicDialect().error(error) : error.json()));
 }
 
 /// Pages of other origins, and names that lead here by a trick, may not ask.
@@ -456,8 +463,24 @@ void Server::route(const HttpRequest& request, const ApiKey& key) {
     }
     return reply(request, 200, list);
   }
-  if (post && path == "/v1/chat/completions") return complete(request, key, /*chat=*/true, model);
-  if (post && path == "/v1/completions") return complete(request, key, /*chat=*/false, model);
+  if (post && (path == "/v1/chat/completions" || path == "/v1/completions")) {
+    const bool chat = path == "/v1/chat/completions";
+    return complete(request, key, read_completion(body_of(request), chat, model, around_), std::make_unique<Dialect>());
+  }
+  auto translated = [&](const OrderedJson& chat, std::unique_ptr<Dialect> dialect) {
+    complete(request, key, read_completion(chat, /*chat=*/true, model, around_), std::move(dialect));
+  };
+  if (post && path == "/v1/messages") {
+    return translated(chat_of_messages(body_of(request), /*counts=*/false), std::make_unique<AnthropicDialect>());
+  }
+  if (post && path == "/v1/responses") {
+    const OrderedJson body = body_of(request);
+    return translated(chat_of_response(body), std::make_unique<ResponsesDialect>(body));
+  }
+  if (post && path == "/v1/messages/count_tokens") {
+    const OrderedJson chat = chat_of_messages(body_of(request), /*counts=*/true);
+    return reply(request, 200, {{"input_tokens", read_chat_prompt(chat, model, around_).size()}});
+  }
   if (post && path == "/v1/embeddings")
     return reply(request, 200, embeddings(body_of(request), model, around_, *opened_.model, *service_));
   if (post && path == "/tokenize") return reply(request, 200, tokenize(body_of(request), around_));
@@ -480,8 +503,8 @@ void Server::route(const HttpRequest& request, const ApiKey& key) {
   throw ApiError(404, fmt::format("{} {}: there is no such route", request.method, request.path));
 }
 
-void Server::complete(const HttpRequest& request, const ApiKey& key, bool chat, const std::string& model) {
-  Completion asked = read_completion(body_of(request), chat, model, around_);
+void Server::complete(const HttpRequest& request, const ApiKey& key, Completion asked,
+                      std::unique_ptr<Dialect> dialect) {
   for (size_t i = 0; i < asked.unknown.size(); ++i) metrics_.count("moesaic:unknown_fields_total");
   if (!keys_.empty())
     asked.salt = key.name + "\n" + asked.salt;  // no one learns what others asked from the time it takes
@@ -497,8 +520,8 @@ void Server::complete(const HttpRequest& request, const ApiKey& key, bool chat, 
     }
     log(request, key, named, entry.get(), outcome);
   };
-  const auto exchange =
-      std::make_shared<Exchange>(*http_, request.id, std::move(asked), around_, metrics_, std::move(headers), done);
+  const auto exchange = std::make_shared<Exchange>(*http_, request.id, std::move(asked), around_, metrics_,
+                                                   std::move(headers), std::move(dialect), done);
   {
     const std::lock_guard lock(mutex_);
     exchanges_[request.id] = exchange;

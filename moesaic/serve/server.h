@@ -66,7 +66,7 @@ class Server {
   void work();
   void answer(const HttpRequest& request);
   void route(const HttpRequest& request, const ApiKey& key);
-  void complete(const HttpRequest& request, const ApiKey& key, bool chat, const std::string& model);
+  void complete(const HttpRequest& request, const ApiKey& key, Completion asked, std::unique_ptr<Dialect> dialect);
   void reply(const HttpRequest& request, int status, const OrderedJson& json);
   void refuse(const HttpRequest& request, const ApiError& error);
   Headers headers_of(const HttpRequest& request) const;

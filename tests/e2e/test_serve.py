@@ -17,6 +17,7 @@ import threading
 import time
 import typing
 
+import anthropic
 import openai
 import pydantic
 import pytest
@@ -539,6 +540,176 @@ def test_tools_are_called(byte_level, tmp_path):
             assert says in running.json("/v1/chat/completions", {**ask, **body}, expect=400)["error"]["message"]
     refused = byte_level.json("/v1/chat/completions", ask, expect=400)
     assert "the model's chat template takes none" in refused["error"]["message"]
+
+
+def test_the_anthropic_client_asks(folder, server, byte_level, tmp_path):
+    """The same answers as a chat's, in Anthropic's words: whole, streamed, stopped, counted, refused."""
+    def client_of(running, **changes):
+        return anthropic.Anthropic(**{"base_url": f"http://127.0.0.1:{running.port}", "api_key": "none", "max_retries": 0,
+                                      **changes})
+
+    def chat(running, **body):
+        return running.json("/v1/chat/completions", {"temperature": 0, **body})
+
+    greedily = dict(extra_body={"temperature": 0})  # the package has no temperature of its own
+    client = client_of(server)
+    blocks = [{"type": "text", "text": "cat "}, {"type": "text", "text": "dog", "cache_control": {"type": "ephemeral"}}]
+    ask = dict(model="tiny", system=[{"type": "text", "text": "red"}], messages=[{"role": "user", "content": blocks}])
+    plain = dict(model="tiny", messages=[{"role": "system", "content": "red"}, {"role": "user", "content": "cat dog"}])
+    wanted = chat(server, max_tokens=6, **plain)
+    text, usage = wanted["choices"][0]["message"]["content"], wanted["usage"]
+    whole = client.messages.create(max_tokens=6, **ask, **greedily)
+    assert [(block.type, block.text) for block in whole.content] == [("text", text)]
+    assert (whole.type, whole.role, whole.model, whole.stop_sequence) == ("message", "assistant", "tiny", None)
+    assert whole.stop_reason == {"length": "max_tokens", "stop": "end_turn"}[wanted["choices"][0]["finish_reason"]]
+    assert whole.usage.input_tokens + whole.usage.cache_read_input_tokens == usage["prompt_tokens"]
+    assert whole.usage.output_tokens == usage["completion_tokens"]
+    with client.messages.stream(max_tokens=6, **ask, **greedily) as stream:
+        assert "".join(stream.text_stream) == text
+        assert stream.get_final_message().model_dump(exclude={"id", "usage"}) == whole.model_dump(exclude={"id", "usage"})
+    _, raw = server.ask("/v1/messages", {**ask, "max_tokens": 6, "temperature": 0, "stream": True})
+    kinds = re.findall("^event: (.*)$", raw.decode(), re.M)
+    assert [kind for i, kind in enumerate(kinds) if kind != "content_block_delta" or kinds[i - 1] != kind] == [
+        "message_start", "content_block_start", "content_block_delta", "content_block_stop", "message_delta", "message_stop"]
+    assert client.messages.count_tokens(**ask).input_tokens == usage["prompt_tokens"]
+    word = text.split()[1]
+    stopped = client.messages.create(max_tokens=6, stop_sequences=["nothing", word], **ask, **greedily)
+    assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", word)
+    assert "".join(block.text for block in stopped.content) == text[:text.index(word)]
+    assert chat(server, max_tokens=6, stop=[word], **plain)["choices"][0]["stop_reason"] == word
+    assert server.json("/m/tiny/v1/messages", {**ask, "max_tokens": 6, "temperature": 0})["content"][0]["text"] == text
+    with pytest.raises(anthropic.NotFoundError, match="not_found_error.*nobody"):
+        client.messages.create(max_tokens=6, **{**ask, "model": "nobody"})
+    image = [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "u"}}]}]
+    opened = [*ask["messages"], {"role": "assistant", "content": "a"}]
+    for body, says in (({"max_tokens": None}, "max_tokens: got nothing, expected how many"), ({"n": 2}, "ask /v1/chat/completions"),
+                       ({"messages": image}, "messages[0].content[0].type: got \"image\", expected text or tool_result"),
+                       ({"messages": opened}, "expected a user's"), ({"messages": []}, "a list of messages"),
+                       ({"messages": [{"role": "system", "content": "a"}]}, "user or assistant"),
+                       ({"messages": [{"role": "user", "content": []}]}, "a list of blocks"),
+                       ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "no such thing"),
+                       ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
+                       ({"tool_choice": {"type": "required"}}, "auto, any, tool or none"), ({"stop_sequence": ["a"]}, "stop_sequences")):
+        refused = server.json("/v1/messages", {**ask, "max_tokens": 6, **body}, expect=400)
+        assert refused["type"] == "error" and refused["error"]["type"] == "invalid_request_error"
+        assert says in refused["error"]["message"], refused
+
+    held = client_of(byte_level).messages.create(
+        model="model", max_tokens=1500, messages=[{"role": "user", "content": "a pet"}], extra_body={
+            "seed": 3, "output_config": {"format": {"type": "json_schema", "schema": {"enum": ["cat", "dog"]}}}})
+    assert json.loads(held.content[0].text) in ("cat", "dog") and held.stop_reason == "end_turn"
+
+    own = shutil.copytree(byte_level.arguments[1], tmp_path / "model")
+    (own / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+    schema = {"type": "object", "properties": {"place": {"enum": ["Oslo", "Lima"]}}, "required": ["place"],
+              "additionalProperties": False}
+    tools = [{"name": "weather", "description": "Of a place", "input_schema": schema}]
+    messages = [{"role": "user", "content": "weather in Oslo?"}]
+    with Server("--model", own) as running:
+        client = client_of(running)
+        ask = dict(model="model", max_tokens=400, tools=tools, **greedily, tool_choice={
+            "type": "tool", "name": "weather", "disable_parallel_tool_use": True})
+        whole = client.messages.create(messages=messages, **ask)
+        assert whole.stop_reason == "tool_use"
+        call, = whole.content
+        assert call.type == "tool_use" and call.name == "weather" and call.input["place"] in ("Oslo", "Lima")
+        with client.messages.stream(messages=messages, **ask) as stream:
+            final = stream.get_final_message()
+        assert (final.stop_reason, final.content[0].name, final.content[0].input) == ("tool_use", "weather", call.input)
+        # What is answered to it reaches the template as a chat's does.
+        more = [*messages, {"role": "assistant", "content": [call.model_dump(include={"type", "id", "name", "input"})]},
+                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call.id, "content": [
+                    {"type": "text", "text": "rain"}]}, {"type": "text", "text": "and now?"}]}]
+        said = client.messages.create(messages=more, **{**ask, "max_tokens": 5, "tool_choice": {"type": "auto"}})
+        alike = chat(running, model="model", max_tokens=5, tools=[{"type": "function", "function": {
+            "name": "weather", "description": "Of a place", "parameters": schema}}], messages=[*messages, {
+                "role": "assistant", "content": "", "tool_calls": [{"id": call.id, "type": "function", "function": {
+                    "name": "weather", "arguments": json.dumps(call.input)}}]},
+            {"role": "tool", "tool_call_id": call.id, "content": "rain"}, {"role": "user", "content": "and now?"}])
+        assert said.content[0].text == alike["choices"][0]["message"]["content"]
+        assert said.usage.input_tokens + said.usage.cache_read_input_tokens == alike["usage"]["prompt_tokens"]
+
+    keys = tmp_path / "keys"
+    keys.write_text(f"ann {hashlib.sha256(b'secret').hexdigest()}\n")
+    with Server("--model", folder / "model", "--api_keys", keys) as running:
+        ask = dict(model="model", max_tokens=1, messages=[{"role": "user", "content": "cat"}])
+        assert client_of(running, api_key="secret").messages.create(**ask).usage.output_tokens == 1
+        with pytest.raises(anthropic.AuthenticationError, match="authentication_error"):
+            client_of(running, api_key="wrong").messages.create(**ask)
+
+
+def test_the_openai_client_asks_for_responses(server, byte_level, tmp_path):
+    """The same answers as a chat's, in the words of the Responses API: whole, streamed, held, with tools, refused."""
+    client = server.client()
+    ask = dict(model="tiny", instructions="red", input="cat dog", temperature=0, max_output_tokens=6, store=False)
+    plain = dict(model="tiny", temperature=0, max_tokens=6)
+    wanted = server.json("/v1/chat/completions", {**plain, "messages": [
+        {"role": "system", "content": "red"}, {"role": "user", "content": "cat dog"}]})
+    text, usage = wanted["choices"][0]["message"]["content"], wanted["usage"]
+    whole = client.responses.create(**ask)
+    cut = wanted["choices"][0]["finish_reason"] == "length"
+    assert whole.output_text == text and whole.status == ("incomplete" if cut else "completed")
+    assert (whole.incomplete_details.reason if cut else whole.incomplete_details) == ("max_output_tokens" if cut else None)
+    assert (whole.usage.input_tokens, whole.usage.output_tokens) == (usage["prompt_tokens"], usage["completion_tokens"])
+    assert (whole.instructions, whole.max_output_tokens, whole.temperature, whole.store) == ("red", 6, 0, False)
+    events = list(client.responses.create(stream=True, **ask))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    kinds = [event.type.removeprefix("response.") for event in events]
+    assert [kind for kind in kinds if kind != "output_text.delta"] == [
+        "created", "in_progress", "output_item.added", "content_part.added", "output_text.done", "content_part.done",
+        "output_item.done", "incomplete" if cut else "completed"]
+    assert "".join(event.delta for event in events if event.type.endswith("text.delta")) == text
+    apart = {"id", "created_at", "usage"}
+    last, first = events[-1].response.model_dump(exclude=apart), whole.model_dump(exclude=apart)
+    for response in (last, first):
+        for item in response["output"]:
+            item.pop("id")
+    assert last == first
+    with client.responses.stream(**ask) as stream:
+        assert "".join(event.delta for event in stream if event.type == "response.output_text.delta") == text
+    items = [{"role": "developer", "content": "red"}, {"type": "message", "role": "user", "content": [
+        {"type": "input_text", "text": "cat "}, {"type": "input_text", "text": "dog"}]}, {"type": "reasoning", "summary": []}]
+    assert client.responses.create(**{**ask, "instructions": None, "input": items}).output_text == text
+    for body, says in (({"input": None}, "input: got nothing"), ({"input": []}, "a list of items"),
+                       ({"input": [{"type": "message", "role": "user", "content": [{"type": "input_image"}]}]},
+                        "input[0].content[0].type"),
+                       ({"input": [{"type": "web_search_call"}]}, "input[0].type"), ({"store": True}, "keeps nothing"),
+                       ({"previous_response_id": "resp_1"}, "send the whole conversation"), ({"background": True}, "keeps nothing"),
+                       ({"truncation": "auto"}, "leaves nothing out"), ({"include": ["message.output_text.logprobs"]}, "include"),
+                       ({"tools": [{"type": "web_search"}]}, "tools[0].type"), ({"max_tokens": 3}, "chat/completions"),
+                       ({"text": {"format": {"type": "xml"}}}, "text.format.type"), ({"max_outputtokens": 3}, "max_output_tokens")):
+        assert says in server.json("/v1/responses", {**ask, **body}, expect=400)["error"]["message"], body
+    assert server.json("/v1/responses/resp_1", expect=404)["error"]["code"] == 404
+
+    held = byte_level.client().responses.parse(model="model", input="a pet", text_format=Pet, extra_body={"seed": 3})
+    assert held.status == "incomplete" or held.output_parsed.kind in ("cat", "dog")
+
+    own = shutil.copytree(byte_level.arguments[1], tmp_path / "model")
+    (own / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+    schema = {"type": "object", "properties": {"place": {"enum": ["Oslo", "Lima"]}}, "required": ["place"],
+              "additionalProperties": False}
+    function = {"name": "weather", "description": "Of a place", "parameters": schema}
+    with Server("--model", own) as running:
+        client = running.client()
+        ask = dict(model="model", temperature=0, tools=[{"type": "function", **function}], parallel_tool_calls=False,
+                   tool_choice={"type": "function", "name": "weather"})
+        whole = client.responses.create(input="weather?", **ask)
+        call, = whole.output
+        place = json.loads(call.arguments)["place"]
+        assert (call.type, call.name, whole.status) == ("function_call", "weather", "completed") and place in ("Oslo", "Lima")
+        with client.responses.stream(input="weather?", **ask) as stream:
+            streamed, = stream.get_final_response().output
+        assert (streamed.name, json.loads(streamed.arguments), streamed.status) == ("weather", {"place": place}, "completed")
+        more = [{"role": "user", "content": "weather?"}, call.model_dump(exclude_none=True, exclude={"parsed_arguments"}),
+                {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}, {"role": "user", "content": "now?"}]
+        said = client.responses.create(input=more, **{**ask, "tool_choice": "auto"}, max_output_tokens=5)
+        alike = running.json("/v1/chat/completions", {
+            "model": "model", "temperature": 0, "max_tokens": 5, "tools": [{"type": "function", "function": function}],
+            "messages": [more[0], {"role": "assistant", "content": "", "tool_calls": [{
+                "id": call.call_id, "type": "function", "function": {"name": "weather", "arguments": call.arguments}}]},
+                {"role": "tool", "tool_call_id": call.call_id, "content": "rain"}, more[3]]})
+        assert said.output_text == alike["choices"][0]["message"]["content"]
+        assert said.usage.input_tokens == alike["usage"]["prompt_tokens"]
 
 
 def test_keys_limits_and_the_end(folder, tmp_path):
