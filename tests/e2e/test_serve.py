@@ -616,6 +616,10 @@ def test_the_anthropic_client_asks(folder, server, byte_level, tmp_path):
         with client.messages.stream(messages=messages, **ask) as stream:
             final = stream.get_final_message()
         assert (final.stop_reason, final.content[0].name, final.content[0].input) == ("tool_use", "weather", call.input)
+        calls = [[len(client.messages.create(messages=messages, **{**ask, "tool_choice": {
+            "type": "any", "disable_parallel_tool_use": alone}, "extra_body": {"seed": seed, "temperature": 100}}).content)
+            for seed in range(12)] for alone in (False, True)]
+        assert max(calls[0]) > 1 and max(calls[1]) == 1, calls
         # What is answered to it reaches the template as a chat's does.
         more = [*messages, {"role": "assistant", "content": [call.model_dump(include={"type", "id", "name", "input"})]},
                 {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call.id, "content": [
@@ -648,7 +652,7 @@ def test_the_openai_client_asks_for_responses(server, byte_level, tmp_path):
     text, usage = wanted["choices"][0]["message"]["content"], wanted["usage"]
     whole = client.responses.create(**ask)
     cut = wanted["choices"][0]["finish_reason"] == "length"
-    assert whole.output_text == text and whole.status == ("incomplete" if cut else "completed")
+    assert whole.output_text == text and whole.status == whole.output[0].status == ("incomplete" if cut else "completed")
     assert (whole.incomplete_details.reason if cut else whole.incomplete_details) == ("max_output_tokens" if cut else None)
     assert (whole.usage.input_tokens, whole.usage.output_tokens) == (usage["prompt_tokens"], usage["completion_tokens"])
     assert (whole.instructions, whole.max_output_tokens, whole.temperature, whole.store) == ("red", 6, 0, False)
