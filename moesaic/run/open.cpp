@@ -202,10 +202,6 @@ void adapt_tokenizer(const std::string& path, const std::vector<AdapterReference
   opened.chat_template = std::make_shared<tokenizer::ChatTemplate>(std::move(files.chat_templates), *opened.tokenizer);
 }
 
-}  // namespace
-
-namespace {
-
 /// Loads the sentence encoder that the adapter in `dir` reads, where it reads one; `loaded`: that of another.
 void open_encoder(const fs::path& dir, const adapters::AdapterConfig& config, const torch::Device& device,
                   Opened& opened, std::shared_ptr<SentenceEncoder>& loaded) {

@@ -5,24 +5,12 @@
 namespace moesaic::serve {
 namespace {
 
-/// A text, or the texts of blocks.
 std::string text_of(Fields& fields, const std::string& name) {
-  const OrderedJson* content = fields.find(name);
-  if (content == nullptr) return "";
-  if (content->is_string()) return content->get<std::string>();
-  if (!content->is_array()) fields.refuse(name, "a text or a list of blocks");
-  std::string text;
-  for (size_t i = 0; i < content->size(); ++i) {
-    Fields block((*content)[i], fmt::format("{}[{}]", fields.path_of(name), i));
-    if (block.text("type", "") != "text") block.refuse("type", "text: images and documents are not read here");
-    text += block.text("text", "");
-  }
-  return text;
+  return fields.joined_text(name, {"text"}, "a text or a list of blocks", "images and documents");
 }
 
 /// Appends what a message says to `messages`: results of tools are messages of their own, before its text.
-void add_message(const OrderedJson& given, const std::string& path, OrderedJson& messages) {
-  Fields fields(given, path);
+void add_message(Fields& fields, OrderedJson& messages) {
   const std::string role = fields.text("role", "");
   if (role != "user" && role != "assistant") fields.refuse("role", "user or assistant");
   const OrderedJson* content = fields.find("content");
@@ -35,8 +23,7 @@ void add_message(const OrderedJson& given, const std::string& path, OrderedJson&
   }
   std::string text;
   OrderedJson calls = OrderedJson::array();
-  for (size_t i = 0; i < content->size(); ++i) {
-    Fields block((*content)[i], fmt::format("{}.content[{}]", path, i));
+  for (Fields& block : fields.objects("content", "a list of blocks")) {
     const std::string type = block.text("type", "");
     if (type == "text") {
       text += block.text("text", "");
@@ -61,11 +48,8 @@ void add_message(const OrderedJson& given, const std::string& path, OrderedJson&
 }
 
 OrderedJson tools_of(Fields& fields) {
-  const OrderedJson& given = *fields.find("tools");
-  if (!given.is_array()) fields.refuse("tools", "a list of tools");
   OrderedJson tools = OrderedJson::array();
-  for (size_t i = 0; i < given.size(); ++i) {
-    Fields tool(given[i], fmt::format("tools[{}]", i));
+  for (Fields& tool : fields.objects("tools", "a list of tools")) {
     if (tool.text("type", "custom") != "custom") tool.refuse("type", "custom: Anthropic's own tools are not here");
     const OrderedJson* schema = tool.find("input_schema");
     if (schema == nullptr) tool.refuse("input_schema", "a JSON schema");
@@ -176,7 +160,7 @@ OrderedJson chat_of_messages(const OrderedJson& body, bool counts) {
   }
   const OrderedJson* given = fields.find("messages");
   if (given == nullptr || !given->is_array() || given->empty()) fields.refuse("messages", "a list of messages");
-  for (size_t i = 0; i < given->size(); ++i) add_message((*given)[i], fmt::format("messages[{}]", i), messages);
+  for (Fields& message : fields.objects("messages", "a list of messages")) add_message(message, messages);
   if (given->back().value("role", "") != "user") {
     throw ApiError(400, "messages: the last is the assistant's, expected a user's: answers are not begun for it here",
                    "messages");
@@ -224,9 +208,12 @@ std::string AnthropicDialect::close() {
   return event("content_block_stop", {{"index", block_++}});
 }
 
-std::string AnthropicDialect::events(const OrderedJson& chunk, const OrderedJson& usage) {
+std::string AnthropicDialect::first(const OrderedJson& answer, const OrderedJson& usage) {
+  return event("message_start", {{"message", message_of(answer, usage)}});
+}
+
+std::string AnthropicDialect::events(const OrderedJson& chunk) {
   std::string told;
-  if (!std::exchange(begun_, true)) told += event("message_start", {{"message", message_of(chunk, usage)}});
   const OrderedJson& choice = chunk["choices"][0];
   const OrderedJson& delta = choice["delta"];
   if (const std::string text = delta.value("content", ""); !text.empty()) {

@@ -14,15 +14,16 @@ class AnthropicDialect final : public Dialect {
  public:
   OrderedJson whole(OrderedJson answer) override;
   OrderedJson error(const ApiError& error) override;
-  std::string events(const OrderedJson& chunk, const OrderedJson& usage) override;
+  std::string first(const OrderedJson& answer, const OrderedJson& usage) override;
+  std::string events(const OrderedJson& chunk) override;
   std::string last(const OrderedJson& usage) override;
   std::string broken(const ApiError& error) override;
 
  private:
   std::string close();
 
-  bool begun_ = false, open_ = false;  // the message; a block of text
-  int64_t block_ = 0;                  // the next one's index
+  bool open_ = false;  // a block of text
+  int64_t block_ = 0;  // the next one's index
   OrderedJson reason_ = nullptr, stop_ = nullptr;
 };
 

@@ -206,18 +206,16 @@ OrderedJson read_tools(Fields& fields, const Surroundings& around, Completion& a
     if (wanted == "required") fields.refuse("tool_choice", "none or auto: there are no tools");
     return nullptr;
   }
-  if (!tools->is_array()) fields.refuse("tools", "a list of tools");
   OrderedJson callable = OrderedJson::array();
-  for (size_t i = 0; i < tools->size(); ++i) {
-    Fields tool((*tools)[i], fmt::format("tools[{}]", i));
+  for (Fields& tool : fields.objects("tools", "a list of tools")) {
     const OrderedJson* function = tool.find("function");
     if (tool.text("type", "") != "function" || function == nullptr) tool.refuse("type", "function");
-    Fields of_function(*function, fmt::format("tools[{}].function", i));
+    Fields of_function(*function, tool.path_of("function"));
     const std::string name = of_function.text("name", "");
     if (!kName.matches(name)) of_function.refuse("name", "up to 64 letters, digits, _ and -");
     const OrderedJson* parameters = of_function.find("parameters");
     if (parameters != nullptr && !parameters->is_object()) of_function.refuse("parameters", "a JSON schema");
-    if (named.empty() || named == name) callable.push_back((*tools)[i]);
+    if (named.empty() || named == name) callable.push_back(tool.json());
   }
   if (callable.empty()) fields.refuse("tool_choice", "the name of one of the tools");
   if (wanted == "none") return nullptr;
@@ -311,13 +309,7 @@ OrderedJson read_messages(const OrderedJson& given) {
     message["role"] = role;
     const OrderedJson* content = fields.find("content");
     if (content != nullptr && content->is_array()) {
-      std::string text;
-      for (size_t part = 0; part < content->size(); ++part) {
-        Fields of_part((*content)[part], fmt::format("{}.content[{}]", path, part));
-        if (of_part.text("type", "") != "text") of_part.refuse("type", "text: images and sound are not read here");
-        text += of_part.text("text", "");
-      }
-      message["content"] = text;
+      message["content"] = fields.joined_text("content", {"text"}, "a list of parts", "images and sound");
     } else if (content != nullptr && !content->is_string()) {
       fields.refuse("content", "a text or a list of parts of type text");
     } else if (content == nullptr && role != "assistant") {
@@ -344,13 +336,10 @@ std::shared_ptr<const Entry> read_entry(Fields& fields, const std::string& path_
       fields.refuse("model", fmt::format("'{}', as the path says, or none", path_model));
     model = path_model;
   }
-  const OrderedJson* lora = fields.find("lora");
   const std::string adapter = fields.text("adapter_id", "");
-  if (lora == nullptr) return catalog.find(adapter.empty() ? model : adapter);
-  if (!lora->is_array()) fields.refuse("lora", "a list of {\"name\", \"scale\"}");
+  if (!fields.has("lora")) return catalog.find(adapter.empty() ? model : adapter);
   std::vector<std::pair<std::string, double>> parts;
-  for (size_t i = 0; i < lora->size(); ++i) {
-    Fields part((*lora)[i], fmt::format("lora[{}]", i));
+  for (Fields& part : fields.objects("lora", "a list of {\"name\", \"scale\"}")) {
     const std::string name = part.text("name", "");
     if (name.empty() || !catalog.holds(name)) {
       if (name.empty()) part.refuse("name", "the name of an adapter");

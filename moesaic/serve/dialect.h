@@ -12,10 +12,10 @@ class Dialect {
   virtual ~Dialect() = default;
   virtual OrderedJson whole(OrderedJson answer) { return answer; }
   virtual OrderedJson error(const ApiError& error) { return error.json(); }
-  /// Of a stream, server-sent events of a chunk, of its end and of an error that breaks it. usage: until now.
-  virtual std::string events(const OrderedJson& chunk, const OrderedJson& usage) {
-    return fmt::format("data: {}\n\n", json_text(chunk));
-  }
+  /// Of a stream, server-sent events of its start (answer: what all its chunks have), of a chunk, of its end and of an
+  /// error that breaks it. usage: until then.
+  virtual std::string first(const OrderedJson& answer, const OrderedJson& usage) { return ""; }
+  virtual std::string events(const OrderedJson& chunk) { return fmt::format("data: {}\n\n", json_text(chunk)); }
   virtual std::string last(const OrderedJson& usage) { return "data: [DONE]\n\n"; }
   virtual std::string broken(const ApiError& error) { return fmt::format("data: {}\n\n", json_text(error.json())); }
 };

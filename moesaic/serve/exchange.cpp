@@ -175,7 +175,7 @@ OrderedJson Exchange::usage() const {
 }
 
 void Exchange::write(const OrderedJson& chunk) {
-  const auto sent = http_.send(id_, dialect_->events(chunk, usage()));
+  const auto sent = http_.send(id_, dialect_->events(chunk));
   if (sent != HttpServer::Sent::kTooSlow) return;  // departures are told
   metrics_.count("moesaic:slow_readers_total");
   http_.abort(id_);
@@ -204,6 +204,7 @@ void Exchange::began(size_t prompt, int64_t reused, std::vector<generate::TokenL
                                    {"cache-control", "no-cache"},
                                    {"x-accel-buffering", "no"}});
     http_.begin(id_, 200, headers);
+    if (const std::string first = dialect_->first(envelope(), usage()); !first.empty()) http_.send(id_, first);
   }
   const int64_t answers = asked_.sampling.num_return_sequences;
   for (int64_t i = 0; asked_.echo && i < answers; ++i) {

@@ -98,6 +98,29 @@ std::vector<std::string> Fields::texts(const std::string& name, size_t most, siz
   return result;
 }
 
+std::vector<Fields> Fields::objects(const std::string& name, const std::string& expected) {
+  const OrderedJson* value = find(name);
+  if (value == nullptr) return {};
+  if (!value->is_array()) refuse(name, expected);
+  std::vector<Fields> all;
+  for (size_t i = 0; i < value->size(); ++i) all.emplace_back((*value)[i], fmt::format("{}[{}]", path_of(name), i));
+  return all;
+}
+
+std::string Fields::joined_text(const std::string& name, const std::vector<std::string>& types,
+                                const std::string& expected, const std::string& unread) {
+  const OrderedJson* value = find(name);
+  if (value != nullptr && value->is_string()) return value->get<std::string>();
+  std::string text;
+  for (Fields& part : objects(name, expected)) {
+    if (std::find(types.begin(), types.end(), part.text("type", "")) == types.end()) {
+      part.refuse("type", fmt::format("{}: {} are not read here", fmt::join(types, " or "), unread));
+    }
+    text += part.text("text", "");
+  }
+  return text;
+}
+
 std::vector<int64_t> Fields::token_ids(const std::string& name, const OrderedJson& json, int64_t vocab_size) {
   std::vector<int64_t> ids;
   for (const OrderedJson& id : json) {

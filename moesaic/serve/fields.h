@@ -17,6 +17,7 @@ class Fields {
   /// path: of the object in the body, "" the body itself; `json` outlives this.
   explicit Fields(const OrderedJson& json, std::string path = "");
 
+  const OrderedJson& json() const { return json_; }
   bool has(const std::string& name);
   /// nullptr when absent.
   const OrderedJson* find(const std::string& name);
@@ -27,6 +28,12 @@ class Fields {
   std::string text(const std::string& name, const std::string& fallback, size_t most_bytes = size_t{1} << 20);
   /// A text or a list of texts.
   std::vector<std::string> texts(const std::string& name, size_t most, size_t most_bytes);
+
+  /// The objects of a list, by their places; none when absent.
+  std::vector<Fields> objects(const std::string& name, const std::string& expected);
+  /// A text, or the texts of a list of parts of these types, joined; "" when absent. unread: what else parts hold.
+  std::string joined_text(const std::string& name, const std::vector<std::string>& types, const std::string& expected,
+                          const std::string& unread);
 
   /// `json`, a part of the field, as token ids.
   std::vector<int64_t> token_ids(const std::string& name, const OrderedJson& json, int64_t vocab_size);

@@ -5,26 +5,13 @@
 namespace moesaic::serve {
 namespace {
 
-/// A text, or the texts of parts.
-OrderedJson text_of(Fields& fields, const std::string& name) {
-  const OrderedJson* content = fields.find(name);
-  if (content != nullptr && content->is_string()) return *content;
-  if (content == nullptr || !content->is_array()) fields.refuse(name, "a text or a list of parts");
-  std::string text;
-  for (size_t i = 0; i < content->size(); ++i) {
-    Fields part((*content)[i], fmt::format("{}[{}]", fields.path_of(name), i));
-    const std::string type = part.text("type", "");
-    if (type != "input_text" && type != "output_text" && type != "text") {
-      part.refuse("type", "input_text or output_text: images and files are not read here");
-    }
-    text += part.text("text", "");
-  }
-  return text;
+std::string text_of(Fields& item, const std::string& name) {
+  if (!item.has(name)) item.refuse(name, "a text or a list of parts");
+  return item.joined_text(name, {"input_text", "output_text", "text"}, "a text or a list of parts", "images and files");
 }
 
 /// Appends what an item of the input says to `messages`: calls belong to the assistant's message before them.
-void add_item(const OrderedJson& given, const std::string& path, OrderedJson& messages) {
-  Fields item(given, path);
+void add_item(Fields& item, OrderedJson& messages) {
   const std::string type = item.text("type", "message");
   if (type == "message") {
     messages.push_back({{"role", item.text("role", "")}, {"content", text_of(item, "content")}});
@@ -45,11 +32,8 @@ void add_item(const OrderedJson& given, const std::string& path, OrderedJson& me
 }
 
 OrderedJson tools_of(Fields& fields) {
-  const OrderedJson& given = *fields.find("tools");
-  if (!given.is_array()) fields.refuse("tools", "a list of tools");
   OrderedJson tools = OrderedJson::array();
-  for (size_t i = 0; i < given.size(); ++i) {
-    Fields tool(given[i], fmt::format("tools[{}]", i));
+  for (Fields& tool : fields.objects("tools", "a list of tools")) {
     if (tool.text("type", "") != "function") tool.refuse("type", "function: OpenAI's own tools are not here");
     OrderedJson function = OrderedJson::object();
     for (const char* name : {"name", "description", "parameters"}) {
@@ -126,7 +110,7 @@ OrderedJson chat_of_response(const OrderedJson& body) {
     messages.push_back({{"role", "user"}, {"content", *input}});
   } else {
     if (input == nullptr || !input->is_array() || input->empty()) fields.refuse("input", "a text or a list of items");
-    for (size_t i = 0; i < input->size(); ++i) add_item((*input)[i], fmt::format("input[{}]", i), messages);
+    for (Fields& item : fields.objects("input", "a text or a list of items")) add_item(item, messages);
   }
   fields.only("store", {false}, "this server keeps nothing");
   for (const char* name : {"previous_response_id", "conversation"}) {
@@ -242,13 +226,14 @@ std::string ResponsesDialect::close(const OrderedJson& finish) {
   return told;
 }
 
-std::string ResponsesDialect::events(const OrderedJson& chunk, const OrderedJson& usage) {
+std::string ResponsesDialect::first(const OrderedJson& answer, const OrderedJson& usage) {
+  response_ = response(answer);
+  const std::string created = event("response.created", {{"response", response_}});
+  return created + event("response.in_progress", {{"response", response_}});
+}
+
+std::string ResponsesDialect::events(const OrderedJson& chunk) {
   std::string told;
-  if (response_.is_null()) {
-    response_ = response(chunk);
-    told += event("response.created", {{"response", response_}});
-    told += event("response.in_progress", {{"response", response_}});
-  }
   const OrderedJson &choice = chunk["choices"][0], &delta = choice["delta"];
   if (const std::string text = delta.value("content", ""); !text.empty()) {
     if (item_.is_null()) {

@@ -14,7 +14,8 @@ class ResponsesDialect final : public Dialect {
   /// body: the request's, of which a response tells some fields again.
   explicit ResponsesDialect(const OrderedJson& body);
   OrderedJson whole(OrderedJson answer) override;
-  std::string events(const OrderedJson& chunk, const OrderedJson& usage) override;
+  std::string first(const OrderedJson& answer, const OrderedJson& usage) override;
+  std::string events(const OrderedJson& chunk) override;
   std::string last(const OrderedJson& usage) override;
   std::string broken(const ApiError& error) override;
 

@@ -30,11 +30,11 @@ OrderedJson call(const char* id, const char* name) {
 
 /// What the events of a stream say that has a text and two calls: their data, whose type is the event's.
 std::vector<OrderedJson> told(Dialect& dialect) {
-  std::string text;
+  std::string text = dialect.first(chunk(nullptr), kUsage);
   for (const OrderedJson& each :
        {chunk({{"role", "assistant"}, {"content", ""}}), chunk({{"content", "I "}}), chunk({{"content", "look"}}),
         chunk(call("a1", "find")), chunk(call("b2", "read")), chunk(OrderedJson::object(), "tool_calls")}) {
-    text += dialect.events(each, kUsage);
+    text += dialect.events(each);
   }
   text += dialect.last(kUsage);
   std::vector<OrderedJson> events;
