@@ -303,7 +303,9 @@ std::pair<int64_t, int64_t> Engine::donor(const Job& job) const {
   std::pair<int64_t, int64_t> best{-1, 0};
   const Prompt& prompt = job.request.prompt;
   if (options_.kept == 0 || job.request.prompt_logprobs || !reads_in_parts(job)) return best;
-  const bool embedded = model_.needs().sentence == nn::Needs::Sentence::kHidden;
+  using Sentence = nn::Needs::Sentence;
+  const Sentence sentence = model_.needs().sentence;
+  const bool embedded = sentence == Sentence::kHidden || sentence == Sentence::kEncoder;  // the whole prompt
   for (size_t b = 0; b < rows_.size(); ++b) {
     const Row& row = rows_[b];
     if (row.salt != job.request.salt || row.prompt.sentence != prompt.sentence ||

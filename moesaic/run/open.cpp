@@ -9,7 +9,6 @@
 #include "moesaic/compose/folder.h"
 #include "moesaic/formats/adapter_folder.h"
 #include "moesaic/models/registry.h"
-#include "moesaic/run/sentence_encoder.h"
 
 namespace moesaic::run {
 
@@ -202,26 +201,25 @@ void adapt_tokenizer(const std::string& path, const std::vector<AdapterReference
   opened.chat_template = std::make_shared<tokenizer::ChatTemplate>(std::move(files.chat_templates), *opened.tokenizer);
 }
 
-/// Loads the sentence encoder that the adapter in `dir` reads, where it reads one; `loaded`: that of another.
-void open_encoder(const fs::path& dir, const adapters::AdapterConfig& config, const torch::Device& device,
-                  Opened& opened, std::shared_ptr<SentenceEncoder>& loaded) {
+}  // namespace
+
+void Opened::read_sentences_for(const fs::path& dir, const adapters::AdapterConfig& config) {
   const std::string name = config.sentence_encoder();
   if (name.empty()) return;
   const fs::path folder = place_of(dir, name, "sentence encoder",
                                    "put it back, or correct router.sentence_source in its adapter_config.json");
-  const auto encoder = open_sentence_encoder(folder, opened.tokenizer, device);
+  const auto encoder = open_sentence_encoder(folder, tokenizer, model->facts().device);
   MOESAIC_CHECK(config.sentence_fingerprint.empty() || encoder->fingerprint() == config.sentence_fingerprint, DataError,
                 "{}: its router was trained on the vectors of another sentence encoder than {}: got weights {}, "
                 "expected {}",
                 dir.string(), folder.string(), encoder->fingerprint(), config.sentence_fingerprint);
-  MOESAIC_CHECK(loaded == nullptr || loaded->fingerprint() == encoder->fingerprint(), UsageError,
+  MOESAIC_CHECK(!sentence_encoder || sentence_encoder->fingerprint() == encoder->fingerprint(), UsageError,
                 "{}: its router reads another sentence encoder than another adapter's. Use them one at a time.",
                 dir.string());
-  loaded = encoder;
-  opened.model->read_sentences_with(encoder);
+  if (sentence_encoder) return;
+  sentence_encoder = encoder;
+  model->read_sentences_with(encoder);
 }
-
-}  // namespace
 
 Opened open(const std::string& path, const std::vector<AdapterReference>& adapters, const OpenOptions& options) {
   MOESAIC_CHECK(
@@ -233,12 +231,11 @@ Opened open(const std::string& path, const std::vector<AdapterReference>& adapte
   const bool composed = compose::is_composition(path);
   (composed ? open_composition : open_single)(path, options, opened);
   bool embeds = false;
-  std::shared_ptr<SentenceEncoder> encoder;
   const int64_t vocabulary = opened.model->facts().vocab_size;
   for (const AdapterReference& reference : adapters) {
     const auto adapter = adapters::Adapter::open(reference.dir, *opened.model->parts().front().sites, options.device,
                                                  opened.checkpoint->fingerprint(), reference.scale);
-    open_encoder(reference.dir, adapter->config(), options.device, opened, encoder);
+    opened.read_sentences_for(reference.dir, adapter->config());
     opened.model->attach(reference.name, adapter);
     embeds = embeds || (!composed && adapter->embeds());
     MOESAIC_CHECK(!composed || opened.model->facts().vocab_size == vocabulary, DataError,

@@ -10,6 +10,7 @@
 #include "moesaic/base/json.h"
 #include "moesaic/formats/checkpoint.h"
 #include "moesaic/models/language_model.h"
+#include "moesaic/run/sentence_encoder.h"
 #include "moesaic/tokenizer/tokenizer.h"
 
 namespace moesaic::run {
@@ -53,6 +54,12 @@ struct Opened {
   std::shared_ptr<models::LanguageModel> model;
   std::shared_ptr<const tokenizer::Tokenizer> tokenizer;   // nullptr when it has none and none is needed
   std::shared_ptr<tokenizer::ChatTemplate> chat_template;  // nullptr when it has none
+  std::shared_ptr<SentenceEncoder> sentence_encoder;       // nullptr while no adapter's router reads one
+
+  /// Before the adapter in `dir` is attached: gives the model the sentence encoder that its router reads, where it
+  /// reads one. Throws UsageError where there is none or another adapter's is a different one, DataError for one that
+  /// is not that of its training.
+  void read_sentences_for(const std::filesystem::path& dir, const adapters::AdapterConfig& config);
 
   /// Ids that end an answer: those of generation_config.json, of the model's config and of the tokenizer, tokens known
   /// as ends of turn by their text, and what the chat template writes behind an answer.

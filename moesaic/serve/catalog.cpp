@@ -38,7 +38,7 @@ std::shared_ptr<const Entry> Catalog::find(const std::string& name) const {
   const std::shared_lock lock(mutex_);
   const auto found = entries_.find(name.empty() || name == kBase ? base_ : name);
   if (found != entries_.end()) return found->second;
-  std::vector<std::string> known{kBase};
+  std::vector<std::string> known{base_};
   for (const auto& [other, entry] : entries_) {
     if (other != base_) known.push_back(other);
   }

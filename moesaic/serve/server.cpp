@@ -255,6 +255,7 @@ Entry Server::open_adapter(const run::AdapterReference& reference, generate::Eng
   // A name may be taken again while its old adapter still answers.
   const std::string own = fmt::format("{}#{}", reference.name, ++loaded_);
   try {
+    opened_.read_sentences_for(reference.dir, adapter->config());
     engine.attach(own, adapter);
   } catch (...) {
     adapter->detach();

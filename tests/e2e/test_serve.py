@@ -30,6 +30,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import test_seq2seq
 import tiny_run
 from test_compose import make_augmenting
+from test_training_options import sentence_t5
 from tiny_run import command, run
 
 pytestmark = tiny_run.float32_only
@@ -764,3 +765,24 @@ def test_a_config_with_an_unknown_key_is_refused(folder, tmp_path):
     (tmp_path / "serve.yaml").write_text("max_seq: 3\n")
     done = tiny_run.moesaic("serve", "--model", folder / "model", "--config", tmp_path / "serve.yaml")
     assert done.returncode == 2 and "did you mean 'max_seqs'" in done.stderr
+
+
+def test_a_router_that_reads_a_sentence_encoder(folder, tmp_path):
+    """Loaded at the start or later; a text that begins as one read before has its own sentence's vector."""
+    (tmp_path / "encoder").mkdir()
+    sentence_t5(tmp_path / "encoder", dense=False)
+    out = tiny_run.train(folder, "sentences", num_experts=4, router={
+        "input": "sentence", "sentence_source": str(tmp_path / "encoder"), "init_std": 2.0})
+    begins = "red is cat one two " * 7
+    asked = {"prompt": begins + "blue dog blue dog green", "max_tokens": 4, "logprobs": 1, "temperature": 0}
+    with Server(folder / "model", "--adapter", out) as server:
+        alone = server.json("/v1/completions", asked | {"model": "sentences", "cache_salt": "alone"})
+        server.json("/v1/completions", asked | {"model": "sentences", "prompt": begins + "red"})
+        again = server.json("/v1/completions", asked | {"model": "sentences"})
+        assert again["choices"][0]["logprobs"] == alone["choices"][0]["logprobs"]
+        assert alone["choices"][0]["text"] == run("generate", folder / "model", "--adapter", out, "-p", asked["prompt"],
+                                                  "--raw", "--max_new_tokens", 4).strip("\n")
+    with Server(folder / "model", "--allow_runtime_load", "--adapter_root", folder) as server:
+        server.ask("/v1/load_lora_adapter", {"lora_name": "late", "lora_path": str(out)})
+        late = server.json("/v1/completions", asked | {"model": "late"})
+        assert late["choices"][0]["logprobs"] == alone["choices"][0]["logprobs"]

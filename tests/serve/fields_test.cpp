@@ -64,7 +64,7 @@ TEST(Catalog, NamesAreFoundOrTheKnownOnesTold) {
   catalog.put({"law", "smol", "l", {{"law#1", 1.0}}, "h1", {}});
   EXPECT_EQ(catalog.find("")->name, "smol");
   EXPECT_EQ(catalog.find("base")->name, "smol");
-  EXPECT_EQ(refusal([&] { catalog.find("lwa"); }), "404 model: The model `lwa` does not exist. Known: base, law.");
+  EXPECT_EQ(refusal([&] { catalog.find("lwa"); }), "404 model: The model `lwa` does not exist. Known: smol, law.");
   EXPECT_FALSE(catalog.remove("smol")) << "the base stays";
   EXPECT_TRUE(catalog.remove("law"));
   EXPECT_FALSE(catalog.holds("law"));
