@@ -1,5 +1,5 @@
 # The front door. Set-up is tools/setup, the build is CMake's presets; see CONTRIBUTING.md.
-.PHONY: demo test test-all build bench format lint asan fuzz clean
+.PHONY: demo test test-all build dist bench format lint asan fuzz clean
 ARGS ?=
 LABELS ?= -LE long
 FUZZ_SECONDS ?= 30
@@ -30,6 +30,15 @@ build: ## leaves the program at build/moesaic
 build/moesaic:
 	cmake --preset release
 	cmake --build --preset release --target moesaic_cli
+
+dist: ## build/dist/moesaic-VERSION-linux-x86_64.tar.zst: a folder that runs without Python or installation
+	tools/setup build
+	$(MAKE) --no-print-directory build/moesaic
+	rm -rf build/dist && mkdir build/dist
+	.venv/bin/python tools/third_party.py --texts build/dist/licenses
+	cd build/dist && cmake -DPROGRAM=../moesaic -DLICENSES=licenses -DVERSION="$$(../moesaic --version | cut -d' ' -f2)" -P ../../cmake/Dist.cmake
+	rm -rf build/dist/licenses
+	cat build/dist/SHA256SUMS
 
 bench: ## whole jobs against their peers; writes bench/results/ and bench/RESULTS.md
 	tools/setup bench

@@ -4,6 +4,7 @@
 #include <torch/torch.h>
 
 #include "cli/command.h"
+#include "cli/commit.h"
 #include "cli/products.h"
 #include "moesaic/base/device.h"
 #include "moesaic/base/json.h"
@@ -58,6 +59,7 @@ Runner add_doctor(CLI::App& app, CommonOptions& common) {
     const NumberFormat format = number_format(common.dtype, device);
     OrderedJson report = {
         {"moesaic", kVersion},
+        {"commit", kCommit},
         {"libtorch", TORCH_VERSION},
         {"compiler", __VERSION__},
         {"system", machine.system},

@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "cli/command.h"
+#include "cli/commit.h"
 #include "cli/memory_limit.h"
 #include "cli/products.h"
 #include "cli/streams.h"
@@ -116,7 +117,8 @@ std::filesystem::path cache_folder() {
 int run(int argc, char** argv) {
   CLI::App app{"Moesaic: train, evaluate and run mixtures of experts inside frozen pretrained language models",
                "moesaic"};
-  app.set_version_flag("--version", fmt::format("moesaic {} (LibTorch {})", kVersion, TORCH_VERSION));
+  app.set_version_flag("--version",
+                       fmt::format("moesaic {} ({}, LibTorch {}, {})", kVersion, kCommit, TORCH_VERSION, __VERSION__));
   app.require_subcommand(1);
   std::list<CommonOptions> options;  // a list: addresses stay
   std::vector<std::pair<CLI::App*, std::pair<CommonOptions*, Runner>>> runners;

@@ -2,6 +2,7 @@
 
 #include "cli/command.h"
 #include "cli/interrupt.h"
+#include "cli/ranks.h"
 #include "moesaic/base/progress.h"
 #include "moesaic/run/run.h"
 
@@ -14,6 +15,7 @@ struct TrainOptions {
   std::string resume;                  // auto | none | DIR; "" = the run's own key
   bool dry_run = false, keys = false;
   std::string accelerator;  // --for
+  int64_t ranks = 0, restarts = 0;
 };
 
 /// `text` as one word of a shell's command.
@@ -30,6 +32,7 @@ std::string shell_word(const std::string& text) {
 /// The run as a command, to be pasted into a shell.
 std::string command(const TrainOptions& options, const CLI::App& app) {
   std::string command = "moesaic train " + shell_word(options.run);
+  if (options.ranks > 1) command += fmt::format(" --ranks {}", options.ranks);
   for (const std::string& word : options.overrides) command += " " + shell_word(word);
   for (const char* flag : {"--seed", "--device", "--dtype"}) {
     if (app.count(flag) > 0) command += fmt::format(" {} {}", flag, shell_word(app.get_option(flag)->results().back()));
@@ -37,7 +40,7 @@ std::string command(const TrainOptions& options, const CLI::App& app) {
   return command;
 }
 
-int train_run(const TrainOptions& options, const CLI::App& app, run::Run& run) {
+int train_run(const TrainOptions& options, const CLI::App& app, run::Run& run, bool first) {
   std::unique_ptr<Progress> progress;
   const CatchSignals signals({SIGINT, SIGTERM, SIGHUP, SIGUSR1}, /*once=*/true);
   train::TrainHooks hooks;
@@ -49,7 +52,9 @@ int train_run(const TrainOptions& options, const CLI::App& app, run::Run& run) {
   const train::TrainResult result = run.train(hooks, command(options, app));
   if (progress) progress->finish();
   if (result.interrupted) {
-    say_error("stopped after step {}; go on with:\n  {}\n", result.steps, command(options, app) + " --resume auto");
+    if (first) {
+      say_error("stopped after step {}; go on with:\n  {}\n", result.steps, command(options, app) + " --resume auto");
+    }
     return static_cast<int>(ExitCode::kInterrupted);
   }
   const auto& best = result.best;
@@ -65,12 +70,7 @@ int train_run(const TrainOptions& options, const CLI::App& app, run::Run& run) {
   return 0;
 }
 
-int run_train(const TrainOptions& options, const CommonOptions& common, const CLI::App& app) {
-  if (options.keys) {
-    say(run::run_keys_markdown());
-    return 0;
-  }
-  MOESAIC_CHECK(!options.run.empty(), UsageError, "train: the run file is missing");
+int run_rank(const TrainOptions& options, const CommonOptions& common, const CLI::App& app, const ranks::Place& place) {
   MOESAIC_CHECK(options.accelerator.empty() || options.dry_run, UsageError,
                 "--for {}: got no --dry-run, expected it: nothing is trained on a processor that is only planned for",
                 options.accelerator);
@@ -87,14 +87,44 @@ int run_train(const TrainOptions& options, const CommonOptions& common, const CL
   }
   if (!options.resume.empty()) config["resume_from_checkpoint"] = options.resume;
   if (planned != nullptr && config.value("bf16", OrderedJson()).is_null()) config["bf16"] = true;
-  run::Run run(run::parse_run_config(config, options.run), options.dry_run);
+  run::RunConfig parsed = run::parse_run_config(config, options.run);
+  if (options.dry_run && options.ranks > 0 && parsed.train.micro_batches_per_step == 0) {
+    parsed.train.micro_batches_per_step = options.ranks * parsed.train.gradient_accumulation_steps;
+  }
+  // A group that was started again goes on where it was.
+  if (place.restart > 0) {
+    if (parsed.train.resume_from_checkpoint == "none") parsed.train.resume_from_checkpoint = "auto";
+    parsed.train.overwrite_output_dir = false;
+  }
+  if (place.size > 1 && parsed.device == "auto" && load_cuda())
+    parsed.device = fmt::format("cuda:{}", place.local_rank);
+  std::shared_ptr<ranks::Group> group = std::make_shared<ranks::Group>();
+  if (!options.dry_run) group = std::make_shared<ranks::Group>(place, std::chrono::seconds(parsed.train.ddp_timeout));
+  run::Run run(std::move(parsed), options.dry_run, group);
   if (options.dry_run) run.check_start();
   say(run.plan().text());
   std::fflush(stdout);
-  if (!options.dry_run) return train_run(options, app, run);
+  if (!options.dry_run) return train_run(options, app, run, group->first());
   run.check_rows();
   say(run.needs_plan(planned).text());
   return 0;
+}
+
+int run_train(const TrainOptions& options, const CommonOptions& common, const CLI::App& app) {
+  if (options.keys) {
+    say(run::run_keys_markdown());
+    return 0;
+  }
+  MOESAIC_CHECK(!options.run.empty(), UsageError, "train: the run file is missing");
+  const ranks::Place place = own_place();
+  MOESAIC_CHECK(place.size == 1 || options.ranks == 0 || options.ranks == place.size, UsageError,
+                "--ranks {}: got {} ranks from the launcher that started this one, expected one of the two",
+                options.ranks, place.size);
+  MOESAIC_CHECK(options.restarts == 0 || options.ranks > 1, UsageError,
+                "--restarts {}: got no --ranks above 1, expected ranks that can be started again", options.restarts);
+  if (options.ranks > 1 && place.size == 1 && !options.dry_run) return launch(options.ranks, options.restarts);
+  settle_down(place, common.threads);
+  return told_once(place, [&] { return run_rank(options, common, app, place); });
 }
 
 }  // namespace
@@ -107,6 +137,11 @@ Runner add_train(CLI::App& app, CommonOptions& common) {
   app.add_flag("--dry-run", options->dry_run, "Say what would be trained and the memory it needs, then stop");
   app.add_option("--for", options->accelerator,
                  "With --dry-run: the memory and time on this GPU (h100, a100, rtx4090, ...), by its data sheet");
+  app.add_option("--ranks", options->ranks, "Processes of this machine that train it together")
+      ->check(CLI::Range(1, 1024));
+  app.add_option("--restarts", options->restarts,
+                 "With --ranks: how often all are started again, from the newest checkpoint, when one fails")
+      ->check(CLI::Range(0, 1000));
   app.add_flag("--keys", options->keys, "Print every key of a run file with its default, as Markdown tables");
   return [options, &app, &common] { return run_train(*options, common, app); };
 }

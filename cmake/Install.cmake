@@ -20,6 +20,6 @@ write_basic_package_version_file("${CMAKE_BINARY_DIR}/moesaicConfigVersion.cmake
 install(TARGETS moesaic_cli moesaic_shared
   RUNTIME DESTINATION "${CMAKE_INSTALL_BINDIR}" LIBRARY DESTINATION "${CMAKE_INSTALL_LIBDIR}")
 install(DIRECTORY moesaic DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}" FILES_MATCHING PATTERN "*.h" PATTERN "pch.h" EXCLUDE
-  PATTERN "kernels_body.h" EXCLUDE PATTERN "bridge_call.h" EXCLUDE PATTERN "bridge_text.h" EXCLUDE)
+  PATTERN "gloo_names" EXCLUDE PATTERN "kernels_body.h" EXCLUDE PATTERN "bridge_call.h" EXCLUDE PATTERN "bridge_text.h" EXCLUDE)
 install(FILES "${CMAKE_BINARY_DIR}/moesaicConfig.cmake" "${CMAKE_BINARY_DIR}/moesaicConfigVersion.cmake"
   DESTINATION "${_package}")

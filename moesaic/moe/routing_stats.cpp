@@ -45,7 +45,15 @@ struct Means {
   }
 };
 
+void add_to(std::vector<double>& sums, const std::vector<double>& values) {
+  if (sums.size() < values.size()) sums.resize(values.size(), 0.0);
+  for (size_t e = 0; e < values.size(); ++e) sums[e] += values[e];
+}
+
 }  // namespace
+
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(SiteRouting, layer, rows, prob_sum, prob_square_sum, weight_sum, top1, entropy_sum,
+                                   kept, together)
 
 double rounded(double value) { return std::round(value * 1e6) / 1e6; }
 
@@ -109,6 +117,26 @@ void RoutingStats::add(const std::vector<nn::RoutingRecord>& records) {
     for (int64_t e = 0; e < experts; ++e) site.top1[e] += top.data_ptr<int64_t>()[e];
     site.rows += probs.size(0);
     add_kept(site, record.weights.detach());
+  }
+}
+
+Json RoutingStats::sums() const { return owners_; }
+
+void RoutingStats::add(const Json& sums) {
+  for (const auto& [owner, sites] : sums.get<std::map<std::string, Sites>>()) {
+    for (const auto& [name, other] : sites) {
+      const auto [known, is_new] = owners_[owner].try_emplace(name, other);
+      if (is_new) continue;
+      SiteRouting& site = known->second;
+      site.rows += other.rows;
+      site.entropy_sum += other.entropy_sum;
+      for (size_t e = 0; e < site.top1.size(); ++e) site.top1[e] += other.top1[e];
+      add_to(site.prob_sum, other.prob_sum);
+      add_to(site.prob_square_sum, other.prob_square_sum);
+      add_to(site.weight_sum, other.weight_sum);
+      add_to(site.kept, other.kept);
+      add_to(site.together, other.together);
+    }
   }
 }
 

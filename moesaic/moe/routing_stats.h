@@ -48,6 +48,10 @@ class RoutingStats {
 
   /// Throws DataError when one owner's site comes with another number of experts than before.
   void add(const std::vector<nn::RoutingRecord>& records);
+  /// Those of other rows, as sums() of them.
+  void add(const Json& sums);
+  /// All of it, without loss.
+  Json sums() const;
   bool empty() const { return owners_.empty(); }
   const std::map<std::string, Sites>& owners() const { return owners_; }
   /// {owner: {site: {layer, rows, mean_prob [E], prob_std [E], top1_share [E], entropy (nats), entropy_share,

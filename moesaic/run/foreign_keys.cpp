@@ -29,7 +29,6 @@ constexpr ForeignKey kForeignKeys[] = {
     {"deepspeed", any_value, ""},
     {"fsdp", any_value, ""},
     {"fsdp_config", any_value, ""},
-    {"ddp_timeout", any_value, ""},
     {"ddp_find_unused_parameters", any_value, ""},
     {"preprocessing_num_workers", any_value, ""},
     {"preprocessing_batch_size", any_value, ""},

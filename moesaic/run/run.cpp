@@ -79,21 +79,26 @@ void check_output(const RunConfig& config) {
 
 }  // namespace
 
-Run::Run(RunConfig config, bool dry)
+Run::Run(RunConfig config, bool dry, std::shared_ptr<ranks::Group> group)
     : config_(std::move(config)),
       dry_(dry),
+      group_(std::move(group)),
       device_(parse_device(config_.device)),
       format_(number_format(config_.dtype, device_)) {
   train::check_sizes(config_.train);
   if (!dry) {
-    lock_ = std::make_unique<FolderLock>(config_.train.output_dir);
-    check_output(config_);
+    if (group_->first()) {
+      lock_ = std::make_unique<FolderLock>(config_.train.output_dir);
+      check_output(config_);
+    }
+    train::settle_micro_batches(config_.train, *group_);
+    if (group_->size() > 1) config_.resolved["micro_batches_per_step"] = config_.train.micro_batches_per_step;
     train::avoid_heap_holes(format_.dtype, device_);
   }
   config_.resolved["bf16"] = format_.dtype == torch::kBFloat16;
   auto opened = [this](const formats::Checkpoint& checkpoint) {
     open_data(checkpoint);
-    if (dry_) return;
+    if (dry_ || !group_->first()) return;
     judgement_.verdict = std::async(std::launch::async, [this] { return judge_rows(kNamedRows); });
   };
   prepared_ = subject_of(config_.finetuning_type).open(config_, {device_, format_.dtype, dry, opened});
@@ -109,6 +114,32 @@ Run::Run(RunConfig config, bool dry)
     }
   }
   train::check_metric(config_.train, measured);
+  if (!dry) compare_ranks();
+}
+
+/// Throws UsageError naming the ranks that would train something else than rank 0, and by what.
+void Run::compare_ranks() const {
+  if (group_->size() == 1) return;
+  OrderedJson facts = config_.resolved;
+  facts["version of moesaic"] = kVersion;
+  facts["number format"] = dtype_name(format_.dtype);
+  facts["weights of the model"] = prepared_.checkpoint->fingerprint();
+  facts["data"] = OrderedJson::array();
+  for (const auto& count : mixture_->counts()) facts["data"].push_back({count.name, count.rows, count.rate});
+  for (const train::EvalSet& set : eval_sets_) facts["data"].push_back({set.name, set.examples.size()});
+  const std::vector<std::string> all = group_->gather(facts.dump());
+  std::vector<std::string> differ;
+  const OrderedJson first = OrderedJson::parse(all[0]);
+  for (size_t rank = 1; rank < all.size(); ++rank) {
+    const OrderedJson other = OrderedJson::parse(all[rank]);
+    for (const auto& [key, value] : first.items()) {
+      const OrderedJson got = other.value(key, OrderedJson());
+      if (got != value)
+        differ.push_back(fmt::format("rank {}: {}: got {}, expected {}", rank, key, got.dump(), value.dump()));
+    }
+  }
+  MOESAIC_CHECK(differ.empty(), UsageError, "the ranks would not train the same run as rank 0:\n  {}",
+                fmt::join(differ, "\n  "));
 }
 
 void Run::open_data(const formats::Checkpoint& checkpoint) {
@@ -222,7 +253,7 @@ void Run::check_sentences() const {
 /// Steps between evaluations and checkpoints that come once an epoch.
 void Run::settle_epochs() {
   train::TrainConfig& train = config_.train;
-  const int64_t examples = train.per_device_train_batch_size * train.gradient_accumulation_steps;
+  const int64_t examples = train.per_device_train_batch_size * train.micro_batches();
   const int64_t epoch = std::max<int64_t>(1, (mixture_->epoch_size() + examples - 1) / examples);
   if (config_.eval_each_epoch) train.eval_steps = epoch;
   if (config_.save_each_epoch) train.save_steps = epoch;
@@ -352,7 +383,7 @@ Plan Run::needs_plan(const train::Accelerator* on) {
   if (on == nullptr) return plan;
   const train::Cost cost =
       train::micro_batch_cost(*prepared_.model, *prepared_.learner, mean, config.gradient_checkpointing);
-  const double parts = static_cast<double>(config.gradient_accumulation_steps), kTera = 1e12, kGiga = 1e9;
+  const double parts = static_cast<double>(config.micro_batches()), kTera = 1e12, kGiga = 1e9;
   const double seconds = parts * cost.seconds(*on, format_.dtype);
   const int64_t steps = train::steps_of(config, mixture_->epoch_size());
   plan.add("time",
@@ -394,22 +425,30 @@ void Run::write_inputs() const {
 
 train::TrainResult Run::train(const train::TrainHooks& hooks, const std::string& command) {
   MOESAIC_CHECK(!dry_, UsageError, "run: it was opened dry, expected one opened for training");
-  check_rows();
-  write_inputs();
+  if (group_->first()) {
+    check_rows();
+    write_inputs();
+  }
   const train::TrainConfig& config = config_.train;
   const int64_t epoch = mixture_->epoch_size();
   if (prepared_.begin) {
     const bool longer =
-        epoch > 0 &&
-        (config.max_batch_tokens > 0 || config.max_steps < 0 ||
-         config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps > epoch);
+        epoch > 0 && (config.max_batch_tokens > 0 || config.max_steps < 0 ||
+                      config.max_steps * config.per_device_train_batch_size * config.micro_batches() > epoch);
     prepared_.begin(longer || (config.eval_steps > 0 && !eval_sets_.empty()));
+  }
+  train::TrainHooks own = hooks;
+  own.group = group_;
+  if (!tasks_.empty()) own.evaluate_tasks = [this] { return task_scores(); };
+  if (!group_->first()) {
+    const train::TrainResult result =
+        train::train(*prepared_.model, *prepared_.learner, *mixture_, eval_sets_, config, epoch, own);
+    if (prepared_.end) prepared_.end();
+    return result;
   }
   Report report(config.output_dir, report_facts(command), config.resume_from_checkpoint != "none");
   report.write();
   open_samples(report);
-  train::TrainHooks own = hooks;
-  if (!tasks_.empty()) own.evaluate_tasks = [this] { return task_scores(); };
   own.on_log = [&](const train::StepLog& log) {
     report["max_steps"] = log.max_steps;
     if (hooks.on_log) hooks.on_log(log);
@@ -462,6 +501,7 @@ OrderedJson Run::report_facts(const std::string& command) const {
             {"memory_bytes", machine.memory_bytes},
             {"system", machine.system}}},
           {"threads", at::get_num_threads()},
+          {"ranks", group_->size()},
           {"device", device_.str()},
           {"dtype", dtype_name(format_.dtype)},
           {"model", config_.model_name_or_path},

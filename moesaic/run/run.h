@@ -26,7 +26,9 @@ class Run {
  public:
   /// Holds the output folder, where it must find nothing that this run would overwrite, unless the run is `dry`: then
   /// nothing is trained, and what need not be loaded for a plan is not.
-  explicit Run(RunConfig config, bool dry = false);
+  /// group: the ranks that open and train it together, each with the same config.
+  explicit Run(RunConfig config, bool dry = false,
+               std::shared_ptr<ranks::Group> group = std::make_shared<ranks::Group>());
 
   const RunConfig& config() const { return config_; }
   models::LanguageModel& model() { return *prepared_.model; }
@@ -56,7 +58,7 @@ class Run {
   /// nothing can be trained afterwards.
   Plan needs_plan(const train::Accelerator* on = nullptr);
   /// Writes run.yaml and the tokenizer, trains, and writes the model card when the run was not interrupted; beside it
-  /// all the run's report. command: what the user typed, for the report.
+  /// all the run's report. command: what the user typed, for the report. Of several ranks the first one writes.
   train::TrainResult train(const train::TrainHooks& hooks = {}, const std::string& command = "");
 
  private:
@@ -67,6 +69,7 @@ class Run {
     ~Judgement() { given_up = true; }
   };
 
+  void compare_ranks() const;
   void open_data(const formats::Checkpoint& checkpoint);
   std::vector<data::DatasetConfig> resolve(const Json& dataset) const;
   void warn_of_glued_text() const;
@@ -84,6 +87,7 @@ class Run {
 
   RunConfig config_;
   bool dry_;
+  std::shared_ptr<ranks::Group> group_;
   std::unique_ptr<FolderLock> lock_;
   torch::Device device_;
   NumberFormat format_;

@@ -243,7 +243,7 @@ Prepared open_calm(const RunConfig& run, const Place& place) {
                  (*states)->hits() + (*states)->misses(), static_cast<double>((*states)->bytes()) / kMib);
   };
   made.more_memory = [=, gib = run.state_cache_gib, in_memory = run.state_cache_dir.empty(),
-                      steps = run.train.max_steps * run.train.gradient_accumulation_steps](int64_t tokens) {
+                      steps = run.train.max_steps * run.train.micro_batches()](int64_t tokens) {
     std::vector<std::pair<std::string, int64_t>> parts;
     if (gib <= 0 || !in_memory) return parts;
     const double all =

@@ -3,6 +3,7 @@
 #include <malloc.h>
 #include <unistd.h>
 
+#include <bit>
 #include <fstream>
 #include <set>
 
@@ -61,7 +62,8 @@ MemoryEstimate estimate_memory(models::LanguageModel& model, nn::Learner& learne
   add("program", loaded ? std::max<int64_t>(0, resident - weights - (whole ? 0 : trained)) : resident);
   add(whole ? "weights" : "frozen weights", weights);
   if (!whole) add("trained tensors", trained);
-  add("gradients", trained);
+  // Of micro-batches that wait to be added: one of each power of two.
+  add("gradients", std::bit_width(static_cast<uint64_t>(config.micro_batches())) * trained);
   add("optimizer state", (config.optim == "adamw" ? 2 : 1) * trained);
   const int64_t activations = model.activation_bytes(tokens, config.gradient_checkpointing);
   add("activations", activations);

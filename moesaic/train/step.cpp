@@ -1,6 +1,9 @@
 #include "moesaic/train/step.h"
 
+#include <numeric>
+
 #include "moesaic/base/check.h"
+#include "moesaic/base/seed.h"
 #include "moesaic/models/finite.h"
 #include "moesaic/moe/router.h"
 #include "moesaic/train/checkpointed_blocks.h"
@@ -31,7 +34,7 @@ std::optional<data::Example> BatchReader::take(const MicroBatch& batch) {
 
 std::vector<MicroBatch> BatchReader::next_step() {
   std::vector<MicroBatch> batches;
-  for (int64_t i = 0; i < config_.gradient_accumulation_steps; ++i) {
+  for (int64_t i = 0; i < config_.micro_batches(); ++i) {
     MicroBatch batch;
     while (auto example = take(batch)) {
       batch.tokens += static_cast<int64_t>(example->ids.size());
@@ -39,6 +42,29 @@ std::vector<MicroBatch> BatchReader::next_step() {
     }
     if (batch.examples.empty()) break;
     batches.push_back(std::move(batch));
+  }
+  return batches.size() > 1 && config_.max_batch_tokens == 0 ? dealt(std::move(batches)) : batches;
+}
+
+std::vector<MicroBatch> BatchReader::dealt(std::vector<MicroBatch> read) const {
+  std::vector<data::Example> examples;
+  for (MicroBatch& batch : read) std::move(batch.examples.begin(), batch.examples.end(), std::back_inserter(examples));
+  std::vector<size_t> order(examples.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::stable_sort(order.begin(), order.end(),
+                   [&](size_t a, size_t b) { return examples[a].ids.size() > examples[b].ids.size(); });
+  std::vector<std::vector<size_t>> dealt(read.size());
+  std::vector<int64_t> tokens(read.size(), 0);
+  for (const size_t i : order) {
+    const auto lightest = std::min_element(tokens.begin(), tokens.end()) - tokens.begin();
+    dealt[lightest].push_back(i);
+    tokens[lightest] += static_cast<int64_t>(examples[i].ids.size());
+  }
+  std::vector<MicroBatch> batches;
+  for (size_t k = 0; k < dealt.size(); ++k) {
+    std::sort(dealt[k].begin(), dealt[k].end());  // as they were read
+    MicroBatch& batch = batches.emplace_back(MicroBatch{{}, tokens[k]});
+    for (const size_t i : dealt[k]) batch.examples.push_back(std::move(examples[i]));
   }
   return batches;
 }
@@ -54,8 +80,13 @@ models::Text text_of(const data::Batch& batch, const std::vector<data::Example>&
   return text;
 }
 
-Stepper::Stepper(models::LanguageModel& model, nn::Learner& learner, const TrainConfig& config)
-    : model_(model), config_(config), tensors_(optimized_tensors(learner, config)) {
+Stepper::Stepper(models::LanguageModel& model, nn::Learner& learner, const TrainConfig& config,
+                 std::shared_ptr<ranks::Group> group)
+    : model_(model),
+      config_(config),
+      group_(std::move(group)),
+      tensors_(optimized_tensors(learner, config)),
+      sum_(group_) {
   if (config.optim == "adamw") {
     optimizer_ = make_adamw(tensors_, {config.adam_beta1, config.adam_beta2, config.adam_epsilon});
   } else {
@@ -76,20 +107,38 @@ StepResult Stepper::run(const std::vector<MicroBatch>& batches, int64_t step, do
     }
   }
   MOESAIC_CHECK(targets > 0, DataError, "step {}: none of its examples has a token to train on", step);
-  for (auto& t : tensors_) t.tensor.mutable_grad() = torch::Tensor();
 
-  torch::Tensor loss, aux_loss;
-  for (const auto& batch : batches) {
+  // What is summed: the gradients, the answers' loss, the routers'.
+  std::vector<torch::Tensor> like;
+  for (const auto& t : tensors_) like.push_back(t.tensor);
+  like.insert(like.end(), 2, torch::empty({}, torch::dtype(torch::kFloat32).device(model_.facts().device)));
+  Json routed = Json::array();
+  sum_.begin(std::ssize(batches));
+  const auto [first, last] = sum_.own();
+  for (int64_t k = first; k < last; ++k) {
+    const MicroBatch& batch = batches[k];
+    torch::manual_seed(
+        derive_seed(config_.seed, "micro_batch", static_cast<uint64_t>((step - 1) * config_.micro_batches() + k)));
+    for (auto& t : tensors_) t.tensor.mutable_grad() = torch::Tensor();
     const data::Batch collated = data::collate(batch.examples, model_.facts().device);
     const auto share = static_cast<double>(batch.tokens) / static_cast<double>(result.tokens);
-    const auto [answers, routers] =
-        batch_loss(collated, batch, row_weights(collated, batch, targets, sequences), share, routing);
+    moe::RoutingStats own;
+    const auto [answers, routers] = batch_loss(collated, batch, row_weights(collated, batch, targets, sequences), share,
+                                               routing != nullptr ? &own : nullptr);
     const torch::Tensor total = routers.defined() ? answers + routers : answers;
     if (total.requires_grad()) total.backward();
-    loss = sum_of(loss, answers.detach());
-    if (routers.defined()) aux_loss = sum_of(aux_loss, routers.detach());
+    std::vector<torch::Tensor> part;
+    for (const auto& t : tensors_) part.push_back(t.tensor.grad());
+    part.push_back(answers.detach());
+    part.push_back(routers.defined() ? routers.detach() : torch::Tensor());
+    sum_.add(std::move(part));
+    if (routing != nullptr) routed.push_back(own.sums());
   }
-  result.loss = loss.item<double>();
+  const std::vector<torch::Tensor> sums = sum_.total(like);
+  for (size_t i = 0; i < tensors_.size(); ++i) tensors_[i].tensor.mutable_grad() = sums[i];
+  if (routing != nullptr) gather_routing(routed, *routing);
+  result.loss = sums[tensors_.size()].item<double>();
+  const torch::Tensor& aux_loss = sums.back();
   result.aux_loss = aux_loss.defined() ? aux_loss.item<double>() : 0.0;
   result.grad_norm = clip_gradients(tensors_, config_.max_grad_norm);
   if (!std::isfinite(result.loss + result.aux_loss) || !std::isfinite(result.grad_norm)) {
@@ -97,6 +146,15 @@ StepResult Stepper::run(const std::vector<MicroBatch>& batches, int64_t step, do
   }
   optimizer_->step(factor);
   return result;
+}
+
+/// Adds up what the micro-batches of all ranks had, in their order.
+void Stepper::gather_routing(const Json& own, moe::RoutingStats& routing) const {
+  std::string bytes;  // a form that holds NaN, too
+  Json::to_cbor(own, bytes);
+  for (const std::string& of_rank : group_->gather(bytes)) {
+    for (const auto& sums : Json::from_cbor(of_rank)) routing.add(sums);
+  }
 }
 
 /// [M]: the weight of each label's cross entropy in the step's loss.

@@ -31,7 +31,13 @@ void each_train_key(Config& train, Visit visit) {
   visit("max_batch_tokens", train.max_batch_tokens,
         KeyInfo{kSteps, "fill micro-batches up to so many tokens instead; 0 is off", true});
   visit("gradient_accumulation_steps", train.gradient_accumulation_steps,
-        KeyInfo{kSteps, "micro-batches of a step", true});
+        KeyInfo{kSteps, "micro-batches of a step that a rank makes", true});
+  visit("micro_batches_per_step", train.micro_batches_per_step,
+        KeyInfo{kSteps,
+                "micro-batches of a step that all ranks make together: the run is then the same for every number of "
+                "ranks; 0 is `gradient_accumulation_steps` times the ranks, as elsewhere"});
+  visit("ddp_timeout", train.ddp_timeout,
+        KeyInfo{kSteps, "seconds that a rank waits for the others before it gives up"});
   visit("loss_normalization", train.loss_normalization,
         KeyInfo{kSteps,
                 "`tokens`: mean over all target tokens of the step; `sequences`: mean over examples of their means",

@@ -1,8 +1,10 @@
 #include "moesaic/train/trainer.h"
 
+#include <bit>
 #include <cstdlib>
 
 #include "moesaic/base/check.h"
+#include "moesaic/base/sha256.h"
 #include "moesaic/train/checkpoint.h"
 #include "moesaic/train/checkpointed_blocks.h"
 #include "moesaic/train/journal.h"
@@ -65,7 +67,8 @@ class Run {
         max_steps_(steps_of(config, epoch_size)),
         warmup_steps_(warmup_of(config, max_steps_)),
         reader_(stream, config),
-        stepper_(model, learner, config),
+        group_(*hooks.group),
+        stepper_(model, learner, config, hooks.group),
         journal_(config, epoch_size, hooks.on_row) {}
 
   /// What execute() does before its first step, without writing.
@@ -76,10 +79,9 @@ class Run {
 
   TrainResult execute() {
     const DeterministicAlgorithms deterministic(config_.deterministic, model_.facts().device);
-    prepare_output();
-    torch::manual_seed(config_.seed);
+    if (group_.first()) prepare_output();
     resume();
-    journal_.open(step_);
+    if (group_.first()) journal_.open(step_);
     if (step_ == 0 && config_.eval_on_start && !eval_sets_.empty()) evaluate();
     if (step_ == 0 && hooks_.evaluate_tasks) evaluate_tasks(0);
     const int64_t first_step = step_;
@@ -99,8 +101,8 @@ class Run {
       log.tokens = tokens_;
       log.eta = log.seconds / static_cast<double>(step_ - first_step) * static_cast<double>(max_steps_ - step_);
       loss_sum += log.loss;
-      if (hooks_.on_log) hooks_.on_log(log);
-      if (is_due(config_.logging_steps)) journal_.write_step(log, examples_, routing);
+      if (group_.first() && hooks_.on_log) hooks_.on_log(log);
+      if (group_.first() && is_due(config_.logging_steps)) journal_.write_step(log, examples_, routing);
 
       bool improved = false;
       if (config_.eval_steps > 0 && !eval_sets_.empty() && is_due(config_.eval_steps)) improved = evaluate();
@@ -110,7 +112,7 @@ class Run {
       result.stopped_early =
           stops_early && step_ < max_steps_ && evaluations_since_best_ >= config_.early_stopping_patience;
       const bool last = step_ == max_steps_ || result.stopped_early;
-      result.interrupted = hooks_.stop && hooks_.stop() && step_ < max_steps_;
+      result.interrupted = group_.any(hooks_.stop && hooks_.stop()) && step_ < max_steps_;
       const bool due = config_.save_steps > 0 && (step_ % config_.save_steps == 0 || last || improved);
       if (due || result.interrupted) save(improved);
       if (result.interrupted) break;
@@ -120,7 +122,7 @@ class Run {
       take_best(step_ > first_step);
       result.weights_of = best_->step;
     }
-    if (writes_files() && !result.interrupted) {
+    if (group_.first() && writes_files() && !result.interrupted) {
       learner_.save(config_.output_dir);
       write_file_atomically(config_.output_dir / "trainer_state.json", state_json().dump(2) + "\n");
     }
@@ -177,7 +179,7 @@ class Run {
     std::vector<double> losses;
     double sum = 0, targets = 0;
     for (const EvalSet& set : eval_sets_) {
-      const double loss = evaluate_loss(model_, set.examples, config_.per_device_train_batch_size);
+      const double loss = evaluate_loss(model_, set.examples, config_.per_device_train_batch_size, group_);
       MOESAIC_CHECK(
           std::isfinite(loss), DataError,
           "step {}: got an evaluation loss of {} on {}, expected a finite one: the model's numbers overflow, "
@@ -193,15 +195,23 @@ class Run {
     losses.insert(losses.begin(), sum / targets);
     Scores scores;
     for (const std::string& name : loss_names(eval_sets_)) scores.emplace_back(name, losses[scores.size()]);
-    journal_.write_evaluation(step_, step_, scores);
+    if (group_.first()) journal_.write_evaluation(step_, step_, scores);
     return step_ > 0 && judge(scores);
   }
 
   /// The same for tasks, with the weights of step `weights_of`.
   bool evaluate_tasks(int64_t weights_of) {
-    Scores scores = hooks_.evaluate_tasks();
-    for (auto& [name, value] : scores) name = "eval/" + name;
-    journal_.write_evaluation(step_, weights_of, scores);
+    Json rows = Json::array();
+    if (group_.first()) {
+      for (const auto& [name, value] : hooks_.evaluate_tasks()) {
+        rows.push_back({"eval/" + name, std::bit_cast<uint64_t>(value)});
+      }
+    }
+    Scores scores;
+    for (const auto& row : Json::parse(group_.from_first(rows.dump()))) {
+      scores.emplace_back(row[0], std::bit_cast<double>(row[1].get<uint64_t>()));
+    }
+    if (group_.first()) journal_.write_evaluation(step_, weights_of, scores);
     scored_step_ = weights_of;
     return weights_of == step_ && step_ > 0 && judge(scores);
   }
@@ -251,13 +261,34 @@ class Run {
 
   void save(bool is_best) {
     if (!writes_files()) return;
+    compare_weights();
     if (is_best) best_checkpoint_ = fmt::format("checkpoint-{}", step_);
-    TrainerCheckpoint checkpoint{state_json(), stepper_.optimizer().state()};
-    const auto random = random_state(model_.facts().device);
-    checkpoint.tensors["random.cpu"] = random[0];
-    if (random.size() > 1) checkpoint.tensors["random.device"] = random[1];
+    if (!group_.first()) return;
+    const TrainerCheckpoint checkpoint{state_json(), stepper_.optimizer().state()};
     write_checkpoint(config_.output_dir, step_, checkpoint, [this](const fs::path& dir) { learner_.save(dir); });
     rotate_checkpoints(config_.output_dir, config_.save_total_limit, step_, best_checkpoint_);
+  }
+
+  /// Throws DataError naming the ranks whose weights are not rank 0's.
+  void compare_weights() {
+    if (group_.size() == 1) return;
+    Sha256 digest;
+    for (const auto& [name, tensor] : stepper_.optimizer().state()) add_to(digest, tensor);
+    for (const nn::Parameter& parameter : learner_.parameters()) add_to(digest, parameter.tensor);
+    const std::vector<std::string> all = group_.gather(digest.hex());
+    std::vector<size_t> others;
+    for (size_t rank = 1; rank < all.size(); ++rank) {
+      if (all[rank] != all[0]) others.push_back(rank);
+    }
+    MOESAIC_CHECK(others.empty(), DataError,
+                  "step {}: got other weights at rank {} than at rank 0, expected the same bytes: another kind of "
+                  "processor, or damaged memory?\nhint: earlier checkpoints are as they were",
+                  step_, fmt::join(others, ", "));
+  }
+
+  static void add_to(Sha256& digest, const torch::Tensor& tensor) {
+    const torch::Tensor bytes = tensor.detach().cpu().contiguous();
+    digest.update({static_cast<const char*>(bytes.data_ptr()), bytes.nbytes()});
   }
 
   void resume() {
@@ -289,17 +320,9 @@ class Run {
       }
     }
     learner_.load(dir);
-    std::vector<torch::Tensor> random;
-    for (const char* name : {"random.cpu", "random.device"}) {
-      if (auto node = checkpoint.tensors.extract(name)) random.push_back(node.mapped().clone());
-    }
+    // Of versions in which chance did not follow from the step.
+    for (const char* name : {"random.cpu", "random.device"}) checkpoint.tensors.erase(name);
     stepper_.optimizer().load_state(checkpoint.tensors);
-    const torch::Device device = model_.facts().device;
-    const size_t expected = device.is_cpu() ? 1 : 2;
-    MOESAIC_CHECK(random.size() == expected || device.is_meta(), DataError,
-                  "{}: got {} random generator states, expected {}: it was made on another kind of device",
-                  dir.string(), random.size(), expected);
-    if (!device.is_meta()) set_random_state(device, random);
     reader_.set_state(get<Json>(own, "sampler", where));
     step_ = get<int64_t>(checkpoint.state, "global_step", where);
     tokens_ = get<int64_t>(checkpoint.state, "num_input_tokens_seen", where);
@@ -323,6 +346,7 @@ class Run {
   const TrainHooks& hooks_;
   int64_t max_steps_, warmup_steps_;
   BatchReader reader_;
+  ranks::Group& group_;
   Stepper stepper_;
   Journal journal_;
 
@@ -340,12 +364,43 @@ Json identity(const TrainConfig& config, int64_t max_steps) {
   each_train_key(config, [&](const char* key, const auto& field, const KeyInfo& info) {
     if (info.identity) json[key] = field;
   });
+  json["micro_batches_per_step"] = config.micro_batches();
   return json;
+}
+
+void settle_micro_batches(TrainConfig& config, ranks::Group& group) {
+  std::string dir;
+  if (group.first() && config.resume_from_checkpoint == "auto" && !config.overwrite_output_dir) {
+    std::vector<std::string> passed_over;
+    if (const auto newest = newest_checkpoint(config.output_dir, &passed_over)) {
+      for (const std::string& why : passed_over) spdlog::warn("passed over: {}", why);
+      dir = newest->path.string();
+    }
+  } else if (config.resume_from_checkpoint != "auto" && config.resume_from_checkpoint != "none") {
+    dir = config.resume_from_checkpoint;
+  }
+  dir = group.from_first(dir);
+  if (!dir.empty()) config.resume_from_checkpoint = dir;
+  if (config.micro_batches_per_step == 0 && !dir.empty()) {
+    const std::string where = (fs::path(dir) / "trainer_state.json").string();
+    const Json saved = get<Json>(get<Json>(read_checkpoint(dir).state, "moesaic", where), "config", where);
+    if (saved.value("gradient_accumulation_steps", Json()) == config.gradient_accumulation_steps) {
+      config.micro_batches_per_step =
+          get_or<int64_t>(saved, "micro_batches_per_step", config.gradient_accumulation_steps, where);
+    }
+  }
+  const int64_t usual = config.gradient_accumulation_steps * group.size();
+  if (config.micro_batches_per_step == 0) config.micro_batches_per_step = usual;
+  const int64_t all = config.micro_batches_per_step;
+  MOESAIC_CHECK(group.size() <= all, UsageError,
+                "got {} ranks and {} micro-batches a step, expected at most one rank each\nhint: more "
+                "gradient_accumulation_steps or micro_batches_per_step, with a smaller per_device_train_batch_size",
+                group.size(), all);
 }
 
 int64_t steps_of(const TrainConfig& config, int64_t epoch_size) {
   if (config.max_steps > 0) return config.max_steps;
-  const int64_t per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps;
+  const int64_t per_step = config.per_device_train_batch_size * config.micro_batches();
   return static_cast<int64_t>(
       std::ceil(static_cast<double>(epoch_size) * config.num_train_epochs / static_cast<double>(per_step)));
 }
@@ -358,6 +413,7 @@ void check_sizes(const TrainConfig& config) {
   };
   at_most("per_device_train_batch_size", config.per_device_train_batch_size, kExamples);
   at_most("gradient_accumulation_steps", config.gradient_accumulation_steps, kExamples);
+  at_most("micro_batches_per_step", config.micro_batches_per_step, kExamples);
   at_most("max_batch_tokens", config.max_batch_tokens, kTokens);
   at_most("max_steps", config.max_steps, kSteps);
   at_most("warmup_steps", config.warmup_steps, kSteps);
@@ -376,6 +432,8 @@ void check_config(const TrainConfig& config, int64_t epoch_size) {
   };
   require(config.per_device_train_batch_size > 0, "per_device_train_batch_size must be at least 1");
   require(config.gradient_accumulation_steps > 0, "gradient_accumulation_steps must be at least 1");
+  require(config.micro_batches_per_step >= 0, "micro_batches_per_step must not be negative");
+  require(config.ddp_timeout > 0, "ddp_timeout must be at least 1");
   require(config.max_batch_tokens >= 0, "max_batch_tokens must not be negative");
   require(std::isfinite(config.learning_rate) && config.learning_rate >= 0, "learning_rate must not be negative");
   require(std::isfinite(config.router_learning_rate) && config.router_learning_rate >= 0,
@@ -474,21 +532,34 @@ std::vector<OptimizedTensor> optimized_tensors(nn::Learner& learner, const Train
 }
 
 double evaluate_loss(models::LanguageModel& model, const std::vector<data::Example>& examples, int64_t batch_size) {
+  ranks::Group alone;
+  return evaluate_loss(model, examples, batch_size, alone);
+}
+
+double evaluate_loss(models::LanguageModel& model, const std::vector<data::Example>& examples, int64_t batch_size,
+                     ranks::Group& group) {
   torch::NoGradGuard no_grad;
   const torch::Device device = model.facts().device;
-  double sum = 0;
-  int64_t targets = 0;
-  for (size_t begin = 0; begin < examples.size(); begin += static_cast<size_t>(batch_size)) {
-    const std::vector<data::Example> part(
-        examples.begin() + static_cast<ptrdiff_t>(begin),
-        examples.begin() + static_cast<ptrdiff_t>(std::min(examples.size(), begin + static_cast<size_t>(batch_size))));
+  const auto count = std::ssize(examples), batches = (count + batch_size - 1) / batch_size;
+  Json own = Json::array();  // of each batch its sum and targets
+  for (int64_t b = batches * group.rank() / group.size(); b < batches * (group.rank() + 1) / group.size(); ++b) {
+    const std::vector<data::Example> part(examples.begin() + b * batch_size,
+                                          examples.begin() + std::min(count, (b + 1) * batch_size));
     const data::Batch batch = data::collate(part, device);
     if (batch.num_targets() == 0) continue;
     nn::Pass pass;
     const torch::Tensor hidden = model.hidden(text_of(batch, part), pass);
     const auto ones = torch::ones({batch.num_targets()}, torch::dtype(torch::kFloat32).device(device));
-    sum += model.head().loss(hidden, batch.labels, ones).item<double>();
-    targets += batch.num_targets();
+    own.push_back(
+        {std::bit_cast<uint64_t>(model.head().loss(hidden, batch.labels, ones).item<double>()), batch.num_targets()});
+  }
+  double sum = 0;
+  int64_t targets = 0;
+  for (const std::string& of_rank : group.gather(own.dump())) {
+    for (const auto& [loss, number] : Json::parse(of_rank).get<std::vector<std::pair<uint64_t, int64_t>>>()) {
+      sum += std::bit_cast<double>(loss);
+      targets += number;
+    }
   }
   MOESAIC_CHECK(targets > 0, DataError, "evaluation: none of the {} examples has a token to score", examples.size());
   return sum / static_cast<double>(targets);
@@ -508,7 +579,9 @@ TrainResult train(models::LanguageModel& model, nn::Learner& learner, data::Exam
                   const TrainHooks& hooks) {
   check_config(config, epoch_size);
   check_run(config, model, learner);
-  return Run(model, learner, stream, eval_sets, config, epoch_size, hooks).execute();
+  TrainConfig settled = config;
+  settle_micro_batches(settled, *hooks.group);
+  return Run(model, learner, stream, eval_sets, settled, epoch_size, hooks).execute();
 }
 
 }  // namespace moesaic::train

@@ -10,6 +10,7 @@
 #include "moesaic/data/example.h"
 #include "moesaic/models/language_model.h"
 #include "moesaic/nn/learner.h"
+#include "moesaic/ranks/group.h"
 #include "moesaic/train/optimizer.h"
 
 namespace moesaic::train {
@@ -20,7 +21,9 @@ struct TrainConfig {
   bool overwrite_output_dir = false;        // delete an earlier run's checkpoints there
   int64_t per_device_train_batch_size = 8;  // examples per micro-batch
   int64_t max_batch_tokens = 0;             // 0 = off; else micro-batches are filled up to so many tokens instead
-  int64_t gradient_accumulation_steps = 1;  // micro-batches of a step
+  int64_t gradient_accumulation_steps = 1;  // micro-batches of a step that a rank makes
+  int64_t micro_batches_per_step = 0;       // of all ranks together; 0 = gradient_accumulation_steps * ranks
+  int64_t ddp_timeout = 1800;               // seconds that a rank waits for the others
   double learning_rate = 3e-4;              // peak
   double router_learning_rate = 0;          // 0 = learning_rate
   std::string optim = "adamw";              // adamw | adafactor
@@ -52,6 +55,11 @@ struct TrainConfig {
   std::vector<std::string> report_to{"jsonl"};  // jsonl, tensorboard
   uint64_t seed = 42;                           // of dropout, jitter and everything else random in training
   bool deterministic = false;  // PyTorch's deterministic algorithms only; on the CPU runs repeat themselves either way
+
+  /// Of a step, of all ranks together; of one rank where that is not settled.
+  int64_t micro_batches() const {
+    return micro_batches_per_step > 0 ? micro_batches_per_step : gradient_accumulation_steps;
+  }
 };
 
 /// What one step did.
@@ -71,6 +79,10 @@ struct EvalSet {
   std::vector<data::Example> examples;
 };
 
+/// Settles micro_batches_per_step: as it is given; else that of the checkpoint which the run goes on with, where that
+/// had as many gradient_accumulation_steps; else gradient_accumulation_steps * ranks. Names the checkpoint, so that all
+/// ranks go on with the same one. Throws UsageError for more ranks than micro-batches.
+void settle_micro_batches(TrainConfig& config, ranks::Group& group);
 /// Steps of a run whose epochs have `epoch_size` examples.
 int64_t steps_of(const TrainConfig& config, int64_t epoch_size);
 /// Throws UsageError naming every size of `config` that no machine has room or time for.
@@ -101,6 +113,8 @@ struct TrainHooks {
   TaskEvaluation evaluate_tasks{};
   std::function<bool()> stop{};  // asked after every step; true: the step is saved and the run ends `interrupted`
   std::function<void(const Json& row)> on_row{};  // gets every row of train_log.jsonl and router_stats.jsonl
+  /// The ranks that train together; rank 0 alone writes, logs, evaluates tasks and calls on_log and on_row.
+  std::shared_ptr<ranks::Group> group = std::make_shared<ranks::Group>();
 };
 
 /// The best evaluation of a run.
@@ -147,7 +161,7 @@ struct TrainResult {
 /// save_steps > 0.
 ///
 /// Throws UsageError for a config that can't be run, DataError when loss or gradient is not finite (naming step and
-/// block; nothing is saved) or when a checkpoint does not fit.
+/// block; nothing is saved), when a checkpoint does not fit, when a rank is gone or has other weights than another.
 TrainResult train(models::LanguageModel& model, nn::Learner& learner, data::ExampleStream& stream,
                   const std::vector<EvalSet>& eval_sets, const TrainConfig& config, int64_t epoch_size,
                   const TrainHooks& hooks = {});
@@ -157,7 +171,9 @@ TrainResult train(models::LanguageModel& model, nn::Learner& learner, data::Exam
 void check_start(models::LanguageModel& model, nn::Learner& learner, data::ExampleStream& stream,
                  const TrainConfig& config, int64_t epoch_size);
 
-/// Mean cross entropy per target over `examples`, in nats.
+/// Mean cross entropy per target over `examples`, in nats; each rank of `group` runs its part of the batches.
+double evaluate_loss(models::LanguageModel& model, const std::vector<data::Example>& examples, int64_t batch_size,
+                     ranks::Group& group);
 double evaluate_loss(models::LanguageModel& model, const std::vector<data::Example>& examples, int64_t batch_size);
 
 /// The learner's tensors with their learning rates and weight decays: routers have their own rate and no decay, vectors

@@ -10,11 +10,11 @@ using testing::ElementsAre;
 using testing::HasSubstr;
 
 TEST(ForeignKeys, AreTakenOutOrRefused) {
-  OrderedJson run = {{"ddp_timeout", 180000000}, {"learning_rate", 1e-4}, {"do_train", true},
-                     {"plot_loss", true},        {"use_dora", false},     {"neftune_noise_alpha", 5}};
+  OrderedJson run = {{"tf32", true},      {"learning_rate", 1e-4}, {"do_train", true},
+                     {"plot_loss", true}, {"use_dora", false},     {"neftune_noise_alpha", 5}};
   std::vector<std::string> refused;
   EXPECT_THAT(take_foreign_keys(run, refused),
-              testing::UnorderedElementsAre("ddp_timeout", "plot_loss", "do_train", "use_dora"));
+              testing::UnorderedElementsAre("tf32", "plot_loss", "do_train", "use_dora"));
   EXPECT_THAT(refused, ElementsAre(HasSubstr("neftune_noise_alpha: got 5")));
   EXPECT_EQ(run, OrderedJson({{"learning_rate", 1e-4}}));
 }

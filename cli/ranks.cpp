@@ -1,0 +1,196 @@
+#include "cli/ranks.h"
+
+#include <ATen/Parallel.h>
+#include <sched.h>
+#include <spdlog/spdlog.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <csignal>
+#include <cstdlib>
+#include <fstream>
+#include <iterator>
+#include <thread>
+#include <vector>
+
+#include "cli/streams.h"
+#include "moesaic/base/check.h"
+#include "moesaic/base/device.h"
+#include "moesaic/ranks/group.h"
+
+extern char** environ;  // NOLINT(readability-redundant-declaration)
+
+namespace moesaic::cli {
+namespace {
+
+using std::chrono::seconds;
+using std::chrono::steady_clock;
+
+constexpr const char* kLaunched = "MOESAIC_LAUNCHED";  // by us, who tell which rank failed
+constexpr seconds kGrace(10);                          // until a rank that was asked to end is killed
+constexpr int kForwarded[] = {SIGINT, SIGTERM, SIGHUP, SIGUSR1};
+
+int cores() {
+  cpu_set_t ours;
+  return sched_getaffinity(0, sizeof ours, &ours) == 0 ? CPU_COUNT(&ours)
+                                                       : static_cast<int>(std::thread::hardware_concurrency());
+}
+
+std::vector<char*> pointers(std::vector<std::string>& words) {
+  std::vector<char*> result;
+  for (std::string& word : words) result.push_back(word.data());
+  result.push_back(nullptr);
+  return result;
+}
+
+struct Child {
+  pid_t process;
+  bool running = true;
+  int status = 0;  // as waitpid has it
+
+  int exit_code() const { return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status); }
+  bool failed() const {
+    return !running && exit_code() != 0 && exit_code() != static_cast<int>(ExitCode::kInterrupted);
+  }
+};
+
+Child start(std::vector<std::string>& arguments, int64_t rank, int64_t size, int64_t port, int64_t restart) {
+  std::vector<std::string> environment{
+      fmt::format("RANK={}", rank),
+      fmt::format("WORLD_SIZE={}", size),
+      fmt::format("LOCAL_RANK={}", rank),
+      fmt::format("LOCAL_WORLD_SIZE={}", size),
+      "MASTER_ADDR=127.0.0.1",
+      fmt::format("MASTER_PORT={}", port),
+      "TORCHELASTIC_USE_AGENT_STORE=True",
+      fmt::format("TORCHELASTIC_RESTART_COUNT={}", restart),
+      fmt::format("{}=1", kLaunched),
+  };
+  for (char** variable = environ; *variable != nullptr; ++variable) {
+    const std::string name(*variable, std::string(*variable).find('='));
+    const bool ours = std::any_of(environment.begin(), environment.end(),
+                                  [&](const std::string& own) { return own.starts_with(name + "="); });
+    if (!ours) environment.emplace_back(*variable);
+  }
+  const std::vector<char*> words = pointers(arguments), variables = pointers(environment);
+  sigset_t none;
+  sigemptyset(&none);
+  const pid_t parent = getpid();
+  const pid_t process = fork();
+  MOESAIC_CHECK(process >= 0, DataError, "can't start a process: {}", std::strerror(errno));
+  if (process > 0) return {process};
+  // Until the program begins anew, only calls that are safe beside the threads that are gone.
+  setpgid(0, 0);  // the terminal's signals come through us
+  prctl(PR_SET_PDEATHSIG, SIGTERM);
+  if (getppid() != parent) _exit(1);
+  sigprocmask(SIG_SETMASK, &none, nullptr);
+  execve("/proc/self/exe", words.data(), variables.data());
+  _exit(127);
+}
+
+std::vector<std::string> own_arguments() {
+  std::ifstream file("/proc/self/cmdline", std::ios::binary);
+  std::vector<std::string> arguments;
+  for (std::string word; std::getline(file, word, '\0');) arguments.push_back(word);
+  return arguments;
+}
+
+/// Runs the ranks once, to their ends. Returns the first that failed, or -1.
+int64_t run_once(std::vector<Child>& children, const sigset_t& signals) {
+  int64_t failed = -1;
+  steady_clock::time_point until;
+  auto send = [&](int signal) {
+    for (const Child& child : children) {
+      if (child.running) kill(child.process, signal);
+    }
+  };
+  while (std::any_of(children.begin(), children.end(), [](const Child& child) { return child.running; })) {
+    const timespec moment{0, 100'000'000};
+    const int signal = sigtimedwait(&signals, nullptr, &moment);
+    if (signal > 0 && signal != SIGCHLD) send(signal);
+    for (size_t rank = 0; rank < children.size(); ++rank) {
+      Child& child = children[rank];
+      if (!child.running || waitpid(child.process, &child.status, WNOHANG) != child.process) continue;
+      child.running = false;
+      if (failed >= 0 || !child.failed()) continue;
+      failed = static_cast<int64_t>(rank);
+      until = steady_clock::now() + kGrace;
+      send(SIGTERM);
+    }
+    if (failed >= 0 && steady_clock::now() > until) send(SIGKILL);
+  }
+  return failed;
+}
+
+}  // namespace
+
+int launch(int64_t ranks, int64_t restarts) {
+  std::vector<std::string> arguments = own_arguments();
+  sigset_t signals, before;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGCHLD);
+  for (const int signal : kForwarded) sigaddset(&signals, signal);
+  pthread_sigmask(SIG_BLOCK, &signals, &before);
+  int code = 0;
+  for (int64_t restart = 0;; ++restart) {
+    const ranks::Host host(ranks);
+    std::vector<Child> children;
+    for (int64_t rank = 0; rank < ranks; ++rank)
+      children.push_back(start(arguments, rank, ranks, host.port(), restart));
+    const int64_t failed = run_once(children, signals);
+    if (failed < 0) {
+      const auto interrupted =
+          std::find_if(children.begin(), children.end(), [](const Child& child) { return child.exit_code() != 0; });
+      code = interrupted == children.end() ? 0 : interrupted->exit_code();
+      break;
+    }
+    const Child& child = children[failed];
+    code = child.exit_code();
+    say_error("rank {} {}; the other ranks were ended\n", failed,
+              WIFSIGNALED(child.status) ? fmt::format("was ended by signal {} ({})", WTERMSIG(child.status),
+                                                      strsignal(WTERMSIG(child.status)))
+                                        : fmt::format("ended with exit code {}", code));
+    if (restart >= restarts || code == static_cast<int>(ExitCode::kUsage)) break;
+    say_error("starting the {} ranks again, {} of {} times\n", ranks, restart + 1, restarts);
+  }
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  return code;
+}
+
+ranks::Place own_place() {
+  return ranks::place_from([](const char* name) { return std::getenv(name); }).value_or(ranks::Place{});
+}
+
+void settle_down(const ranks::Place& place, int threads) {
+  if (place.size == 1) return;
+  const int share = std::max<int>(1, cores() / static_cast<int>(place.local_size));
+  if (threads == 0 && std::getenv("OMP_NUM_THREADS") == nullptr) set_threads(share);
+  if (place.rank == 0) {
+    if (at::get_num_threads() > share) {
+      spdlog::warn("{} ranks with {} threads each on {} cores: they wait for each other\nhint: --threads {}",
+                   place.local_size, at::get_num_threads(), cores(), share);
+    }
+    return;
+  }
+  MOESAIC_CHECK(std::freopen("/dev/null", "w", stdout) != nullptr, DataError, "/dev/null can't be opened");
+  spdlog::set_level(std::max(spdlog::get_level(), spdlog::level::warn));
+  spdlog::set_pattern(fmt::format("[rank {}] %^%l%$: %v", place.rank));
+}
+
+int told_once(const ranks::Place& place, const std::function<int()>& work) {
+  if (place.rank == 0) return work();
+  try {
+    return work();
+  } catch (const ranks::Lost& error) {
+    if (std::getenv(kLaunched) == nullptr) throw;
+    return static_cast<int>(error.exit_code());
+  } catch (const Error& error) {
+    if (std::getenv(kLaunched) != nullptr) std::this_thread::sleep_for(seconds(1));
+    throw Error(error.exit_code(), fmt::format("rank {}: {}", place.rank, error.what()));
+  }
+}
+
+}  // namespace moesaic::cli

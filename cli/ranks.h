@@ -1,0 +1,26 @@
+// A run trained by several processes: started by us, or by torchrun, mpirun or srun.
+#pragma once
+#include <cstdint>
+#include <functional>
+
+#include "moesaic/ranks/place.h"
+
+namespace moesaic::cli {
+
+/// Starts this program `ranks` times on this machine, each with its place in the environment; ends them when one fails,
+/// and starts all again up to `restarts` times. Signals go to all of them. Returns the exit code of the first that
+/// failed, 128 and its number for a signal; else what they ended with.
+int launch(int64_t ranks, int64_t restarts);
+
+/// Where this process stands; alone where no launcher says otherwise.
+ranks::Place own_place();
+
+/// Leaves printing to rank 0, but for warnings and errors, and takes this rank's part of the machine's cores where
+/// neither `threads` (0: not given) nor the environment says how many.
+void settle_down(const ranks::Place& place, int threads);
+
+/// What `work` returns. An error of a rank above 0 is told after a moment: mostly it is rank 0's, too, which tells it,
+/// and the launcher ends the others. That another rank is lost is told by rank 0 and the launcher alone.
+int told_once(const ranks::Place& place, const std::function<int()>& work);
+
+}  // namespace moesaic::cli
