@@ -1,6 +1,7 @@
 // moesaic eval: tasks from files through a model and its adapters; scores as a table and as JSON.
 
 #include "cli/options.h"
+#include "cli/ranks.h"
 #include "moesaic/base/progress.h"
 #include "moesaic/eval/report.h"
 #include "moesaic/eval/suite.h"
@@ -17,9 +18,10 @@ struct Options {
   AskOptions ask;
   std::string suite, batch_size = "auto", output_path;
   bool log_samples = false, json = false;
+  int64_t ranks = 0;
 };
 
-int run_verb(Options options, const CommonOptions& common) {
+int run_rank(Options options, const CommonOptions& common, const ranks::Place& place) {
   if (options.batch_size != "auto") {
     size_t used = 0;
     try {
@@ -42,6 +44,7 @@ int run_verb(Options options, const CommonOptions& common) {
   }
   const std::vector<eval::Task>& tasks = suite.tasks;
   for (const eval::Task& task : tasks) eval::check_metrics(task, options.eval);
+  options.eval.group = std::make_shared<ranks::Group>(place, std::chrono::hours(1));
   const Loaded loaded = load(options.model, common);
   spdlog::info("computing in {}", loaded.computes_in());
   const std::string asked = loaded.settle_asking(options.ask, options.eval);
@@ -90,11 +93,18 @@ int run_verb(Options options, const CommonOptions& common) {
   } else {
     say(suite.columns.empty() ? eval::results_table(results) : eval::suite_table(json["suite"]));
   }
-  if (!options.output_path.empty()) {
+  if (!options.output_path.empty() && place.rank == 0) {
     const auto path = eval::write_results(options.output_path, json, results, info, options.log_samples);
     spdlog::info("results written to {}", path.string());
   }
   return 0;
+}
+
+int run_verb(const Options& options, const CommonOptions& common) {
+  const ranks::Place place = own_place(options.ranks);
+  if (options.ranks > 1 && place.size == 1) return launch(options.ranks, /*restarts=*/0);
+  settle_down(place, common.threads);
+  return told_once(place, [&] { return run_rank(options, common, place); });
 }
 
 }  // namespace
@@ -130,6 +140,7 @@ Runner add_eval(CLI::App& app, CommonOptions& common) {
                "Agree that pass@1 runs programs the model wrote, shut off from network, files and processes");
   app.add_option("--output_path", options->output_path, "Folder for results_*.json and, of routers, routing_*.json");
   app.add_flag("--log_samples", options->log_samples, "Write every question and answer beside the results");
+  add_ranks_option(app, options->ranks, "Processes of this machine that divide the questions");
   app.add_flag("--json", options->json, "Print the results as JSON instead of a table");
   return [options, &common] { return run_verb(*options, common); };
 }

@@ -160,8 +160,17 @@ int launch(int64_t ranks, int64_t restarts) {
   return code;
 }
 
-ranks::Place own_place() {
-  return ranks::place_from([](const char* name) { return std::getenv(name); }).value_or(ranks::Place{});
+void add_ranks_option(CLI::App& app, int64_t& ranks, const std::string& help) {
+  app.add_option("--ranks", ranks, help)->check(CLI::Range(1, 1024));
+}
+
+ranks::Place own_place(int64_t asked) {
+  const ranks::Place place =
+      ranks::place_from([](const char* name) { return std::getenv(name); }).value_or(ranks::Place{});
+  MOESAIC_CHECK(place.size == 1 || asked == 0 || asked == place.size, UsageError,
+                "--ranks {}: got {} ranks from the launcher that started this one, expected one of the two", asked,
+                place.size);
+  return place;
 }
 
 void settle_down(const ranks::Place& place, int threads) {

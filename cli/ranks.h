@@ -1,8 +1,10 @@
-// A run trained by several processes: started by us, or by torchrun, mpirun or srun.
+// Work of several processes: started by us, or by torchrun, mpirun or srun.
 #pragma once
 #include <cstdint>
 #include <functional>
+#include <string>
 
+#include "cli/command.h"
 #include "moesaic/ranks/place.h"
 
 namespace moesaic::cli {
@@ -12,8 +14,12 @@ namespace moesaic::cli {
 /// failed, 128 and its number for a signal; else what they ended with.
 int launch(int64_t ranks, int64_t restarts);
 
-/// Where this process stands; alone where no launcher says otherwise.
-ranks::Place own_place();
+/// --ranks.
+void add_ranks_option(CLI::App& app, int64_t& ranks, const std::string& help);
+
+/// Where this process stands; alone where no launcher says otherwise. Throws UsageError where one started other than
+/// `asked` ranks (0: not asked for).
+ranks::Place own_place(int64_t asked);
 
 /// Leaves printing to rank 0, but for warnings and errors, and takes this rank's part of the machine's cores where
 /// neither `threads` (0: not given) nor the environment says how many.

@@ -116,10 +116,7 @@ int run_train(const TrainOptions& options, const CommonOptions& common, const CL
     return 0;
   }
   MOESAIC_CHECK(!options.run.empty(), UsageError, "train: the run file is missing");
-  const ranks::Place place = own_place();
-  MOESAIC_CHECK(place.size == 1 || options.ranks == 0 || options.ranks == place.size, UsageError,
-                "--ranks {}: got {} ranks from the launcher that started this one, expected one of the two",
-                options.ranks, place.size);
+  const ranks::Place place = own_place(options.ranks);
   MOESAIC_CHECK(options.restarts == 0 || options.ranks > 1, UsageError,
                 "--restarts {}: got no --ranks above 1, expected ranks that can be started again", options.restarts);
   if (options.ranks > 1 && place.size == 1 && !options.dry_run) return launch(options.ranks, options.restarts);
@@ -137,8 +134,7 @@ Runner add_train(CLI::App& app, CommonOptions& common) {
   app.add_flag("--dry-run", options->dry_run, "Say what would be trained and the memory it needs, then stop");
   app.add_option("--for", options->accelerator,
                  "With --dry-run: the memory and time on this GPU (h100, a100, rtx4090, ...), by its data sheet");
-  app.add_option("--ranks", options->ranks, "Processes of this machine that train it together")
-      ->check(CLI::Range(1, 1024));
+  add_ranks_option(app, options->ranks, "Processes of this machine that train it together");
   app.add_option("--restarts", options->restarts,
                  "With --ranks: how often all are started again, from the newest checkpoint, when one fails")
       ->check(CLI::Range(0, 1000));

@@ -1,6 +1,6 @@
 # In an empty folder: cmake -DPROGRAM=.../moesaic -DLICENSES=.../licenses -DVERSION=0.1.0 -P .../cmake/Dist.cmake
 #
-# Leaves moesaic-VERSION-linux-x86_64/: the program with every library it loads but the C library's own, which runs from
+# Leaves moesaic-VERSION-linux-x86_64/: the program with every library it loads but those of C and C++, which runs from
 # any place; the same as .tar.zst; and SHA256SUMS of that.
 cmake_minimum_required(VERSION 3.25)
 get_filename_component(_source "${CMAKE_CURRENT_LIST_DIR}" DIRECTORY)
@@ -8,13 +8,14 @@ execute_process(COMMAND uname -m OUTPUT_VARIABLE _processor OUTPUT_STRIP_TRAILIN
 set(_name "moesaic-${VERSION}-linux-${_processor}")
 set(_folder "${CMAKE_CURRENT_BINARY_DIR}/${_name}")
 
-# The C library is the system's, as its loader is.
+# The C library is the system's, as its loader is; so is libstdc++, since a copy of it would need this system's C library.
 file(GET_RUNTIME_DEPENDENCIES EXECUTABLES "${PROGRAM}"
   RESOLVED_DEPENDENCIES_VAR _libraries UNRESOLVED_DEPENDENCIES_VAR _missing
-  PRE_EXCLUDE_REGEXES "^ld-linux" "^lib(c|m|dl|rt|util|pthread)\\.so")
+  PRE_EXCLUDE_REGEXES "^ld-linux" "^lib(c|m|dl|rt|util|pthread|stdc\\+\\+|gcc_s)\\.so")
 if(_missing)
   message(FATAL_ERROR "${PROGRAM}: not found of what it loads: ${_missing}")
 endif()
+file(MAKE_DIRECTORY "${_folder}/bin" "${_folder}/lib")
 foreach(_library ${_libraries})
   file(REAL_PATH "${_library}" _file)
   get_filename_component(_soname "${_library}" NAME)

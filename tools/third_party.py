@@ -26,7 +26,7 @@ LIBRARIES = [
     ("spdlog", "MIT", "`libspdlog`", "/usr/share/doc/libspdlog1*/copyright"),
     ("fmt", "MIT", "`libfmt`", "/usr/share/doc/libfmt[0-9]*/copyright"),
     ("yaml-cpp", "MIT", "`libyaml-cpp`", "/usr/share/doc/libyaml-cpp0*/copyright"),
-    ("GCC's run-time libraries", "GPL-3.0 with the GCC Runtime Library Exception", "`libstdc++`, `libgcc_s`, `libgomp`",
+    ("GCC's OpenMP library", "GPL-3.0 with the GCC Runtime Library Exception", "`libgomp`, as the torch wheel has it",
      "/usr/share/doc/libstdc++6/copyright"),
     ("nlohmann-json", "MIT", "compiled in", "/usr/share/doc/nlohmann-json3-dev/copyright"),
     ("CLI11", "BSD-3-Clause", "compiled in", "/usr/share/doc/libcli11-dev/copyright"),

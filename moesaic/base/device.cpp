@@ -8,6 +8,7 @@
 #include <spdlog/spdlog.h>
 
 #include <charconv>
+#include <cstdlib>
 #include <system_error>
 
 #include "moesaic/base/check.h"
@@ -17,7 +18,10 @@ namespace moesaic {
 bool load_cuda() {
   static const bool usable = [] {
     if (dlopen("libcuda.so.1", RTLD_LAZY) == nullptr) return false;  // no driver
-    if (dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_GLOBAL) == nullptr) {
+    // Of the wheel that the program was built with, or of one that the user has.
+    const char* folder = std::getenv("MOESAIC_TORCH_LIB");
+    const std::string library = folder != nullptr ? std::string(folder) + "/libtorch_cuda.so" : "libtorch_cuda.so";
+    if (dlopen(library.c_str(), RTLD_NOW | RTLD_GLOBAL) == nullptr) {
       spdlog::warn("an NVIDIA driver is here, but LibTorch's CUDA libraries do not load: {}", dlerror());
       return false;
     }

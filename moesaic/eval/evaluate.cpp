@@ -7,6 +7,7 @@
 #include "moesaic/eval/bootstrap.h"
 #include "moesaic/eval/code_runner.h"
 #include "moesaic/eval/corpus_metrics.h"
+#include "moesaic/ranks/deal.h"
 
 namespace moesaic::eval {
 namespace {
@@ -122,8 +123,31 @@ std::vector<std::pair<size_t, size_t>> batches(const std::vector<int64_t>& token
   return result;
 }
 
+/// One batch of questions, [begin, end): a row of each, in order. Its routing goes to the callback.
+using RunBatch = std::function<Json(size_t begin, size_t end, const generate::RoutingCallback& routing)>;
+
+/// The rows of all questions, whichever rank runs their batches, and the routing of all, added batch by batch.
+std::vector<Json> run_batches(const EvalModel& model, const EvalOptions& options, const std::vector<int64_t>& tokens,
+                              const RunBatch& run, const ProgressCallback& progress, TaskResult& result) {
+  const std::vector<std::pair<size_t, size_t>> all = batches(tokens, options.batch_size);
+  std::vector<Json> rows;
+  const std::vector<Json> done = ranks::deal(*options.group, std::ssize(all), [&](int64_t b) -> Json {
+    moe::RoutingStats routed;
+    generate::RoutingCallback routing;
+    if (model.model.needs().routed) routing = [&](const auto& records, const auto&) { routed.add(records); };
+    Json of_batch = run(all[b].first, all[b].second, routing);
+    if (progress) progress(static_cast<int64_t>(all[b].second));
+    return {{"rows", std::move(of_batch)}, {"routing", routed.sums()}};
+  });
+  for (const Json& batch : done) {
+    result.routing.add(batch["routing"]);
+    rows.insert(rows.end(), batch["rows"].begin(), batch["rows"].end());
+  }
+  return rows;
+}
+
 void evaluate_ranked(const EvalModel& model, const Task& task, const EvalOptions& options, TaskResult& result,
-                     const generate::RoutingCallback& routing, const ProgressCallback& progress) {
+                     const ProgressCallback& progress) {
   std::vector<RankQuestion> questions;
   std::vector<std::string> prompts;
   std::vector<int64_t> tokens;
@@ -146,53 +170,57 @@ void evaluate_ranked(const EvalModel& model, const Task& task, const EvalOptions
     tokens.push_back(count);
     prompts.push_back(prompt);
   }
-  Scores scores;
-  for (const auto& [begin, end] : batches(tokens, options.batch_size)) {
-    const auto ranked = rank(model.model, {questions.begin() + begin, questions.begin() + end}, routing);
-    for (size_t i = begin; i < end; ++i) {
-      const Item& item = task.items[i];
-      std::vector<double> sums, normalised;
-      for (size_t c = 0; c < item.choices.size(); ++c) {
-        sums.push_back(ranked[i - begin][c].logprob);
-        normalised.push_back(sums.back() / static_cast<double>(std::max<int64_t>(1, characters(item.choices[c]))));
-      }
-      auto right = [&](const Winner& winner) {
-        const std::string answer = stripped(item.choices[winner.index]);
-        return std::find(item.targets.begin(), item.targets.end(), answer) != item.targets.end() ? 1.0 : 0.0;
-      };
-      const Winner best = first_largest(sums);
-      result.ties += best.tied;
-      std::map<std::string, double> values;
-      const std::vector<std::string> metrics = metric_names(task, options);
-      if (wanted(metrics, "acc")) values["acc"] = right(best);
-      if (wanted(metrics, "acc_norm")) values["acc_norm"] = right(first_largest(normalised));
-      scores.add(item.variant, values);
-      if (!options.keep_samples) {
-        result.samples.push_back(hash_row(item));
-        continue;
-      }
-      OrderedJson arguments = OrderedJson::object(), responses = OrderedJson::array(), filtered = OrderedJson::array();
-      for (size_t c = 0; c < item.choices.size(); ++c) {
-        const ChoiceScore& score = ranked[i - begin][c];
-        arguments[fmt::format("gen_args_{}", c)] = {{"arg_0", prompts[i]}, {"arg_1", delimiter + item.choices[c]}};
-        const OrderedJson pair = OrderedJson::array({score.logprob, score.is_greedy});
-        responses.push_back(OrderedJson::array({pair}));
-        filtered.push_back(pair);
-      }
-      OrderedJson row = sample_row(i, item, prompts[i], values);
-      row["arguments"] = arguments;
-      row["resps"] = responses;
-      row["filtered_resps"] = filtered;
-      if (best.tied) row["tie"] = true;
-      result.samples.push_back(std::move(row));
+  auto run = [&](size_t begin, size_t end, const generate::RoutingCallback& routing) {
+    Json rows = Json::array();
+    for (const auto& choices : rank(model.model, {questions.begin() + begin, questions.begin() + end}, routing)) {
+      Json& row = rows.emplace_back(Json::array());
+      for (const ChoiceScore& choice : choices) row.push_back({choice.logprob, choice.is_greedy});
     }
-    if (progress) progress(static_cast<int64_t>(end));
+    return rows;
+  };
+  const std::vector<Json> ranked = run_batches(model, options, tokens, run, progress, result);
+  Scores scores;
+  for (size_t i = 0; i < task.items.size(); ++i) {
+    const Item& item = task.items[i];
+    std::vector<double> sums, normalised;
+    for (size_t c = 0; c < item.choices.size(); ++c) {
+      sums.push_back(ranked[i][c][0].get<double>());
+      normalised.push_back(sums.back() / static_cast<double>(std::max<int64_t>(1, characters(item.choices[c]))));
+    }
+    auto right = [&](const Winner& winner) {
+      const std::string answer = stripped(item.choices[winner.index]);
+      return std::find(item.targets.begin(), item.targets.end(), answer) != item.targets.end() ? 1.0 : 0.0;
+    };
+    const Winner best = first_largest(sums);
+    result.ties += best.tied;
+    std::map<std::string, double> values;
+    const std::vector<std::string> metrics = metric_names(task, options);
+    if (wanted(metrics, "acc")) values["acc"] = right(best);
+    if (wanted(metrics, "acc_norm")) values["acc_norm"] = right(first_largest(normalised));
+    scores.add(item.variant, values);
+    if (!options.keep_samples) {
+      result.samples.push_back(hash_row(item));
+      continue;
+    }
+    OrderedJson arguments = OrderedJson::object(), responses = OrderedJson::array(), filtered = OrderedJson::array();
+    for (size_t c = 0; c < item.choices.size(); ++c) {
+      arguments[fmt::format("gen_args_{}", c)] = {{"arg_0", prompts[i]}, {"arg_1", delimiter + item.choices[c]}};
+      const OrderedJson pair = OrderedJson::array({sums[c], ranked[i][c][1].get<bool>()});
+      responses.push_back(OrderedJson::array({pair}));
+      filtered.push_back(pair);
+    }
+    OrderedJson row = sample_row(i, item, prompts[i], values);
+    row["arguments"] = arguments;
+    row["resps"] = responses;
+    row["filtered_resps"] = filtered;
+    if (best.tied) row["tie"] = true;
+    result.samples.push_back(std::move(row));
   }
   scores.finish(result);
 }
 
 void evaluate_generated(const EvalModel& model, const Task& task, const EvalOptions& options, TaskResult& result,
-                        const generate::RoutingCallback& routing, const ProgressCallback& progress) {
+                        const ProgressCallback& progress) {
   generate::SamplingOptions sampling = sampling_of(task, options);
   const std::vector<std::string>& metrics = metrics_of(task, options);
   std::optional<CodeRunner> runner;
@@ -207,40 +235,47 @@ void evaluate_generated(const EvalModel& model, const Task& task, const EvalOpti
     prompts.push_back(prompt);
     tokens.push_back(std::ssize(questions.back().ids) + sampling.max_new_tokens);
   }
+  auto run = [&](size_t begin, size_t end, const generate::RoutingCallback& routing) {
+    sampling.first = static_cast<int64_t>(begin);  // an answer's draw does not depend on the batch size
+    Json rows = Json::array();
+    for (const auto& given :
+         generate::generate(model.model, model.tokenizer, {questions.begin() + begin, questions.begin() + end},
+                            sampling, {.routing = routing})) {
+      const Item& item = task.items[begin + rows.size()];
+      Json& row = rows.emplace_back(Json::array({given.text}));
+      if (runner) row.push_back(runner->run(item.program->before + code_in(given.text), item.program->tests));
+    }
+    return rows;
+  };
+  const std::vector<Json> rows = run_batches(model, options, tokens, run, progress, result);
   Scores scores;
   std::vector<std::string> texts;
   std::vector<References> references;
-  for (const auto& [begin, end] : batches(tokens, options.batch_size)) {
-    sampling.first = static_cast<int64_t>(begin);  // an answer's draw does not depend on the batch size
-    const auto answers =
-        generate::generate(model.model, model.tokenizer, {questions.begin() + begin, questions.begin() + end}, sampling,
-                           {.routing = routing});
-    for (size_t i = begin; i < end; ++i) {
-      const Item& item = task.items[i];
-      // Blanks in front belong to code.
-      const std::string answer = item.program ? code_in(answers[i - begin].text) : stripped(answers[i - begin].text);
-      std::map<std::string, double> values;
-      for (const AnswerMetric& metric : kAnswerMetrics) {
-        if (wanted(metrics, metric.name)) values[metric.name] = metric.score(answer, item.targets);
-      }
-      std::optional<Verdict> verdict;
-      if (runner) {
-        verdict = runner->run(item.program->before + answer, item.program->tests);
-        values[kPassAt1] = verdict == Verdict::kPassed ? 1 : 0;
-      }
-      scores.add(item.variant, values);
-      texts.push_back(answer);
-      references.push_back(item.targets);
-      OrderedJson row = sample_row(i, item, prompts[i], values);
-      row["arguments"] = {
-          {"gen_args_0",
-           {{"arg_0", prompts[i]}, {"arg_1", {{"until", sampling.stop}, {"max_gen_toks", sampling.max_new_tokens}}}}}};
-      row["resps"] = OrderedJson::array({OrderedJson::array({answers[i - begin].text})});
-      row["filtered_resps"] = OrderedJson::array({answer});
-      if (verdict) row["verdict"] = name_of(*verdict);
-      result.samples.push_back(std::move(row));
+  for (size_t i = 0; i < task.items.size(); ++i) {
+    const Item& item = task.items[i];
+    const auto& text = rows[i][0].get_ref<const std::string&>();
+    // Blanks in front belong to code.
+    const std::string answer = item.program ? code_in(text) : stripped(text);
+    std::map<std::string, double> values;
+    for (const AnswerMetric& metric : kAnswerMetrics) {
+      if (wanted(metrics, metric.name)) values[metric.name] = metric.score(answer, item.targets);
     }
-    if (progress) progress(static_cast<int64_t>(end));
+    std::optional<Verdict> verdict;
+    if (runner) {
+      verdict = rows[i][1].get<Verdict>();
+      values[kPassAt1] = verdict == Verdict::kPassed ? 1 : 0;
+    }
+    scores.add(item.variant, values);
+    texts.push_back(answer);
+    references.push_back(item.targets);
+    OrderedJson row = sample_row(i, item, prompts[i], values);
+    row["arguments"] = {
+        {"gen_args_0",
+         {{"arg_0", prompts[i]}, {"arg_1", {{"until", sampling.stop}, {"max_gen_toks", sampling.max_new_tokens}}}}}};
+    row["resps"] = OrderedJson::array({OrderedJson::array({text})});
+    row["filtered_resps"] = OrderedJson::array({answer});
+    if (verdict) row["verdict"] = name_of(*verdict);
+    result.samples.push_back(std::move(row));
   }
   scores.finish(result);
   for (const CorpusMetric& metric : kCorpusMetrics) {
@@ -343,9 +378,7 @@ TaskResult evaluate(const EvalModel& model, const Task& task, const EvalOptions&
   result.ranked = task.ranked();
   result.questions = static_cast<int64_t>(task.items.size());
   result.available = task.available;
-  generate::RoutingCallback routing;
-  if (model.model.needs().routed) routing = [&](const auto& records, const auto&) { result.routing.add(records); };
-  (result.ranked ? evaluate_ranked : evaluate_generated)(model, task, options, result, routing, progress);
+  (result.ranked ? evaluate_ranked : evaluate_generated)(model, task, options, result, progress);
   result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return result;
 }

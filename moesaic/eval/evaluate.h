@@ -2,6 +2,7 @@
 #pragma once
 #include <functional>
 #include <map>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -10,6 +11,7 @@
 #include "moesaic/eval/rank.h"
 #include "moesaic/eval/task.h"
 #include "moesaic/moe/routing_stats.h"
+#include "moesaic/ranks/group.h"
 
 namespace moesaic::eval {
 
@@ -31,6 +33,7 @@ struct EvalOptions {
   int64_t bootstrap_iters = 0;             // above 0: bleu and chrf get a standard error, of at most 100 resamples
   bool keep_samples = true;                // else of each question its hash alone
   bool run_code = false;                   // the user agrees that programs a model wrote are run (metric pass@1)
+  std::shared_ptr<ranks::Group> group = std::make_shared<ranks::Group>();  // divides the questions; each gets it all
 };
 
 /// Everything known about one task afterwards.

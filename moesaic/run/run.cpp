@@ -271,6 +271,7 @@ train::Scores Run::task_scores() {
   eval::ask_as_trained(model, options);
   options.generation.max_new_tokens = config_.eval_max_gen_toks;
   options.generation.eos_ids = answer_ends();
+  options.group = group_;
   train::Scores scores;
   std::vector<moe::RoutingStats> routing;
   for (const eval::Task& task : tasks_) {

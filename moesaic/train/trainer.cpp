@@ -1,10 +1,10 @@
 #include "moesaic/train/trainer.h"
 
-#include <bit>
 #include <cstdlib>
 
 #include "moesaic/base/check.h"
 #include "moesaic/base/sha256.h"
+#include "moesaic/ranks/deal.h"
 #include "moesaic/train/checkpoint.h"
 #include "moesaic/train/checkpointed_blocks.h"
 #include "moesaic/train/journal.h"
@@ -201,16 +201,8 @@ class Run {
 
   /// The same for tasks, with the weights of step `weights_of`.
   bool evaluate_tasks(int64_t weights_of) {
-    Json rows = Json::array();
-    if (group_.first()) {
-      for (const auto& [name, value] : hooks_.evaluate_tasks()) {
-        rows.push_back({"eval/" + name, std::bit_cast<uint64_t>(value)});
-      }
-    }
-    Scores scores;
-    for (const auto& row : Json::parse(group_.from_first(rows.dump()))) {
-      scores.emplace_back(row[0], std::bit_cast<double>(row[1].get<uint64_t>()));
-    }
+    Scores scores = hooks_.evaluate_tasks();
+    for (auto& [name, value] : scores) name = "eval/" + name;
     if (group_.first()) journal_.write_evaluation(step_, weights_of, scores);
     scored_step_ = weights_of;
     return weights_of == step_ && step_ > 0 && judge(scores);
@@ -540,26 +532,22 @@ double evaluate_loss(models::LanguageModel& model, const std::vector<data::Examp
                      ranks::Group& group) {
   torch::NoGradGuard no_grad;
   const torch::Device device = model.facts().device;
-  const auto count = std::ssize(examples), batches = (count + batch_size - 1) / batch_size;
-  Json own = Json::array();  // of each batch its sum and targets
-  for (int64_t b = batches * group.rank() / group.size(); b < batches * (group.rank() + 1) / group.size(); ++b) {
+  const auto count = std::ssize(examples);
+  auto of_batch = [&](int64_t b) -> Json {
     const std::vector<data::Example> part(examples.begin() + b * batch_size,
                                           examples.begin() + std::min(count, (b + 1) * batch_size));
     const data::Batch batch = data::collate(part, device);
-    if (batch.num_targets() == 0) continue;
+    if (batch.num_targets() == 0) return {0.0, 0};
     nn::Pass pass;
     const torch::Tensor hidden = model.hidden(text_of(batch, part), pass);
     const auto ones = torch::ones({batch.num_targets()}, torch::dtype(torch::kFloat32).device(device));
-    own.push_back(
-        {std::bit_cast<uint64_t>(model.head().loss(hidden, batch.labels, ones).item<double>()), batch.num_targets()});
-  }
+    return {model.head().loss(hidden, batch.labels, ones).item<double>(), batch.num_targets()};
+  };
   double sum = 0;
   int64_t targets = 0;
-  for (const std::string& of_rank : group.gather(own.dump())) {
-    for (const auto& [loss, number] : Json::parse(of_rank).get<std::vector<std::pair<uint64_t, int64_t>>>()) {
-      sum += std::bit_cast<double>(loss);
-      targets += number;
-    }
+  for (const Json& batch : ranks::deal(group, (count + batch_size - 1) / batch_size, of_batch)) {
+    sum += batch[0].get<double>();
+    targets += batch[1].get<int64_t>();
   }
   MOESAIC_CHECK(targets > 0, DataError, "evaluation: none of the {} examples has a token to score", examples.size());
   return sum / static_cast<double>(targets);

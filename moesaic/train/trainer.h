@@ -113,7 +113,7 @@ struct TrainHooks {
   TaskEvaluation evaluate_tasks{};
   std::function<bool()> stop{};  // asked after every step; true: the step is saved and the run ends `interrupted`
   std::function<void(const Json& row)> on_row{};  // gets every row of train_log.jsonl and router_stats.jsonl
-  /// The ranks that train together; rank 0 alone writes, logs, evaluates tasks and calls on_log and on_row.
+  /// The ranks that train together; rank 0 alone writes, logs and calls on_log and on_row.
   std::shared_ptr<ranks::Group> group = std::make_shared<ranks::Group>();
 };
 

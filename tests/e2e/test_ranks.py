@@ -151,6 +151,33 @@ def test_without_the_key_a_step_grows_with_the_ranks(folder):
     assert written(folder / "grown") == written(folder / "same")
 
 
+def test_questions_are_divided(folder, tmp_path):
+    """`eval` and the tasks of a run: the same figures and samples, whoever asked."""
+    adapter = tiny_run.train(folder, "asked", router={"top_k": 2})
+    rows = [{"inputs": f"{a} {b} is ", "answer_choices": ["red", "cat"], "target": "cat"}
+            for a in tiny_run.WORDS for b in tiny_run.WORDS[:4]]
+    (tmp_path / "rank.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "write.jsonl").write_text("".join(
+        json.dumps({"inputs": row["inputs"], "targets": "cat dog"}) + "\n" for row in rows))
+    tasks = f"{tmp_path / 'rank.jsonl'},{tmp_path / 'write.jsonl'}"
+    found = []
+    for ranks in (1, 3):
+        out = tmp_path / str(ranks)
+        printed = tiny_run.run("eval", adapter, "--tasks", tasks, "--max_gen_toks", 4, "--batch_size", 3, "--ranks", ranks,
+                               "--output_path", out, "--log_samples")
+        files = {re.sub(r"_\d{4}-.*?(\.json)", r"\1", path.name): path.read_text() for path in out.rglob("*") if path.is_file()}
+        results = json.loads(next(text for name, text in files.items() if name.startswith("results")))
+        found.append((re.sub(r"\d+ s", "", printed), results["results"],
+                      {name: text for name, text in files.items() if not name.startswith("results")}))
+    assert found[0] == found[1]
+    logs = []
+    for ranks in (1, 2):
+        run = make_run(folder, f"tasks-{ranks}", eval={"tasks": tasks.split(","), "steps": 3, "max_gen_toks": 4})
+        ended(start("train", run, "--ranks", ranks), 0)
+        logs.append(written(folder / f"tasks-{ranks}"))
+    assert logs[0] == logs[1] and "eval/write/exact_match" in str(logs[0])
+
+
 @pytest.mark.parametrize("torchrun", [False, True])
 def test_ranks_are_killed_and_begin_again(torchrun, folder):
     name = "killed-by-torchrun" if torchrun else "killed"

@@ -44,6 +44,7 @@ NOT_RUN = {
     "python tools/study": "whole studies: test_studies.py runs them",
     "make ": "sets up and builds: this test runs what was built",
     "ninja ": "builds",
+    "torchrun ": "launchers that are not here but for torchrun, under which test_ranks.py trains",
     "moesaic eval ADAPTER --suite t0": "needs the sets and templates of T0: tests/parity/test_t0.py asks the suite over some",
     "tools/models ": "fetches models: tests/e2e/test_after_training.py runs it on packages of its own",
     ".venv/bin/python tests/docs_test.py": "a test of its own",

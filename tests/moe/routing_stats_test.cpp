@@ -60,6 +60,25 @@ TEST(RoutingStats, WhatTopKKeeps) {
   EXPECT_FALSE(stats.json()["a4"]["a"].contains("dead"));
 }
 
+TEST(RoutingStats, SumsOfPartsAreThoseOfTheWhole) {
+  torch::manual_seed(3);
+  auto made = [] {
+    nn::RoutingRecord one = record("q_proj", torch::softmax(torch::randn({5, 4}), 1));
+    one.weights = torch::where(one.probs > 0.2, one.probs, torch::zeros_like(one.probs));
+    return one;
+  };
+  const std::vector<nn::RoutingRecord> records{made(), made()};
+  RoutingStats whole, merged;
+  whole.add(records);
+  for (const nn::RoutingRecord& each : records) {
+    RoutingStats part;
+    part.add(std::vector<nn::RoutingRecord>{each});
+    merged.add(Json::parse(part.sums().dump()));
+  }
+  EXPECT_EQ(merged.json(), whole.json());
+  EXPECT_FALSE(whole.owners().at("a4").at("q_proj").kept.empty());
+}
+
 TEST(RoutingStats, OwnersAreKeptApart) {
   RoutingStats stats;
   stats.add(

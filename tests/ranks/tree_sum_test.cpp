@@ -1,27 +1,11 @@
 #include "moesaic/ranks/tree_sum.h"
 
-#include <thread>
+#include "tests/ranks/threads.h"
 
 namespace moesaic::ranks {
 namespace {
 
 using Tensors = std::vector<torch::Tensor>;
-
-/// Runs `work` as every rank of a group, each on a thread of its own.
-void as_ranks(int64_t size, const std::function<void(std::shared_ptr<Group>)>& work) {
-  if (size == 1) return work(std::make_shared<Group>());
-  // What c10d keeps for its reports is one for a process, where a group is meant to be one, too, and not locked.
-  setenv("TORCH_FR_BUFFER_SIZE", "0", /*overwrite=*/1);
-  const Host host(size);
-  std::vector<std::thread> threads;
-  for (int64_t rank = 0; rank < size; ++rank) {
-    threads.emplace_back([&, rank] {
-      Place place{rank, size, rank, size, "127.0.0.1", host.port(), /*hosted=*/true};
-      work(std::make_shared<Group>(place, std::chrono::seconds(60)));
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-}
 
 /// Part k: three tensors, of which the second is there in every third part only and the third never.
 Tensors part(int64_t k) {
@@ -84,28 +68,6 @@ TEST(TreeSum, OfMoreThanOneSlice) {
     sum.begin(3);
     for (int64_t k = sum.own().first; k < sum.own().second; ++k) sum.add({numbers(k)});
     EXPECT_TRUE(torch::equal(sum.total({expected})[0], expected));
-  });
-}
-
-TEST(Group, SaysWhatEveryRankSays) {
-  as_ranks(3, [](const std::shared_ptr<Group>& group) {
-    const std::string own(static_cast<size_t>(group->rank()), 'x');
-    EXPECT_EQ(group->gather(own), (std::vector<std::string>{"", "x", "xx"}));
-    EXPECT_EQ(group->from_first(group->first() ? "first" : "other"), "first");
-    EXPECT_TRUE(group->any(group->rank() == 2));
-    EXPECT_FALSE(group->any(false));
-  });
-}
-
-TEST(Group, NamesWhoIsGone) {
-  as_ranks(3, [](const std::shared_ptr<Group>& group) {
-    if (group->rank() == 1) return;  // leaves without a word
-    try {
-      group->gather("x");
-      FAIL() << "rank 1 said nothing";
-    } catch (const Lost& error) {
-      EXPECT_NE(std::string(error.what()).find("rank 1 is gone or does not answer"), std::string::npos) << error.what();
-    }
   });
 }
 
