@@ -119,6 +119,7 @@ int64_t run_once(std::vector<Child>& children, const sigset_t& signals) {
       failed = static_cast<int64_t>(rank);
       until = steady_clock::now() + kGrace;
       send(SIGTERM);
+      send(SIGCONT);  // one that stands still hears of it, too
     }
     if (failed >= 0 && steady_clock::now() > until) send(SIGKILL);
   }

@@ -23,7 +23,7 @@ namespace {
 using std::chrono::milliseconds;
 
 constexpr milliseconds kMeeting(60'000);  // until all ranks have started
-constexpr milliseconds kAsking(3'000);    // who still answers
+constexpr milliseconds kAsking(2'000);    // who still answers
 
 std::string one_line(std::string text) { return text.substr(0, text.find('\n')); }
 

@@ -218,7 +218,7 @@ def test_a_rank_that_stands_still_is_named(folder):
     os.kill(ranks[1], signal.SIGSTOP)
     began = time.monotonic()
     error = ended(launcher, 3, timeout=60)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 20, "8 seconds where the machine has nothing else to do"
     assert "rank 0 of 3: rank 1 is gone or does not answer" in error
     assert all(gone(process) for process in ranks.values())
 
