@@ -39,28 +39,48 @@ TEST(Ranks, ADifferentBitAtOneIsFoundAtTheNextCheckpoint) {
   EXPECT_FALSE(std::filesystem::exists(folder.path() / "checkpoint-2"));
 }
 
+/// Examples of these lengths.
+class Lengths : public data::ExampleStream {
+ public:
+  explicit Lengths(std::vector<size_t> lengths) : lengths_(std::move(lengths)) {}
+  std::optional<data::Example> next() override {
+    if (position_ == lengths_.size()) return std::nullopt;
+    data::Example example;
+    example.ids.assign(lengths_[position_++], 1);
+    example.mask.assign(example.ids.size(), 1);
+    return example;
+  }
+  Json state() const override { return {}; }
+  void set_state(const Json& state) override {}
+
+ private:
+  std::vector<size_t> lengths_;
+  size_t position_ = 0;
+};
+
 TEST(Ranks, MicroBatchesAreDealtByLengthAlone) {
   TrainConfig config;
-  config.per_device_train_batch_size = 3;
-  config.gradient_accumulation_steps = 4;
-  CountingStream stream;
+  config.per_device_train_batch_size = 2;
+  config.gradient_accumulation_steps = 3;
+  Lengths stream({1, 2, 3, 9, 8, 7, 4, 6});
   BatchReader reader(stream, config);
-  const std::vector<MicroBatch> batches = reader.next_step();
-  ASSERT_EQ(batches.size(), 4U);
-  int64_t least = INT64_MAX, most = 0, count = 0, longest = 0;
-  for (const MicroBatch& batch : batches) {
-    least = std::min(least, batch.tokens);
-    most = std::max(most, batch.tokens);
-    count += std::ssize(batch.examples);
-    int64_t tokens = 0;
-    for (const data::Example& example : batch.examples) {
-      tokens += std::ssize(example.ids);
-      longest = std::max(longest, static_cast<int64_t>(example.ids.size()));
+  auto lengths = [&] {
+    std::vector<std::vector<size_t>> of_step;
+    for (const MicroBatch& batch : reader.next_step()) {
+      of_step.emplace_back();
+      int64_t tokens = 0;
+      for (const data::Example& example : batch.examples) {
+        of_step.back().push_back(example.ids.size());
+        tokens += std::ssize(example.ids);
+      }
+      EXPECT_EQ(tokens, batch.tokens);
     }
-    EXPECT_EQ(tokens, batch.tokens);
-  }
-  EXPECT_EQ(count, 12);
-  EXPECT_LE(most - least, longest) << "the last one dealt went to the lightest";
+    return of_step;
+  };
+  // 9, 8, 7 begin one each; 3 joins the 7, 2 the 8, and 1 the first of those with fewest: 9 and 1. In the stream's
+  // order.
+  EXPECT_EQ(lengths(), (std::vector<std::vector<size_t>>{{1, 9}, {2, 8}, {3, 7}}));
+  EXPECT_EQ(lengths(), (std::vector<std::vector<size_t>>{{4, 6}})) << "the last step has one";
 }
 
 }  // namespace
