@@ -21,7 +21,8 @@ struct Options {
   int64_t ranks = 0;
 };
 
-int run_rank(Options options, const CommonOptions& common, const ranks::Place& place) {
+int run_rank(Options options, CommonOptions common, const ranks::Place& place) {
+  common.device = device_of(place, common.device);
   if (options.batch_size != "auto") {
     size_t used = 0;
     try {
@@ -44,7 +45,7 @@ int run_rank(Options options, const CommonOptions& common, const ranks::Place& p
   }
   const std::vector<eval::Task>& tasks = suite.tasks;
   for (const eval::Task& task : tasks) eval::check_metrics(task, options.eval);
-  options.eval.group = std::make_shared<ranks::Group>(place, std::chrono::hours(1));
+  options.eval.group = std::make_shared<ranks::Group>(place, std::chrono::hours(24 * 7));
   const Loaded loaded = load(options.model, common);
   spdlog::info("computing in {}", loaded.computes_in());
   const std::string asked = loaded.settle_asking(options.ask, options.eval);

@@ -19,6 +19,7 @@
 #include "cli/streams.h"
 #include "moesaic/base/check.h"
 #include "moesaic/base/device.h"
+#include "moesaic/base/log.h"
 #include "moesaic/ranks/group.h"
 
 extern char** environ;  // NOLINT(readability-redundant-declaration)
@@ -33,10 +34,13 @@ constexpr const char* kLaunched = "MOESAIC_LAUNCHED";  // by us, who tell which 
 constexpr seconds kGrace(10);                          // until a rank that was asked to end is killed
 constexpr int kForwarded[] = {SIGINT, SIGTERM, SIGHUP, SIGUSR1};
 
-int cores() {
+/// The cores that a rank has for itself: its share of this machine's, or those that its launcher bound it to.
+int own_cores(const ranks::Place& place) {
   cpu_set_t ours;
-  return sched_getaffinity(0, sizeof ours, &ours) == 0 ? CPU_COUNT(&ours)
-                                                       : static_cast<int>(std::thread::hardware_concurrency());
+  const auto online = static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
+  const int allowed = sched_getaffinity(0, sizeof ours, &ours) == 0 ? CPU_COUNT(&ours) : online;
+  const bool bound = !place.hosted && allowed < online;
+  return bound ? allowed : std::max<int>(1, allowed / static_cast<int>(place.local_size));
 }
 
 std::vector<char*> pointers(std::vector<std::string>& words) {
@@ -98,8 +102,8 @@ std::vector<std::string> own_arguments() {
   return arguments;
 }
 
-/// Runs the ranks once, to their ends. Returns the first that failed, or -1.
-int64_t run_once(std::vector<Child>& children, const sigset_t& signals) {
+/// Runs the ranks once, to their ends. Returns the first that failed, or -1; asked_to_end becomes whether we were.
+int64_t run_once(std::vector<Child>& children, const sigset_t& signals, bool& asked_to_end) {
   int64_t failed = -1;
   steady_clock::time_point until;
   auto send = [&](int signal) {
@@ -110,7 +114,12 @@ int64_t run_once(std::vector<Child>& children, const sigset_t& signals) {
   while (std::any_of(children.begin(), children.end(), [](const Child& child) { return child.running; })) {
     const timespec moment{0, 100'000'000};
     const int signal = sigtimedwait(&signals, nullptr, &moment);
-    if (signal > 0 && signal != SIGCHLD) send(signal);
+    if (signal > 0 && signal != SIGCHLD) {
+      // The first as SIGUSR1: who signals all processes of a group reaches the ranks, too, and a second SIGTERM is an
+      // end at once.
+      send(asked_to_end ? signal : SIGUSR1);
+      asked_to_end = true;
+    }
     for (size_t rank = 0; rank < children.size(); ++rank) {
       Child& child = children[rank];
       if (!child.running || waitpid(child.process, &child.status, WNOHANG) != child.process) continue;
@@ -135,13 +144,14 @@ int launch(int64_t ranks, int64_t restarts) {
   sigaddset(&signals, SIGCHLD);
   for (const int signal : kForwarded) sigaddset(&signals, signal);
   pthread_sigmask(SIG_BLOCK, &signals, &before);
+  const ranks::Host host(ranks);
   int code = 0;
+  bool asked_to_end = false;
   for (int64_t restart = 0;; ++restart) {
-    const ranks::Host host(ranks);
     std::vector<Child> children;
     for (int64_t rank = 0; rank < ranks; ++rank)
       children.push_back(start(arguments, rank, ranks, host.port(), restart));
-    const int64_t failed = run_once(children, signals);
+    const int64_t failed = run_once(children, signals, asked_to_end);
     if (failed < 0) {
       const auto interrupted =
           std::find_if(children.begin(), children.end(), [](const Child& child) { return child.exit_code() != 0; });
@@ -154,7 +164,7 @@ int launch(int64_t ranks, int64_t restarts) {
               WIFSIGNALED(child.status) ? fmt::format("was ended by signal {} ({})", WTERMSIG(child.status),
                                                       strsignal(WTERMSIG(child.status)))
                                         : fmt::format("ended with exit code {}", code));
-    if (restart >= restarts || code == static_cast<int>(ExitCode::kUsage)) break;
+    if (restart >= restarts || asked_to_end || code == static_cast<int>(ExitCode::kUsage)) break;
     say_error("starting the {} ranks again, {} of {} times\n", ranks, restart + 1, restarts);
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
@@ -174,20 +184,25 @@ ranks::Place own_place(int64_t asked) {
   return place;
 }
 
+std::string device_of(const ranks::Place& place, const std::string& device) {
+  if (place.size == 1 || (device != "auto" && device != "cuda") || !load_cuda()) return device;
+  return fmt::format("cuda:{}", place.local_rank);
+}
+
 void settle_down(const ranks::Place& place, int threads) {
   if (place.size == 1) return;
-  const int share = std::max<int>(1, cores() / static_cast<int>(place.local_size));
+  const int share = own_cores(place);
   if (threads == 0 && std::getenv("OMP_NUM_THREADS") == nullptr) set_threads(share);
   if (place.rank == 0) {
     if (at::get_num_threads() > share) {
-      spdlog::warn("{} ranks with {} threads each on {} cores: they wait for each other\nhint: --threads {}",
-                   place.local_size, at::get_num_threads(), cores(), share);
+      spdlog::warn("{} threads a rank, of which {} have a core: they wait for each other\nhint: --threads {}",
+                   at::get_num_threads(), share, share);
     }
     return;
   }
   MOESAIC_CHECK(std::freopen("/dev/null", "w", stdout) != nullptr, DataError, "/dev/null can't be opened");
   spdlog::set_level(std::max(spdlog::get_level(), spdlog::level::warn));
-  spdlog::set_pattern(fmt::format("[rank {}] %^%l%$: %v", place.rank));
+  mark_log(fmt::format("[rank {}] ", place.rank));
 }
 
 int told_once(const ranks::Place& place, const std::function<int()>& work) {

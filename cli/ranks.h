@@ -21,6 +21,9 @@ void add_ranks_option(CLI::App& app, int64_t& ranks, const std::string& help);
 /// `asked` ranks (0: not asked for).
 ranks::Place own_place(int64_t asked);
 
+/// The device of this rank where `device` leaves it open: of several GPUs each rank has its own.
+std::string device_of(const ranks::Place& place, const std::string& device);
+
 /// Leaves printing to rank 0, but for warnings and errors, and takes this rank's part of the machine's cores where
 /// neither `threads` (0: not given) nor the environment says how many.
 void settle_down(const ranks::Place& place, int threads);

@@ -88,18 +88,18 @@ int run_rank(const TrainOptions& options, const CommonOptions& common, const CLI
   if (!options.resume.empty()) config["resume_from_checkpoint"] = options.resume;
   if (planned != nullptr && config.value("bf16", OrderedJson()).is_null()) config["bf16"] = true;
   run::RunConfig parsed = run::parse_run_config(config, options.run);
-  if (options.dry_run && options.ranks > 0 && parsed.train.micro_batches_per_step == 0) {
+  const bool new_run = parsed.train.resume_from_checkpoint == "none";
+  if (options.dry_run && options.ranks > 0 && new_run && parsed.train.micro_batches_per_step == 0) {
     parsed.train.micro_batches_per_step = options.ranks * parsed.train.gradient_accumulation_steps;
   }
-  // A group that was started again goes on where it was.
-  if (place.restart > 0) {
+  parsed.device = device_of(place, parsed.device);
+  std::shared_ptr<ranks::Group> group = std::make_shared<ranks::Group>();
+  if (!options.dry_run) group = std::make_shared<ranks::Group>(place, std::chrono::seconds(parsed.train.ddp_timeout));
+  // Started again, it goes on where it was, once it had begun.
+  if (place.restart > 0 && group->begun()) {
     if (parsed.train.resume_from_checkpoint == "none") parsed.train.resume_from_checkpoint = "auto";
     parsed.train.overwrite_output_dir = false;
   }
-  if (place.size > 1 && parsed.device == "auto" && load_cuda())
-    parsed.device = fmt::format("cuda:{}", place.local_rank);
-  std::shared_ptr<ranks::Group> group = std::make_shared<ranks::Group>();
-  if (!options.dry_run) group = std::make_shared<ranks::Group>(place, std::chrono::seconds(parsed.train.ddp_timeout));
   run::Run run(std::move(parsed), options.dry_run, group);
   if (options.dry_run) run.check_start();
   say(run.plan().text());

@@ -21,6 +21,14 @@ class VisibleMessage : public spdlog::custom_flag_formatter {
   std::unique_ptr<custom_flag_formatter> clone() const override { return std::make_unique<VisibleMessage>(); }
 };
 
+std::unique_ptr<spdlog::formatter> formatter(const std::string& mark) {
+  auto formatter = std::make_unique<spdlog::pattern_formatter>();
+  // On a terminal a progress bar may stand in this line: clear what is left of it.
+  formatter->add_flag<VisibleMessage>('V').set_pattern(mark +
+                                                       (::isatty(STDERR_FILENO) ? "%^%l%$: %V\033[K" : "%l: %V"));
+  return formatter;
+}
+
 }  // namespace
 
 void set_log_level(const std::string& level) {
@@ -29,14 +37,13 @@ void set_log_level(const std::string& level) {
                 "--log-level {}: expected trace, debug, info, warning, error or off", level);
   static const auto logger = [] {
     auto stderr_logger = spdlog::stderr_color_mt("moesaic");
-    // On a terminal a progress bar may stand in this line: clear what is left of it.
-    auto formatter = std::make_unique<spdlog::pattern_formatter>();
-    formatter->add_flag<VisibleMessage>('V').set_pattern(::isatty(STDERR_FILENO) ? "%^%l%$: %V\033[K" : "%l: %V");
-    stderr_logger->set_formatter(std::move(formatter));
+    stderr_logger->set_formatter(formatter(""));
     return stderr_logger;
   }();
   spdlog::set_default_logger(logger);
   spdlog::set_level(parsed);
 }
+
+void mark_log(const std::string& mark) { spdlog::default_logger()->set_formatter(formatter(mark)); }
 
 }  // namespace moesaic

@@ -8,4 +8,7 @@ namespace moesaic {
 /// trace | debug | info | warning | error | off. Throws UsageError for another name.
 void set_log_level(const std::string& level);
 
+/// Puts `mark` before every message.
+void mark_log(const std::string& mark);
+
 }  // namespace moesaic

@@ -24,6 +24,7 @@ using std::chrono::milliseconds;
 
 constexpr milliseconds kMeeting(60'000);  // until all ranks have started
 constexpr milliseconds kAsking(2'000);    // who still answers
+constexpr std::chrono::hours kPatience(24);
 
 std::string one_line(std::string text) { return text.substr(0, text.find('\n')); }
 
@@ -51,10 +52,29 @@ std::string own_address(const std::string& host) {
   return address;
 }
 
+/// A socket that listens at 127.0.0.1, where a store's own would at every interface; port 0 becomes the one it got.
+int listen_on_loopback(uint16_t& port) {
+  const int listening = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_port = htons(port);
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t size = sizeof address;
+  const int again = 1;
+  const bool bound = listening >= 0 && setsockopt(listening, SOL_SOCKET, SO_REUSEADDR, &again, sizeof again) == 0 &&
+                     bind(listening, reinterpret_cast<sockaddr*>(&address), size) == 0 &&
+                     listen(listening, SOMAXCONN) == 0 &&
+                     getsockname(listening, reinterpret_cast<sockaddr*>(&address), &size) == 0;
+  MOESAIC_CHECK(bound, DataError, "can't listen at 127.0.0.1:{}: {}", port, std::strerror(errno));
+  port = ntohs(address.sin_port);
+  return listening;
+}
+
 }  // namespace
 
 struct Group::Links {
-  c10::intrusive_ptr<c10d::Store> store;
+  c10::intrusive_ptr<c10d::Store> all;    // of all starts
+  c10::intrusive_ptr<c10d::Store> store;  // of this start
   c10::intrusive_ptr<c10d::ProcessGroupGloo> group;
   milliseconds timeout{};
 };
@@ -75,13 +95,23 @@ Group::Group(const Place& place, std::chrono::seconds timeout) : rank_(place.ran
     options.numWorkers = static_cast<size_t>(size_);
     options.waitWorkers = false;
     options.timeout = kMeeting;
-    const auto store = c10::make_intrusive<c10d::TCPStore>(place.host, options);
-    // What an earlier try left there is not this one's.
-    links_->store = c10::make_intrusive<c10d::PrefixStore>(fmt::format("moesaic/{}", place.restart), store);
+    if (options.isServer && place.local_size == size_) options.masterListenFd = listen_on_loopback(options.port);
+    links_->all = c10::make_intrusive<c10d::TCPStore>(place.host, options);
+    // What an earlier start left there is not this one's.
+    links_->store = c10::make_intrusive<c10d::PrefixStore>(fmt::format("moesaic/{}", place.restart), links_->all);
     const auto gloo = c10d::ProcessGroupGloo::Options::create(kMeeting);
-    const char* interface = std::getenv("GLOO_SOCKET_IFNAME");
-    gloo->devices = {interface != nullptr ? c10d::ProcessGroupGloo::createDeviceForInterface(interface)
-                                          : c10d::ProcessGroupGloo::createDeviceForHostname(own_address(place.host))};
+    if (const char* interface = std::getenv("GLOO_SOCKET_IFNAME")) {
+      gloo->devices = {c10d::ProcessGroupGloo::createDeviceForInterface(interface)};
+    } else {
+      const std::string address = own_address(place.host);
+      const bool loopback = address.starts_with("127.") || address == "::1";
+      MOESAIC_CHECK(!loopback || place.local_size == size_, UsageError,
+                    "MASTER_ADDR: '{}' is {} on this machine, which the ranks of other machines can't reach, expected "
+                    "an address of its network\nhint: give the address instead of the name, or the network's interface "
+                    "as GLOO_SOCKET_IFNAME",
+                    place.host, address);
+      gloo->devices = {c10d::ProcessGroupGloo::createDeviceForHostname(address)};
+    }
     links_->group = c10::make_intrusive<c10d::ProcessGroupGloo>(links_->store, static_cast<int>(rank_),
                                                                 static_cast<int>(size_), gloo);
   } catch (const Error&) {
@@ -90,6 +120,22 @@ Group::Group(const Place& place, std::chrono::seconds timeout) : rank_(place.ran
     throw Lost(
         fmt::format("rank {} of {}: the ranks did not meet at {}: {}", rank_, size_, where, one_line(error.what())));
   }
+}
+
+void Group::begin() {
+  if (size_ > 1 && first()) done([&] { links_->all->set("moesaic/begun", std::vector<uint8_t>{1}); });
+}
+
+bool Group::begun() { return size_ > 1 && any(first() && links_->all->check({"moesaic/begun"})); }
+
+void Group::meet() {
+  if (size_ == 1) return;
+  torch::Tensor own = torch::zeros({1}), all = torch::empty({size_});
+  done([&] {
+    c10d::AllgatherOptions options;
+    options.timeout = kPatience;
+    links_->group->_allgather_base(all, own, options)->wait();
+  });
 }
 
 /// Makes `call`; where it fails, says which ranks are to blame: those that do not say that it failed for them, too.
@@ -110,7 +156,8 @@ void Group::done(const std::function<void()>& call) {
         }
       } while (!silent.empty() && std::chrono::steady_clock::now() < until);
     } catch (const std::exception&) {
-      silent = {0};  // who keeps the store, or who started it
+      throw Lost(fmt::format("rank {} of {}: the other ranks are gone, and who keeps their store: {}", rank_, size_,
+                             one_line(error.what())));
     }
     throw Lost(fmt::format("rank {} of {}: {}: {}", rank_, size_,
                            silent.empty() ? "the connection to the other ranks broke"
@@ -167,22 +214,12 @@ struct Host::Store {
 };
 
 Host::Host(int64_t ranks) : store_(std::make_unique<Store>()) {
-  // A socket of our own, since the store's would listen at every interface.
-  const int listening = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  sockaddr_in address{};
-  address.sin_family = AF_INET;
-  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  socklen_t size = sizeof address;
-  const bool bound = listening >= 0 && bind(listening, reinterpret_cast<sockaddr*>(&address), size) == 0 &&
-                     listen(listening, SOMAXCONN) == 0 &&
-                     getsockname(listening, reinterpret_cast<sockaddr*>(&address), &size) == 0;
-  MOESAIC_CHECK(bound, DataError, "can't listen at 127.0.0.1: {}", std::strerror(errno));
   c10d::TCPStoreOptions options;
-  options.port = ntohs(address.sin_port);
+  options.port = 0;
+  options.masterListenFd = listen_on_loopback(options.port);
   options.isServer = true;
   options.numWorkers = static_cast<size_t>(ranks);
   options.waitWorkers = false;
-  options.masterListenFd = listening;
   store_->store = c10::make_intrusive<c10d::TCPStore>("127.0.0.1", options);
 }
 

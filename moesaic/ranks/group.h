@@ -38,6 +38,11 @@ class Group {
   int64_t size() const { return size_; }
   bool first() const { return rank_ == 0; }
 
+  /// Rank 0 says that the work has begun; begun(): whether it said so in an earlier start by the same launcher.
+  void begin();
+  bool begun();
+  /// Waits for all, up to a day: rank 0 may have much to do before.
+  void meet();
   /// What every rank gave, by rank.
   std::vector<std::string> gather(const std::string& own);
   /// What rank 0 gave.

@@ -51,16 +51,22 @@ std::optional<Place> place_from(const Variable& variable) {
     place.rank = number(variable, names.rank, 0, place.size - 1);
     place.local_rank = place.rank;
     bool one_machine = place.size == 1;
-    if (const char* size = variable(names.local_size)) {
+    const char* local_size = variable(names.local_size) != nullptr ? names.local_size : "SLURM_STEP_TASKS_PER_NODE";
+    if (const char* size = variable(local_size)) {
       // Slurm's is "4", or "4(x2)" for two machines.
       if (std::strspn(size, "0123456789") == std::strlen(size)) {
-        place.local_size = number(variable, names.local_size, 1, place.size);
+        place.local_size = number(variable, local_size, 1, place.size);
         one_machine = place.local_size == place.size;
       } else {
         place.local_size = std::max<int64_t>(1, std::atoll(size));
       }
     }
-    if (variable(names.local_rank) != nullptr) place.local_rank = number(variable, names.local_rank, 0, kMost);
+    // srun can speak PMI, which has no names for what is local.
+    for (const char* name : {names.local_rank, "SLURM_LOCALID"}) {
+      if (variable(name) == nullptr) continue;
+      place.local_rank = number(variable, name, 0, kMost);
+      break;
+    }
     if (const char* host = variable("MASTER_ADDR")) {
       place.host = host;
     } else if (const char* nodes = variable("SLURM_STEP_NODELIST"); nodes != nullptr && !one_machine) {

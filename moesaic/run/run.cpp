@@ -4,6 +4,7 @@
 #include "moesaic/base/machine.h"
 #include "moesaic/base/progress.h"
 #include "moesaic/base/seed.h"
+#include "moesaic/base/sha256.h"
 #include "moesaic/base/version.h"
 #include "moesaic/base/yaml.h"
 #include "moesaic/data/templates.h"
@@ -91,9 +92,11 @@ Run::Run(RunConfig config, bool dry, std::shared_ptr<ranks::Group> group)
       lock_ = std::make_unique<FolderLock>(config_.train.output_dir);
       check_output(config_);
     }
-    train::settle_micro_batches(config_.train, *group_);
-    if (group_->size() > 1) config_.resolved["micro_batches_per_step"] = config_.train.micro_batches_per_step;
     train::avoid_heap_holes(format_.dtype, device_);
+  }
+  train::settle_micro_batches(config_.train, *group_);
+  if (config_.train.micro_batches() != config_.train.gradient_accumulation_steps) {
+    config_.resolved["micro_batches_per_step"] = config_.train.micro_batches();
   }
   config_.resolved["bf16"] = format_.dtype == torch::kBFloat16;
   auto opened = [this](const formats::Checkpoint& checkpoint) {
@@ -124,6 +127,7 @@ void Run::compare_ranks() const {
   facts["version of moesaic"] = kVersion;
   facts["number format"] = dtype_name(format_.dtype);
   facts["weights of the model"] = prepared_.checkpoint->fingerprint();
+  facts["rows of the data"] = sha256_hex(mixture_->state().dump());
   facts["data"] = OrderedJson::array();
   for (const auto& count : mixture_->counts()) facts["data"].push_back({count.name, count.rows, count.rate});
   for (const train::EvalSet& set : eval_sets_) facts["data"].push_back({set.name, set.examples.size()});

@@ -80,6 +80,7 @@ class Run {
   TrainResult execute() {
     const DeterministicAlgorithms deterministic(config_.deterministic, model_.facts().device);
     if (group_.first()) prepare_output();
+    group_.begin();
     resume();
     if (group_.first()) journal_.open(step_);
     if (step_ == 0 && config_.eval_on_start && !eval_sets_.empty()) evaluate();
@@ -157,7 +158,7 @@ class Run {
 
   StepLog make_step(const std::vector<MicroBatch>& batches, moe::RoutingStats& routing) {
     const double factor = schedule_factor(config_.lr_scheduler_type, step_, warmup_steps_, max_steps_);
-    const bool logs_routing = journal_.logs_routing(step_ + 1);
+    const bool logs_routing = group_.any(journal_.logs_routing(step_ + 1));
     const StepResult made = stepper_.run(batches, step_ + 1, factor, logs_routing ? &routing : nullptr);
     ++step_;
     tokens_ += made.tokens;
@@ -373,6 +374,7 @@ void settle_micro_batches(TrainConfig& config, ranks::Group& group) {
   }
   dir = group.from_first(dir);
   if (!dir.empty()) config.resume_from_checkpoint = dir;
+  if (config.resume_from_checkpoint == "auto" && config.overwrite_output_dir) config.resume_from_checkpoint = "none";
   if (config.micro_batches_per_step == 0 && !dir.empty()) {
     const std::string where = (fs::path(dir) / "trainer_state.json").string();
     const Json saved = get<Json>(get<Json>(read_checkpoint(dir).state, "moesaic", where), "config", where);
@@ -567,6 +569,7 @@ TrainResult train(models::LanguageModel& model, nn::Learner& learner, data::Exam
                   const TrainHooks& hooks) {
   check_config(config, epoch_size);
   check_run(config, model, learner);
+  hooks.group->meet();
   TrainConfig settled = config;
   settle_micro_batches(settled, *hooks.group);
   return Run(model, learner, stream, eval_sets, settled, epoch_size, hooks).execute();

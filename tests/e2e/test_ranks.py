@@ -143,6 +143,7 @@ def test_without_the_key_a_step_grows_with_the_ranks(folder):
     ended(launcher, 130)
     assert "micro_batches_per_step: 4" in (folder / "grown" / "run.yaml").read_text()
     ended(start("train", run, "--resume", "auto"), 0)  # one rank goes on with the four
+    assert "micro_batches_per_step: 4" in (folder / "grown" / "run.yaml").read_text()
     rows = [json.loads(line) for line in (folder / "grown" / "train_log.jsonl").read_text().splitlines()]
     tokens = [row["tokens"] for row in rows if "tokens" in row]
     assert tokens[-1] == 40 * tokens[0] // 2
@@ -210,6 +211,41 @@ def test_ranks_are_killed_and_begin_again(torchrun, folder):
     assert not [path for path in (folder / name).iterdir() if "tmp" in path.name or path.name == "run.lock"]
 
 
+def test_a_run_that_reports_nothing(folder):
+    run = make_run(folder, "quiet", report_to=["none"], router={"top_k": 2})
+    ended(start("train", run, "--ranks", 2), 0)
+    assert not (folder / "quiet" / "train_log.jsonl").exists()
+
+
+def test_who_signals_all_gets_one_checkpoint(folder):
+    run = make_run(folder, "signalled", max_steps=100000, save_steps=50)
+    launcher = start("train", run, "--ranks", 2, "--restarts", 3)
+    wait_for(folder / "signalled" / "checkpoint-50")
+    for process in [launcher.pid, *ranks_of(launcher).values()]:
+        os.kill(process, signal.SIGTERM)
+    error = ended(launcher, 130)
+    assert error.count("go on with:") == 1 and "again" not in error
+
+
+def test_a_launcher_that_was_told_to_end_starts_nothing_again(folder):
+    launcher = start("train", make_run(folder, "early", max_steps=100000), "--ranks", 2, "--restarts", 3)
+    ranks_of(launcher)
+    launcher.send_signal(signal.SIGTERM)
+    _, error = launcher.communicate(timeout=60)
+    assert launcher.returncode != 0 and "again" not in error
+
+
+def test_a_restart_is_no_consent(folder):
+    """What the first start refuses, torchrun's next ones refuse, too."""
+    ended(start("train", make_run(folder, "others", max_steps=3)), 0)
+    before = {path: path.stat().st_mtime_ns for path in (folder / "others").rglob("*")}
+    run = make_run(folder, "others", max_steps=6)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python", "--nproc-per-node", "2",
+                           "--max-restarts", "2", *tiny_run.command("train", run)], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and done.stderr.count("of an earlier run") >= 2
+    assert {path: path.stat().st_mtime_ns for path in (folder / "others").rglob("*") if path.name != "run.lock"} == before
+
+
 def test_a_rank_that_stands_still_is_named(folder):
     run = make_run(folder, "still", max_steps=100000, save_steps=50, ddp_timeout=5)
     launcher = start("train", run, "--ranks", 3)
@@ -269,6 +305,9 @@ def test_ranks_that_would_train_something_else_are_refused(folder):
     (other / "model.safetensors").write_bytes(model)
     for (_, error), code in by_hand(folder, run, [], [f"model_name_or_path={other}"]):
         assert code == 2 and "rank 1: weights of the model: got" in error
+    (folder / "same-length.jsonl").write_text((folder / "rows.jsonl").read_text().replace("red", "dog"))
+    for (_, error), code in by_hand(folder, run, [], [f"dataset={folder / 'same-length.jsonl'}"]):
+        assert code == 2 and "rank 1: rows of the data: got" in error
     for (out, error), code in by_hand(folder, run, [], []):
         assert code == 0, error
     assert out == "", "rank 0 alone prints"

@@ -114,8 +114,9 @@ def test_experts_by_layer(method, driver, models, tmp_path):
 @pytest.mark.parametrize("method", ["mov", "molora"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_router_losses_in_training(name, method, router, checkpointing, driver, models, tmp_path):
-    """One step of the trainer over two micro-batches of unequal sequences, their prompts not trained on: loss, balance
-    and z-loss, and the gradient of every expert and router. Prompts count for the routers, padding does not exist."""
+    """One step of the trainer over two micro-batches of unequal sequences, dealt the longest first to the one with the
+    fewest tokens, their prompts not trained on: loss, balance and z-loss, and the gradient of every expert and router.
+    Prompts count for the routers, padding does not exist."""
     _, folder = models(name)
     mixture = Mixture(common.make_model(name), method, experts=5, **ROUTERS[router])
     ids = common.sequences()
@@ -125,12 +126,16 @@ def test_router_losses_in_training(name, method, router, checkpointing, driver, 
         sentence = torch.randn(len(ids), mixture.mixing.sentence_dim, generator=torch.Generator().manual_seed(2))
     balance_coef, z_coef, micro_batch = 0.7, 0.3, 2
     tokens = sum(map(len, ids))
-    logits, auxiliary = [], 0
-    for first in range(0, len(ids), micro_batch):
-        part = ids[first:first + micro_batch]
-        logits.append(mixture.logits(part, None if sentence is None else sentence[first:first + micro_batch]))
+    dealt = [[] for _ in range(-(-len(ids) // micro_batch))]
+    for i in sorted(range(len(ids)), key=lambda i: -len(ids[i])):
+        min(dealt, key=lambda part: sum(len(ids[j]) for j in part)).append(i)
+    logits, auxiliary = [None] * len(ids), 0
+    for part in map(sorted, dealt):
+        rows = mixture.logits([ids[i] for i in part], None if sentence is None else sentence[part])
+        for i, row in zip(part, rows.split([len(ids[i]) for i in part])):
+            logits[i] = row
         balance, z = mixture.mixing.losses()
-        auxiliary = auxiliary + sum(map(len, part)) / tokens * (balance_coef * balance + z_coef * z)
+        auxiliary = auxiliary + sum(len(ids[i]) for i in part) / tokens * (balance_coef * balance + z_coef * z)
     loss = common.loss_of(torch.cat(logits), ids, mask)
     (loss + auxiliary).backward()
     ours = driver.run(tmp_path / "out.safetensors", model=folder, adapter=mixture.save(tmp_path / "adapter"),

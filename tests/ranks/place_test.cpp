@@ -90,6 +90,18 @@ TEST(Place, OfAStepOfSlurm) {
   }
 }
 
+TEST(Place, OfPmiUnderSlurm) {
+  const auto found = place({{"PMI_RANK", "9"},
+                            {"PMI_SIZE", "16"},
+                            {"SLURM_LOCALID", "1"},
+                            {"SLURM_STEP_TASKS_PER_NODE", "8(x2)"},
+                            {"SLURM_STEP_NODELIST", "gpu[10,20]"}});
+  ASSERT_TRUE(found);
+  EXPECT_EQ(found->local_rank, 1);
+  EXPECT_EQ(found->local_size, 8);
+  EXPECT_EQ(found->host, "gpu10");
+}
+
 TEST(Place, ABatchScriptOfSlurmIsNoStep) {
   EXPECT_FALSE(place({{"SLURM_PROCID", "0"}, {"SLURM_NTASKS", "4"}, {"SLURM_LOCALID", "0"}}));
 }

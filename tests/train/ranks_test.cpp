@@ -22,12 +22,13 @@ TEST(Ranks, ADifferentBitAtOneIsFoundAtTheNextCheckpoint) {
   config.save_steps = 2;
   config.gradient_accumulation_steps = 2;
   config.per_device_train_batch_size = 2;
+  std::vector<TinyRun> runs(3);  // not made by the threads, which share a random generator
+  {
+    torch::NoGradGuard no_grad;
+    runs[1].adapter->parameters().front().tensor.flatten()[0].mul_(1 + 1e-7);
+  }
   ranks::as_ranks(3, [&](const std::shared_ptr<ranks::Group>& group) {
-    TinyRun run;
-    if (group->rank() == 1) {
-      torch::NoGradGuard no_grad;
-      run.adapter->parameters().front().tensor.flatten()[0].mul_(1 + 1e-7);
-    }
+    TinyRun& run = runs[group->rank()];
     try {
       train_as(run, group, config);
       ADD_FAILURE() << "rank " << group->rank() << " went on";
