@@ -228,10 +228,23 @@ fn refusal(status: StatusCode, message: &str) -> Response<AnswerBody> {
     response(status.as_u16(), headers, AnswerBody::Whole(Some(error.to_string().into()))).expect("its parts are constants")
 }
 
-async fn read_body(body: Incoming, limits: &Limits) -> Result<Bytes, Response<AnswerBody>> {
+async fn read_body(mut body: Incoming, limits: &Limits) -> Result<Bytes, Response<AnswerBody>> {
     let too_large = || refusal(StatusCode::PAYLOAD_TOO_LARGE, &format!("the body: expected {} bytes at most", limits.body_bytes));
-    let read = tokio::time::timeout(Duration::from_secs_f64(limits.body_seconds), Limited::new(body, limits.body_bytes).collect());
-    match read.await {
+    let reading = async {
+        let read = Limited::new(&mut body, limits.body_bytes).collect().await;
+        if matches!(&read, Err(error) if error.is::<LengthLimitError>()) {
+            // Most clients look for an answer when they have sent all: a closed connection in between is all they would see.
+            let mut rest = 0;
+            while let Some(Ok(frame)) = body.frame().await {
+                rest += frame.data_ref().map_or(0, |data| data.len());
+                if rest > 8 * limits.body_bytes {
+                    break;
+                }
+            }
+        }
+        read
+    };
+    match tokio::time::timeout(Duration::from_secs_f64(limits.body_seconds), reading).await {
         Ok(Ok(body)) => Ok(body.to_bytes()),
         Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
         Ok(Err(error)) => Err(refusal(StatusCode::BAD_REQUEST, &format!("the body: {error}"))),
