@@ -144,7 +144,7 @@ int launch(int64_t ranks, int64_t restarts) {
   sigaddset(&signals, SIGCHLD);
   for (const int signal : kForwarded) sigaddset(&signals, signal);
   pthread_sigmask(SIG_BLOCK, &signals, &before);
-  const ranks::Host host(ranks);
+  const ranks::Host host;
   int code = 0;
   bool asked_to_end = false;
   for (int64_t restart = 0;; ++restart) {

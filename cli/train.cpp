@@ -93,8 +93,8 @@ int run_rank(const TrainOptions& options, const CommonOptions& common, const CLI
     parsed.train.micro_batches_per_step = options.ranks * parsed.train.gradient_accumulation_steps;
   }
   parsed.device = device_of(place, parsed.device);
-  std::shared_ptr<ranks::Group> group = std::make_shared<ranks::Group>();
-  if (!options.dry_run) group = std::make_shared<ranks::Group>(place, std::chrono::seconds(parsed.train.ddp_timeout));
+  const auto group = std::make_shared<ranks::Group>(options.dry_run ? ranks::Place{} : place,
+                                                    std::chrono::seconds(parsed.train.ddp_timeout));
   // Started again, it goes on where it was, once it had begun.
   if (place.restart > 0 && group->begun()) {
     if (parsed.train.resume_from_checkpoint == "none") parsed.train.resume_from_checkpoint = "auto";

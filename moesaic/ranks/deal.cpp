@@ -4,8 +4,8 @@ namespace moesaic::ranks {
 
 std::vector<Json> deal(Group& group, int64_t count, const std::function<Json(int64_t)>& work) {
   std::vector<Json> own;
-  const int64_t end = count * (group.rank() + 1) / group.size();
-  for (int64_t i = count * group.rank() / group.size(); i < end; ++i) own.push_back(work(i));
+  const auto [first, last] = group.share(count, group.rank());
+  for (int64_t i = first; i < last; ++i) own.push_back(work(i));
   if (group.size() == 1) return own;
   std::string bytes;
   Json::to_cbor(own, bytes);

@@ -35,7 +35,6 @@ std::string own_address(const std::string& host) {
   MOESAIC_CHECK(getaddrinfo(host.c_str(), "9", &hints, &found) == 0, UsageError,
                 "MASTER_ADDR: got '{}', expected the name or address of a machine", host);
   const std::unique_ptr<addrinfo, decltype(&freeaddrinfo)> holder(found, &freeaddrinfo);
-  std::string address = "127.0.0.1";
   for (const addrinfo* each = found; each != nullptr; each = each->ai_next) {
     const int socket_ = socket(each->ai_family, SOCK_DGRAM, 0);
     if (socket_ < 0) continue;
@@ -49,7 +48,7 @@ std::string own_address(const std::string& host) {
     close(socket_);
     if (known) return text;
   }
-  return address;
+  return "127.0.0.1";
 }
 
 /// A socket that listens at 127.0.0.1, where a store's own would at every interface; port 0 becomes the one it got.
@@ -92,7 +91,6 @@ Group::Group(const Place& place, std::chrono::seconds timeout) : rank_(place.ran
     c10d::TCPStoreOptions options;
     options.port = static_cast<uint16_t>(place.port);
     options.isServer = first() && !place.hosted;
-    options.numWorkers = static_cast<size_t>(size_);
     options.waitWorkers = false;
     options.timeout = kMeeting;
     if (options.isServer && place.local_size == size_) options.masterListenFd = listen_on_loopback(options.port);
@@ -130,12 +128,8 @@ bool Group::begun() { return size_ > 1 && any(first() && links_->all->check({"mo
 
 void Group::meet() {
   if (size_ == 1) return;
-  torch::Tensor own = torch::zeros({1}), all = torch::empty({size_});
-  done([&] {
-    c10d::AllgatherOptions options;
-    options.timeout = kPatience;
-    links_->group->_allgather_base(all, own, options)->wait();
-  });
+  torch::Tensor all = torch::empty({size_});
+  all_gather(all, torch::zeros({1}), kPatience);
 }
 
 /// Makes `call`; where it fails, says which ranks are to blame: those that do not say that it failed for them, too.
@@ -200,11 +194,13 @@ void Group::all_to_all(torch::Tensor& received, const std::vector<int64_t>& rece
   });
 }
 
-void Group::all_gather(torch::Tensor& all, const torch::Tensor& own) {
+void Group::all_gather(torch::Tensor& all, const torch::Tensor& own) { all_gather(all, own, links_->timeout); }
+
+void Group::all_gather(torch::Tensor& all, const torch::Tensor& own, milliseconds timeout) {
   torch::Tensor from = own;
   done([&] {
     c10d::AllgatherOptions options;
-    options.timeout = links_->timeout;
+    options.timeout = timeout;
     links_->group->_allgather_base(all, from, options)->wait();
   });
 }
@@ -213,12 +209,11 @@ struct Host::Store {
   c10::intrusive_ptr<c10d::TCPStore> store;
 };
 
-Host::Host(int64_t ranks) : store_(std::make_unique<Store>()) {
+Host::Host() : store_(std::make_unique<Store>()) {
   c10d::TCPStoreOptions options;
   options.port = 0;
   options.masterListenFd = listen_on_loopback(options.port);
   options.isServer = true;
-  options.numWorkers = static_cast<size_t>(ranks);
   options.waitWorkers = false;
   store_->store = c10::make_intrusive<c10d::TCPStore>("127.0.0.1", options);
 }

@@ -7,6 +7,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "moesaic/base/check.h"
@@ -37,6 +38,10 @@ class Group {
   int64_t rank() const { return rank_; }
   int64_t size() const { return size_; }
   bool first() const { return rank_ == 0; }
+  /// Which of `count` pieces of work are `rank`'s: [first, last).
+  std::pair<int64_t, int64_t> share(int64_t count, int64_t rank) const {
+    return {count * rank / size_, count * (rank + 1) / size_};
+  }
 
   /// Rank 0 says that the work has begun; begun(): whether it said so in an earlier start by the same launcher.
   void begin();
@@ -58,6 +63,7 @@ class Group {
  private:
   struct Links;
   void done(const std::function<void()>& call);
+  void all_gather(torch::Tensor& all, const torch::Tensor& own, std::chrono::milliseconds timeout);
 
   int64_t rank_ = 0, size_ = 1;
   std::unique_ptr<Links> links_;
@@ -66,7 +72,7 @@ class Group {
 /// A store for the ranks of this machine, at a free port of loopback, for as long as it lives.
 class Host {
  public:
-  explicit Host(int64_t ranks);
+  Host();
   ~Host();
   int64_t port() const;
 

@@ -10,7 +10,7 @@ namespace {
 
 using Variable = std::function<const char*(const char*)>;
 
-/// The names of one launcher. local_size: "" where it says none.
+/// The names of one launcher.
 struct Names {
   const char *rank, *size, *local_rank, *local_size;
 };

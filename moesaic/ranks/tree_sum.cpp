@@ -88,6 +88,7 @@ std::vector<torch::Tensor> TreeSum::exchanged(const std::vector<torch::Tensor>& 
       at_least(flat_, std::max<int64_t>(1, held) * length).slice(0, 0, held * length).view({held, length});
   for (int64_t b = 0; b < held; ++b) {
     int64_t place = 0;
+    float* there_is = flat[b].data_ptr<float>() + length - tensors;
     for (int64_t i = 0; i < tensors; ++i) {
       const torch::Tensor& tensor = blocks_[b].sum[i];
       MOESAIC_CHECK(!tensor.defined() || tensor.scalar_type() == torch::kFloat32, ShapeError,
@@ -99,11 +100,11 @@ std::vector<torch::Tensor> TreeSum::exchanged(const std::vector<torch::Tensor>& 
       } else {
         there.fill_(-0.0F);
       }
-      flat[b][length - tensors + i] = tensor.defined() ? 1.0F : 0.0F;
+      there_is[i] = tensor.defined() ? 1.0F : 0.0F;
     }
   }
   std::vector<std::vector<std::pair<int64_t, int64_t>>> blocks;
-  for (int64_t rank = 0; rank < ranks; ++rank) blocks.push_back(blocks_of(range(rank)));
+  for (int64_t rank = 0; rank < ranks; ++rank) blocks.push_back(blocks_of(group_->share(parts_, rank)));
   const int64_t all = std::accumulate(blocks.begin(), blocks.end(), int64_t{0},
                                       [](int64_t sum, const auto& of_rank) { return sum + std::ssize(of_rank); });
 
@@ -138,7 +139,7 @@ std::vector<torch::Tensor> TreeSum::exchanged(const std::vector<torch::Tensor>& 
   int64_t place = 0;
   for (int64_t i = 0; i < tensors; ++i) {
     const torch::Tensor numbers = total.slice(0, place, place += like[i].numel());
-    const bool defined = total[length - tensors + i].item<float>() > 0;
+    const bool defined = total.data_ptr<float>()[length - tensors + i] > 0;
     result.push_back(defined ? numbers.view(like[i].sizes()).to(like[i].device()) : torch::Tensor());
   }
   blocks_.clear();

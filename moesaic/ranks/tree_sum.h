@@ -15,7 +15,7 @@ namespace moesaic::ranks {
 ///
 ///   S(k, 0) = part k;   S(k, j+1) = S(2k, j) + S(2k+1, j);   what is left of M is folded from the right
 ///
-/// Rank r of N makes the parts M r/N .. M (r+1)/N - 1 and sends the largest S it can make of them. An undefined tensor
+/// A rank makes its Group::share of the parts and sends the largest S it can make of them. An undefined tensor
 /// is nothing: the sum of undefined ones is undefined. Adding numbers is commutative but not associative, so the order
 /// is what makes the bytes.
 class TreeSum {
@@ -25,7 +25,7 @@ class TreeSum {
   /// A sum over `parts` parts begins.
   void begin(int64_t parts);
   /// The parts of this rank: [first, last).
-  std::pair<int64_t, int64_t> own() const { return range(group_->rank()); }
+  std::pair<int64_t, int64_t> own() const { return group_->share(parts_, group_->rank()); }
   /// The next of them. Takes the tensors: they become the sum.
   void add(std::vector<torch::Tensor> part);
   /// The sum, the same bytes at every rank, shaped as `like`, which every rank gives alike and which need not be
@@ -39,9 +39,6 @@ class TreeSum {
     std::vector<torch::Tensor> sum;
   };
 
-  std::pair<int64_t, int64_t> range(int64_t rank) const {
-    return {parts_ * rank / group_->size(), parts_ * (rank + 1) / group_->size()};
-  }
   static void push(std::vector<Block>& blocks, Block block);
   static std::vector<torch::Tensor> fold(std::vector<Block>& blocks);
   std::vector<torch::Tensor> exchanged(const std::vector<torch::Tensor>& like);

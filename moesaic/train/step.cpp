@@ -6,6 +6,7 @@
 #include "moesaic/base/seed.h"
 #include "moesaic/models/finite.h"
 #include "moesaic/moe/router.h"
+#include "moesaic/ranks/deal.h"
 #include "moesaic/train/checkpointed_blocks.h"
 
 namespace moesaic::train {
@@ -112,7 +113,7 @@ StepResult Stepper::run(const std::vector<MicroBatch>& batches, int64_t step, do
   std::vector<torch::Tensor> like;
   for (const auto& t : tensors_) like.push_back(t.tensor);
   like.insert(like.end(), 2, torch::empty({}, torch::dtype(torch::kFloat32).device(model_.facts().device)));
-  Json routed = Json::array();
+  std::vector<Json> routed;
   sum_.begin(std::ssize(batches));
   const auto [first, last] = sum_.own();
   for (int64_t k = first; k < last; ++k) {
@@ -136,7 +137,10 @@ StepResult Stepper::run(const std::vector<MicroBatch>& batches, int64_t step, do
   }
   const std::vector<torch::Tensor> sums = sum_.total(like);
   for (size_t i = 0; i < tensors_.size(); ++i) tensors_[i].tensor.mutable_grad() = sums[i];
-  if (routing != nullptr) gather_routing(routed, *routing);
+  if (routing != nullptr) {
+    auto of_part = [&](int64_t k) { return routed[k - first]; };
+    for (const Json& part : ranks::deal(*group_, std::ssize(batches), of_part)) routing->add(part);
+  }
   result.loss = sums[tensors_.size()].item<double>();
   const torch::Tensor& aux_loss = sums.back();
   result.aux_loss = aux_loss.defined() ? aux_loss.item<double>() : 0.0;
@@ -146,15 +150,6 @@ StepResult Stepper::run(const std::vector<MicroBatch>& batches, int64_t step, do
   }
   optimizer_->step(factor);
   return result;
-}
-
-/// Adds up what the micro-batches of all ranks had, in their order.
-void Stepper::gather_routing(const Json& own, moe::RoutingStats& routing) const {
-  std::string bytes;  // a form that holds NaN, too
-  Json::to_cbor(own, bytes);
-  for (const std::string& of_rank : group_->gather(bytes)) {
-    for (const auto& sums : Json::from_cbor(of_rank)) routing.add(sums);
-  }
 }
 
 /// [M]: the weight of each label's cross entropy in the step's loss.

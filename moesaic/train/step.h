@@ -70,7 +70,6 @@ class Stepper {
   std::pair<torch::Tensor, torch::Tensor> batch_loss(const data::Batch& collated, const MicroBatch& batch,
                                                      const torch::Tensor& weights, double share,
                                                      moe::RoutingStats* routing);
-  void gather_routing(const Json& own, moe::RoutingStats& routing) const;
   [[noreturn]] void report_divergence(const std::vector<MicroBatch>& batches, int64_t step, const StepResult& result);
 
   models::LanguageModel& model_;

@@ -375,9 +375,11 @@ void settle_micro_batches(TrainConfig& config, ranks::Group& group) {
   dir = group.from_first(dir);
   if (!dir.empty()) config.resume_from_checkpoint = dir;
   if (config.resume_from_checkpoint == "auto" && config.overwrite_output_dir) config.resume_from_checkpoint = "none";
-  if (config.micro_batches_per_step == 0 && !dir.empty()) {
-    const std::string where = (fs::path(dir) / "trainer_state.json").string();
-    const Json saved = get<Json>(get<Json>(read_checkpoint(dir).state, "moesaic", where), "config", where);
+  const fs::path state =
+      fs::path(dir) / "trainer_state.json";  // the whole is read, and checked, by who goes on with it
+  if (config.micro_batches_per_step == 0 && !dir.empty() && fs::exists(state)) {
+    const std::string where = state.string();
+    const Json saved = get<Json>(get<Json>(read_json(state), "moesaic", where), "config", where);
     if (saved.value("gradient_accumulation_steps", Json()) == config.gradient_accumulation_steps) {
       config.micro_batches_per_step =
           get_or<int64_t>(saved, "micro_batches_per_step", config.gradient_accumulation_steps, where);

@@ -1,20 +1,14 @@
 """The folder that `make dist` makes: unpacked elsewhere, it runs with an empty environment and its own libraries."""
 
 import re
-import subprocess
 import sys
 
 import pytest
 
 import tiny_run
+from test_install import checked
 
 SYSTEM = re.compile(r"linux-vdso|ld-linux|lib(c|m|dl|rt|util|pthread|stdc\+\+|gcc_s)\.so")  # those of C and C++
-
-
-def checked(*command, **options):
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600, **options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")

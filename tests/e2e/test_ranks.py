@@ -48,18 +48,17 @@ def written(folder):
 
 
 def ranks_of(launcher):
-    """{rank: process id}, once all have begun."""
+    """{rank: process id} of those that have begun, once one has."""
     for _ in range(200):
         found = {}
-        for path in (f"/proc/{launcher.pid}/task/{launcher.pid}/children",):
-            for child in open(path).read().split():
-                try:
-                    variables = open(f"/proc/{child}/environ").read().split("\0")
-                except OSError:
-                    continue
-                rank = [line for line in variables if line.startswith("RANK=")]
-                if rank:
-                    found[int(rank[0][5:])] = int(child)
+        for child in open(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read().split():
+            try:
+                variables = open(f"/proc/{child}/environ").read().split("\0")
+            except OSError:
+                continue
+            rank = [line for line in variables if line.startswith("RANK=")]
+            if rank:
+                found[int(rank[0][5:])] = int(child)
         if found:
             return found
         time.sleep(0.05)

@@ -15,7 +15,7 @@ inline void as_ranks(int64_t size, const std::function<void(std::shared_ptr<Grou
   if (size == 1) return work(std::make_shared<Group>());
   // What c10d keeps for its reports is one for a process, where a group is meant to be one, too, and not locked.
   setenv("TORCH_FR_BUFFER_SIZE", "0", /*overwrite=*/1);
-  const Host host(size);
+  const Host host;
   std::vector<std::thread> threads;
   for (int64_t rank = 0; rank < size; ++rank) {
     threads.emplace_back([&, rank] {
