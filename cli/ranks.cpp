@@ -56,8 +56,12 @@ struct Child {
   int status = 0;  // as waitpid has it
 
   int exit_code() const { return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status); }
-  bool failed() const {
-    return !running && exit_code() != 0 && exit_code() != static_cast<int>(ExitCode::kInterrupted);
+  /// asked_to_end: by a signal that we passed on, which may have met it before it listened or after it had saved.
+  bool failed(bool asked_to_end) const {
+    const bool obeyed =
+        asked_to_end && WIFSIGNALED(status) &&
+        std::find(std::begin(kForwarded), std::end(kForwarded), WTERMSIG(status)) != std::end(kForwarded);
+    return !running && !obeyed && exit_code() != 0 && exit_code() != static_cast<int>(ExitCode::kInterrupted);
   }
 };
 
@@ -124,7 +128,7 @@ int64_t run_once(std::vector<Child>& children, const sigset_t& signals, bool& as
       Child& child = children[rank];
       if (!child.running || waitpid(child.process, &child.status, WNOHANG) != child.process) continue;
       child.running = false;
-      if (failed >= 0 || !child.failed()) continue;
+      if (failed >= 0 || !child.failed(asked_to_end)) continue;
       failed = static_cast<int64_t>(rank);
       until = steady_clock::now() + kGrace;
       send(SIGTERM);
@@ -153,9 +157,9 @@ int launch(int64_t ranks, int64_t restarts) {
       children.push_back(start(arguments, rank, ranks, host.port(), restart));
     const int64_t failed = run_once(children, signals, asked_to_end);
     if (failed < 0) {
-      const auto interrupted =
-          std::find_if(children.begin(), children.end(), [](const Child& child) { return child.exit_code() != 0; });
-      code = interrupted == children.end() ? 0 : interrupted->exit_code();
+      const bool done =
+          std::all_of(children.begin(), children.end(), [](const Child& child) { return child.exit_code() == 0; });
+      code = done ? 0 : static_cast<int>(ExitCode::kInterrupted);
       break;
     }
     const Child& child = children[failed];
