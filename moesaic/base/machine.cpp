@@ -1,5 +1,6 @@
 #include "moesaic/base/machine.h"
 
+#include <signal.h>
 #include <sys/utsname.h>
 #include <unistd.h>
 
@@ -38,6 +39,13 @@ Machine this_machine() {
 int64_t peak_resident_bytes() {
   const std::string kib = line_of("/proc/self/status", "VmHWM");
   return kib.empty() ? 0 : std::stoll(kib) * 1024;
+}
+
+void outlive_closed_pipes() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGPIPE);
+  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
 }
 
 }  // namespace moesaic

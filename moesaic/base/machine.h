@@ -1,4 +1,4 @@
-// What machine this is, and what the process has taken of it.
+// What machine this is, what the process has taken of it, and what it outlives.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -17,5 +17,8 @@ Machine this_machine();
 std::string cpu_info(const std::string& key);
 /// The most memory that the process has held so far (VmHWM), in bytes; 0 where the system doesn't say.
 int64_t peak_resident_bytes();
+/// From here on a write to what the other side has closed fails with EPIPE in this thread and in those that it starts,
+/// where SIGPIPE would end the process.
+void outlive_closed_pipes();
 
 }  // namespace moesaic

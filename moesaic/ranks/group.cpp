@@ -16,6 +16,7 @@
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 
 #include "moesaic/base/check.h"
+#include "moesaic/base/machine.h"
 
 namespace moesaic::ranks {
 namespace {
@@ -83,6 +84,7 @@ Group::~Group() = default;
 
 Group::Group(const Place& place, std::chrono::seconds timeout) : rank_(place.rank), size_(place.size) {
   if (size_ == 1) return;
+  outlive_closed_pipes();
   links_ = std::make_unique<Links>();
   // The group counts in nanoseconds: at most a hundred years.
   links_->timeout = std::min<std::chrono::seconds>(timeout, std::chrono::hours(24 * 36500));

@@ -3,6 +3,7 @@
 #include "moesaic/base/bridge_text.h"
 #include "moesaic/base/check.h"
 #include "moesaic/base/json.h"
+#include "moesaic/base/machine.h"
 
 namespace moesaic::serve {
 namespace {
@@ -27,6 +28,7 @@ std::string_view HttpRequest::header(std::string_view name) const {
 
 HttpServer::HttpServer(const std::string& host, uint16_t port, const HttpLimits& limits, Handler handler)
     : handler_(std::move(handler)) {
+  outlive_closed_pipes();
   BridgeHttpHandler functions;
   functions.context = &handler_;
   functions.request = [](void* context, uint64_t id, BridgeView head, BridgeView body) {

@@ -59,12 +59,11 @@ class Server:
         return self
 
     def __exit__(self, *_):
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            try:
-                assert self.process.wait(timeout=60) == 0, self.lines
-            finally:
-                self.process.kill()
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            assert self.process.wait(timeout=60) == 0, self.lines
+        finally:
+            self.process.kill()
 
     def ask(self, path, body=None, method=None, headers=None, raw=None):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
@@ -344,6 +343,16 @@ def test_metrics_and_log_agree(folder, server):
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert metrics["vllm:generation_tokens_total"] == sum(row["new_tokens"] for row in rows)
     assert {row["status"] for row in rows} <= {200, 499, 504} and not any("prompt" in row for row in rows)
+
+
+def test_clients_that_hang_up_while_they_are_answered_end_nothing(server):
+    """A write to a connection that was closed, then reset, raises SIGPIPE."""
+    for i in range(500):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n" * 20)
+            connection.shutdown(socket.SHUT_WR)
+    assert server.ask("/health")[0].status == 200
 
 
 def test_whatever_comes_every_good_request_gets_its_answer(folder, server):

@@ -1,5 +1,7 @@
 #include "moesaic/ranks/group.h"
 
+#include <unistd.h>
+
 #include <cmath>
 
 #include "moesaic/ranks/deal.h"
@@ -27,6 +29,17 @@ TEST(Group, NamesWhoIsGone) {
     } catch (const Lost& error) {
       EXPECT_NE(std::string(error.what()).find("rank 1 is gone or does not answer"), std::string::npos) << error.what();
     }
+  });
+}
+
+TEST(Group, OutlivesTheOtherEndOfAConnection) {
+  as_ranks(2, [](const std::shared_ptr<Group>&) {
+    int ends[2];
+    ASSERT_EQ(pipe(ends), 0);
+    close(ends[0]);
+    EXPECT_EQ(write(ends[1], "x", 1), -1);
+    EXPECT_EQ(errno, EPIPE);
+    close(ends[1]);
   });
 }
 
