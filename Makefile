@@ -1,5 +1,5 @@
 # The front door. Set-up is tools/setup, the build is CMake's presets; see CONTRIBUTING.md.
-.PHONY: demo test test-all build dist bench format lint asan fuzz clean
+.PHONY: demo test test-all build dist wheel bench format lint asan fuzz clean
 ARGS ?=
 LABELS ?= -LE long
 FUZZ_SECONDS ?= 30
@@ -17,6 +17,7 @@ test: ## install what the tests need, build, run every test but those that take 
 	tools/setup test
 	cmake --preset release
 	cmake --build --preset release
+	$(MAKE) --no-print-directory wheel
 	ctest --test-dir build --output-on-failure -j "$$(nproc)" $(LABELS) $(ARGS)
 
 test-all: LABELS =
@@ -39,6 +40,15 @@ dist: ## build/dist/moesaic-VERSION-linux-x86_64.tar.zst: a folder that runs wit
 	cd build/dist && cmake -DPROGRAM=../moesaic -DLICENSES=licenses -DVERSION="$$(../moesaic --version | cut -d' ' -f2)" -P ../../cmake/Dist.cmake
 	rm -rf build/dist/licenses
 	cat build/dist/SHA256SUMS
+
+wheel: ## build/wheel/moesaic-VERSION-py3-none-manylinux_*.whl: the Python package and the program, for any Python
+	tools/setup wheel
+	cmake --preset release
+	cmake --build --preset release --target moesaic_wheel_program
+	rm -rf build/wheel
+	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir build/wheel/plain .
+	PATH="$(CURDIR)/.venv/bin:$$PATH" LD_LIBRARY_PATH="$$(echo $(CURDIR)/.venv/lib/python3*/site-packages/pyarrow)" auditwheel repair build/wheel/plain/*.whl --strip --zip-compression-level 9 --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcu*' --exclude 'libgomp*' --wheel-dir build/wheel
+	rm -rf build/wheel/plain
 
 bench: ## whole jobs against their peers; writes bench/results/ and bench/RESULTS.md
 	tools/setup bench

@@ -63,8 +63,9 @@ def training(job):
         sys.path.insert(0, str(ROOT / "tests" / "parity"))
         from mixtures import Mixture
 
-        parameters = list(Mixture(model, job["method"], experts=job["experts"], rank=job["rank"],
-                                  alpha=16).parameters.values())
+        mixture = Mixture(model, job["method"], experts=job["experts"], rank=job["rank"], alpha=16)
+        mixture.mixing.keeps = False
+        parameters = list(mixture.parameters.values())
     else:
         parameters = []
     optimizer = torch.optim.AdamW(parameters, lr=1e-4) if parameters else None

@@ -2,7 +2,6 @@
 
 #include "cli/options.h"
 #include "cli/ranks.h"
-#include "moesaic/base/progress.h"
 #include "moesaic/eval/report.h"
 #include "moesaic/eval/suite.h"
 #include "moesaic/eval/task_file.h"
@@ -15,7 +14,7 @@ struct Options {
   std::vector<std::string> tasks;
   eval::TaskOptions task;
   eval::EvalOptions eval;
-  AskOptions ask;
+  run::AskOptions ask;
   std::string suite, batch_size = "auto", output_path;
   bool log_samples = false, json = false;
   int64_t ranks = 0;
@@ -48,47 +47,9 @@ int run_rank(Options options, CommonOptions common, const ranks::Place& place) {
   options.eval.group = std::make_shared<ranks::Group>(place, std::chrono::hours(24 * 7));
   const Loaded loaded = load(options.model, common);
   spdlog::info("computing in {}", loaded.computes_in());
-  const std::string asked = loaded.settle_asking(options.ask, options.eval);
-  const eval::EvalModel model = loaded.for_evaluation();
-  options.eval.generation.eos_ids = loaded.eos_ids();
-  options.eval.generation.seed = common.seed;
-  options.eval.bootstrap_iters = 100000;  // the harness's default
   options.eval.keep_samples = options.log_samples;
-
-  std::vector<eval::TaskResult> results;
-  double seconds = 0;
-  for (const eval::Task& task : tasks) {
-    Progress progress(task.name, static_cast<int64_t>(task.items.size()));
-    results.push_back(eval::evaluate(model, task, options.eval, [&](int64_t done) { progress.update(done); }));
-    progress.finish();
-    seconds += results.back().seconds;
-  }
-
-  eval::RunInfo info;
-  info.version = kVersion;
-  info.model = loaded.name();
-  info.model_args = {
-      {"model", loaded.from.model}, {"adapters", Json::array()}, {"dtype", dtype_name(loaded.format.dtype)}};
-  for (const run::AdapterReference& adapter : loaded.from.adapters) {
-    info.model_args["adapters"].push_back(
-        {{"name", adapter.name}, {"path", adapter.dir.string()}, {"scale", adapter.scale}});
-  }
-  if (options.model.quantize != "none") info.model_args["quantize"] = options.model.quantize;
-  info.batch_size = options.batch_size;
-  info.device = loaded.model->facts().device.str();
-  info.limit = options.task.limit;
-  info.seed = common.seed;
-  info.asked = asked;
-  if (options.eval.apply_chat_template) info.chat_template = loaded.chat_template->source();
-  info.seconds = seconds;
-  OrderedJson json = eval::results_json(results, tasks, options.eval, info);
-  if (!suite.columns.empty()) {
-    json["suite"] = eval::suite_json(suite, results, options.eval);
-    json["groups"] = {
-        {suite.name,
-         {{"alias", suite.name}, {json["suite"]["metric"].get<std::string>() + ",none", json["suite"]["mean"]}}}};
-    json["suite"]["facts"] = {{"model", info.model}, {"asked", asked}, {"version", info.version}};
-  }
+  const auto [results, info, json] =
+      run::evaluate(loaded.examinee(), suite, options.ask, options.eval, options.task.limit, common.seed, task_bars());
   if (options.json) {
     say("{}\n", json.dump(2, ' ', false, OrderedJson::error_handler_t::replace));
   } else {

@@ -1,6 +1,7 @@
 #include "cli/options.h"
 
 #include "cli/threads.h"
+#include "moesaic/base/progress.h"
 
 namespace moesaic::cli {
 
@@ -45,7 +46,7 @@ void add_sampling_options(CLI::App& app, generate::SamplingOptions& options) {
       ->group(group);
 }
 
-void add_task_options(CLI::App& app, std::vector<std::string>& tasks, eval::TaskOptions& task, AskOptions& ask) {
+void add_task_options(CLI::App& app, std::vector<std::string>& tasks, eval::TaskOptions& task, run::AskOptions& ask) {
   repeated(app.add_option("--tasks", tasks,
                           "Built-in tasks, task files (.yaml), data files or folders of them; comma-separated or "
                           "repeated"))
@@ -64,40 +65,19 @@ void add_task_options(CLI::App& app, std::vector<std::string>& tasks, eval::Task
                  "else a blank");
 }
 
+run::TaskProgress task_bars() {
+  return [bar = std::shared_ptr<Progress>(), of = std::string()](const eval::Task& task, int64_t done) mutable {
+    if (!bar || of != task.name) {
+      bar.reset();  // ends the line of the one before
+      bar = std::make_shared<Progress>(task.name, std::ssize(task.items));
+      of = task.name;
+    }
+    bar->update(done);
+  };
+}
+
 std::string Loaded::computes_in() const {
   return fmt::format("{} on {} ({})", dtype_name(format.dtype), model->facts().device.str(), format.reason);
-}
-
-std::string Loaded::name() const {
-  std::vector<std::string> names;
-  for (const run::AdapterReference& adapter : from.adapters) {
-    const std::filesystem::path dir = adapter.dir.lexically_normal();
-    const std::string folder = (dir.has_filename() ? dir : dir.parent_path()).string();
-    names.push_back(adapter.scale == 1.0 ? folder : fmt::format("{}:{}", folder, adapter.scale));
-  }
-  return names.empty() ? from.model : fmt::format("{}", fmt::join(names, "+"));
-}
-
-std::string Loaded::settle_asking(const AskOptions& said, eval::EvalOptions& options) const {
-  if (!from.adapters.empty()) eval::ask_as_trained(for_evaluation(), options);
-  if (said.apply_chat_template && *said.apply_chat_template != options.apply_chat_template) {
-    options.apply_chat_template = *said.apply_chat_template;
-    options.target_delimiter = eval::EvalOptions().target_delimiter;
-  }
-  if (said.target_delimiter) options.target_delimiter = *said.target_delimiter;
-  options.delimiter_said = said.target_delimiter.has_value();
-  const bool by_flag = said.apply_chat_template || (said.target_delimiter && !options.apply_chat_template);
-  const std::string asked = fmt::format(
-      "{}, {}",
-      options.apply_chat_template
-          ? "through the chat template"
-          : fmt::format("in plain text with {} before the answer",
-                        Json(options.target_delimiter).dump(-1, ' ', false, Json::error_handler_t::replace)),
-      by_flag                 ? "as the flags say"
-      : from.adapters.empty() ? "the default"
-                              : "as the adapter was trained");
-  spdlog::info("asking {}", asked);
-  return asked;
 }
 
 std::pair<std::string, std::string> single_adapter(const run::ModelReference& reference) {

@@ -2,9 +2,8 @@
 #pragma once
 #include "cli/command.h"
 #include "moesaic/base/device.h"
-#include "moesaic/eval/evaluate.h"
 #include "moesaic/generate/generate.h"
-#include "moesaic/run/open.h"
+#include "moesaic/run/evaluation.h"
 
 namespace moesaic::cli {
 
@@ -17,26 +16,14 @@ struct ModelOptions {
 };
 void add_model_options(CLI::App& app, ModelOptions& options);
 
-/// How questions are put, where the user says so.
-struct AskOptions {
-  std::optional<bool> apply_chat_template;
-  std::optional<std::string> target_delimiter;
-};
-
 /// What these words name, ready to run.
 struct Loaded : run::Opened {
   run::ModelReference from;
   NumberFormat format;
 
-  /// The same as eval/ wants it.
-  eval::EvalModel for_evaluation() const { return {*model, *tokenizer, chat_template.get()}; }
+  run::Examinee examinee() const { return {*this, from}; }
   /// "float32 on cpu (asked for)".
   std::string computes_in() const;
-  /// "runs/mo", "runs/a+runs/b:0.5"; the model's where there is no adapter.
-  std::string name() const;
-  /// Settles how questions are put: as the user says, else as an adapter was trained, else as `options` stand. Says so
-  /// in the log, and returns it.
-  std::string settle_asking(const AskOptions& said, eval::EvalOptions& options) const;
 };
 Loaded load(const ModelOptions& options, const CommonOptions& common, bool needs_tokenizer = true);
 
@@ -44,8 +31,11 @@ Loaded load(const ModelOptions& options, const CommonOptions& common, bool needs
 /// for a scale.
 std::pair<std::string, std::string> single_adapter(const run::ModelReference& reference);
 
+/// A bar for each task, one after the other.
+run::TaskProgress task_bars();
+
 /// --tasks, --limit and how questions are put.
-void add_task_options(CLI::App& app, std::vector<std::string>& tasks, eval::TaskOptions& task, AskOptions& ask);
+void add_task_options(CLI::App& app, std::vector<std::string>& tasks, eval::TaskOptions& task, run::AskOptions& ask);
 
 /// The flags that say how tokens are chosen.
 void add_sampling_options(CLI::App& app, generate::SamplingOptions& options);

@@ -3,7 +3,6 @@
 #include "moesaic/eval/routes.h"
 
 #include "cli/options.h"
-#include "moesaic/base/progress.h"
 
 namespace moesaic::cli {
 namespace {
@@ -13,18 +12,9 @@ struct Options {
   std::vector<std::string> tasks;
   eval::TaskOptions task{.limit = 50};
   eval::EvalOptions eval;
-  AskOptions ask;
+  run::AskOptions ask;
   std::string text, output = "routes";
 };
-
-/// --text as the model reads a user's message.
-std::vector<int64_t> text_ids(const Options& options, const eval::EvalModel& model) {
-  eval::Item item;
-  item.messages = OrderedJson::array();
-  item.messages.push_back({{"role", "user"}, {"content", options.text}});
-  const auto [prompt, special] = eval::prompt_text(model, item, options.eval.apply_chat_template);
-  return special ? model.tokenizer.encode_start(prompt).ids : model.tokenizer.encode(prompt, false);
-}
 
 /// An earlier report may be replaced, and nothing else.
 void check_report(const std::filesystem::path& path) {
@@ -42,29 +32,15 @@ int run_routes(Options options, const CommonOptions& common) {
   std::vector<eval::Task> tasks;
   if (!options.tasks.empty()) tasks = eval::load_tasks(options.tasks, options.task);
   const Loaded loaded = load(options.model, common);
-  const eval::EvalModel model = loaded.for_evaluation();
-  MOESAIC_CHECK(loaded.model->needs().routed || !loaded.model->structure().is_null(), UsageError,
-                "routes: no router and no connection here: --adapter is missing or has one expert per site; expected a "
-                "mov or molora of several experts, or a sparse model or a composition as --model");
   spdlog::info("computing in {}", loaded.computes_in());
-  const std::string asked = loaded.settle_asking(options.ask, options.eval);
-  std::vector<eval::TaskRoutes> results;
-  for (const eval::Task& task : tasks) {
-    Progress progress(task.name, static_cast<int64_t>(task.items.size()));
-    results.push_back(eval::route_task(model, task, options.eval, [&](int64_t done) { progress.update(done); }));
-  }
-  std::optional<eval::TextRoutes> text;
-  if (!options.text.empty()) text = eval::route_text(model, text_ids(options, model));
-  OrderedJson json = eval::routes_json(loaded.from.model, *loaded.model, results, text ? &*text : nullptr);
-  json["dtype"] = dtype_name(loaded.format.dtype);
-  json["asked"] = asked;
+  const OrderedJson json = run::routes(loaded.examinee(), tasks, options.text, options.ask, options.eval, task_bars());
 
   if (base.has_parent_path()) std::filesystem::create_directories(base.parent_path());
   write_file_atomically(base.string() + ".json",
                         json.dump(1, ' ', false, OrderedJson::error_handler_t::replace) + "\n");
   write_file_atomically(base.string() + ".html", eval::routes_html(json));
   write_file_atomically(base.string() + ".csv", eval::routes_csv(json));
-  if (!results.empty()) say("{}\n", eval::routes_table(json));
+  if (!tasks.empty()) say("{}\n", eval::routes_table(json));
   say("Written: {0}.json, {0}.html and {0}.csv\n", base.string());
   return 0;
 }

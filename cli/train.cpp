@@ -5,6 +5,7 @@
 #include "cli/ranks.h"
 #include "moesaic/base/progress.h"
 #include "moesaic/run/run.h"
+#include "moesaic/train/checkpoint.h"
 
 namespace moesaic::cli {
 namespace {
@@ -88,7 +89,9 @@ int run_rank(const TrainOptions& options, const CommonOptions& common, const CLI
   if (!options.resume.empty()) config["resume_from_checkpoint"] = options.resume;
   if (planned != nullptr && config.value("bf16", OrderedJson()).is_null()) config["bf16"] = true;
   run::RunConfig parsed = run::parse_run_config(config, options.run);
-  const bool new_run = parsed.train.resume_from_checkpoint == "none";
+  const std::string& resume = parsed.train.resume_from_checkpoint;
+  const bool new_run =
+      resume == "none" || (resume == "auto" && !train::newest_checkpoint(parsed.train.output_dir).has_value());
   if (options.dry_run && options.ranks > 0 && new_run && parsed.train.micro_batches_per_step == 0) {
     parsed.train.micro_batches_per_step = options.ranks * parsed.train.gradient_accumulation_steps;
   }

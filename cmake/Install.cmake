@@ -3,13 +3,18 @@
 include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 
-get_property(_folders GLOBAL PROPERTY MOESAIC_FOLDERS)
-add_library(moesaic_shared SHARED)
-foreach(_folder ${_folders})
-  target_sources(moesaic_shared PRIVATE "$<TARGET_OBJECTS:${_folder}>")
-endforeach()
-target_link_libraries(moesaic_shared PRIVATE moesaic::torch moesaic::arrow moesaic_bridge nlohmann_json::nlohmann_json
-  spdlog::spdlog fmt::fmt yaml-cpp)
+# moesaic_whole_library(<name> <sources>): a shared library of every folder and these.
+function(moesaic_whole_library name)
+  add_library(${name} SHARED ${ARGN})
+  get_property(_folders GLOBAL PROPERTY MOESAIC_FOLDERS)
+  foreach(_folder ${_folders})
+    target_sources(${name} PRIVATE "$<TARGET_OBJECTS:${_folder}>")
+  endforeach()
+  target_link_libraries(${name} PRIVATE moesaic::torch moesaic::arrow moesaic_bridge nlohmann_json::nlohmann_json
+    spdlog::spdlog fmt::fmt yaml-cpp)
+endfunction()
+
+moesaic_whole_library(moesaic_shared)
 set_target_properties(moesaic_shared PROPERTIES OUTPUT_NAME moesaic SOVERSION ${PROJECT_VERSION_MAJOR}.${PROJECT_VERSION_MINOR}
   VERSION ${PROJECT_VERSION})
 

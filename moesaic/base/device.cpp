@@ -83,6 +83,8 @@ std::string dtype_name(c10::ScalarType dtype) {
     case c10::kDouble: return "float64";
     case c10::kHalf: return "float16";
     case c10::kBFloat16: return "bfloat16";
+    case c10::kLong: return "int64";
+    case c10::kInt: return "int32";
     default: return c10::toString(dtype);
   }
 }

@@ -1,6 +1,7 @@
 #include "moesaic/base/seed.h"
 
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Context.h>
 
 namespace moesaic {
 namespace {
@@ -21,6 +22,12 @@ uint64_t derive_seed(uint64_t seed, std::string_view name, uint64_t index) {
   return mix(state ^ index);
 }
 
-at::Generator make_generator(uint64_t seed) { return at::detail::createCPUGenerator(seed); }
+at::Generator make_generator(uint64_t seed, c10::Device device) {
+  if (device.is_cpu()) return at::detail::createCPUGenerator(seed);
+  at::Generator generator =
+      at::globalContext().getAcceleratorHooksInterface(device.type()).getNewGenerator(device.index());
+  generator.set_current_seed(seed);
+  return generator;
+}
 
 }  // namespace moesaic

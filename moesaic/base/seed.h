@@ -11,7 +11,7 @@ namespace moesaic {
 /// so adding one use of chance does not change the others.
 uint64_t derive_seed(uint64_t seed, std::string_view name, uint64_t index = 0);
 
-/// A CPU generator of its own with this seed.
-at::Generator make_generator(uint64_t seed);
+/// A generator of its own with this seed.
+at::Generator make_generator(uint64_t seed, c10::Device device = c10::kCPU);
 
 }  // namespace moesaic

@@ -4,6 +4,7 @@
 
 #include "moesaic/base/check.h"
 #include "moesaic/moe/wide_rows.h"
+#include "moesaic/nn/dropout.h"
 #include "moesaic/nn/kernels.h"
 
 namespace moesaic::moe {
@@ -488,7 +489,7 @@ torch::Tensor LowRankGroup::forward(const torch::Tensor& x, const nn::LinearGrou
   if (dropout) {
     std::vector<torch::Tensor> us, ls;
     for (const auto& e : experts_) {
-      const torch::Tensor input = e->dropout > 0 ? at::dropout(x, e->dropout, /*train=*/true) : x;
+      const torch::Tensor input = nn::drop(x, e->dropout, pass);
       us.push_back(at::linear(input.to(e->a.scalar_type()), e->a.view({e->width(), -1})).to(x.scalar_type()));
       if (e->router.defined() && e->router.options.plain()) {
         ls.push_back(at::linear(x.to(e->router.weight.scalar_type()), e->router.weight));

@@ -54,7 +54,8 @@ torch::Tensor Router::logits(const torch::Tensor& u, const nn::Pass& pass) const
   torch::Tensor product;
   if (options.jitter > 0 && pass.training) {
     const torch::Tensor input = u.to(weight.scalar_type());
-    product = at::linear(input * torch::empty_like(input).uniform_(1.0 - options.jitter, 1.0 + options.jitter), weight);
+    product = at::linear(
+        input * torch::empty_like(input).uniform_(1.0 - options.jitter, 1.0 + options.jitter, pass.generator), weight);
   } else {
     const bool alike = nn::AlikeRows::now() != nn::AlikeRows::Number::kAny && !torch::GradMode::is_enabled();
     std::vector<int64_t> shape = u.sizes().vec();

@@ -6,8 +6,8 @@ namespace {
 bool drops(const Pass& pass) { return pass.training && pass.dropout > 0; }
 
 /// m / (1 - p) of this shape.
-torch::Tensor factors(at::IntArrayRef shape, double p, const torch::TensorOptions& options) {
-  return torch::empty(shape, options.requires_grad(false)).bernoulli_(1.0 - p).div_(1.0 - p);
+torch::Tensor factors(at::IntArrayRef shape, double p, const torch::TensorOptions& options, const Pass& pass) {
+  return torch::empty(shape, options.requires_grad(false)).bernoulli_(1.0 - p, pass.generator).div_(1.0 - p);
 }
 
 struct ScaledColumns : torch::autograd::Function<ScaledColumns> {
@@ -25,16 +25,20 @@ struct ScaledColumns : torch::autograd::Function<ScaledColumns> {
 
 }  // namespace
 
+torch::Tensor drop(const torch::Tensor& x, double p, const Pass& pass) {
+  return pass.training && p > 0 ? x * factors(x.sizes(), p, x.options(), pass) : x;
+}
+
 torch::Tensor drop_columns(const torch::Tensor& x, const Pass& pass, const torch::Tensor& rows) {
   if (!drops(pass)) return x;
   const int64_t sequences = std::ssize(pass.offsets) - 1;
-  return ScaledColumns::apply(x, factors({sequences, x.size(1)}, pass.dropout, x.options()),
+  return ScaledColumns::apply(x, factors({sequences, x.size(1)}, pass.dropout, x.options(), pass),
                               rows.defined() ? pass.segments.index_select(0, rows) : pass.segments);
 }
 
 torch::Tensor drop_keys(const torch::Tensor& v, const Pass& pass) {
   if (!drops(pass)) return v;
-  return v * factors({v.size(0), v.size(1), 1}, pass.dropout, v.options());
+  return v * factors({v.size(0), v.size(1), 1}, pass.dropout, v.options(), pass);
 }
 
 }  // namespace moesaic::nn

@@ -1,10 +1,13 @@
-// Dropout as T5 trains with it: what is dropped is drawn once for a whole sequence.
+// Dropout: of every number by itself, and as T5 trains with it, drawn once for a whole sequence.
 #pragma once
 #include <torch/torch.h>
 
 #include "moesaic/nn/pass.h"
 
 namespace moesaic::nn {
+
+/// y = m x / (1 - p),  m ~ Bernoulli(1 - p) of x's shape; x itself outside of training.
+torch::Tensor drop(const torch::Tensor& x, double p, const Pass& pass);
 
 /// y[n, c] = m[b, c] x[n, c] / (1 - p),  m ~ Bernoulli(1 - p), b the sequence of row n, p = pass.dropout; x itself
 /// outside of training. x: [N, d], the rows of the pass, or [M, d], its `rows` [M] alone. Saves m alone.

@@ -33,6 +33,7 @@ torch::Tensor Pass::forward(Block& block, const torch::Tensor& h) {
 Pass Pass::sibling() const {
   Pass other;
   other.training = training;
+  other.generator = generator;
   other.routing = routing;
   other.readings = readings;
   other.run = run;

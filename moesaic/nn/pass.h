@@ -4,6 +4,7 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -70,6 +71,7 @@ struct Pass {
   // Asked for by the caller.
   bool training = false;                           // dropout and router jitter are on
   double dropout = 0.0;                            // while training, at the model's own sites (T5 has some)
+  std::optional<at::Generator> generator{};        // what both draw from; empty = LibTorch's own
   std::vector<RoutingRecord>* routing = nullptr;   // when set, every router appends its record
   std::vector<ReadingRecord>* readings = nullptr;  // when set, every connection appends its record
   /// Runs a block in place of Block::forward: checkpointed, watched, with something added. Empty = as it is.

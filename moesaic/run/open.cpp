@@ -228,6 +228,7 @@ Opened open(const std::string& path, const std::vector<AdapterReference>& adapte
       "folder of a composition or of an adapter.",
       path);
   Opened opened;
+  opened.int8 = options.quantize_int8;
   const bool composed = compose::is_composition(path);
   (composed ? open_composition : open_single)(path, options, opened);
   bool embeds = false;

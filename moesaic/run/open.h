@@ -54,6 +54,7 @@ struct Opened {
   std::shared_ptr<models::LanguageModel> model;
   std::shared_ptr<const tokenizer::Tokenizer> tokenizer;   // nullptr when it has none and none is needed
   std::shared_ptr<tokenizer::ChatTemplate> chat_template;  // nullptr when it has none
+  bool int8 = false;                                       // frozen weights are quantised
   std::shared_ptr<SentenceEncoder> sentence_encoder;       // nullptr while no adapter's router reads one
 
   /// Before the adapter in `dir` is attached: gives the model the sentence encoder that its router reads, where it

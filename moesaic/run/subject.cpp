@@ -81,26 +81,27 @@ void check_adapter(RunConfig& run, const std::string& where) {
   refuse_tokenizer(run, where);
 }
 
-Prepared open_adapter(const RunConfig& run, const Place& place) {
-  Prepared made;
-  const auto model = open_base(run, place, made);
+}  // namespace
+
+std::shared_ptr<adapters::Adapter> begin_adapter(const RunConfig& run, const Place& place,
+                                                 const formats::Checkpoint& checkpoint, models::LanguageModel& model) {
+  nn::Sites& sites = *model.parts().front().sites;
   adapters::AdapterConfig wanted = run.adapter;
   const bool no_targets = std::visit([](const auto& targets) { return targets.empty(); }, wanted.targets);
-  if (no_targets) wanted = adapters::resolve_targets(wanted, run.target_preset, model->sites());
+  if (no_targets) wanted = adapters::resolve_targets(wanted, run.target_preset, sites);
   wanted.base_model_name_or_path = run.model_name_or_path;
   wanted.base_dtype = dtype_name(place.dtype);
-  if (!place.dry && run.init == "pretrained") wanted.base_fingerprint = made.checkpoint->fingerprint();
+  if (!place.dry && run.init == "pretrained") wanted.base_fingerprint = checkpoint.fingerprint();
   if (const std::string folder = wanted.sentence_encoder(); !folder.empty()) {
-    const auto encoder =
-        open_sentence_encoder(folder, tokenizer::Tokenizer::open(*made.checkpoint), model->facts().device);
+    const auto encoder = open_sentence_encoder(folder, tokenizer::Tokenizer::open(checkpoint), model.facts().device);
     int64_t& width = wanted.router.sentence_dim;
     MOESAIC_CHECK(width == 0 || width == encoder->width(), UsageError,
                   "router.sentence_dim: got {}, expected {}, the width of {}", width, encoder->width(), folder);
     width = encoder->width();
     wanted.sentence_fingerprint = encoder->fingerprint();
-    model->read_sentences_with(encoder);
+    model.read_sentences_with(encoder);
   }
-  const auto adapter = adapters::Adapter::create(wanted, model->sites(), place.dry ? torch::kMeta : place.device,
+  const auto adapter = adapters::Adapter::create(wanted, sites, place.dry ? torch::kMeta : place.device,
                                                  derive_seed(run.train.seed, "adapter"));
   if (!run.adapter_name_or_path.empty()) {
     try {
@@ -112,6 +113,15 @@ Prepared open_adapter(const RunConfig& run, const Place& place) {
           run.adapter_name_or_path, error.what()));
     }
   }
+  return adapter;
+}
+
+namespace {
+
+Prepared open_adapter(const RunConfig& run, const Place& place) {
+  Prepared made;
+  const auto model = open_base(run, place, made);
+  const auto adapter = begin_adapter(run, place, *made.checkpoint, *model);
   model->attach(run.finetuning_type, adapter);
   const adapters::AdapterConfig& settled = adapter->config();
   made.plan.add("method", settled.num_experts > 1 ? fmt::format("{}, {} experts, {} router on {}", settled.method,

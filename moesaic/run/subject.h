@@ -38,6 +38,11 @@ struct Place {
   std::function<void(const formats::Checkpoint&)> opened;
 };
 
+/// The adapter that a run of an adapter's finetuning_type begins with, trainable, at the sites of the model's first
+/// part; to be attached.
+std::shared_ptr<adapters::Adapter> begin_adapter(const RunConfig& run, const Place& place,
+                                                 const formats::Checkpoint& checkpoint, models::LanguageModel& model);
+
 /// A finetuning_type.
 struct Subject {
   const char* name;

@@ -14,7 +14,7 @@ namespace moesaic::train {
 /// What a run needs beside its weights to go on exactly.
 struct TrainerCheckpoint {
   Json state;                  // trainer_state.json
-  formats::TensorMap tensors;  // optimizer.safetensors: the optimizer's state and the random generators'
+  formats::TensorMap tensors;  // optimizer.safetensors: the optimizer's state
 };
 
 /// A checkpoint's folder, by its name.

@@ -1,16 +1,22 @@
 #include "moesaic/train/checkpointed_blocks.h"
 
-#include <ATen/CPUGeneratorImpl.h>
-
 #include "moesaic/nn/source.h"
 
 namespace moesaic::train {
 namespace {
 
-std::vector<at::Generator> generators(torch::Device device) {
-  std::vector<at::Generator> found{at::detail::getDefaultCPUGenerator()};
-  if (!device.is_cpu()) found.push_back(at::globalContext().defaultGenerator(device));
-  return found;
+at::Generator generator_of(const nn::Pass& pass, torch::Device device) {
+  return pass.generator ? *pass.generator : at::globalContext().defaultGenerator(device);
+}
+
+torch::Tensor state_of(at::Generator generator) {
+  const std::lock_guard lock(generator.mutex());
+  return generator.get_state();
+}
+
+void set_state(at::Generator generator, const torch::Tensor& state) {
+  const std::lock_guard lock(generator.mutex());
+  generator.set_state(state);
 }
 
 struct BlockResult {
@@ -23,7 +29,7 @@ struct BlockRun : torch::CustomClassHolder {
   nn::Block* block;
   nn::Pass pass;
   RoutingLoss routing_loss;
-  std::vector<torch::Tensor> random;
+  torch::Tensor random;  // the generator's state
 
   /// The block's output and the loss over its routing. source: what cross-attention reads.
   BlockResult run(const torch::Tensor& hidden, const torch::Tensor& source, std::vector<nn::RoutingRecord>& records) {
@@ -68,16 +74,16 @@ class CheckpointedBlock : public torch::autograd::Function<CheckpointedBlock> {
     const bool needs_source = context->saved_data["needs_source"].toBool();
     torch::Tensor source = context->get_saved_variables()[1].detach().requires_grad_(needs_source);
 
-    const auto device = hidden.device();
-    const auto current = random_state(device);
-    set_random_state(device, block_run->random);
+    const at::Generator generator = generator_of(block_run->pass, hidden.device());
+    const torch::Tensor current = state_of(generator);
+    set_state(generator, block_run->random);
     BlockResult result;
     std::vector<nn::RoutingRecord> records;
     {
       torch::AutoGradMode grad(true);
       result = block_run->run(hidden, source, records);
     }
-    set_random_state(device, current);
+    set_state(generator, current);
 
     torch::autograd::variable_list outputs{result.hidden}, output_gradients{gradients[0]};
     if (result.routing_loss.requires_grad()) {
@@ -91,23 +97,6 @@ class CheckpointedBlock : public torch::autograd::Function<CheckpointedBlock> {
 
 }  // namespace
 
-std::vector<torch::Tensor> random_state(torch::Device device) {
-  std::vector<torch::Tensor> states;
-  for (auto& generator : generators(device)) {
-    std::lock_guard<std::mutex> lock(generator.mutex());
-    states.push_back(generator.get_state());
-  }
-  return states;
-}
-
-void set_random_state(torch::Device device, const std::vector<torch::Tensor>& state) {
-  auto all = generators(device);
-  for (size_t i = 0; i < all.size(); ++i) {
-    std::lock_guard<std::mutex> lock(all[i].mutex());
-    all[i].set_state(state[i]);
-  }
-}
-
 torch::Tensor CheckpointedBlocks::run(nn::Block& block, const torch::Tensor& hidden, nn::Pass& pass) {
   const bool reads = pass.source != nullptr && pass.source->states.defined();
   const torch::Tensor source = reads ? pass.source->states : torch::empty({0}, hidden.options().requires_grad(false));
@@ -118,7 +107,7 @@ torch::Tensor CheckpointedBlocks::run(nn::Block& block, const torch::Tensor& hid
   run->pass = pass;
   run->pass.run = nullptr;
   run->routing_loss = routing_loss_;
-  run->random = random_state(hidden.device());
+  run->random = state_of(generator_of(pass, hidden.device()));
   std::vector<nn::RoutingRecord> records;
   const auto anchor = torch::zeros({}, hidden.options().dtype(torch::kFloat32)).requires_grad_(true);
   const auto outputs = CheckpointedBlock::apply(hidden, source, anchor, run, &records);

@@ -27,8 +27,4 @@ class CheckpointedBlocks {
   torch::Tensor loss_;
 };
 
-/// The state of the default generator of `device` (and of the CPU's when that is another), and back.
-std::vector<torch::Tensor> random_state(torch::Device device);
-void set_random_state(torch::Device device, const std::vector<torch::Tensor>& state);
-
 }  // namespace moesaic::train

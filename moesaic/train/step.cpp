@@ -87,7 +87,8 @@ Stepper::Stepper(models::LanguageModel& model, nn::Learner& learner, const Train
       config_(config),
       group_(std::move(group)),
       tensors_(optimized_tensors(learner, config)),
-      sum_(group_) {
+      sum_(group_),
+      generator_(make_generator(config.seed, model.facts().device)) {
   if (config.optim == "adamw") {
     optimizer_ = make_adamw(tensors_, {config.adam_beta1, config.adam_beta2, config.adam_epsilon});
   } else {
@@ -118,7 +119,7 @@ StepResult Stepper::run(const std::vector<MicroBatch>& batches, int64_t step, do
   const auto [first, last] = sum_.own();
   for (int64_t k = first; k < last; ++k) {
     const MicroBatch& batch = batches[k];
-    torch::manual_seed(
+    generator_.set_current_seed(
         derive_seed(config_.seed, "micro_batch", static_cast<uint64_t>((step - 1) * config_.micro_batches() + k)));
     for (auto& t : tensors_) t.tensor.mutable_grad() = torch::Tensor();
     const data::Batch collated = data::collate(batch.examples, model_.facts().device);
@@ -188,6 +189,7 @@ std::pair<torch::Tensor, torch::Tensor> Stepper::batch_loss(const data::Batch& c
   std::vector<nn::RoutingRecord> records;
   nn::Pass pass;
   pass.training = true;
+  pass.generator = generator_;
   pass.dropout = config_.dropout_rate;
   if (has_aux || routing != nullptr) pass.routing = &records;
   CheckpointedBlocks checkpointed([this](const auto& of_block) { return routing_loss(of_block); });

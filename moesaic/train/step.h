@@ -78,6 +78,7 @@ class Stepper {
   std::vector<OptimizedTensor> tensors_;
   std::unique_ptr<Optimizer> optimizer_;
   ranks::TreeSum sum_;
+  at::Generator generator_;  // of dropout and jitter; seeded by each micro-batch
 };
 
 }  // namespace moesaic::train

@@ -96,7 +96,7 @@ void check_run(const TrainConfig& config, const models::LanguageModel& model, nn
 
 /// Names of what was measured, and their values.
 using Scores = std::vector<std::pair<std::string, double>>;
-/// Scores tasks with the weights of this moment: {"rte/acc", 0.61}. Must not draw from the global random generators.
+/// Scores tasks with the weights of this moment: {"rte/acc", 0.61}.
 using TaskEvaluation = std::function<Scores()>;
 
 /// What an evaluation of these measures: "eval_loss"; of several sets "eval_<name>_loss" each, too.
