@@ -23,7 +23,7 @@ uint64_t derive_seed(uint64_t seed, std::string_view name, uint64_t index) {
 }
 
 at::Generator make_generator(uint64_t seed, c10::Device device) {
-  if (device.is_cpu()) return at::detail::createCPUGenerator(seed);
+  if (!device.is_cuda()) return at::detail::createCPUGenerator(seed);  // of a planned model, too
   at::Generator generator =
       at::globalContext().getAcceleratorHooksInterface(device.type()).getNewGenerator(device.index());
   generator.set_current_seed(seed);

@@ -1,9 +1,11 @@
 // What Python finds below torch.classes.moesaic and torch.ops.moesaic. python/moesaic/ is what people use.
 #include <torch/library.h>
 
+#include "moesaic/base/device.h"
 #include "moesaic/base/log.h"
 #include "moesaic/base/version.h"
 #include "moesaic/eval/routes.h"
+#include "moesaic/run/compose.h"
 #include "python/binding/guarded.h"
 #include "python/binding/model.h"
 #include "python/binding/training.h"
@@ -48,6 +50,14 @@ TORCH_LIBRARY(moesaic, library) {
   library.def("routes_page(str routes) -> str", [](const std::string& routes) {
     return guarded([&] { return eval::routes_html(parse_ordered_json(routes, "routes")); });
   });
+  library.def("compose(str keys, str device, str dtype, int seed) -> str",
+              [](const std::string& keys, const std::string& device, const std::string& dtype, int64_t seed) {
+                return guarded([&] {
+                  const torch::Device place = parse_device(device);
+                  const models::LoadOptions load{number_format(dtype, place).dtype, place, false};
+                  return run::compose_models(Json(parse_ordered_json(keys, "compose")), "compose", seed, load).text();
+                });
+              });
   library.def("version() -> str", [] { return std::string(kVersion); });
 }
 

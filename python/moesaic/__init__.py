@@ -15,8 +15,8 @@ transformers' models, in PyTorch alone.
 import importlib
 
 _PLACES = {
-    "load": "model", "Model": "model", "Routes": "model", "Answer": "model",
-    "train": "run", "plan": "run", "Run": "run",
+    "load": "model", "Model": "model", "Routes": "model", "Answer": "model", "Table": "model",
+    "train": "run", "plan": "run", "compose": "run", "Run": "run",
     "Error": "errors", "UsageError": "errors", "DataError": "errors", "FormatError": "errors", "ConfigError": "errors",
     "ShapeError": "errors", "Stopped": "errors",
 }

@@ -1,5 +1,6 @@
 """How far long work is: tqdm's bar where it is installed, else lines on stderr."""
 
+import importlib.util
 import sys
 import time
 
@@ -46,7 +47,10 @@ def bar(title, total, show=True):
     if not show:
         return Silent()
     try:
-        from tqdm.auto import tqdm
+        if importlib.util.find_spec("ipywidgets"):
+            from tqdm.auto import tqdm
+        else:  # tqdm.auto would warn in a notebook
+            from tqdm import tqdm
     except ImportError:
         return Lines(title, total)
     return Tqdm(title, total, tqdm)

@@ -54,7 +54,7 @@ class Table(list):
     def __repr__(self):
         if not self:
             return "(no rows)"
-        rows = [list(map(str, self[0]))] + [[str(value) for value in row.values()] for row in self]
+        rows = [list(self[0])] + [[str(value).replace("\n", "\\n") for value in row.values()] for row in self]
         widths = [max(map(len, column)) for column in zip(*rows)]
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 

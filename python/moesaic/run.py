@@ -7,7 +7,7 @@ import pathlib
 from typing import Any, Mapping
 
 from moesaic import bars
-from moesaic._native import Job, classes, refuse_copies
+from moesaic._native import Job, classes, operators, refuse_copies
 from moesaic.errors import UsageError, translated
 from moesaic.model import Model, Table, load
 
@@ -28,6 +28,16 @@ def train(run: Mapping[str, Any] | str | os.PathLike, *, wait: bool = True, show
 def plan(run: Mapping[str, Any] | str | os.PathLike, **keys) -> str:
     """What `train` would do and the memory it needs; reads every row and trains nothing."""
     return _open(run, keys, dry=True).plan()
+
+
+def compose(keys: Mapping[str, Any], *, device: str = "auto", dtype: str = "auto", seed: int = 42) -> Model:
+    """Joins frozen models with new connections, as `moesaic compose` does, and opens the composition.
+
+    keys: anchor, augmenting, output_dir, num_connections, align, ... (docs/cli.md). It is its anchor until a run with
+    finetuning_type "calm" and its folder as model_name_or_path trains the connections.
+    """
+    translated(operators.compose)(json.dumps(dict(keys), default=os.fspath), device, dtype, seed)
+    return load(keys["output_dir"], device=device, dtype=dtype)
 
 
 def _open(run, keys, dry):

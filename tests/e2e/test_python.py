@@ -19,6 +19,7 @@ import torch
 import transformers
 
 import test_seq2seq
+import test_serve
 import tiny_run
 from test_install import checked
 
@@ -123,6 +124,29 @@ def test_the_page_works_as_it_stands(bare, tmp_path):
     assert "balance" in out and (tmp_path / "again" / "adapter_config.json").exists()
     assert "finished, step 20" in out and "torch.Size" in out
     assert (tmp_path / "by-hand" / "adapter_model.safetensors").exists() and (tmp_path / "reverse" / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["grow_a_mixture", "compose_two_models"])
+def test_notebooks_run(bare, tmp_path, name):
+    """From its first cell to its last with tiny models; what is committed has its outputs, to be read as a page."""
+    import nbclient
+    import nbformat
+    committed = nbformat.read(tiny_run.ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    outputs = [output for cell in committed.cells for output in cell.get("outputs", [])]
+    text = json.dumps(outputs)
+    assert len(outputs) > 5 and "100%" in text and "Traceback" not in text and "widget" not in text
+    assert not {str(tiny_run.ROOT), "/tmp/"} & set(re.findall(r"/tmp/|" + re.escape(str(tiny_run.ROOT)), text))
+    for model in ("model", "other"):
+        tiny_run.make_model(tmp_path / model, initializer_range=0.3)
+        (tmp_path / model / "chat_template.jinja").write_text(test_serve.TEMPLATE)
+    for cell in committed.cells:
+        cell.source = re.sub(r'"[^"]*/SmolLM2[^"]*"', '"model"', re.sub(r'"[^"]*/Qwen2[^"]*"', '"other"', cell.source))
+        cell.source = cell.source.replace('"num_connections": 4', '"num_connections": 2')  # it has two blocks
+        cell.source = re.sub(r"^STEPS = \d+", "STEPS = 2", cell.source, flags=re.MULTILINE)
+    packages = next(bare.parents[1].glob("lib/python3*/site-packages"))
+    client = nbclient.NotebookClient(committed, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
+    client.execute(env={**os.environ, "PYTHONPATH": str(packages), "OMP_NUM_THREADS": "1"})
+    assert list(tmp_path.glob("*.html")) and "100%" in json.dumps(committed.cells)
 
 
 # --- texts
