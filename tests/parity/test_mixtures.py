@@ -76,9 +76,10 @@ def test_top_k_of_all_experts_is_soft(driver, models, tmp_path):
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["o_proj", "gate_proj"], ["down_proj"]])
-def test_molora_targets(targets, driver, models, tmp_path):
+@pytest.mark.parametrize("form", ["plain", "concat"])
+def test_molora_targets(targets, form, driver, models, tmp_path):
     base, folder = models("llama-biases")
-    mixture = Mixture(common.make_model("llama-biases"), "molora", targets=targets, rank=3)
+    mixture = Mixture(common.make_model("llama-biases"), "molora", targets=targets, rank=3, form=form)
     check("llama-biases", mixture, driver, folder, tmp_path, base)
 
 
@@ -189,7 +190,7 @@ def test_one_expert_molora_is_lora(name, alpha, driver, models, tmp_path):
     _, folder = models(name)
     mixture = Mixture(common.make_model(name), "molora", experts=1, rank=3, alpha=alpha)
     wrapped = peft.get_peft_model(common.make_model(name), peft.LoraConfig(
-        r=3, lora_alpha=alpha, target_modules=mixture.targets))
+        r=3, lora_alpha=alpha, target_modules=mixture.settings.targets))
     names = {n: n.removeprefix("base_model.model.").replace(".default", "")
              for n, p in wrapped.named_parameters() if p.requires_grad}
     assert sorted(names.values()) == sorted(mixture.parameters)
