@@ -306,13 +306,27 @@ void LowRankGroup::remove(const std::shared_ptr<LowRankExperts>& experts, nn::Li
   }
 }
 
-void LowRankGroup::fuse() {
-  torch::NoGradGuard no_grad;
-  std::vector<torch::Tensor> leaves, rows;
+std::vector<torch::Tensor> LowRankGroup::fused_leaves() const {
+  std::vector<torch::Tensor> leaves;
   for (const auto& e : experts_) leaves.push_back(e->a);
   for (const auto& e : experts_) {
     if (e->router.defined() && e->router.options.plain()) leaves.push_back(e->router.weight);
   }
+  return leaves;
+}
+
+bool LowRankGroup::is_fused() const {
+  const auto* expected = static_cast<const char*>(down_.const_data_ptr());
+  for (const torch::Tensor& leaf : fused_leaves()) {
+    if (leaf.const_data_ptr() != expected) return false;
+    expected += leaf.nbytes();
+  }
+  return true;
+}
+
+void LowRankGroup::fuse() {
+  torch::NoGradGuard no_grad;
+  std::vector<torch::Tensor> leaves = fused_leaves(), rows;
   const int64_t in = experts_.front()->a.size(2);
   for (const torch::Tensor& leaf : leaves) rows.push_back(leaf.detach().reshape({-1, in}));
   down_ = torch::cat(rows, 0);
@@ -461,6 +475,7 @@ torch::Tensor LowRankGroup::forward(const torch::Tensor& x, const nn::LinearGrou
   if (pass.mixture.defined() && pass.routing == nullptr && !learns && !pass.training && x.is_cpu()) {
     return forward_mixed(x, group, pass);
   }
+  if (!is_fused()) fuse();
   bool dropout = false, pairs_train = false, routers_train = false;
   std::vector<torch::Tensor> leaves, bs;
   std::vector<int64_t> columns;

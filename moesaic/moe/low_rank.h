@@ -57,7 +57,11 @@ class LowRankGroup : public nn::GroupAdapter {
   /// forward() where every row has its own weights of the adapters and nothing learns: a row computes those alone that
   /// it gives a weight to, and gets the same bits whatever is beside it.
   torch::Tensor forward_mixed(const torch::Tensor& x, const nn::LinearGroup& group, nn::Pass& pass) const;
+  /// The tensors that are views of `down_`, in its order.
+  std::vector<torch::Tensor> fused_leaves() const;
   void fuse();
+  /// False where somebody gave a leaf other memory (torch::Tensor::set_data).
+  bool is_fused() const;
   /// The gated ranks [N, sum E*r] from U and the logits of plain routers.
   torch::Tensor gate(const torch::Tensor& x, const torch::Tensor& u, const torch::Tensor& logits, nn::Pass& pass) const;
 

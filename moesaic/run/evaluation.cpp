@@ -52,7 +52,8 @@ eval::ProgressCallback of_task(const TaskProgress& progress, const eval::Task& t
 std::string Examinee::name() const {
   std::vector<std::string> names;
   for (const AdapterReference& adapter : from.adapters) {
-    const std::filesystem::path dir = adapter.dir.lexically_normal();
+    const std::filesystem::path dir =
+        adapter.dir.empty() ? std::filesystem::path(adapter.name) : adapter.dir.lexically_normal();
     const std::string folder = (dir.has_filename() ? dir : dir.parent_path()).string();
     names.push_back(adapter.scale == 1.0 ? folder : fmt::format("{}:{}", folder, adapter.scale));
   }

@@ -14,6 +14,7 @@ namespace moesaic::python {
 namespace {
 
 run::Opened opened_of(const run::ModelReference& from, const std::string& device, const std::string& dtype, bool int8) {
+  const c10::InferenceMode off(false);
   const torch::Device place = parse_device(device);
   return run::open(from.model, {}, {place, number_format(dtype, place).dtype, int8, /*needs_tokenizer=*/false});
 }
@@ -125,6 +126,7 @@ c10::intrusive_ptr<Job> Model::start(Job::Work work) {
 
 std::string Model::facts() {
   return guarded([&] {
+    const std::lock_guard lock(mutex_);
     const models::Facts& facts = opened_.model->facts();
     int64_t parameters = 0;
     for (const torch::Tensor& weight : opened_.model->weights()) parameters += weight.numel();
@@ -160,6 +162,8 @@ std::string Model::facts() {
 void Model::attach_new(const std::string& name, const std::string& keys, int64_t seed) {
   guarded([&] {
     const auto held = use();
+    const std::lock_guard lock(mutex_);
+    const c10::InferenceMode off(false);  // what is made here outlives the caller's mode
     static const std::vector<std::string> kKeys{
         "finetuning_type", "num_experts", "lora_target",  "feedforward_modules", "layers_to_transform",
         "lora_rank",       "lora_alpha",  "lora_dropout", "use_rslora",          "rank_pattern",
@@ -172,7 +176,7 @@ void Model::attach_new(const std::string& name, const std::string& keys, int64_t
                                    near.empty() ? "" : fmt::format(", did you mean '{}'?", near),
                                    fmt::join(kKeys, ", ")));
     }
-    run["model_name_or_path"] = from_.model;
+    run["model_name_or_path"] = std::filesystem::absolute(from_.model).lexically_normal().string();
     run["dataset"] = OrderedJson::array();
     run["output_dir"] = "none";
     run["seed"] = seed;
@@ -197,6 +201,9 @@ void Model::attach_new(const std::string& name, const std::string& keys, int64_t
 void Model::attach_folder(const std::string& name, const std::string& folder, double scale) {
   guarded([&] {
     const auto held = use();
+    const std::lock_guard lock(mutex_);
+    const c10::InferenceMode off(false);
+    MOESAIC_CHECK(std::isfinite(scale), UsageError, "scale: got {}, expected a finite number", scale);
     const auto adapter =
         adapters::Adapter::open(folder, *opened_.model->parts().front().sites, opened_.model->facts().device,
                                 opened_.checkpoint->fingerprint(), scale);
@@ -215,6 +222,8 @@ void Model::attach_folder(const std::string& name, const std::string& folder, do
 void Model::detach(const std::string& name) {
   guarded([&] {
     const auto held = use();
+    const std::lock_guard lock(mutex_);
+    const c10::InferenceMode off(false);
     opened_.model->detach(name);
     adapters_.erase(name);
     std::erase_if(from_.adapters, [&](const run::AdapterReference& each) { return each.name == name; });
@@ -222,12 +231,22 @@ void Model::detach(const std::string& name) {
 }
 
 void Model::set_trainable(const std::string& name, bool on) {
-  guarded([&] { adapter(name).set_trainable(on); });
+  guarded([&] {
+    const auto held = use();
+    const std::lock_guard lock(mutex_);
+    adapter(name).set_trainable(on);
+  });
 }
 
 void Model::save(const std::string& name, const std::string& folder) {
   guarded([&] {
     const auto held = use();
+    const std::lock_guard lock(mutex_);
+    const auto found = std::find_if(from_.adapters.begin(), from_.adapters.end(),
+                                    [&](const run::AdapterReference& each) { return each.name == name; });
+    MOESAIC_CHECK(found == from_.adapters.end() || found->scale == 1.0, UsageError,
+                  "save: got {}, attached with the scale {}, expected 1: the folder would hold it at full strength",
+                  name, found->scale);
     check_new_folder(folder, {from_.model});
     adapter(name).save(folder);
     if (opened_.tokenizer) write_new_file(std::filesystem::path(folder) / "tokenizer.json", opened_.tokenizer->json());
@@ -236,6 +255,7 @@ void Model::save(const std::string& name, const std::string& folder) {
 
 std::vector<std::tuple<std::string, torch::Tensor>> Model::parameters(const std::string& name) {
   return guarded([&] {
+    const std::lock_guard lock(mutex_);
     std::vector<std::tuple<std::string, torch::Tensor>> all;
     for (const nn::Parameter& each : adapter(name).parameters()) all.emplace_back(each.name, each.tensor);
     return all;
@@ -290,6 +310,12 @@ std::vector<torch::Tensor> Model::forward(const torch::Tensor& ids, const torch:
     MOESAIC_CHECK(borders.empty() || borders.size() + 1 == ends.size(), ShapeError,
                   "borders: got {} lists, expected one for each of {} sequences, or none", borders.size(),
                   ends.size() - 1);
+    for (size_t b = 0; b < borders.size(); ++b) {
+      const bool inside = borders[b].empty() || (borders[b].front() > 0 && borders[b].back() <= ends[b + 1] - ends[b]);
+      MOESAIC_CHECK(inside && std::is_sorted(borders[b].begin(), borders[b].end()), ShapeError,
+                    "borders[{}]: got {}, expected numbers of its {} tokens, rising", b, fmt::join(borders[b], " "),
+                    ends[b + 1] - ends[b]);
+    }
     text.borders = borders;
     if (!adapters.empty()) {
       const std::vector<double> row = run::mixture_row(model, parse_ordered_json(adapters, "adapters"), "forward");
@@ -341,6 +367,7 @@ c10::intrusive_ptr<Job> Model::generate(const std::vector<std::vector<int64_t>>&
     const auto batch_size = get_or<int64_t>(json, "batch_size", 8, "generate");
     MOESAIC_CHECK(batch_size > 0, UsageError, "batch_size: got {}, expected 1 or more", batch_size);
     std::vector<generate::Prompt> asked;
+    const std::lock_guard lock(mutex_);
     for (const auto& ids : prompts) {
       asked.push_back({ids});
       if (json.contains("adapters")) {

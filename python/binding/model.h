@@ -5,6 +5,7 @@
 #include <atomic>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -65,6 +66,7 @@ class Model : public torch::CustomClassHolder {
   run::ModelReference from_;
   run::Opened opened_;
   std::map<std::string, std::shared_ptr<adapters::Adapter>> adapters_;
+  std::mutex mutex_;  // what there is of adapters; facts are asked while the model is at work
   std::atomic<bool> in_use_ = false;
 };
 

@@ -7,6 +7,7 @@ namespace moesaic::python {
 Training::Training(const std::string& keys, const std::string& file, const std::vector<std::string>& overrides,
                    bool dry) {
   guarded([&] {
+    const c10::InferenceMode off(false);  // what is made here outlives the caller's mode
     const bool from_file = !file.empty();
     const OrderedJson json = from_file ? run::read_run(file, overrides) : parse_ordered_json(keys, "run");
     auto run = std::make_unique<run::Run>(run::parse_run_config(json, from_file ? file : "run"), dry);

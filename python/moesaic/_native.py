@@ -42,12 +42,29 @@ def routes_page(routes: dict) -> str:
     return operators.routes_page(json.dumps(routes))
 
 
+def dumps(value) -> str:
+    """`value` as JSON; paths are strings, and what JSON has no word for (NaN, objects) is a UsageError."""
+    try:
+        return json.dumps(value, default=os.fspath, allow_nan=False)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"got {value!r}, expected numbers, texts, lists and dicts: {error}") from None
+
+
 class Job:
     """Long work on a thread of the library."""
 
     def __init__(self, native):
         self._native = native
         _jobs.add(self)
+
+    def __del__(self):  # here, and not in the native destructor, which would keep Python from running
+        self.finish()
+
+    def finish(self):
+        """Stops the work and waits for its end."""
+        self.stop()
+        while not self._native.wait(0.05):
+            pass
 
     @translated
     def wait(self, seconds):
@@ -72,8 +89,7 @@ class Job:
                 yield from self.take()
         finally:
             if not done:
-                self.stop()
-                self.wait(60.0)
+                self.finish()
 
     def follow(self, watch=lambda row: None):
         for row in self.told():
@@ -83,8 +99,7 @@ class Job:
 
 def _stop_all():
     for job in list(_jobs):
-        job.stop()
-        job._native.wait(60.0)
+        job.finish()
 
 
 atexit.register(_stop_all)

@@ -9,7 +9,7 @@ from typing import Any, Iterator, Sequence
 import torch
 
 from moesaic import bars
-from moesaic._native import Job, Native, classes, refuse_copies, routes_page
+from moesaic._native import Job, Native, classes, dumps, refuse_copies, routes_page
 from moesaic.errors import ShapeError, UsageError
 
 METHODS = ("lora", "ia3", "mov", "molora")
@@ -74,14 +74,19 @@ class Routes:
     def __init__(self, json: dict):
         self.json = json
 
+    def _text(self):
+        if self.json["text"] is None:
+            raise UsageError("routes: got tasks alone, expected a text, whose tokens these are")
+        return self.json["text"]
+
     @property
     def tokens(self) -> list[str]:
-        return self.json["text"]["tokens"]
+        return self._text()["tokens"]
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
         """Of the text: the probabilities [tokens, experts] by site; of several owners "owner/site"."""
-        owners = self.json["text"]["routers"]
+        owners = self._text()["routers"]
         return {site if len(owners) == 1 else f"{owner}/{site}": torch.tensor(rows)
                 for owner, sites in owners.items() for site, rows in sites.items()}
 
@@ -117,7 +122,7 @@ class Model:
     def __init__(self, path, *, device="auto", dtype="auto", quantize="none"):
         if quantize not in ("none", "int8"):
             raise UsageError(f"quantize: got {quantize!r}, expected 'none' or 'int8'")
-        self._native = Native(_new(str(path), device, dtype, quantize == "int8"))
+        self._native = Native(_new(str(path), str(device), str(dtype).removeprefix("torch."), quantize == "int8"))
         self.training = False
         first = self.facts
         self._chats, self._prompts_apart = first["chat_template"], first["prompts_apart"]
@@ -160,11 +165,13 @@ class Model:
         keys, of a new one, are a run file's: num_experts, lora_rank, lora_alpha, lora_target, router={...}, ... (docs/config.md).
         scale multiplies a folder's effect. Returns its name: `name`, else the method's or the folder's.
         """
-        if str(what) in METHODS:
+        if isinstance(what, str) and what in METHODS:
+            if pathlib.Path(what).is_dir():
+                raise UsageError(f"attach: {what!r} is a method and a folder here, expected one; the folder is ./{what}")
             if scale != 1.0:
                 raise UsageError(f"scale: got {scale} for a new adapter, expected a folder's")
-            name = name or str(what)
-            self._native.attach_new(name, json.dumps({"finetuning_type": str(what), **keys}), seed)
+            name = name or what
+            self._native.attach_new(name, dumps({"finetuning_type": what, **keys}), seed)
             return name
         folder = pathlib.Path(what)
         if keys:
@@ -172,7 +179,7 @@ class Model:
         if not folder.is_dir():
             raise UsageError(f"attach: got {str(what)!r}, expected a method ({', '.join(METHODS)}) or an adapter's folder")
         name = name or folder.resolve().name
-        self._native.attach_folder(name, str(folder), scale)
+        self._native.attach_folder(name, str(folder), float(scale))
         return name
 
     def _one(self, name):
@@ -239,7 +246,8 @@ class Model:
         name; None is all of them. With losses, (logits, {"balance": ..., "z": ...}): means over the trained routers.
         Raises ShapeError, DataError for ids outside of the vocabulary.
         """
-        asked = "" if adapters is None else json.dumps(adapters)
+        asked = "" if adapters is None else dumps(adapters)
+        ids, offsets = torch.as_tensor(ids), torch.as_tensor(offsets)
         logits, *more = self._native.forward(ids, offsets, [list(each) for each in borders], asked, self.training, losses)
         return (logits, dict(zip(("balance", "z"), more))) if losses else logits
 
@@ -252,6 +260,8 @@ class Model:
         if self._prompts_apart:
             raise UsageError("got a padded batch for an encoder-decoder, expected `ragged` with borders")
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        if not real.any(1).all():
+            raise ShapeError("attention_mask: got a row of zeros, expected a token in every sequence")
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), real.sum(1).cumsum(0).cpu()])
         made = self.ragged(input_ids[real], offsets, adapters=adapters, losses=losses)
         rows = made[0] if losses else made
@@ -269,7 +279,7 @@ class Model:
                     raise UsageError("tools: got some for a text, expected a model with a chat template")
                 return self._native.text_ids(prompt, True)
             prompt = [{"role": "user", "content": prompt}]
-        return self._native.chat_ids(json.dumps(list(prompt)), json.dumps(list(tools) or None))
+        return self._native.chat_ids(dumps(list(prompt)), dumps(list(tools) or None))
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._native.decode([int(id) for id in ids], skip_special_tokens)
@@ -297,7 +307,7 @@ class Model:
             raise UsageError("stream: got several answers, expected one prompt, one answer and no beams")
         if not prompts:
             return []
-        job = Job(self._native.generate(prompts, json.dumps(options)))
+        job = Job(self._native.generate(prompts, dumps(options)))
         if stream:
             return _pieces(job)
         answers = [_answer(row) for row in job.follow()]
@@ -312,7 +322,7 @@ class Model:
             if len(ids) < 2:
                 raise UsageError(f"score: got {len(ids)} tokens, expected at least 2: the first has nothing before it")
             return Score(ids, torch.tensor(self._native.score([ids], [])[0], dtype=torch.float64))
-        prompt = self._native.text_ids(text, True)
+        prompt = self._native.text_ids(text, True) if isinstance(text, str) else [int(id) for id in text]
         ids = self._native.answer_ids(answer)
         return Score(ids, torch.tensor(self._native.score([prompt], [ids])[0], dtype=torch.float64))
 
@@ -336,7 +346,7 @@ class Model:
     def _follow(self, work, options, show):
         progress = bars.OfTasks(show)
         try:
-            return Job(work(json.dumps({key: value for key, value in options.items() if value is not None}))).follow(progress)
+            return Job(work(dumps({key: value for key, value in options.items() if value is not None}))).follow(progress)
         finally:
             progress.close()
 

@@ -168,6 +168,15 @@ TEST(LowRankGroup, LargeRouterLogitsStayFinite) {
   EXPECT_LT(difference, 1e-3 * expected.abs().max().item<double>());
 }
 
+TEST(LowRankGroup, LeavesMayBeGivenOtherMemory) {
+  Fixture fixture({9, 16, {12}, {0}, 3, 2});
+  torch::NoGradGuard no_grad;
+  fixture.experts[0]->a.set_data(2 * fixture.experts[0]->a);
+  fixture.experts[0]->router.weight.set_data(-fixture.experts[0]->router.weight);
+  nn::Pass pass;
+  EXPECT_TRUE(fixture.group.forward(fixture.x, pass).allclose(fixture.naive(fixture.x), 1e-4, 1e-5));
+}
+
 TEST(LowRankGroup, TheRouterReadsTheInputBeforeDropout) {
   Fixture fixture({9, 16, {12}, {0}, 3, 2});
   fixture.experts[0]->dropout = 0.5;

@@ -60,6 +60,17 @@ class Settings:
     dropout: float = 0.0
     k_site: str = "auto"
     router: Router = dataclasses.field(default_factory=Router)
+    written: dict = dataclasses.field(default_factory=dict)  # keys of a file that name its sites, to be written back
+
+    def __post_init__(self):
+        experts = [self.num_experts] if isinstance(self.num_experts, int) else list(self.num_experts.values())
+        if min(experts) < 1 or (self.router.top_k and max(experts) > 1 and self.router.top_k > max(experts)):
+            raise ValueError(f"num_experts: got {self.num_experts} with top_k {self.router.top_k}, expected 1 or more, and top_k of "
+                             "them at most")
+        if self.k_site not in ("auto", "output", "post_qk_norm"):
+            raise ValueError(f"k_site: got {self.k_site!r}, expected auto, output or post_qk_norm")
+        if self.rank < 1:
+            raise ValueError(f"lora_rank: got {self.rank}, expected 1 or more")
 
     def scales_input(self, path):
         if isinstance(self.feedforward, str):
@@ -67,7 +78,11 @@ class Settings:
         return path.rpartition(".")[2] in self.feedforward
 
     def experts_at(self, layer):
-        return self.num_experts if isinstance(self.num_experts, int) else self.num_experts[layer]
+        if isinstance(self.num_experts, int):
+            return self.num_experts
+        if layer not in self.num_experts:
+            raise ValueError(f"num_experts: got none for layer {layer}, expected one for every layer")
+        return self.num_experts[layer]
 
 
 def _experts_by_layer(ranges):
@@ -102,20 +117,42 @@ class Mixture:
         normed_keys = hasattr(getattr(parts[0][2], parts[0][3]), "k_norm")
         if settings.k_site == "auto":
             settings.k_site = "post_qk_norm" if normed_keys else "output"
+        self._replaced, self._hooks = [], []
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        try:
+            for layer, path, holder, name in parts:
+                if settings.layers is None or layer in settings.layers:
+                    (self._molora if settings.method == "molora" else self._mov)(layer, path, holder, name)
+            if not self.parameters:
+                raise ValueError(f"got no site, expected one: targets {settings.targets}, layers {settings.layers}")
+        except BaseException:
+            self.remove()
+            raise
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        for layer, path, holder, name in parts:
-            if settings.layers is None or layer in settings.layers:
-                (self._molora if settings.method == "molora" else self._mov)(layer, path, holder, name)
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
         model._moesaic = self
-        model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        self._hooks.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
+
+    def remove(self):
+        """Gives the model back as it was."""
+        for holder, name, module in reversed(self._replaced):
+            setattr(holder, name, module)
+        for hook in self._hooks:
+            hook.remove()
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+        if getattr(self.model, "_moesaic", None) is self:
+            del self.model._moesaic
 
     def _begin(self, _, arguments, keywords):
         router = self.settings.router
         if not router.keeps:
             router.routed = {}
-        mask = keywords.get("attention_mask")
-        router.mask = mask if mask is not None and mask.dim() == 2 and not self.model.config.is_encoder_decoder else None
+        mask = arguments[1] if len(arguments) > 1 else keywords.get("attention_mask")
+        masks = {True: mask, False: keywords.get("decoder_attention_mask") if self.model.config.is_encoder_decoder else mask}
+        router.masks = {of: each for of, each in masks.items() if each is not None and each.dim() == 2}
 
     def _adapts(self, path, name):
         return name in self.settings.targets if self.wanted is None else path in self.wanted
@@ -127,6 +164,7 @@ class Mixture:
         return {"layer_input": hidden, "sentence": self.settings.router.sentence_dim}.get(self.settings.router.input, own)
 
     def _put(self, holder, name, module):
+        self._replaced.append((holder, name, getattr(holder, name)))
         setattr(holder, name, module.train(self.model.training))
         for own, key in TENSORS.items():
             if getattr(module, own, None) is not None:
@@ -148,6 +186,10 @@ class Mixture:
         hidden, experts, router = self._width(holder), settings.experts_at(layer), settings.router
         names = [t for t in settings.targets if hasattr(feed, t) and self._adapts(f"{path}.{t}", t)]
         down = next((t for t in names if t in DOWNS and settings.scales_input(f"{path}.{t}")), None)
+        others = [t for t in names if t != down and t not in KEYS + VALUES + ("q_proj", "q") and not settings.scales_input(f"{path}.{t}")]
+        if others or (down is not None and len(names) > 1):
+            raise ValueError(f"{path}: got MoV at {', '.join(names)}, expected keys, values, queries, what linears read, or the "
+                             "feed-forward network's branch alone: the others are moesaic's own")
         if down is not None:
             width = self._router_width(getattr(feed, down).in_features, hidden)
             self._put(holder, part, MovFfn(feed, f"{path}.{down}", experts, width, router))
@@ -177,7 +219,7 @@ class Mixture:
                 module.layer_input = sources if any(module is m for m in of_sources) else own
 
         if wrapped and self.settings.router.input == "layer_input":
-            half.register_forward_pre_hook(remember, with_kwargs=True)
+            self._hooks.append(half.register_forward_pre_hook(remember, with_kwargs=True))
 
     def config(self):
         """adapter_config.json."""
@@ -190,6 +232,7 @@ class Mixture:
                               "k_site": settings.k_site, "router": settings.router.block()}}
         if settings.layers is not None:
             config["layers_to_transform"] = list(settings.layers)
+        config.update(settings.written)
         if settings.method == "mov":
             feedforward = settings.feedforward
             return {**config, "feedforward_modules": feedforward if isinstance(feedforward, str) else
@@ -246,7 +289,8 @@ def load(model, folder, form="plain"):
         "molora" if kind == "MOLORA" else "mov", experts if isinstance(experts, int) else _experts_by_layer(experts),
         sorted({site.rpartition(".")[2] for site in sites}), None,
         feedforward if isinstance(feedforward, str) else tuple(name.rpartition(".")[2] for name in feedforward), rank, alpha,
-        alpha / rank**0.5 if config.get("use_rslora") else alpha / rank, config.get("lora_dropout", 0.0), own["k_site"], router),
+        alpha / rank**0.5 if config.get("use_rslora") else alpha / rank, config.get("lora_dropout", 0.0), own["k_site"], router,
+        {key: config[key] for key in ("target_modules", "layers_to_transform", "exclude_modules") if config.get(key) is not None}),
         form, wanted=sites)
     there = mixture.parameters
     wrong = [f"{name}: no such site" for name in tensors.keys() - there.keys()]
@@ -254,6 +298,7 @@ def load(model, folder, form="plain"):
     wrong += [f"{name}: got {list(tensors[name].shape)}, expected {list(there[name].shape)}"
               for name in tensors.keys() & there.keys() if tensors[name].shape != there[name].shape]
     if wrong:
+        mixture.remove()
         raise ValueError(f"{folder}: it does not fit this model:\n  " + "\n  ".join(sorted(wrong)))
     with torch.no_grad():
         for name, parameter in there.items():

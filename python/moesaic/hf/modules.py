@@ -6,6 +6,7 @@ alone.
 """
 
 import dataclasses
+import re
 
 import torch
 from torch import nn
@@ -28,8 +29,15 @@ class Router:
     head_wise: bool = True
 
     def __post_init__(self):
+        for name, known in {"type": ("soft", "top_k"), "topk_mode": ("mask", "renorm", "residual"), "logits": ("signed", "absolute"),
+                            "input": ("token", "sentence", "layer_input", "ffn_product")}.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"router.{name}: got {getattr(self, name)!r}, expected {', '.join(known)}")
+        if not self.temperature > 0 or not 0 <= self.jitter < 1 or self.top_k < 0 or (self.type == "top_k" and not self.top_k):
+            raise ValueError(f"router: got temperature {self.temperature}, jitter {self.jitter}, type {self.type}, top_k "
+                             f"{self.top_k}, expected temperature above 0, jitter from 0 to below 1, top_k of 1 or more with its type")
         self.sentence = None  # [B, d_e], of the sequences being run
-        self.mask = None  # [B, T], of real tokens; None = all are
+        self.masks = {}  # of real tokens [B, T], of an encoder's sites and of others; none = all are
         self.routed = {}  # by site: the logits [rows, E], what mixes [rows, E], and both once more as they were shaped
         self.keeps = False  # over several calls of the model
         if self.top_k:
@@ -54,14 +62,15 @@ class Router:
         logits = logits.abs() if self.logits == "absolute" else logits
         probabilities = torch.softmax(logits, dim=-1)
         weights = self._kept(probabilities)
-        self.routed.setdefault(site, []).append((*(self._real(rows) for rows in (logits, weights)), probabilities))
+        self.routed.setdefault(site, []).append((*(self._real(site, rows) for rows in (logits, weights)), probabilities))
         return weights
 
-    def _real(self, rows):
+    def _real(self, site, rows):
         """The rows of real tokens; of a sentence's router one a sequence."""
         if self.input == "sentence":
             return rows[:, 0].flatten(0, -2)
-        return rows.flatten(0, -2) if self.mask is None else rows[self.mask[:, -rows.shape[1]:].bool()].flatten(0, -2)
+        mask = self.masks.get(reads_encoder(site))
+        return rows.flatten(0, -2) if mask is None else rows[mask[:, -rows.shape[1]:].bool()].flatten(0, -2)
 
     def _kept(self, probabilities):
         if not self.top_k:
@@ -72,6 +81,8 @@ class Router:
 
     def losses(self):
         """(balance, z), the means over all routers."""
+        if not self.routed:
+            raise ValueError("losses: got no router's decision, expected a call of the model before, and several experts")
         balance, z = [], []
         for passes in self.routed.values():
             logits, weights, _ = (torch.cat(parts) if i < 2 else None for i, parts in enumerate(zip(*passes)))
@@ -83,7 +94,8 @@ class Router:
             share = chosen.sum(0) / chosen.sum()
             balance.append(experts * (share * logits.softmax(-1).mean(0)).sum())
             z.append((torch.logsumexp(logits, -1) ** 2).mean())
-        self.routed = {}
+        if self.keeps:
+            self.routed = {}
         return sum(balance) / len(balance), sum(z) / len(z)
 
     def merge(self, weights, vectors, equation):
@@ -91,6 +103,11 @@ class Router:
         if self.top_k and self.topk_mode == "residual":
             return 1 + torch.einsum(equation, weights, vectors - 1)
         return torch.einsum(equation, weights, vectors)
+
+
+def reads_encoder(site):
+    """Whether what stands at a site of an encoder-decoder is made of the source."""
+    return ".encoder." in f".{site}" or re.search(r"(EncDecAttention|cross_attn)\.(k|v|k_proj|v_proj)$", site) is not None
 
 
 def new_router(experts, width, router, device):
@@ -168,7 +185,7 @@ class MovHeads(Site):
             scaled = heads * self.mov[0].view(-1, self.width)
         elif not mixing.head_wise:  # one vector over all heads, and a router that reads them together
             flat = heads.flatten(2)
-            u = {"token": flat, "layer_input": self.layer_input}.get(mixing.input)
+            u = {"token": flat, "ffn_product": flat, "layer_input": self.layer_input}.get(mixing.input)
             weights = self.route(mixing.sentences_of(y) if u is None else u)
             scaled = flat * mixing.merge(weights, self.mov, "bse,ef->bsf")
         else:
@@ -202,22 +219,25 @@ class MovFfn(Site):
 
     def __init__(self, base, path, experts, router_width, router):
         super().__init__(base, path, router)
+        down = self._linears()[-1]
+        self.mov = nn.Parameter(torch.ones(experts, down.in_features, device=down.weight.device))
+        self.router = new_router(experts, router_width, router, down.weight.device)
+
+    def _linears(self):
+        """Activation, gate, up (None where there is no gate), down: of the base, whose they stay."""
+        base = self.base
         if hasattr(base, "down_proj"):
-            self.act, self.gate, self.up, self.down = base.act_fn, base.gate_proj, base.up_proj, base.down_proj
-        else:
-            self.act, self.gate, self.up, self.down = (
-                base.act, getattr(base, "wi_0", None) or base.wi, getattr(base, "wi_1", None), base.wo)
-        device = self.down.weight.device
-        self.mov = nn.Parameter(torch.ones(experts, self.down.in_features, device=device))
-        self.router = new_router(experts, router_width, router, device)
+            return base.act_fn, base.gate_proj, base.up_proj, base.down_proj
+        return base.act, getattr(base, "wi_0", None) or base.wi, getattr(base, "wi_1", None), base.wo
 
     def forward(self, x):
-        act = self.act(self.gate(x))
-        up = self.up(x) if self.up is not None else torch.ones((), dtype=x.dtype, device=x.device)
+        activation, gate, up_proj, down = self._linears()
+        act = activation(gate(x))
+        up = up_proj(x) if up_proj is not None else torch.ones((), dtype=x.dtype, device=x.device)
         if self.router is None:
             merged = self.mov[0]
         else:
             u = {"token": act, "ffn_product": act * up, "layer_input": x}.get(self.mixing.input)
             weights = self.route(self.mixing.sentences_of(x) if u is None else u)
             merged = self.mixing.merge(weights, self.mov, "bse,ef->bsf")
-        return self.down((act.float() * merged).to(x.dtype) * up)
+        return down((act.float() * merged).to(x.dtype) * up)
