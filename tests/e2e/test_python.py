@@ -564,8 +564,12 @@ else:
     process = script(bare, text, folder / "model", json.dumps(keys))
     try:
         assert process.stdout.readline() == "ready\n"
+        for _ in range(1200):  # until it trains
+            if work != "train" or (tmp_path / "run" / "train_log.jsonl").exists():
+                break
+            time.sleep(0.05)
         if work != "nothing more":
-            time.sleep(2)
+            time.sleep(0.5)
             process.send_signal(signal.SIGINT)
         out, error = process.communicate(timeout=60)
     finally:
@@ -631,12 +635,11 @@ def test_one_thread_at_a_time(ms, folder, model):
     next(stream)
     stream.close()  # waits until the model is free
     model.score("red green")
-    long = threading.Thread(target=lambda: model.generate(["red " * 20] * 3000, max_new_tokens=40, temperature=1.0, batch_size=1))
-    long.start()
-    time.sleep(0.3)
+    from moesaic._native import Job
+    job = Job(model._native.generate([model.encode("red " * 20)] * 3000, json.dumps({"max_new_tokens": 40, "batch_size": 1})))
     with pytest.raises(ms.UsageError, match="at work"):
         model.score("red green")
-    long.join()
+    job.finish()
     model.score("red green")
     outcomes = []
 
