@@ -184,8 +184,8 @@ void open_single(const std::string& path, const OpenOptions& options, Opened& op
   opened.tokenizer = tokenizer.get();
 }
 
-/// Makes the chat template, with what a composition and the adapters bring of their own; `embeds`: the one adapter that
-/// brings the embedding.
+}  // namespace
+
 void adapt_tokenizer(const std::string& path, const std::vector<AdapterReference>& adapters, bool embeds,
                      Opened& opened) {
   formats::TokenizerFiles files{std::nullopt, opened.tokenizer->config(), opened.checkpoint->chat_templates()};
@@ -200,8 +200,6 @@ void adapt_tokenizer(const std::string& path, const std::vector<AdapterReference
   if (files.chat_templates.empty()) return;
   opened.chat_template = std::make_shared<tokenizer::ChatTemplate>(std::move(files.chat_templates), *opened.tokenizer);
 }
-
-}  // namespace
 
 void Opened::read_sentences_for(const fs::path& dir, const adapters::AdapterConfig& config) {
   const std::string name = config.sentence_encoder();

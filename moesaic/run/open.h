@@ -73,6 +73,11 @@ struct Opened {
 Opened open(const std::string& path, const std::vector<AdapterReference>& adapters = {},
             const OpenOptions& options = {});
 
+/// Makes the chat template of a model at `path` with its own tokenizer, and what a composition and the adapters bring
+/// of both; `embeds`: the one adapter brings the embedding.
+void adapt_tokenizer(const std::string& path, const std::vector<AdapterReference>& adapters, bool embeds,
+                     Opened& opened);
+
 /// The same union of end-of-answer ids for a model whose tokenizer and generation config are at hand.
 std::vector<int64_t> eos_ids(const models::LanguageModel& model, const Json& generation_config,
                              const tokenizer::Tokenizer* tokenizer,

@@ -2,7 +2,6 @@
 
 #include "moesaic/base/device.h"
 #include "moesaic/base/output_folder.h"
-#include "moesaic/eval/routes.h"
 #include "moesaic/eval/task_file.h"
 #include "moesaic/generate/generate.h"
 #include "moesaic/moe/router.h"
@@ -91,7 +90,9 @@ run::TaskProgress told_to(Job& job) {
 }  // namespace
 
 Model::Model(const std::string& named, const std::string& device, const std::string& dtype, bool int8)
-    : from_(run::resolve_model(named, "", {})), opened_(opened_of(from_, device, dtype, int8)) {
+    : from_(run::resolve_model(named, "", {})),
+      opened_(opened_of(from_, device, dtype, int8)),
+      own_tokenizer_(opened_.tokenizer) {
   for (const run::AdapterReference& reference : std::exchange(from_.adapters, {})) {
     attach_folder(reference.name, reference.dir.string(), reference.scale);
   }
@@ -113,6 +114,19 @@ adapters::Adapter& Model::adapter(const std::string& name) {
 const tokenizer::Tokenizer& Model::tokenizer() const {
   MOESAIC_CHECK(opened_.tokenizer, DataError, "{}: no tokenizer found, expected tokenizer.json", from_.model);
   return *opened_.tokenizer;
+}
+
+/// Prompts are rendered and tokenised as the adapters there are were trained.
+void Model::adapt_tokenizer() {
+  if (!own_tokenizer_) return;
+  std::vector<run::AdapterReference> folders;  // a new adapter brings nothing
+  std::copy_if(from_.adapters.begin(), from_.adapters.end(), std::back_inserter(folders),
+               [](const run::AdapterReference& each) { return !each.dir.empty(); });
+  const bool embeds =
+      std::any_of(adapters_.begin(), adapters_.end(), [](const auto& each) { return each.second->embeds(); });
+  opened_.tokenizer = own_tokenizer_;
+  opened_.chat_template = nullptr;
+  run::adapt_tokenizer(from_.model, folders, embeds && opened_.model->structure().is_null(), opened_);
 }
 
 /// `work` in a job that has the model and keeps it alive.
@@ -216,6 +230,7 @@ void Model::attach_folder(const std::string& name, const std::string& folder, do
     }
     adapters_[name] = adapter;
     from_.adapters.push_back({name, folder, scale});
+    adapt_tokenizer();
   });
 }
 
@@ -227,6 +242,7 @@ void Model::detach(const std::string& name) {
     opened_.model->detach(name);
     adapters_.erase(name);
     std::erase_if(from_.adapters, [&](const run::AdapterReference& each) { return each.name == name; });
+    adapt_tokenizer();
   });
 }
 
@@ -267,11 +283,15 @@ std::vector<torch::Tensor> Model::base_parameters() {
 }
 
 std::vector<int64_t> Model::text_ids(const std::string& text, bool start) {
-  return guarded([&] { return start ? tokenizer().encode_start(text).ids : tokenizer().encode(text, true); });
+  return guarded([&] {
+    const std::lock_guard lock(mutex_);
+    return start ? tokenizer().encode_start(text).ids : tokenizer().encode(text, true);
+  });
 }
 
 std::vector<int64_t> Model::answer_ids(const std::string& text) {
   return guarded([&] {
+    const std::lock_guard lock(mutex_);
     std::vector<int64_t> ids = tokenizer().encode_behind(text);
     MOESAIC_CHECK(!ids.empty(), UsageError, "answer: it has no tokens");
     return ids;
@@ -280,6 +300,7 @@ std::vector<int64_t> Model::answer_ids(const std::string& text) {
 
 std::vector<int64_t> Model::chat_ids(const std::string& messages, const std::string& tools) {
   return guarded([&] {
+    const std::lock_guard lock(mutex_);
     MOESAIC_CHECK(opened_.chat_template, UsageError,
                   "messages: got a conversation, expected a text: this model has no chat template");
     return tokenizer().encode(opened_.chat_template->render(parse_ordered_json(messages, "messages"), true,
@@ -289,7 +310,10 @@ std::vector<int64_t> Model::chat_ids(const std::string& messages, const std::str
 }
 
 std::string Model::decode(const std::vector<int64_t>& ids, bool skip_special_tokens) {
-  return guarded([&] { return tokenizer().decode(ids, skip_special_tokens); });
+  return guarded([&] {
+    const std::lock_guard lock(mutex_);
+    return tokenizer().decode(ids, skip_special_tokens);
+  });
 }
 
 std::vector<torch::Tensor> Model::forward(const torch::Tensor& ids, const torch::Tensor& offsets,

@@ -62,9 +62,11 @@ class Model : public torch::CustomClassHolder {
   adapters::Adapter& adapter(const std::string& name);
   const tokenizer::Tokenizer& tokenizer() const;
   c10::intrusive_ptr<Job> start(Job::Work work);
+  void adapt_tokenizer();
 
   run::ModelReference from_;
   run::Opened opened_;
+  const std::shared_ptr<const tokenizer::Tokenizer> own_tokenizer_;  // without what adapters bring
   std::map<std::string, std::shared_ptr<adapters::Adapter>> adapters_;
   std::mutex mutex_;  // what there is of adapters; facts are asked while the model is at work
   std::atomic<bool> in_use_ = false;

@@ -106,10 +106,10 @@ atexit.register(_stop_all)
 
 
 class Native:
-    """A torch custom class, whose errors are ours and which cannot be copied."""
+    """A torch custom class whose errors are ours."""
 
     def __init__(self, native):
-        object.__setattr__(self, "_native", native)
+        self._native = native
 
     def __getattr__(self, name):
         return translated(getattr(self._native, name))

@@ -10,7 +10,7 @@ import torch
 
 from moesaic import bars
 from moesaic._native import Job, Native, classes, dumps, refuse_copies, routes_page
-from moesaic.errors import ShapeError, UsageError
+from moesaic.errors import ShapeError, UsageError, translated
 
 METHODS = ("lora", "ia3", "mov", "molora")
 
@@ -122,10 +122,15 @@ class Model:
     def __init__(self, path, *, device="auto", dtype="auto", quantize="none"):
         if quantize not in ("none", "int8"):
             raise UsageError(f"quantize: got {quantize!r}, expected 'none' or 'int8'")
-        self._native = Native(_new(str(path), str(device), str(dtype).removeprefix("torch."), quantize == "int8"))
+        self._native = Native(translated(classes.Model)(str(path), str(device), str(dtype).removeprefix("torch."),
+                                                        quantize == "int8"))
         self.training = False
-        first = self.facts
-        self._chats, self._prompts_apart = first["chat_template"], first["prompts_apart"]
+        self._look_at_prompts()
+
+    def _look_at_prompts(self):
+        """How prompts are put; facts cost more than a prompt's tokens."""
+        facts = self.facts
+        self._chats, self._prompts_apart = facts["chat_template"], facts["prompts_apart"]
 
     # --- what it is
 
@@ -180,6 +185,7 @@ class Model:
             raise UsageError(f"attach: got {str(what)!r}, expected a method ({', '.join(METHODS)}) or an adapter's folder")
         name = name or folder.resolve().name
         self._native.attach_folder(name, str(folder), float(scale))
+        self._look_at_prompts()
         return name
 
     def _one(self, name):
@@ -192,6 +198,7 @@ class Model:
     def detach(self, name: str | None = None) -> None:
         """Takes an adapter away; without a name, the only one."""
         self._native.detach(self._one(name))
+        self._look_at_prompts()
 
     def save(self, folder: str | pathlib.Path, name: str | None = None) -> pathlib.Path:
         """Writes an adapter as a run does, for `attach`, `moesaic --adapter` and, of one expert, PEFT. Overwrites nothing."""
@@ -359,8 +366,3 @@ def _pieces(job: Job) -> Iterator[str]:
     for row in job.told():
         yield row["text"]
     job.result()
-
-
-def _new(*arguments):
-    from moesaic.errors import translated
-    return translated(classes.Model)(*arguments)

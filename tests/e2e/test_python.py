@@ -179,6 +179,25 @@ def test_answers_scores_and_tokens_are_the_programs(ms, folder, model):
     assert model.adapters == [] and model.generate(prompts, max_new_tokens=7) == base
 
 
+def test_prompts_are_an_adapters_own(ms, tmp_path):
+    """One that was trained on plain text is asked in plain text, and with its going the model is as it was."""
+    tiny_run.make_run(tmp_path, initializer_range=0.3)
+    (tmp_path / "model" / "chat_template.jinja").write_text(test_serve.TEMPLATE)
+    tiny_run.train(tmp_path, "plain", template="none")
+    asked = ["--model", tmp_path / "model", "--max_new_tokens", 5, "--json", "-p", "red green"]
+    told = {name: json.loads(tiny_run.run("generate", *asked, *more))
+            for name, more in (("base", []), ("plain", ["--adapter", tmp_path / "plain"]))}
+    model = ms.load(tmp_path / "model", dtype="float32")
+    base = model.encode("red green")
+    assert len(base) == told["base"]["prompt_tokens"] > told["plain"]["prompt_tokens"]
+    model.attach(tmp_path / "plain")
+    assert model.generate("red green", max_new_tokens=5).ids == told["plain"]["ids"]
+    assert len(model.encode("red green")) == told["plain"]["prompt_tokens"]
+    model.detach()
+    assert model.encode("red green") == base
+    assert ms.load(tmp_path / "plain", dtype="float32").generate("red green", max_new_tokens=5).ids == told["plain"]["ids"]
+
+
 def test_evaluations_and_routes_are_the_programs(ms, folder, tmp_path):
     model = ms.load(folder / "mov", dtype="float32")
     options = ["--model", folder / "model", "--adapter", folder / "mov", "--tasks", folder / "rows.jsonl", "--limit", 6]
